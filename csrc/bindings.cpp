@@ -1,0 +1,24 @@
+// The Python module t2t_kernels._C. Importing it registers the CPU operators of this library with
+// torch; what it exports itself is a description of the build.
+
+#include <pybind11/pybind11.h>
+
+#include <torch/headeronly/version.h>
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = T2T_COMPILER;
+  info["torch"] = TORCH_VERSION;
+  // Empty where the CUDA library was not built, else as in TORCH_CUDA_ARCH_LIST.
+  info["cuda_architectures"] = T2T_CUDA_ARCHITECTURES;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "CPU kernels and build information of t2t_kernels.";
+  module.def("build_info", &build_info, "Compiler, torch and CUDA architectures of this build.");
+}

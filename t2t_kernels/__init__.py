@@ -1,0 +1,30 @@
+"""Fused kernels for Tokens-to-Token Vision Transformers: the public functions."""
+
+from t2t_kernels.arguments import output_size
+from t2t_kernels.backends import BACKENDS, use_backend
+from t2t_kernels.errors import BackendUnavailable
+from t2t_kernels.performer_attention.api import performer_attention
+from t2t_kernels.soft_split.api import soft_split
+from t2t_kernels.soft_split_linear.api import soft_split_linear
+from t2t_kernels.t2t_layer.api import (
+    PerformerLayerParams,
+    TransformerLayerParams,
+    performer_layer,
+    transformer_layer,
+)
+from t2t_kernels.token_attention.api import token_attention
+
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "PerformerLayerParams",
+    "TransformerLayerParams",
+    "output_size",
+    "performer_attention",
+    "performer_layer",
+    "soft_split",
+    "soft_split_linear",
+    "token_attention",
+    "transformer_layer",
+    "use_backend",
+]

@@ -1,0 +1,96 @@
+"""Checks and conversions that the public functions share. Each error names argument, got, expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def output_size(
+    height: int, width: int, kernel_size: int, stride: int, padding: int
+) -> tuple[int, int]:
+    """Grid of tokens ``(h, w)`` that a soft split makes of a ``height`` × ``width`` map.
+
+    Raises:
+        ValueError: the padded map is smaller than the kernel.
+    """
+    h = (height + 2 * padding - kernel_size) // stride + 1
+    w = (width + 2 * padding - kernel_size) // stride + 1
+    if h < 1 or w < 1:
+        raise ValueError(
+            f"x: got a map of {height}×{width}; a soft split with kernel_size {kernel_size} and "
+            f"padding {padding} needs at least {max(1, kernel_size - 2 * padding)} in each direction"
+        )
+    return h, w
+
+
+def check_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
+    """Check a map (B, C, H, W) and the geometry of its soft split."""
+    check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 4 dimensions (B, C, H, W)")
+    for name, value, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    if x.shape[1] < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one channel")
+    output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is a strided tensor of a floating dtype that the kernels know."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: got {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, expected a strided (dense) tensor")
+
+
+def check_parameter(
+    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, like_name: str = "x"
+) -> None:
+    """Check one parameter's shape, and that its dtype and device are those of ``like``."""
+    check_tensor(name, tensor)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {like.device} as {like_name} has"
+        )
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name}: got {tensor.dtype}, expected {like.dtype} as {like_name} has; convert one of "
+            f"them, or call under torch.autocast({like.device.type!r})"
+        )
+
+
+def check_eps(eps: float) -> None:
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps: got {eps!r}, expected a number")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that an enclosing ``torch.autocast`` asks for on the device of ``x``, if any."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``tensor`` as autocast would hand it to a matrix product: float64 and non-tensors stay."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor

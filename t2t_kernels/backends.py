@@ -1,0 +1,242 @@
+"""The four backends: what each can run, why it cannot, and which one serves a call.
+
+An operation is served by the backend that the caller names, else by :func:`use_backend`, else by the
+environment's ``T2T_BACKEND``, else by the first of :data:`PREFERENCE` that can run it. A named
+backend never falls back: it runs or raises :class:`BackendUnavailable` with the reason.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from t2t_kernels.errors import BackendUnavailable, unknown_name
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Per device type, the order of trial when nobody names a backend. CUDA C++ comes before Triton
+# only for an operation whose measurements say so; none has been measured yet.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+# Triton's interpreter runs its kernels on CPU tensors, for tests and debugging.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public function and the backends, besides the reference, that have a kernel for it."""
+
+    name: str
+    kernels: tuple[str, ...] = ()
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def register_operation(name: str, kernels: tuple[str, ...] = ()) -> Operation:
+    operation = Operation(name, kernels)
+    OPERATIONS[name] = operation
+    return operation
+
+
+def _load_cpu() -> str | None:
+    try:
+        importlib.import_module("t2t_kernels._C")  # registers the C++ operators
+    except ImportError as error:
+        return f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
+    return None
+
+
+def _load_cuda() -> str | None:
+    library = Path(__file__).with_name("_cuda.so")
+    if not library.exists():
+        return (
+            "t2t_kernels/_cuda.so is not built; build it with `T2T_WITH_CUDA=1 pip install .` where "
+            "nvcc and a CUDA build of torch are installed"
+        )
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build"
+    if _LOAD_ERRORS["cpu"] is not None:
+        return f"its build information is missing: {_LOAD_ERRORS['cpu']}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def _load_triton() -> str | None:
+    if torch.version.cuda is None and not INTERPRETED:
+        return f"torch {torch.__version__} is a CPU build"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; `pip install triton`"
+    return None
+
+
+# Why a backend cannot run at all in this process; None where it can.
+_LOAD_ERRORS: dict[str, str | None] = {"cpu": _load_cpu(), "triton": _load_triton()}
+_LOAD_ERRORS["cuda"] = _load_cuda()
+
+DEVICE_TYPES: dict[str, set[str]] = {
+    "cpu": {"cpu"},
+    "triton": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
+    "cuda": {"cuda"},
+}
+
+# What _cuda.so was built for; the description of the build travels in _C.
+CUDA_ARCHITECTURES: str = (
+    importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]
+    if _LOAD_ERRORS["cpu"] is None
+    else ""
+)
+
+_override: str | None = None
+_environment: str | None = os.environ.get("T2T_BACKEND") or None
+
+
+def why_unavailable(
+    backend: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """The reason why ``backend`` cannot run on ``device`` in ``dtype``; None where it can."""
+    if backend == "reference":
+        return None
+    if _LOAD_ERRORS[backend] is not None:
+        return _LOAD_ERRORS[backend]
+    if device is not None and device.type not in DEVICE_TYPES[backend]:
+        kinds = " or ".join(sorted(DEVICE_TYPES[backend]))
+        hint = "; TRITON_INTERPRET=1 runs it on the CPU, slowly" if backend == "triton" else ""
+        return f"it runs on {kinds} tensors, got {device.type}{hint}"
+    if device is not None and device.type == "cuda":
+        reason = _why_not_on_gpu(backend, device)
+        if reason is not None:
+            return reason
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, got {dtype}"
+    return None
+
+
+def _why_not_on_gpu(backend: str, device: torch.device) -> str | None:
+    # torch.compile folds the properties of a device into a constant.
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):
+        return "it needs compute capability 8.0 or newer, {}.{} is the device's".format(*capability)
+    if backend == "cuda" and not covers(CUDA_ARCHITECTURES, capability):
+        return "it was built for {}, not for compute capability {}.{}; rebuild it here".format(
+            CUDA_ARCHITECTURES, *capability
+        )
+    return None
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, as in TORCH_CUDA_ARCH_LIST, runs on a device.
+
+    Machine code runs on its own major version from its minor version on, code with the suffix "a"
+    on its own version only, and the PTX of an architecture without it on everything newer.
+    """
+    for name in architectures.replace(" ", ";").split(";"):
+        version, _, ptx = name.partition("+")
+        own = tuple(int(part) for part in version.rstrip("a").split("."))
+        exact = version.endswith("a")
+        if capability == own or (not exact and own[0] == capability[0] and own <= capability):
+            return True
+        if ptx and not exact and own <= capability:
+            return True
+    return False
+
+
+def _why_not(operation: Operation, backend: str, device: torch.device, dtype) -> str | None:
+    if backend != "reference" and backend not in operation.kernels:
+        have = ", ".join(("reference", *operation.kernels))
+        return f"{operation.name} has no {backend} kernel; it has: {have}"
+    return why_unavailable(backend, device, dtype)
+
+
+def choose(
+    operation: Operation, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> str:
+    """The backend that serves a call of ``operation``.
+
+    Raises:
+        ValueError: the name is not one of :data:`BACKENDS`.
+        BackendUnavailable: the named backend cannot run this call.
+    """
+    named = requested(backend)
+    if named is None:
+        return next(
+            candidate
+            for candidate in PREFERENCE.get(device.type, ("reference",))
+            if _why_not(operation, candidate, device, dtype) is None
+        )
+    reason = _why_not(operation, named, device, dtype)
+    if reason is not None:
+        raise BackendUnavailable(f"cannot run {operation.name} on the {named} backend: {reason}")
+    return named
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend asked for by argument, by :func:`use_backend` or by ``T2T_BACKEND``, if any."""
+    for source, name in (("backend", backend), ("backend", _override), ("T2T_BACKEND", _environment)):
+        if name is not None:
+            if name not in BACKENDS:
+                raise ValueError(f"{source}: {unknown_name('backend', name, BACKENDS)}")
+            return name
+    return None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operation in the ``with`` block by one backend, in every thread of the process.
+
+    A ``backend`` argument given to an operation wins over it.
+
+    Raises:
+        ValueError: the name is not one of :data:`BACKENDS`.
+    """
+    global _override
+    if name not in BACKENDS:
+        raise ValueError(f"name: {unknown_name('backend', name, BACKENDS)}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend serves an operation (None: the named one cannot run it) and why."""
+
+    operation: str
+    backend: str | None
+    reason: str
+
+
+def explain(
+    device: torch.device | str, backend: str | None = None, dtype: torch.dtype = torch.float32
+) -> list[Choice]:
+    """For every operation, the backend that would serve it on ``device`` and the reason."""
+    device = torch.device(device)
+    named = requested(backend)
+    choices = []
+    for operation in OPERATIONS.values():
+        if named is not None:
+            reason = _why_not(operation, named, device, dtype)
+            choices.append(Choice(operation.name, None if reason else named, reason or "named"))
+            continue
+        chosen = choose(operation, device, dtype, None)
+        order = PREFERENCE.get(device.type, ("reference",))
+        refused = [
+            f"{other}: {_why_not(operation, other, device, dtype)}"
+            for other in order[: order.index(chosen)]
+        ]
+        reason = "; ".join(refused) or f"first choice on {device.type}"
+        choices.append(Choice(operation.name, chosen, reason))
+    return choices

@@ -1,0 +1,16 @@
+"""Errors and their wording, shared by the kernels and the models."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot run this call; the message says why."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Message for a name that is not among ``known``, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}."

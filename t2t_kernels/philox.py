@@ -1,0 +1,68 @@
+"""Counter-based dropout: Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011).
+
+Whether an element is kept is a pure function of (seed, site, element index), so that every backend
+draws the same mask and a backward can compute it again instead of storing it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox: four counter words and two key words to four random words.
+
+    All are int64 tensors that hold 32-bit words, and broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product wraps in int64, which keeps its 64 bits; the masks undo the sign.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _WORD) ^ c1 ^ k0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ c3 ^ k1,
+            product0 & _WORD,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device) -> Tensor:
+    """Which elements a dropout keeps: a boolean tensor of ``shape``.
+
+    Element i (row-major) takes word i mod 4 of the block with counter (i div 4, low and high word;
+    ``site``; 0) and key (``seed``, low and high word), and is kept if the word is at least p·2³².
+
+    Args:
+        shape: of the tensor that is dropped from.
+        p: probability of dropping, 0 to 1.
+        seed: 64 bits; an integer or an int64 tensor of one element.
+        site: tells the dropouts of one layer apart.
+    """
+    elements = shape.numel()
+    block = torch.arange((elements + 3) // 4, device=device)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    zero = torch.zeros_like(block)
+    words = philox_4x32(
+        (block & _WORD, block >> 32, zero + site, zero),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    return (torch.stack(words, -1).flatten()[:elements] >= round(p * 2**32)).view(shape)
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor | None, site: int) -> Tensor:
+    """Dropout of ``x`` by :func:`keep_mask`; PyTorch's own, from its generator, if seed is None."""
+    if p == 0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    if p == 1:
+        return x * 0
+    return x * keep_mask(x.shape, p, seed, site, x.device) / (1 - p)

@@ -1,0 +1,6 @@
+"""The contract of the T2T layers. No backend fuses them yet."""
+
+from t2t_kernels.backends import register_operation
+
+PERFORMER_LAYER = register_operation("performer_layer")
+TRANSFORMER_LAYER = register_operation("transformer_layer")
