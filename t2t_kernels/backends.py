@@ -31,19 +31,22 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Operation:
-    """A public function and the backends, besides the reference, that have a kernel for it."""
+    """A public function: the backends, besides the reference, that have a kernel for it, and the
+    operations that its reference is composed of, each of which is served by its own best backend."""
 
     name: str
     kernels: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
-def register_operation(name: str, kernels: tuple[str, ...] = ()) -> Operation:
-    operation = Operation(name, kernels)
-    OPERATIONS[name] = operation
-    return operation
+def register_operation(
+    name: str, kernels: tuple[str, ...] = (), parts: tuple[str, ...] = ()
+) -> Operation:
+    OPERATIONS[name] = Operation(name, kernels, parts)
+    return OPERATIONS[name]
 
 
 def _load_cpu() -> str | None:
@@ -155,7 +158,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
 def _why_not(operation: Operation, backend: str, device: torch.device, dtype) -> str | None:
     if backend != "reference" and backend not in operation.kernels:
         have = ", ".join(("reference", *operation.kernels))
-        return f"{operation.name} has no {backend} kernel; it has: {have}"
+        return f"no {backend} kernel for it yet (there is: {have})"
     return why_unavailable(backend, device, dtype)
 
 
@@ -233,10 +236,13 @@ def explain(
             continue
         chosen = choose(operation, device, dtype, None)
         order = PREFERENCE.get(device.type, ("reference",))
-        refused = [
+        reasons = [
             f"{other}: {_why_not(operation, other, device, dtype)}"
             for other in order[: order.index(chosen)]
         ]
-        reason = "; ".join(refused) or f"first choice on {device.type}"
-        choices.append(Choice(operation.name, chosen, reason))
+        if chosen == "reference" and operation.parts:
+            reasons.append("composed of " + " and ".join(operation.parts))
+        choices.append(
+            Choice(operation.name, chosen, "; ".join(reasons) or f"first choice on {device.type}")
+        )
     return choices

@@ -1,9 +1,17 @@
-"""The error for what a user can mend; the command line turns it into one line and exit status 2."""
+"""Errors; the command line turns an InputError into one line and exit status 2."""
 
 from t2t_kernels.errors import unknown_name
 
-__all__ = ["InputError", "unknown_name"]
+__all__ = ["InputError", "NonFiniteLoss", "OneRankError", "unknown_name"]
 
 
 class InputError(ValueError):
     """Bad input from the user. The message says what is wrong, where, and how to mend it."""
+
+
+class OneRankError(InputError):
+    """An InputError that other processes of the run need not meet, such as an unreadable image."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training broke down: the loss is infinite or not a number. The message says where."""

@@ -12,9 +12,11 @@ from torch import Tensor
 from t2t_kernels._triton import IMPL_DEVICES, device_guard
 from t2t_kernels.arguments import output_size
 
-# 8 elements a thread: a 16-byte store in half precision, two in float32.
-BLOCK = 1024
 WARPS = 4
+# 8 elements a thread: a 16-byte store in half precision, two in float32.
+SPLIT_BLOCK = 1024
+# Half of that: a gathering thread keeps up to four tokens' addresses per element, and would spill.
+GATHER_BLOCK = 512
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def soft_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor
     token_width = channels * kernel_size**2
     tokens = x.new_empty((batch, rows * columns, token_width))
     elements = rows * columns * token_width
-    blocks, grid = _grid(batch, elements)
+    blocks, grid = _grid(batch, elements, SPLIT_BLOCK)
     if batch > 0:
         with device_guard(x):
             soft_split_fwd_kernel[grid](
@@ -121,7 +123,7 @@ def soft_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor
                 KERNEL=kernel_size,
                 STRIDE=stride,
                 PADDING=padding,
-                BLOCK=BLOCK,
+                BLOCK=SPLIT_BLOCK,
                 num_warps=WARPS,
             )
     return tokens
@@ -145,7 +147,7 @@ def soft_split_backward(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     elements = channels * height * width
-    blocks, grid = _grid(batch, elements)
+    blocks, grid = _grid(batch, elements, GATHER_BLOCK)
     if batch > 0:
         with device_guard(grad):
             soft_split_bwd_kernel[grid](
@@ -163,16 +165,16 @@ def soft_split_backward(
                 STRIDE=stride,
                 PADDING=padding,
                 CHANNELS_LAST=channels_last,
-                BLOCK=BLOCK,
+                BLOCK=GATHER_BLOCK,
                 num_warps=WARPS,
             )
     return x
 
 
-def _grid(batch: int, elements_per_image: int) -> tuple[int, tuple[int]]:
-    blocks = triton.cdiv(elements_per_image, BLOCK)
+def _grid(batch: int, elements_per_image: int, block: int) -> tuple[int, tuple[int]]:
+    blocks = triton.cdiv(elements_per_image, block)
     # Offsets inside an image and the number of programs are 32 bits wide; those of images are not.
-    if elements_per_image >= 2**31 - BLOCK or batch * blocks >= 2**31:
+    if elements_per_image >= 2**31 - block or batch * blocks >= 2**31:
         raise ValueError(
             f"soft_split on the triton backend: {batch} × {elements_per_image} elements are too many "
             "for one launch; split the batch"

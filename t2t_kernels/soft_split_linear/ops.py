@@ -2,4 +2,4 @@
 
 from t2t_kernels.backends import register_operation
 
-SOFT_SPLIT_LINEAR = register_operation("soft_split_linear")
+SOFT_SPLIT_LINEAR = register_operation("soft_split_linear", parts=("soft_split",))

@@ -1,0 +1,47 @@
+# make demo   set up, train on real handwritten digits, show what was learned
+# make test   set up, run all tests
+# Both need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+# What the kernels are compiled from: a change of any of these compiles them again.
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*) setup.py pyproject.toml
+
+.PHONY: demo test test-abi bench clean
+
+$(VENV)/ready: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit("make: Python >= 3.10 is needed; PYTHON=... names one") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "torch>=2.11" torchvision "setuptools>=77" "pybind11>=2.13" ninja packaging wheel
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m t2t_kernels.info
+	touch $@
+
+demo: $(VENV)/ready
+	rm -rf $(DEMO)
+	$(BIN)/t2tvit train --config digits --fused-kernels --output $(DEMO)
+	$(BIN)/t2tvit predict --run $(DEMO) --plot $(DEMO)/predictions.png
+	$(BIN)/t2tvit bench --config digits
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The library as built here, in another environment with another torch: TORCH_VERSION=2.13.0.
+TORCH_VERSION ?= 2.13.0
+ABI := build/abi
+test-abi: $(VENV)/ready
+	rm -rf $(ABI) && mkdir -p $(ABI)
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(ABI) .
+	$(PYTHON) -m venv $(ABI)/venv
+	$(ABI)/venv/bin/pip install --quiet torch==$(TORCH_VERSION) numpy safetensors "pytest>=8" setuptools $(ABI)/*.whl
+	cp -r tests $(ABI)/tests
+	cd $(ABI) && venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels tests/models
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pytest bench/
+
+clean:
+	rm -rf $(VENV) build *.egg-info t2t_kernels/*.so

@@ -1,0 +1,68 @@
+"""``python -m t2t_kernels.info``: versions, devices and what each backend can do here."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+import t2t_kernels
+from t2t_kernels.backends import BACKENDS, explain, why_unavailable
+
+
+def report() -> str:
+    """What a bug report should hold, as text."""
+    lines = ["versions"]
+    for package in ("t2tvit", "torch", "triton", "numpy"):
+        lines.append(f"  {package:<10}{_version(package)}")
+    lines.append(f"  {'python':<10}{platform.python_version()} on {platform.platform()}")
+
+    lines.append("build")
+    if why_unavailable("cpu") is None:
+        for key, value in t2t_kernels._C.build_info().items():
+            lines.append(f"  {key.replace('_', ' '):<20}{value or 'none'}")
+    else:
+        lines.append(f"  {why_unavailable('cpu')}")
+
+    lines.append("devices")
+    devices = [torch.device("cpu")]
+    lines.append(f"  cpu       {platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        devices.append(torch.device("cuda", index))
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"  cuda:{index}    {properties.name}, compute capability {properties.major}."
+            f"{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+
+    lines.append("backends")
+    for backend in BACKENDS:
+        # A backend is available if it runs on one of the devices here.
+        reasons = [why_unavailable(backend, device) for device in devices]
+        usable = None in reasons
+        lines.append(f"  {backend:<11}{'available' if usable else f'not here: {reasons[-1]}'}")
+
+    if os.environ.get("T2T_BACKEND"):
+        lines.append(f"T2T_BACKEND={os.environ['T2T_BACKEND']} is asked for by the environment")
+    lines.append("operations, as served by default")
+    for device in devices[:2]:
+        for choice in explain(device):
+            served = choice.backend or "cannot run"
+            lines.append(f"  {device.type:<6}{choice.operation:<22}{served:<11}{choice.reason}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    try:
+        print(report())
+    except ValueError as error:
+        print(f"t2t_kernels: {error}", file=sys.stderr)
+        sys.exit(2)

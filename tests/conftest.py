@@ -1,0 +1,64 @@
+"""Where the kernels run in the tests: on the GPU if there is one, else each in its stand-in.
+
+Without a GPU the Triton kernels run in Triton's interpreter and the CUDA source in a host build
+(``tests/simt``), both on CPU tensors and behind the same public functions.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from t2t_kernels import backends
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kernel_backends() -> list:
+    """The compiled backends that this machine can exercise, as pytest parameters."""
+    return [
+        pytest.param("cpu", id="cpu"),
+        pytest.param("triton", id="triton" if DEVICE.type == "cuda" else "triton-interpreted"),
+        pytest.param("cuda", id="cuda" if DEVICE.type == "cuda" else "cuda-on-host"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA source, built for the host and registered for CPU tensors."""
+    from tests.simt.build import build_host_library
+
+    torch.ops.load_library(build_host_library(tmp_path_factory.getbasetemp().parent / "simt"))
+
+
+@pytest.fixture(params=kernel_backends())
+def backend(request, monkeypatch):
+    """A compiled backend's name; on this machine it can be called with tensors on ``device``."""
+    name = request.param
+    if name == "triton" and DEVICE.type == "cpu" and backends.why_unavailable("triton"):
+        pytest.skip(f"Triton: {backends.why_unavailable('triton')}")
+    if name == "cuda" and DEVICE.type == "cpu":
+        request.getfixturevalue("cuda_on_host")
+        monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", None)
+        monkeypatch.setitem(backends.DEVICE_TYPES, "cuda", {"cpu"})
+    return name
+
+
+@pytest.fixture
+def device(backend):
+    return torch.device("cpu") if backend == "cpu" else DEVICE
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an element nobody wrote cannot look like an answer."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)

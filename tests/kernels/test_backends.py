@@ -1,0 +1,130 @@
+"""How a backend is chosen, refused and explained."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from t2t_kernels import BackendUnavailable, backends, soft_split, use_backend
+from t2t_kernels.backends import Operation, choose, covers, explain
+
+CPU = torch.device("cpu")
+
+
+def served(x, **kwargs):
+    """The backend that served a soft split, read off the operator that autograd recorded."""
+    y = soft_split(x.requires_grad_(), 3, 2, 1, **kwargs)
+    return type(y.grad_fn).__name__
+
+
+def test_auto_takes_the_compiled_kernel():
+    assert "t2t_cpu" in served(torch.randn(1, 2, 5, 5))
+
+
+def test_use_backend_and_its_nesting():
+    x = torch.randn(1, 2, 5, 5)
+    with use_backend("reference"):
+        assert "t2t" not in served(x)
+        with use_backend("cpu"):
+            assert "t2t_cpu" in served(x)
+        assert "t2t_cpu" in served(x, backend="cpu"), "an argument wins over the context"
+        assert "t2t" not in served(x)
+    assert "t2t_cpu" in served(x)
+
+
+def test_use_backend_ends_with_an_error_inside():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert backends.requested(None) is None
+
+
+def test_use_backend_inside_a_compiled_function():
+    def step(x):
+        with use_backend("reference"):
+            return soft_split(x, 3, 2, 1) * 2
+
+    x = torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
+
+
+def test_float64_is_served_by_the_reference_and_refused_by_name():
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    assert "t2t" not in served(x)
+    with pytest.raises(BackendUnavailable, match="float64"):
+        soft_split(x, 3, 2, 1, backend="cpu")
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", "it is not built")
+    with pytest.raises(BackendUnavailable, match="soft_split on the cuda backend: it is not built"):
+        soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend="cuda")
+    operation = Operation("imaginary", kernels=("triton",))
+    with pytest.raises(BackendUnavailable, match="no cpu kernel"):
+        choose(operation, CPU, torch.float32, "cpu")
+
+
+def test_unknown_name_suggests_the_nearest():
+    for call in (
+        lambda: soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend="tritn"),
+        lambda: use_backend("tritn").__enter__(),
+    ):
+        with pytest.raises(ValueError, match="did you mean 'triton'"):
+            call()
+
+
+def test_explain_names_every_operation_and_a_reason():
+    choices = {choice.operation: choice for choice in explain("cpu")}
+    assert set(choices) == set(backends.OPERATIONS)
+    assert choices["soft_split"].backend == "cpu"
+    assert "composed of" in choices["performer_layer"].reason
+    refused = {choice.operation: choice for choice in explain("cpu", "cpu")}
+    assert refused["performer_layer"].backend is None
+    assert "no cpu kernel" in refused["performer_layer"].reason
+
+
+def test_environment():
+    code = (
+        "import torch, t2t_kernels as t; x = torch.randn(1, 2, 5, 5, requires_grad=True);"
+        "print(type(t.soft_split(x, 3, 2, 1).grad_fn).__name__)"
+    )
+
+    def run(name):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "T2T_BACKEND": name},
+        )
+
+    assert "t2t" not in run("reference").stdout
+    wrong = run("refrence")
+    assert wrong.returncode != 0
+    assert "T2T_BACKEND: unknown backend 'refrence'; did you mean 'reference'?" in wrong.stderr
+
+
+def test_info_runs_and_names_every_backend():
+    done = subprocess.run(
+        [sys.executable, "-m", "t2t_kernels.info"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for word in (*backends.BACKENDS, *backends.OPERATIONS, torch.__version__.split("+")[0]):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0;9.0a+PTX", (12, 0), False),
+        ("8.0+PTX", (12, 0), True),
+        ("8.0 12.0+PTX", (12, 1), True),
+        ("12.0+PTX", (10, 0), False),
+    ],
+)
+def test_which_devices_a_build_covers(architectures, capability, expected):
+    assert covers(architectures, capability) is expected
