@@ -37,7 +37,7 @@ test-abi: $(VENV)/ready
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $(ABI) .
 	$(PYTHON) -m venv $(ABI)/venv
 	$(ABI)/venv/bin/pip install --quiet torch==$(TORCH_VERSION) numpy safetensors "pytest>=8" setuptools $(ABI)/*.whl
-	cp -r tests $(ABI)/tests
+	cp -r tests csrc $(ABI)
 	cd $(ABI) && venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels tests/models
 
 bench: $(VENV)/ready

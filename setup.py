@@ -50,9 +50,17 @@ def why_no_cuda() -> str | None:
     return None
 
 
-def nvcc_says(option: str) -> str:
+def nvcc_says(*options: str) -> str:
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
-    return subprocess.run([nvcc, option], check=True, capture_output=True, text=True).stdout
+    done = subprocess.run([nvcc, *options], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def cuda_library_dirs() -> list[str]:
+    """Where the toolkit keeps its libraries: nvcc may be a link or script far from them."""
+    top = Path(re.search(r"TOP=(\S+)", nvcc_says("--dryrun", "-x", "cu", os.devnull))[1])
+    folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
+    return [str(folder.resolve()) for folder in folders if folder.is_dir()]
 
 
 def wants_cuda() -> bool:
@@ -139,7 +147,7 @@ def extensions() -> list[Extension]:
             ("T2T_COMPILER", f'"{described}"'),
             ("T2T_CUDA_ARCHITECTURES", f'"{architectures}"'),
         ],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI],
     )
     if not with_cuda:
         return [cpu]
@@ -148,7 +156,7 @@ def extensions() -> list[Extension]:
         "t2t_kernels._cuda",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cuda/*.cu")),
         include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(device_type="cuda")],
-        library_dirs=cpp_extension.library_paths(device_type="cuda"),
+        library_dirs=[*cpp_extension.library_paths(device_type="cuda"), *cuda_library_dirs()],
         # The runtime is linked in: the library then loads under a torch of another CUDA release.
         libraries=["cudart_static", "rt", "dl", "pthread", "torch", "torch_cpu", "c10"],
         extra_compile_args={

@@ -84,7 +84,9 @@ def check_eps(eps: float) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that an enclosing ``torch.autocast`` asks for on the device of ``x``, if any."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return None
 

@@ -316,3 +316,11 @@ def test_soft_split_order_of_elements():
     assert tokens.shape == (1, 6, 8)
     assert tokens[0, 1].tolist() == [1, 2, 5, 6, 13, 14, 17, 18]
     assert tokens[0, 3].tolist() == [4, 5, 8, 9, 16, 17, 20, 21]
+
+
+def test_shapes_on_the_meta_device():
+    """Tools that count operations or infer shapes run models without memory."""
+    params = performer_params(27, dtype=torch.float32)
+    params = PerformerLayerParams(*(tensor.to("meta") for tensor in params))
+    y = performer_layer(torch.empty(2, 3, 11, 8, device="meta"), params, **SPLIT)
+    assert y.shape == (2, 24, 6)

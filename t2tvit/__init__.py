@@ -1,0 +1,21 @@
+"""Tokens-to-Token Vision Transformers on fused kernels: the models and their trainer."""
+
+import importlib.util
+import warnings
+
+from t2tvit.models import create_model, list_models, load_checkpoint
+from t2tvit.version import __version__
+
+__all__ = ["__version__", "create_model", "list_models", "load_checkpoint"]
+
+if importlib.util.find_spec("timm") is not None:
+    try:
+        import t2tvit.models.timm_entrypoints  # noqa: F401  its import registers the names
+    # A torchvision built for another torch fails with a RuntimeError, so any error may come here.
+    except Exception as error:
+        warnings.warn(
+            f"timm is installed but cannot be imported, so it does not know the t2t_vit models: "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

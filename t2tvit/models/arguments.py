@@ -1,0 +1,43 @@
+"""Checks that the models share. Each error names argument, got, expected."""
+
+from collections.abc import Sequence
+
+from t2tvit.errors import InputError
+
+MIN_SIZE = 16
+
+
+def check_integer(name: str, value: object, least: int = 1) -> int:
+    """``value``, if it is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InputError(f"{name}: got {value!r}, expected an integer")
+    if value < least:
+        raise InputError(f"{name}: got {value}, expected at least {least}")
+    return value
+
+
+def check_rate(name: str, value: object) -> float:
+    """``value``, if it is a probability below 1."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InputError(f"{name}: got {value!r}, expected a number")
+    if not 0 <= value < 1:
+        raise InputError(f"{name}: got {value}, expected at least 0 and less than 1")
+    return value
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value``, if it is a positive number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InputError(f"{name}: got {value!r}, expected a number")
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name}: got {value}, expected a positive number")
+    return value
+
+
+def check_image_size(value: object) -> tuple[int, int]:
+    """``img_size`` as (height, width), from one integer or a pair of them."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise InputError(f"img_size: got {value!r}, expected an integer or (height, width)")
+    height, width = (check_integer("img_size", side, MIN_SIZE) for side in pair)
+    return height, width

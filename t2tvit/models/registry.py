@@ -1,0 +1,187 @@
+"""The published models by name: their configurations, published figures, and `create_model`."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.backbone import T2TBackbone, T2TVisionTransformer
+from t2tvit.models.variants import (
+    GhostAttention,
+    GhostMlp,
+    SEAttention,
+    T2TDenseVisionTransformer,
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A published model.
+
+    Attributes:
+        architecture: the class.
+        options: the keyword arguments that make it this model.
+        params: number of parameters, frozen ones included, with 1000 classes.
+        gmacs: 10⁹ multiply-adds of a forward at 224 × 224, as published.
+        top1: published ImageNet-1k top-1 accuracy in percent; None where none was published.
+        top1_384: the same after fine-tuning at 384 × 384.
+    """
+
+    architecture: type[T2TBackbone]
+    options: Mapping[str, Any]
+    params: int
+    gmacs: float
+    top1: float | None = None
+    top1_384: float | None = None
+
+
+def _t2t_vit(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    *,
+    params: int,
+    gmacs: float,
+    top1: float | None = None,
+    top1_384: float | None = None,
+    **options,
+) -> ModelConfig:
+    options |= dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+    return ModelConfig(T2TVisionTransformer, options, params, gmacs, top1, top1_384)
+
+
+MODELS: dict[str, ModelConfig] = {
+    # Performer layers in the T2T module (tables 2 and 3 of the paper).
+    "t2t_vit_7": _t2t_vit(256, 7, 4, 2, params=4_310_222, gmacs=1.1, top1=71.7),
+    "t2t_vit_10": _t2t_vit(256, 10, 4, 2, params=5_889_230, gmacs=1.5, top1=75.2),
+    "t2t_vit_12": _t2t_vit(256, 12, 4, 2, params=6_941_902, gmacs=1.8, top1=76.5),
+    "t2t_vit_14": _t2t_vit(
+        384, 14, 6, 3, params=21_545_550, gmacs=4.8, top1=81.5, top1_384=83.3
+    ),
+    "t2t_vit_19": _t2t_vit(448, 19, 7, 3, params=39_177_422, gmacs=8.5, top1=81.9),
+    "t2t_vit_24": _t2t_vit(512, 24, 8, 3, params=64_105_934, gmacs=13.8, top1=82.3),
+    # Softmax attention in the T2T module.
+    "t2t_vit_t_14": _t2t_vit(
+        384, 14, 6, 3, params=21_541_070, gmacs=6.1, top1=81.7, tokens_type="transformer"
+    ),
+    "t2t_vit_t_19": _t2t_vit(
+        448, 19, 7, 3, params=39_172_942, gmacs=9.8, top1=82.4, tokens_type="transformer"
+    ),
+    "t2t_vit_t_24": _t2t_vit(
+        512, 24, 8, 3, params=64_101_454, gmacs=15.0, top1=82.6, tokens_type="transformer"
+    ),
+    # From CNN to ViT.
+    "t2t_vit_14_resnext": _t2t_vit(384, 14, 32, 3, params=21_545_550, gmacs=4.8),
+    "t2t_vit_14_wide": _t2t_vit(768, 4, 12, 3, params=25_156_302, gmacs=5.2),
+    "t2t_vit_14_se": _t2t_vit(
+        384, 14, 6, 3, params=21_803_598, gmacs=4.8, attention_layer=SEAttention
+    ),
+    "t2t_vit_16_ghost": _t2t_vit(
+        384,
+        16,
+        6,
+        3,
+        params=16_253_262,
+        gmacs=3.8,
+        attention_layer=GhostAttention,
+        mlp_layer=GhostMlp,
+    ),
+    "t2t_vit_dense": ModelConfig(T2TDenseVisionTransformer, {}, params=23_647_062, gmacs=5.3),
+}
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` knows."""
+    return list(MODELS)
+
+
+def create_model(
+    name: str,
+    *,
+    fused_kernels: str = "auto",
+    img_size: int | tuple[int, int] = 224,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    **kw,
+) -> T2TBackbone:
+    """Build a model with newly initialised weights.
+
+    Args:
+        name: one of :func:`list_models`.
+        fused_kernels: what computes the T2T module: "auto", "reference", "cpu", "triton" or "cuda".
+        img_size: the usual input size, an integer or (height, width), at least 16. The model takes
+            other sizes too, with resized positions.
+        num_classes: outputs of the head; 0 for none.
+        in_chans: channels of the image.
+        drop_path_rate: stochastic depth of the last block.
+        kw: what shall differ from the published configuration: tokens_type, token_dim, embed_dim,
+            depth, num_heads, mlp_ratio, qk_scale, drop_rate, attn_drop_rate, attention_layer,
+            mlp_layer; for "t2t_vit_dense", stages and growth_rate instead of depth and the layers.
+
+    Returns:
+        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing.
+
+    Raises:
+        InputError: an unknown name or option, or an option that does not fit.
+    """
+    if name not in MODELS:
+        raise InputError(unknown_name("model", name, MODELS))
+    config = MODELS[name]
+    known = _options(config.architecture)
+    for option in kw:
+        if option not in known:
+            raise InputError(unknown_name(f"option of {name}", option, known))
+    model = config.architecture(
+        fused_kernels=fused_kernels,
+        img_size=img_size,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_path_rate=drop_path_rate,
+        **{**config.options, **kw},
+    )
+    model.pretrained_cfg = pretrained_cfg(name, model.img_size, num_classes, in_chans)
+    model.default_cfg = model.pretrained_cfg
+    return model
+
+
+def _options(architecture: type[T2TBackbone]) -> list[str]:
+    """The keyword arguments of a model class and its bases."""
+    names = (
+        parameter.name
+        for cls in architecture.__mro__
+        if issubclass(cls, T2TBackbone)
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    )
+    return list(dict.fromkeys(names))
+
+
+def pretrained_cfg(
+    name: str, img_size: tuple[int, int] = (224, 224), num_classes: int = 1000, in_chans: int = 3
+) -> dict[str, Any]:
+    """The published preprocessing in the form of timm's ``pretrained_cfg``.
+
+    The evaluation crop is 0.9 of the image, and all of it from 384 pixels on. Images of other than
+    3 channels get the mean of ImageNet's statistics in each.
+    """
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if in_chans != 3:
+        mean, std = (in_chans * (sum(statistic) / 3,) for statistic in (mean, std))
+    return {
+        "architecture": name,
+        "input_size": (in_chans, *img_size),
+        "num_classes": num_classes,
+        "crop_pct": 0.9 if min(img_size) < 384 else 1.0,
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+        "fixed_input_size": False,
+        "first_conv": None,
+        "classifier": "head",
+    }

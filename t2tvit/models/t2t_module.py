@@ -1,0 +1,191 @@
+"""The tokens-to-token module: an image becomes a short sequence of tokens.
+
+Three soft splits with a layer after each of the first two and a linear projection after the third
+(section 3.1 of the T2T-ViT paper). The modules hold the parameters under the names of the published
+checkpoints; `t2t_kernels` does the computing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from t2t_kernels import (
+    PerformerLayerParams,
+    TransformerLayerParams,
+    output_size,
+    performer_layer,
+    soft_split_linear,
+    transformer_layer,
+)
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.arguments import MIN_SIZE, check_integer
+
+SPLITS = (
+    {"kernel_size": 7, "stride": 4, "padding": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+)
+
+
+class TokenPerformer(nn.Module):
+    """Soft split and Performer layer with one head: (B, C, H, W) to (B, T, token_dim).
+
+    ``w`` holds token_dim // 2 random features, orthogonal rows of length √(token_dim // 2), frozen.
+    The two dropouts are 0.1 in training whatever the backbone's rates, as published.
+    """
+
+    dropout = 0.1
+
+    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+        super().__init__()
+        in_dim = in_chans * split["kernel_size"] ** 2
+        features = token_dim // 2
+        self.split = split
+        w = nn.init.orthogonal_(torch.empty(features, token_dim)) * features**0.5
+        self.w = nn.Parameter(w, requires_grad=False)
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.kqv = nn.Linear(in_dim, 3 * token_dim)
+        self.proj = nn.Linear(token_dim, token_dim)
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim)
+        )
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        params = PerformerLayerParams(
+            w=self.w,
+            norm1_weight=self.norm1.weight,
+            norm1_bias=self.norm1.bias,
+            kqv_weight=self.kqv.weight,
+            kqv_bias=self.kqv.bias,
+            proj_weight=self.proj.weight,
+            proj_bias=self.proj.bias,
+            norm2_weight=self.norm2.weight,
+            norm2_bias=self.norm2.bias,
+            mlp_0_weight=self.mlp[0].weight,
+            mlp_0_bias=self.mlp[0].bias,
+            mlp_2_weight=self.mlp[2].weight,
+            mlp_2_bias=self.mlp[2].bias,
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        return performer_layer(x, params, **self.split, dropout_p=dropout_p, backend=backend)
+
+
+class TokenTransformer(nn.Module):
+    """Soft split and softmax attention layer with one head: (B, C, H, W) to (B, T, token_dim).
+
+    The softmax scale is the token width^-½ (147^-½, 576^-½), as published, not token_dim^-½.
+    """
+
+    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+        super().__init__()
+        in_dim = in_chans * split["kernel_size"] ** 2
+        self.split = split
+        self.scale = in_dim**-0.5
+        self.norm1 = nn.LayerNorm(in_dim)
+        self.attn = nn.ModuleDict(
+            {
+                "qkv": nn.Linear(in_dim, 3 * token_dim, bias=False),
+                "proj": nn.Linear(token_dim, token_dim),
+            }
+        )
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(token_dim, token_dim), "fc2": nn.Linear(token_dim, token_dim)}
+        )
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        params = TransformerLayerParams(
+            norm1_weight=self.norm1.weight,
+            norm1_bias=self.norm1.bias,
+            attn_qkv_weight=self.attn["qkv"].weight,
+            attn_proj_weight=self.attn["proj"].weight,
+            attn_proj_bias=self.attn["proj"].bias,
+            norm2_weight=self.norm2.weight,
+            norm2_bias=self.norm2.bias,
+            mlp_fc1_weight=self.mlp["fc1"].weight,
+            mlp_fc1_bias=self.mlp["fc1"].bias,
+            mlp_fc2_weight=self.mlp["fc2"].weight,
+            mlp_fc2_bias=self.mlp["fc2"].bias,
+        )
+        return transformer_layer(x, params, **self.split, scale=self.scale, backend=backend)
+
+
+class TokenConvolution(nn.Conv2d):
+    """A convolution in a layer's place, for comparison: (B, C, H, W) to (B, T, token_dim)."""
+
+    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+        super().__init__(in_chans, token_dim, **split)
+
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        return super().forward(x).flatten(2).transpose(1, 2)
+
+
+LAYERS = {
+    "performer": TokenPerformer,
+    "transformer": TokenTransformer,
+    "convolution": TokenConvolution,
+}
+
+
+class T2TModule(nn.Module):
+    """Images (B, in_chans, H, W) to tokens (B, T, embed_dim); T is 196 at 224 × 224.
+
+    Args:
+        tokens_type: the first two layers: "performer", "transformer" or "convolution".
+        in_chans: channels of the image.
+        embed_dim: width of the tokens that come out.
+        token_dim: width inside the layers.
+
+    Any H, W ≥ 16 will do, in any memory format. ``backend`` is the kernels' backend; None lets them
+    choose.
+    """
+
+    def __init__(
+        self,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        token_dim: int = 64,
+    ):
+        super().__init__()
+        if tokens_type not in LAYERS:
+            raise InputError(f"tokens_type: {unknown_name('kind of layer', tokens_type, LAYERS)}")
+        check_integer("in_chans", in_chans)
+        check_integer("embed_dim", embed_dim)
+        check_integer("token_dim", token_dim, least=2)
+        layer = LAYERS[tokens_type]
+        self.in_chans = in_chans
+        self.backend: str | None = None
+        self.attention1 = layer(in_chans, token_dim, SPLITS[0])
+        self.attention2 = layer(token_dim, token_dim, SPLITS[1])
+        # Applied to the third soft split, it is a 3 × 3 convolution of stride 2.
+        self.project = nn.Linear(token_dim * SPLITS[2]["kernel_size"] ** 2, embed_dim)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""
+        for split in SPLITS:
+            height, width = output_size(height, width, **split)
+        return height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, embed_dim) of the images ``x``.
+
+        Raises:
+            InputError: ``x`` is not a tensor (B, in_chans, H, W) with H, W ≥ 16.
+            TypeError, ValueError: its dtype or device is not the parameters'.
+            BackendUnavailable: the backend that was named cannot run here.
+        """
+        if not isinstance(x, Tensor):
+            raise InputError(f"x: got {type(x).__name__}, expected a torch.Tensor")
+        if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < MIN_SIZE:
+            raise InputError(
+                f"x: got shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W) with H and W "
+                f"at least {MIN_SIZE}"
+            )
+        for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
+            grid = output_size(x.shape[2], x.shape[3], **split)
+            # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.
+            x = layer(x, backend=self.backend).unflatten(1, grid).permute(0, 3, 1, 2)
+        return soft_split_linear(
+            x, self.project.weight, self.project.bias, **SPLITS[2], backend=self.backend
+        )

@@ -1,0 +1,37 @@
+"""Registers the models with timm, so that ``timm.create_model("t2t_vit_14")`` builds one.
+
+Importing this module does it, once, and needs timm.
+"""
+
+from timm.models import generate_default_cfgs, register_model
+
+from t2tvit.errors import InputError
+from t2tvit.models.registry import MODELS, create_model, pretrained_cfg
+
+default_cfgs = generate_default_cfgs({name: pretrained_cfg(name) for name in MODELS})
+
+
+def _entrypoint(name: str):
+    def build(
+        pretrained: bool = False,
+        pretrained_cfg=None,
+        pretrained_cfg_overlay=None,
+        cache_dir=None,
+        **kwargs,
+    ):
+        if pretrained:
+            raise InputError(
+                f"pretrained: no weights of {name} can be downloaded; build it with "
+                f"pretrained=False and load a file with t2tvit.load_checkpoint(model, path)"
+            )
+        model = create_model(name, **kwargs)
+        model.pretrained_cfg.update(pretrained_cfg_overlay or {})
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{name} with newly initialised weights; see t2tvit.create_model."
+    return build
+
+
+for _name in MODELS:
+    globals()[_name] = register_model(_entrypoint(_name))
