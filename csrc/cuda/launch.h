@@ -1,0 +1,70 @@
+// How every operator here reaches the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+// The tests compile these sources as plain C++ too: the operators then take CPU tensors, and a
+// cuda_runtime.h of the tests' own runs the kernels' threads on the CPU.
+#ifdef T2T_CUDA_ON_CPU
+#define T2T_DISPATCH_KEY CPU
+#else
+#define T2T_DISPATCH_KEY CUDA
+#endif
+
+namespace t2t {
+
+// Makes the tensor's device the current one while it lives, and knows that device's current stream.
+class DeviceScope {
+ public:
+#ifdef T2T_CUDA_ON_CPU
+  explicit DeviceScope(const torch::stable::Tensor&) {}
+#else
+  explicit DeviceScope(const torch::stable::Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(device_) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+#endif
+
+  // Blocks that occupy the device several times over, so that the last of them end close together.
+  int enough_blocks() const {
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_),
+          "device attributes");
+    return 32 * multiprocessors;
+  }
+
+  // Launches without waiting; throws if the launch itself was refused.
+  template <typename Params>
+  void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads,
+              size_t shared_bytes, const Params& params) const {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, params), name);
+  }
+
+ private:
+  static void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    // Reported here: the next caller must not find it as its own.
+    cudaGetLastError();
+    STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+  }
+
+  int device_ = 0;
+#ifndef T2T_CUDA_ON_CPU
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace t2t

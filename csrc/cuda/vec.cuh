@@ -1,0 +1,53 @@
+// The 16-byte vector, the widest access that a thread can make, and copies made of it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+// One name for all kernels: CUDA gives every kernel the same block of dynamic shared memory.
+extern __shared__ uint4 dynamic_shared[];
+
+namespace t2t {
+
+template <typename T>
+struct alignas(16) Vec {
+  static constexpr int size = 16 / sizeof(T);
+  T at[size];
+};
+
+// To global memory. An assignment would do, but nvcc makes narrow stores of it where it has the
+// elements in registers and the address depends on a phase.
+template <typename T>
+__device__ void store_vector(T* to, const Vec<T>& vector) {
+  __stwb(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(vector));
+}
+
+// Elements between the last 16-byte boundary and `pointer`.
+template <typename T>
+__device__ int phase_of(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % Vec<T>::size);
+}
+
+// A span of elements that starts anywhere lies in this many 16-byte vectors, the first and the last
+// of them perhaps in part.
+template <typename T>
+__host__ __device__ int vectors_in(int phase, int length) {
+  return (phase + length + Vec<T>::size - 1) / Vec<T>::size;
+}
+
+// Copies vector `i` of a span that has the same phase at both ends; a vector that is only partly in
+// the span goes element by element.
+template <typename T>
+__device__ void copy_vector(T* to, const T* from, int i, int phase, int length) {
+  const int begin = i * Vec<T>::size - phase;
+  const int end = begin + Vec<T>::size;
+  if (begin >= 0 && end <= length) {
+    *reinterpret_cast<Vec<T>*>(to + begin) = *reinterpret_cast<const Vec<T>*>(from + begin);
+  } else {
+#pragma unroll 1
+    for (int e = max(begin, 0); e < min(end, length); ++e) to[e] = from[e];
+  }
+}
+
+}  // namespace t2t

@@ -1,0 +1,65 @@
+"""Builds CUDA sources as plain C++ that runs on the CPU; see ``simt.cpp``."""
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CUDA_SOURCES = HERE.parents[1] / "csrc" / "cuda"
+TORCH = Path(torch.__path__[0])
+
+COMPILER = [
+    *os.environ.get("CXX", "c++").split(),
+    "-std=c++20",
+    "-O1",
+    "-shared",
+    "-fPIC",
+    # The kernels look at the same shared memory as elements and as vectors, as they may in CUDA.
+    "-fno-strict-aliasing",
+    # Several such libraries live in one process; each keeps its own runtime.
+    "-fvisibility=hidden",
+    # simt.cpp reports it, in place of the sanitiser's library.
+    "-fsanitize=alignment",
+    "-DT2T_CUDA_ON_CPU",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    f"-I{HERE / 'include'}",
+    f"-isystem{TORCH / 'include'}",
+]
+LINKER = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
+
+
+def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -> Path:
+    """Compile ``sources`` (default: all of ``csrc/cuda``) for the CPU, once per content.
+
+    Returns:
+        The shared library in ``cache_dir``. ``torch.ops.load_library`` registers its operators in
+        the namespace ``t2t_cuda`` for CPU tensors.
+
+    Raises:
+        RuntimeError: the compiler refused a source; the message is the compiler's.
+    """
+    if sources is None:
+        sources = sorted(CUDA_SOURCES.glob("*.cu"))
+    folders = {source.parent for source in sources} | {HERE, HERE / "include"}
+    digest = hashlib.sha256(repr((COMPILER, LINKER, torch.__version__)).encode())
+    for path in sorted(path for folder in folders for path in folder.glob("*.[ch]*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    library = cache_dir / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+
+    # Renamed when complete: another process may build the same.
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    files = [str(path) for path in (*sources, HERE / "simt.cpp")]
+    command = [*COMPILER, "-x", "c++", *files, "-x", "none", *LINKER, "-o", str(unfinished)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    unfinished.replace(library)
+    return library

@@ -1,0 +1,40 @@
+// Kernels with planted faults, each of which the host runtime has to show.
+
+#include <cuda_runtime.h>
+
+extern __shared__ uint4 dynamic_shared[];
+
+enum Fault { kNone, kNoBarrier, kExit, kOtherBarrier, kOverrun, kMisaligned, kTooMuchShared };
+
+// Reverses the elements of each block in static shared memory, then negates them in dynamic.
+__global__ void reverse_and_negate(float* values, int fault) {
+  __shared__ float reversed[64];
+  auto* negated = reinterpret_cast<float*>(dynamic_shared);
+  const int i = threadIdx.x;
+  const int last = blockDim.x - 1;
+  float* block = values + blockIdx.x * blockDim.x;
+
+  reversed[last - i] = block[i];
+  if (fault == kExit && i == 3) return;
+  if (fault == kOtherBarrier && i % 2 == 0) {
+    __syncthreads();
+  } else if (fault != kNoBarrier) {
+    __syncthreads();
+  }
+  negated[fault == kOverrun ? i + 1 : i] = -reversed[i];
+  __syncthreads();
+  if (fault == kMisaligned) {
+    if (i == 1) block[0] = reinterpret_cast<uint4*>(negated + i)->x;
+  } else {
+    block[i] = negated[i];
+  }
+}
+
+extern "C" __attribute__((visibility("default"))) const char* run(float* values, int blocks,
+                                                                  int threads, int fault) {
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = fault == kTooMuchShared ? 49 * 1024 : threads * sizeof(float);
+  return cudaGetErrorString(cudaLaunchKernelEx(&config, reverse_and_negate, values, fault));
+}

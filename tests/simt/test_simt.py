@@ -1,0 +1,56 @@
+"""The runtime that the CUDA source's tests stand on: it has to show the faults it is there for."""
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from tests.simt.build import HERE, build_host_library
+
+# In the order of planted.cu.
+FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned", "shared"]
+
+
+@pytest.fixture(scope="module")
+def run_planted(host_cache):
+    """Runs planted.cu; returns whether every element was right, and the runtime's message."""
+    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library.run.restype = ctypes.c_char_p
+
+    def run(fault: str, blocks: int = 3, threads: int = 48) -> tuple[bool, str]:
+        values = torch.arange(1.0, blocks * threads + 1)
+        expected = -values.view(blocks, threads).flip(1).flatten()
+        address = ctypes.c_void_p(values.data_ptr())
+        message = library.run(address, blocks, threads, FAULTS.index(fault)).decode()
+        return torch.equal(values, expected), message
+
+    return run
+
+
+def test_runs_a_correct_kernel(run_planted):
+    assert run_planted("none") == (True, "no error")
+
+
+def test_dropped_barrier_gives_wrong_results(run_planted):
+    assert run_planted("no-barrier") == (False, "no error")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("exit", r"threads exited while others wait at the barrier in line \d+"),
+        ("other-barrier", r"threads wait at different barriers, in lines \d+ and \d+"),
+        ("overrun", r"shared memory was written at byte 192 of 192"),
+        ("misaligned", r"misaligned access at .*planted\.cu:\d+"),
+        ("shared", r"invalid configuration argument"),
+    ],
+)
+def test_fault_is_reported(run_planted, fault, expected):
+    _, message = run_planted(fault)
+    assert re.search(expected, message), message
+    assert run_planted("none") == (True, "no error"), "the next launch has to be as new"
+
+
+def test_too_many_threads_are_refused(run_planted):
+    assert run_planted("none", threads=1025)[1] == "invalid configuration argument"
