@@ -9,8 +9,9 @@ class BackendUnavailable(RuntimeError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that is not among ``known``, with the nearest one that is."""
+    """Message for a name that is not among ``known``, with the nearest one, or all of them."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}."
+    if near:
+        return f"unknown {kind} {name!r}; did you mean {near[0]!r}?"
+    return f"unknown {kind} {name!r}; known: {', '.join(known)}"

@@ -1,0 +1,262 @@
+"""The command line: ``t2tvit train | eval | predict | bench | models``.
+
+A command imports the trainer when it runs, so that ``--help`` and ``models`` need no extra package.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from t2t_kernels import BackendUnavailable
+from t2tvit import __version__
+from t2tvit.errors import InputError, NonFiniteLoss, OneRankError, unknown_name
+from t2tvit.training.config import KEYS
+from t2tvit.training.options import add_options
+
+# Import names of the [train] extra's packages.
+TRAIN_PACKAGES = {
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "tqdm",
+    "yaml",
+}
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+
+MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")
+INFERENCE_KEYS = (
+    *("data", "img_size", "workers", "interpolation", "crop_pct", "mean", "std"),
+    *(*MODEL_KEYS, "batch_size", "amp", "device"),
+)
+BENCH_KEYS = ("data", "img_size", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
+
+CONFIG_HELP = "a YAML file, or a packaged config: digits, imagenet/t2t_vit_14 and so on"
+TRAIN_EPILOG = """
+examples:
+  t2tvit train --output runs/digits
+  t2tvit train --output runs/digits --resume auto --epochs 60
+  t2tvit train --config imagenet/t2t_vit_14 --data imagefolder:PATH --output runs/t2t_vit_14
+  torchrun --nproc_per_node=8 -m t2tvit train --config imagenet/t2t_vit_14 --output runs/t2t_vit_14
+"""
+EVAL_EPILOG = """
+examples:
+  t2tvit eval --run runs/digits
+  torchrun --nproc_per_node=8 -m t2tvit eval --run-dir runs/t2t_vit_14
+  t2tvit eval --checkpoint 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --data imagefolder:PATH
+"""
+PREDICT_EPILOG = """
+examples:
+  t2tvit predict --run runs/digits --plot predictions.png
+  t2tvit predict --run runs/flowers photo.jpg other.png --top-k 3
+"""
+BENCH_EPILOG = """
+examples:
+  t2tvit bench --config digits
+  t2tvit bench --model t2t_vit_14 --batch-size 32 --amp bfloat16
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that the caller prints."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 the user can mend it."""
+    try:
+        arguments = parse(argv)
+        arguments.command(arguments)
+    except (InputError, BackendUnavailable) as error:
+        complain(error)
+        return USER_ERROR
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        complain(InputError(f"this needs the package {package}: pip install 't2tvit[train]'"))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except NonFiniteLoss as error:
+        complain(error)
+        return FAILED
+    return 0
+
+
+def complain(error: Exception) -> None:
+    """One line on standard error; what every process of a run meets, only the first one says."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or isinstance(error, OneRankError | NonFiniteLoss):
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"t2tvit: error{where}:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; an unknown option is answered with the nearest known one."""
+    arguments, unknown = build_parser().parse_known_args(argv)
+    for text in unknown:
+        command = arguments.parser.prog
+        if not text.startswith("--"):
+            raise InputError(f"{command}: got {text!r}, which belongs to no option")
+        known = re.findall(r"--[a-z0-9-]+", arguments.parser.format_usage())
+        raise InputError(unknown_name(f"option of {command}", text.partition("=")[0], known))
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="t2tvit",
+        description="Tokens-to-Token Vision Transformers on fused kernels.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"t2tvit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, function: Callable, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(command=function, parser=command)
+        return command
+
+    command = add("train", train, "train a model, on one device or under torchrun", TRAIN_EPILOG)
+    command.add_argument(
+        "--config",
+        metavar="NAME",
+        help=f"{CONFIG_HELP}; options override it, and without it training on digits takes digits; "
+        "the defaults below hold for what the config leaves out",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the only folder written to: weights (best and last), training state, metrics, curves",
+    )
+    command.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="auto: go on with the run in --output, or begin it; PATH: with that run's",
+    )
+    add_options(command, KEYS)
+
+    command = add("eval", evaluate, "measure trained weights on held-out images", EVAL_EPILOG)
+    add_trained(command)
+    add_options(command, INFERENCE_KEYS)
+
+    command = add(
+        "predict", predict, "classify image files, or a sample of held-out images", PREDICT_EPILOG
+    )
+    command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images to classify")
+    command.add_argument(
+        "--top-k", type=int, default=5, metavar="N", help="classes to name (default: 5)"
+    )
+    command.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the images with what was predicted"
+    )
+    command.add_argument(
+        "--images",
+        type=int,
+        default=40,
+        metavar="N",
+        help="without files: how many held-out images to draw (default: 40)",
+    )
+    add_trained(command)
+    add_options(command, INFERENCE_KEYS)
+
+    command = add("bench", bench, "compare speed and memory with plain PyTorch", BENCH_EPILOG)
+    source = command.add_mutually_exclusive_group()
+    source.add_argument(
+        "--config", metavar="NAME", help=f"{CONFIG_HELP}; without it and --model, digits"
+    )
+    source.add_argument("--run", type=Path, metavar="DIR", help="the model of a training run")
+    command.add_argument(
+        "--repetitions", type=int, default=10, metavar="N", help="of each measurement (default: 10)"
+    )
+    add_options(command, BENCH_KEYS)
+
+    add("models", models, "list the published models")
+    return parser
+
+
+def add_trained(command: argparse.ArgumentParser) -> None:
+    """The options that say which trained weights to use."""
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run",
+        "--run-dir",  # torchrun takes --run for an abbreviation of its own
+        type=Path,
+        metavar="DIR",
+        help="the output of a training run",
+    )
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights, .safetensors or .pth(.tar)"
+    )
+    command.add_argument(
+        "--weights",
+        choices=("best", "last"),
+        default="best",
+        help="of --run: from the best epoch or the last (default: best)",
+    )
+    command.add_argument(
+        "--config",
+        metavar="NAME",
+        help=f"{CONFIG_HELP}; for weights that do not say themselves what they are",
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from t2tvit.training.run import train
+
+    train(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from t2tvit.training.inference import evaluate_command
+
+    evaluate_command(arguments)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    from t2tvit.training.inference import predict_command
+
+    predict_command(arguments)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    from t2tvit.training.bench import bench_command
+
+    bench_command(arguments)
+
+
+def models(arguments: argparse.Namespace) -> None:
+    from t2tvit.models import MODELS
+
+    print(
+        f"{'model':<20}{'tokens':<13}{'dim/depth/heads':<18}{'parameters':>11}"
+        f"{'GMACs':>8}{'top-1':>8}{'at 384':>8}"
+    )
+    for name, model in MODELS.items():
+        options = model.options
+        shape = "/".join(str(options.get(key, "–")) for key in ("embed_dim", "depth", "num_heads"))
+        print(
+            f"{name:<20}{options.get('tokens_type', 'performer'):<13}{shape:<18}"
+            f"{model.params:>11,}{model.gmacs:>8}{model.top1 or '–':>8}{model.top1_384 or '–':>8}"
+        )
+    print("GMACs and ImageNet top-1 (%) as published, at 224 × 224 unless said otherwise")

@@ -1,0 +1,5 @@
+"""Images to train on and to evaluate on."""
+
+from t2tvit.data.sources import SOURCES, Split, channels_of, load_image, open_split
+
+__all__ = ["SOURCES", "Split", "channels_of", "load_image", "open_split"]

@@ -1,0 +1,186 @@
+"""Where images come from: each source gives a split as PIL images with class indices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from t2tvit.errors import InputError, unknown_name
+
+# Each source and the channels of its images.
+SOURCES = {"digits": 1, "cifar10": 3, "cifar100": 3, "imagefolder": 3, "synthetic": 3}
+
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Mean and standard deviation over the training images.
+CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+DIGITS_STATISTICS = ((0.3054,), (0.3760,))
+
+HELD_OUT_DIGITS = 360
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split, ``images[i]`` being a PIL image and its class index.
+
+    ``mean`` and ``std`` are per channel, of values in [0, 1].
+    """
+
+    images: Sequence[tuple[Image.Image, int]]
+    class_names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+def open_split(
+    spec: str, split: str, *, img_size: tuple[int, int] = (224, 224), num_classes: int | None = None
+) -> Split:
+    """The ``"train"`` or ``"val"`` split of ``SOURCE[:PATH]``.
+
+    Args:
+        spec: one of :data:`SOURCES`, with its path (or count of images) after a colon.
+        img_size, num_classes: what ``synthetic`` makes up.
+
+    Raises:
+        InputError: an unknown source, or one whose files are missing, damaged or mismatched.
+    """
+    source, colon, rest = spec.partition(":")
+    channels_of(spec)
+    if source == "digits":
+        if colon:
+            raise InputError(f"data: got {spec!r}, but digits is built in; write digits")
+        return _digits(split)
+    if source == "synthetic":
+        count = rest or "1024"
+        if not count.isdecimal() or int(count) < 4:
+            raise InputError(
+                f"data: got {spec!r}, expected synthetic:IMAGES with at least 4 images"
+            )
+        return _synthetic(int(count), split, img_size, num_classes or 1000)
+    if source == "imagefolder":
+        if not rest:
+            raise InputError(
+                "data: imagefolder needs a path: imagefolder:PATH with train/ and val/"
+            )
+        return _image_folder(Path(rest).expanduser(), split)
+    return _cifar(source, Path(rest or "data").expanduser(), split)
+
+
+def channels_of(spec: str) -> int:
+    """Channels of the images of ``SOURCE[:PATH]``; an InputError for an unknown source."""
+    source = spec.partition(":")[0]
+    if source not in SOURCES:
+        raise InputError(f"data: {unknown_name('source', source, SOURCES)}")
+    return SOURCES[source]
+
+
+class ArrayImages:
+    """uint8 images (N, H, W) or (N, H, W, 3) with their labels."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+
+class SyntheticImages:
+    """Noise and random labels, the same for every reader: image ``i`` comes from (seed, i)."""
+
+    def __init__(self, count: int, seed: int, img_size: tuple[int, int], num_classes: int):
+        self.count, self.seed = count, seed
+        self.img_size, self.num_classes = img_size, num_classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        random = np.random.default_rng((self.seed, index))
+        pixels = random.integers(0, 256, (*self.img_size, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), int(random.integers(self.num_classes))
+
+
+def _digits(split: str) -> Split:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(
+        pixels,
+        digits.target,
+        test_size=HELD_OUT_DIGITS,
+        stratify=digits.target,
+        random_state=SPLIT_SEED,
+    )
+    train_pixels, val_pixels, train_labels, val_labels = parts
+    images = (
+        ArrayImages(train_pixels, train_labels)
+        if split == "train"
+        else ArrayImages(val_pixels, val_labels)
+    )
+    return Split(images, [str(digit) for digit in range(10)], *DIGITS_STATISTICS)
+
+
+def _cifar(name: str, folder: Path, split: str) -> Split:
+    from t2tvit.data.cifar import read_cifar
+
+    pixels, labels, class_names = read_cifar(name, folder, split)
+    statistics = CIFAR10_STATISTICS if name == "cifar10" else CIFAR100_STATISTICS
+    return Split(ArrayImages(pixels, labels), class_names, *statistics)
+
+
+def _synthetic(count: int, split: str, img_size: tuple[int, int], num_classes: int) -> Split:
+    count, seed = (count, 0) if split == "train" else (count // 4, 1)
+    images = SyntheticImages(count, seed, img_size, num_classes)
+    return Split(images, [str(index) for index in range(num_classes)], *IMAGENET_STATISTICS)
+
+
+def _image_folder(root: Path, split: str) -> Split:
+    from torchvision.datasets import ImageFolder
+
+    folder = root / split
+    if not folder.is_dir():
+        raise InputError(
+            f"data: {folder} does not exist; imagefolder:PATH expects PATH/train/CLASS/image files "
+            "and PATH/val/CLASS/image files"
+        )
+    try:
+        images = ImageFolder(str(folder), loader=load_image)
+    except FileNotFoundError as error:
+        raise InputError(f"data: {folder}: {error}; put images into one folder per class") from None
+    other = root / ("val" if split == "train" else "train")
+    if other.is_dir():
+        others = {path.name for path in other.iterdir() if path.is_dir()}
+        difference = others.symmetric_difference(images.classes)
+        if difference:
+            raise InputError(
+                f"data: {root}/train and {root}/val differ in their class folders: "
+                f"{', '.join(sorted(difference)[:5])}; give both the same"
+            )
+    return Split(images, images.classes, *IMAGENET_STATISTICS)
+
+
+def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """The image in a file as ``mode``; an InputError naming the file where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except FileNotFoundError:
+        raise InputError(f"image {path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"image {path} cannot be read ({error}); mend or remove the file"
+        ) from None

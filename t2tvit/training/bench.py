@@ -1,0 +1,158 @@
+"""``t2tvit bench``: what the kernels save, against plain PyTorch in the same process."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import timm.optim
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from t2t_kernels.measure import interleave, percentiles, saved_bytes
+from t2tvit.data.sources import channels_of
+from t2tvit.errors import InputError
+from t2tvit.models import T2TBackbone
+from t2tvit.training import distributed
+from t2tvit.training.build import (
+    backend_lines,
+    build_model,
+    create_args,
+    describe_device,
+    try_forward,
+)
+from t2tvit.training.config import RunConfig, from_dict, resolve
+from t2tvit.training.engine import precision
+from t2tvit.training.options import given
+from t2tvit.training.pipeline import size_of
+from t2tvit.training.state import BEST_FILE, read_about
+
+MIB = 2**20
+LARGEST_BATCH = 64  # unless --batch-size says otherwise: a recipe's batch is for many GPUs
+
+
+def bench_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit bench`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+        BackendUnavailable: the backend asked for cannot run.
+    """
+    if arguments.repetitions < 1:
+        raise InputError(f"--repetitions: got {arguments.repetitions}, expected at least 1")
+    overrides = given(arguments)
+    num_classes = 1000
+    if arguments.run is not None:
+        about = read_about(arguments.run / BEST_FILE)
+        config, num_classes = from_dict(about.config, overrides), about.create_args["num_classes"]
+    else:
+        config = resolve(
+            arguments.config or (None if "model" in overrides else "digits"), overrides
+        )
+    if "batch_size" not in overrides:
+        config = replace(config, batch_size=min(config.batch_size, LARGEST_BATCH))
+    world = distributed.start(config.device)
+    channels = channels_of(config.data)
+    args = create_args(config, num_classes, channels)
+    torch.manual_seed(config.seed)
+    fused = build_model(config.model, args, config.fused_kernels).to(world.device)
+    reference = build_model(config.model, args, "reference").to(world.device)
+    reference.load_state_dict(fused.state_dict())
+    try_forward(fused, config, channels, world)
+
+    height, width = size_of(config)
+    options = "".join(f" {name}={value}" for name, value in config.model_args.items())
+    print(
+        f"{config.model}{options}, {channels} × {height} × {width}, batch {config.batch_size}, "
+        f"amp {config.amp}, {describe_device(world.device)}"
+    )
+    print(f"fused means --fused-kernels={config.fused_kernels}:")
+    for line in backend_lines(world.device, config):
+        print(line)
+    images = torch.randn(config.batch_size, channels, height, width, device=world.device)
+    labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)
+    models = {"reference": reference, "fused": fused}
+    rows = []
+    for name, make in (("training", training_step), ("inference", inference_step)):
+        steps = {key: make(model, images, labels, config) for key, model in models.items()}
+        seconds = interleave(steps, arguments.repetitions, world.device)
+        rates = {
+            key: [config.batch_size / value for value in values] for key, values in seconds.items()
+        }
+        ratios = [new / old for new, old in zip(rates["fused"], rates["reference"])]
+        rows.append(
+            (
+                f"{name}, images/s",
+                *(spread(rates[key]) for key in models),
+                spread(ratios, "×"),
+            )
+        )
+    saved = {}
+    for key, model in models.items():
+        model.train()
+        with precision(config, images.device):
+            kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
+        saved[key] = kept / MIB / config.batch_size
+    rows.append(
+        (
+            "saved for backward, MiB/image",
+            *(f"{saved[key]:.3f}" for key in models),
+            f"{saved['fused'] / saved['reference']:.2f}×",
+        )
+    )
+    print_table(("", *models, "fused / reference"), rows)
+    print(
+        f"median of {arguments.repetitions} repetitions, taken in turns, and their 20th to 80th "
+        "percentile"
+    )
+
+
+def training_step(
+    model: T2TBackbone, images: Tensor, labels: Tensor, config: RunConfig
+) -> Callable[[], None]:
+    """A function that does one update of ``model``."""
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=0.0)
+
+    def step():
+        model.train()
+        optimizer.zero_grad()
+        with precision(config, images.device):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def inference_step(
+    model: T2TBackbone, images: Tensor, labels: Tensor, config: RunConfig
+) -> Callable[[], None]:
+    """A function that classifies one batch; ``labels`` are not used."""
+
+    @torch.inference_mode()
+    def step():
+        model.eval()
+        with precision(config, images.device):
+            model(images)
+
+    return step
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Median and, in brackets, the 20th and 80th percentile."""
+    median, low, high = percentiles(values)
+    return f"{figure(median)}{unit} ({figure(low)}–{figure(high)})"
+
+
+def figure(value: float) -> str:
+    """Three significant digits, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        first, *others = (cell for cell in row)
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))
+        print("  ".join((f"{first:<{widths[0]}}", *cells)))

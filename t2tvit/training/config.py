@@ -1,0 +1,334 @@
+"""The one schema of a run: keys, defaults, bounds, help; YAML and the command line fill it.
+
+Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML file, the command
+line. Nothing in this module imports torch, so that ``--help`` is quick.
+"""
+
+import math
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from t2tvit.errors import InputError, unknown_name
+
+PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+def key(
+    group: str,
+    default: object,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    metavar: str | None = None,
+):
+    """A key of the schema: its default, help, and what values it takes beyond its type."""
+    metadata = {
+        "group": group,
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "metavar": metavar,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides what a run computes. Every key is also a command-line option."""
+
+    data: str = key(
+        "data",
+        "digits",
+        "what to train on: digits (1,797 real handwritten digits, built in), cifar10[:PATH] or "
+        "cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
+        "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), "
+        "synthetic[:IMAGES] (random images and labels)",
+        metavar="SOURCE",
+    )
+    img_size: int | tuple[int, int] = key(
+        "data", 224, "side of the square input, or height and width, in pixels", minimum=16
+    )
+    workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0)
+    interpolation: str = key(
+        "data", "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
+    )
+    crop_pct: float = key(
+        "data", 0.9, "evaluation: share of the resized image that is kept", minimum=0.05, maximum=1
+    )
+    mean: tuple[float, ...] | None = key(
+        "data", None, "per channel, of values in [0, 1]; none: the data's own", minimum=0, maximum=1
+    )
+    std: tuple[float, ...] | None = key(
+        "data", None, "per channel, of values in [0, 1]; none: the data's own", minimum=0.001
+    )
+
+    crop_scale: tuple[float, float] = key(
+        "augmentation", (0.08, 1.0), "area of a random crop, least and most", minimum=0, maximum=1
+    )
+    crop_ratio: tuple[float, float] = key(
+        "augmentation",
+        (0.75, 1.3333),
+        "width / height of a random crop, least and most",
+        minimum=0.1,
+    )
+    hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)
+    color_jitter: float = key(
+        "augmentation", 0.0, "strength of brightness, contrast and saturation jitter", minimum=0
+    )
+    auto_augment: str | None = key(
+        "augmentation",
+        None,
+        "a policy of timm, such as rand-m9-mstd0.5-inc1; none: no policy",
+        metavar="POLICY",
+    )
+    random_erasing: float = key(
+        "augmentation", 0.0, "probability of erasing a rectangle (noise)", minimum=0, maximum=1
+    )
+    mixup: float = key("augmentation", 0.0, "Beta parameter of mixup; 0: off", minimum=0)
+    cutmix: float = key("augmentation", 0.0, "Beta parameter of cutmix; 0: off", minimum=0)
+    mixup_switch: float = key(
+        "augmentation", 0.5, "with both on, the share of cutmix", minimum=0, maximum=1
+    )
+    smoothing: float = key("augmentation", 0.1, "label smoothing", minimum=0, maximum=0.99)
+
+    model: str = key("model", "t2t_vit_7", "a name that `t2tvit models` lists", metavar="NAME")
+    model_args: dict = key(
+        "model", {}, "further arguments of create_model, such as embed_dim=128 depth=4"
+    )
+    num_classes: int | None = key("model", None, "outputs of the head; none: the data's", minimum=1)
+    drop_path: float = key("model", 0.1, "rate of stochastic depth", minimum=0, maximum=0.99)
+    initial_checkpoint: str | None = key(
+        "model",
+        None,
+        "weights to start from, .safetensors or .pth(.tar); positions are resized, a head of "
+        "another class count starts afresh",
+        metavar="FILE",
+    )
+    fused_kernels: str = key(
+        "model",
+        "auto",
+        "who computes the tokens-to-token module; auto takes the first backend that can, any other "
+        "name is used or refused with the reason",
+        choices=BACKEND_CHOICES,
+    )
+
+    optimizer: str = key(
+        "optimisation",
+        "adamw",
+        "a name of timm's factory, such as adamw, lamb, sgd (Nesterov) or momentum (plain SGD)",
+        metavar="NAME",
+    )
+    lr: float = key("optimisation", 1e-3, "peak learning rate, for the global batch", minimum=0)
+    weight_decay: float = key(
+        "optimisation", 0.03, "not applied to biases, 1-D parameters and the class token", minimum=0
+    )
+    momentum: float = key("optimisation", 0.9, "of SGD and the like", minimum=0, maximum=1)
+    batch_size: int = key(
+        "optimisation",
+        512,
+        "images per update over all ranks together: the recipe stays the same on any GPU count",
+        minimum=1,
+    )
+    clip_grad: float | None = key(
+        "optimisation", None, "largest gradient norm; none: off", minimum=1e-6
+    )
+    amp: str = key(
+        "optimisation",
+        "bfloat16",
+        "autocast dtype; float16 scales the loss",
+        choices=("bfloat16", "float16", "none"),
+    )
+
+    epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)
+    warmup_epochs: int = key("schedule", 10, "epochs of linear warm-up", minimum=0)
+    warmup_lr: float = key("schedule", 1e-6, "learning rate at the first update", minimum=0)
+    min_lr: float = key("schedule", 1e-5, "learning rate at the end", minimum=0)
+    cooldown_epochs: int = key("schedule", 10, "epochs at min_lr after the schedule", minimum=0)
+
+    ema_decay: float | None = key(
+        "averaging",
+        0.99996,
+        "decay of the averaged weights, which are the ones evaluated and kept; none: no average",
+        minimum=0,
+        maximum=1,
+    )
+    ema_warmup_power: float = key(
+        "averaging",
+        0.6667,
+        "the decay grows as 1 - (1 + update)^-power up to ema_decay, so that short runs do not "
+        "evaluate their random start",
+        minimum=0.1,
+        maximum=1,
+    )
+
+    seed: int = key("run", 0, "of weights, order, augmentation and dropout", minimum=0)
+    device: str = key(
+        "run", "auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda")
+    )
+
+    def __post_init__(self):
+        if self.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"warmup_epochs: got {self.warmup_epochs}, expected fewer than the {self.epochs} "
+                "epochs; lower it or raise epochs"
+            )
+        if self.lr < self.min_lr:
+            raise InputError(
+                f"lr: got {self.lr:g}, expected at least min_lr = {self.min_lr:g}; lower min_lr too"
+            )
+        for name in ("crop_scale", "crop_ratio"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
+
+
+KEYS = {item.name: item for item in fields(RunConfig)}
+HINTS = typing.get_type_hints(RunConfig)
+
+
+def resolve(config: str | Path | None, overrides: dict[str, object]) -> RunConfig:
+    """The configuration of a YAML file or packaged name (None: the defaults) with overrides.
+
+    Raises:
+        InputError: an unknown file or key, a value of the wrong type or out of bounds.
+    """
+    values = read_yaml(config) if config is not None else {}
+    return from_dict(values, overrides, str(config))
+
+
+def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored") -> RunConfig:
+    """The configuration of ``values`` with command-line ``overrides``, each checked."""
+    overrides = overrides or {}
+    for name in values:
+        if name not in KEYS:
+            raise InputError(f"config {origin}: {unknown_name('key', name, KEYS)}")
+    checked = {
+        name: convert(name, value, f"config {origin}: {name}")
+        for name, value in values.items()
+        if name not in overrides
+    }
+    for name, value in overrides.items():
+        checked[name] = convert(name, value, "--" + name.replace("_", "-"))
+    return RunConfig(**checked)
+
+
+def packaged_names() -> list[str]:
+    """Names that ``--config`` takes besides a path."""
+    return sorted(
+        path.relative_to(PACKAGED).with_suffix("").as_posix() for path in PACKAGED.rglob("*.yaml")
+    )
+
+
+def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str, object]:
+    """The keys of a YAML file, or packaged config, over those of its ``base``."""
+    import yaml
+
+    path = Path(config)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PACKAGED / f"{config}.yaml"
+        if not path.is_file():
+            raise InputError(unknown_name("config", str(config), packaged_names()))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"config {path}: {error.strerror}; give a YAML file or one of "
+            f"{', '.join(packaged_names())}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: expected keys and values, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if path in including:
+        raise InputError(f"config {path}: its base leads back to itself")
+    if Path(base).suffix in (".yaml", ".yml"):
+        base = path.parent / base
+    return read_yaml(base, (*including, path)) | values
+
+
+def write_yaml(config: RunConfig) -> str:
+    """The configuration as a YAML document that :func:`resolve` reads back."""
+    import yaml
+
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+    }
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def convert(name: str, value: object, source: str) -> object:
+    """``value``, from YAML or from the command line, as the schema's type for ``name``.
+
+    Raises:
+        InputError: it is of the wrong type or out of bounds; ``source`` says where it stands.
+    """
+    hint, rules = HINTS[name], KEYS[name].metadata
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if types.NoneType in kinds and value in (None, "none", ["none"]):
+        return None
+    for kind in kinds:
+        try:
+            converted = _as(kind, value)
+            break
+        except (TypeError, ValueError):
+            continue
+    else:
+        expected = " or ".join(_describe(kind) for kind in kinds)
+        raise InputError(f"{source}: got {value!r}, expected {expected}")
+    if rules["choices"] is not None and converted not in rules["choices"]:
+        raise InputError(f"{source}: {unknown_name('value', converted, rules['choices'])}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(number, int | float) and not rules["minimum"] <= number <= rules["maximum"]:
+            bounds = f"at least {rules['minimum']:g}"
+            if rules["maximum"] < math.inf:
+                bounds += f" and at most {rules['maximum']:g}"
+            raise InputError(f"{source}: got {number}, expected {bounds}")
+    return converted
+
+
+def _as(kind, value):
+    if kind is float or kind is int:
+        # YAML 1.1 reads 1e-3 as a string, so text that is a number counts as one.
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise TypeError
+        number = kind(value)
+        if isinstance(value, float) and number != value or not math.isfinite(number):
+            raise ValueError
+        return number
+    if kind is str or kind is dict:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        members = typing.get_args(kind)
+        if members[-1] is Ellipsis:
+            members = members[:1] * len(value)
+        return tuple(_as(member, item) for member, item in zip(members, value, strict=True))
+    raise TypeError
+
+
+def _describe(kind) -> str:
+    if typing.get_origin(kind) is tuple:
+        members = typing.get_args(kind)
+        if members[-1] is Ellipsis:
+            return "a list of numbers"
+        return f"{len(members)} numbers"
+    names = {int: "a whole number", float: "a number", str: "text", dict: "names with values"}
+    return names.get(kind, "none")

@@ -1,0 +1,88 @@
+"""One process or many: what torchrun says, and the few collectives a run needs."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from t2tvit.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, their number, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> World:
+    """Join the processes that torchrun started (NCCL on CUDA, else Gloo), or be alone.
+
+    Raises:
+        InputError: ``device`` is ``"cuda"`` and there is none for this process.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
+    if device == "cuda" and count == 0:
+        raise InputError("device: got cuda, but torch sees no CUDA device; use cpu or auto")
+    if device == "cpu" or count == 0:
+        place = torch.device("cpu")
+    else:
+        if local_rank >= count:
+            raise InputError(
+                f"device: process {local_rank} of this node has no GPU of its own, there are "
+                f"{count}; lower --nproc_per_node or give --device cpu"
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    if size == 1:
+        return World(0, 1, place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, place)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_main(world: World, function: Callable[[], object]) -> object:
+    """Call ``function`` on rank 0; every rank returns its result or raises its InputError."""
+    if world.size == 1:
+        return function()
+    outcome = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = function()
+        except InputError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, device=world.device)
+    if outcome[1] is not None:
+        raise InputError(outcome[1])
+    return outcome[0]
+
+
+def gather(world: World, value: object) -> list:
+    """``value`` of every rank, in order of rank."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(world: World, values: Tensor) -> Tensor:
+    """Elementwise sum of ``values`` over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,143 @@
+"""One epoch of training, one evaluation."""
+
+import contextlib
+import math
+import time
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from t2tvit.errors import NonFiniteLoss
+from t2tvit.models import T2TBackbone
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World, sum_over_ranks
+from t2tvit.training.pipeline import Data, Normalize, batches
+from t2tvit.training.progress import Progress
+from t2tvit.training.state import TrainState
+
+# How often the loss is read from the device: each time waits for all work queued there.
+CHECK_EVERY = 10
+
+
+def precision(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """The autocast context of ``config.amp``."""
+    if config.amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, config.amp))
+
+
+def mixing(config: RunConfig, num_classes: int) -> Mixup | None:
+    """Mixup and cutmix of a batch, with soft targets; None where both are off."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        switch_prob=config.mixup_switch,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def train_epoch(
+    state: TrainState, data: Data, config: RunConfig, world: World, progress: Progress
+) -> dict[str, float]:
+    """Train for one epoch.
+
+    Returns:
+        ``train_loss`` and ``images_per_second`` over all ranks, ``lr`` of the last update.
+
+    Raises:
+        NonFiniteLoss: the message names the step.
+    """
+    mix = mixing(config, state.model.num_classes)
+    loss_function = LabelSmoothingCrossEntropy(config.smoothing)
+    if mix is not None:
+        loss_function = SoftTargetCrossEntropy()
+    data.train.sampler.set_epoch(state.epochs_done)
+    state.network.train()
+    started, seen = time.perf_counter(), 0
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    first_bad = torch.full((), math.inf, device=world.device)
+    for step, (images, labels) in enumerate(batches(data.train), start=1):
+        state.scheduler.step_update(state.updates)
+        images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
+        if mix is not None:
+            images, targets = mix(images, targets)
+        with precision(config, world.device):
+            loss = loss_function(state.network(images), targets)
+        update(state, loss, config.clip_grad)
+        state.updates += 1
+        total += loss.detach() * len(labels)
+        first_bad = first_bad.minimum(
+            torch.where(torch.isfinite(loss.detach()), math.inf, float(step))
+        )
+        seen += len(labels)
+        if step % CHECK_EVERY == 0 or step == len(data.train):
+            check_finite(first_bad, state)
+            elapsed = time.perf_counter() - started
+            progress.show(step, loss=total.item() / seen, rate=seen * world.size / elapsed)
+    sums = sum_over_ranks(world, torch.stack([total, total.new_tensor(seen)]))
+    return {
+        "train_loss": (sums[0] / sums[1]).item(),
+        "images_per_second": sums[1].item() / (time.perf_counter() - started),
+        "lr": max(group["lr"] for group in state.optimizer.param_groups),
+    }
+
+
+def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> None:
+    """Backward pass, optimiser step and average."""
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    if clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.ema is not None:
+        state.ema.update(state.model, step=state.updates + 1)
+
+
+def check_finite(first_bad: Tensor, state: TrainState) -> None:
+    step = first_bad.item()
+    if step < math.inf:
+        raise NonFiniteLoss(
+            f"the loss is not finite at step {step:.0f} of epoch {state.epochs_done + 1}; the "
+            "last checkpoint is intact. Lower --lr, set --clip-grad, or use --amp bfloat16 or none"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: T2TBackbone,
+    loader: DataLoader,
+    normalize: Normalize,
+    config: RunConfig,
+    world: World,
+) -> dict[str, float]:
+    """Mean loss and accuracy in percent over all ranks, each image counted once.
+
+    Returns:
+        ``eval_loss``, ``top1``, with five classes or more ``top5``, and ``eval_images``.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for images, labels in batches(loader):
+        labels = labels.to(world.device, non_blocking=True)
+        with precision(config, world.device):
+            logits = model(normalize(images)).float()
+        ranked = logits.topk(min(5, model.num_classes)).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        count = ranked.new_tensor(len(labels), dtype=torch.float64)
+        sums += torch.stack(
+            [loss.double(), ranked[:, 0].sum().double(), ranked.sum().double(), count]
+        )
+    loss, first, five, count = sum_over_ranks(world, sums).tolist()
+    result = {"eval_loss": loss / count, "top1": 100 * first / count}
+    if model.num_classes >= 5:
+        result["top5"] = 100 * five / count
+    return result | {"eval_images": int(count)}

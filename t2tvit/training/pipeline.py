@@ -1,0 +1,185 @@
+"""From PIL images to normalised batches: workers deliver uint8, the device does the rest."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from t2tvit.data.sources import Split, open_split
+from t2tvit.errors import InputError, OneRankError
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+
+
+class TransformedImages(Dataset):
+    """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``."""
+
+    def __init__(self, split: Split, transform, label_map: list[int] | None = None):
+        self.images, self.transform, self.label_map = split.images, transform, label_map
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        if self.label_map is not None:
+            label = self.label_map[label]
+        return self.transform(image), label
+
+
+class Normalize:
+    """uint8 batch (B, C, H, W) → float32 on ``device``, normalised, perhaps with erased parts."""
+
+    def __init__(self, mean, std, device: torch.device, random_erasing: float = 0.0):
+        self.device = device
+        self.scale = 1 / (255 * torch.tensor(std, device=device)).view(-1, 1, 1)
+        self.shift = -(torch.tensor(mean, device=device) / torch.tensor(std, device=device))
+        self.shift = self.shift.view(-1, 1, 1)
+        self.erase = None
+        if random_erasing:
+            self.erase = RandomErasing(random_erasing, mode="pixel", device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True).float() * self.scale + self.shift
+        return images if self.erase is None else self.erase(images)
+
+
+def size_of(config: RunConfig) -> tuple[int, int]:
+    """Input (height, width) in pixels."""
+    size = config.img_size
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def train_transform(config: RunConfig):
+    """PIL image → augmented uint8 tensor (C, H, W); erasing and normalisation come later."""
+    return create_transform(
+        size_of(config),
+        is_training=True,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation,
+        normalize=False,
+    )
+
+
+def eval_transform(config: RunConfig):
+    """PIL image → resized, centre-cropped uint8 tensor (C, H, W)."""
+    return create_transform(
+        size_of(config),
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        normalize=False,
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and evaluates on. ``augment`` is ``normalize`` with random erasing."""
+
+    split: Split
+    train: DataLoader
+    held_out: DataLoader
+    augment: Normalize
+    normalize: Normalize
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    held_out_images: int
+
+
+def open_data(config: RunConfig, world: World) -> Data:
+    """Both splits of ``config.data``, this rank's share of each.
+
+    Raises:
+        InputError: the data cannot be read, or does not fit the configuration.
+    """
+    size = size_of(config)
+    split, held_out = (
+        open_split(config.data, name, img_size=size, num_classes=config.num_classes)
+        for name in ("train", "val")
+    )
+    mean, std = statistics(config, split)
+    return Data(
+        split=split,
+        train=train_loader(split, config, world),
+        held_out=eval_loader(held_out, config, world),
+        augment=Normalize(mean, std, world.device, config.random_erasing),
+        normalize=Normalize(mean, std, world.device),
+        mean=mean,
+        std=std,
+        held_out_images=len(held_out.images),
+    )
+
+
+def statistics(config: RunConfig, split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: those configured, else the data's own."""
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if value is not None and len(value) != split.channels:
+            raise InputError(
+                f"{name}: got {len(value)} numbers, expected {split.channels}, one per channel"
+            )
+    return config.mean or split.mean, config.std or split.std
+
+
+def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
+    """Shuffled batches of ``batch_size / world.size``; call ``loader.sampler.set_epoch`` first.
+
+    The ranks' batches together are those of a single process with the same seed.
+    """
+    if config.batch_size % world.size:
+        raise InputError(
+            f"batch_size: got {config.batch_size}, expected a multiple of the {world.size} "
+            "processes"
+        )
+    if config.batch_size > len(split.images):
+        raise InputError(
+            f"batch_size: got {config.batch_size}, but the data has only {len(split.images)} "
+            "training images; lower it"
+        )
+    if (config.mixup or config.cutmix) and config.batch_size // world.size % 2:
+        raise InputError(
+            f"batch_size: got {config.batch_size // world.size} per process, mixup and cutmix need "
+            "an even number; change it or set both to 0"
+        )
+    dataset = TransformedImages(split, train_transform(config))
+    sampler = DistributedSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
+    return DataLoader(
+        dataset,
+        batch_size=config.batch_size // world.size,
+        sampler=sampler,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def eval_loader(
+    split: Split,
+    config: RunConfig,
+    world: World,
+    label_map: list[int] | None = None,
+) -> DataLoader:
+    """Every ``world.size``-th image from ``world.rank`` on: all ranks together see each once."""
+    dataset = TransformedImages(split, eval_transform(config), label_map)
+    return DataLoader(
+        Subset(dataset, range(world.rank, len(dataset), world.size)),
+        batch_size=math.ceil(config.batch_size / world.size),
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The loader's batches; an InputError arrives without its worker's traceback."""
+    try:
+        yield from loader
+    except InputError as error:
+        raise OneRankError(str(error).rstrip().rsplit("InputError: ", 1)[-1]) from None

@@ -1,0 +1,49 @@
+"""How a run speaks: a bar on a terminal, plain lines elsewhere, nothing from other ranks."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from t2tvit.training.distributed import World
+
+# Without a terminal, an epoch longer than this says how far it has come.
+SECONDS_BETWEEN_LINES = 30
+
+
+def say(world: World, text: str) -> None:
+    """Print a line, on rank 0 only."""
+    if world.is_main:
+        print(text, flush=True)
+
+
+class Progress:
+    """One epoch's steps."""
+
+    def __init__(self, title: str, steps: int, world: World):
+        self.title, self.steps, self.world = title, steps, world
+        self.spoken = time.perf_counter()
+        self.bar = tqdm(
+            total=steps,
+            desc=title,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not world.is_main or not sys.stderr.isatty(),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def show(self, step: int, loss: float, rate: float) -> None:
+        """``step`` steps are done; mean loss so far, and images per second."""
+        text = f"loss {loss:.3f}, {rate:,.0f} images/s"
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text)
+        now = time.perf_counter()
+        if self.bar.disable and now - self.spoken > SECONDS_BETWEEN_LINES:
+            self.spoken = now
+            say(self.world, f"{self.title}  step {step}/{self.steps}  {text}")

@@ -1,0 +1,66 @@
+"""What a run says of itself."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import t2tvit
+from t2tvit.models import T2TBackbone
+from t2tvit.training.build import backend_lines, describe_device
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+from t2tvit.training.pipeline import Data, size_of
+
+PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it computes with."""
+    found = {"python": platform.python_version(), "t2tvit": t2tvit.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def opening_lines(
+    config: RunConfig, data: Data, model: T2TBackbone, epochs: int, world: World
+) -> Iterator[str]:
+    """What the log begins with: what is trained, on what, and who computes it."""
+    height, width = size_of(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield f"device    {describe_device(world.device)}, world size {world.size}, amp {config.amp}"
+    yield (
+        f"data      {config.data}: {len(data.split.images):,} training and "
+        f"{data.held_out_images:,} held-out images, {len(data.split.class_names)} classes, "
+        f"{data.split.channels} × {height} × {width}"
+    )
+    yield f"model     {config.model}, {parameters:,} parameters"
+    if config.initial_checkpoint is not None:
+        yield f"          from the weights of {config.initial_checkpoint}"
+    yield (
+        f"training  {epochs} epochs of {len(data.train)} updates, global batch {config.batch_size} "
+        f"({config.batch_size // world.size} per process), {config.optimizer}, lr {config.lr:g}, "
+        f"weight decay {config.weight_decay:g}"
+    )
+    yield f"backends  --fused-kernels={config.fused_kernels}"
+    yield from backend_lines(world.device, config)
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """The metrics with the highest top-1, the last of equals."""
+    return max(history, key=lambda metrics: (metrics["top1"], metrics["epoch"]))
+
+
+def epoch_line(metrics: dict, epochs: int) -> str:
+    """An epoch's metrics for people."""
+    top5 = f"  top-5 {metrics['top5']:6.2f}%" if "top5" in metrics else ""
+    return (
+        f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['train_loss']:.4f}  "
+        f"held-out loss {metrics['eval_loss']:.4f}  top-1 {metrics['top1']:6.2f}%{top5}  "
+        f"{metrics['images_per_second']:,.0f} images/s  lr {metrics['lr']:.2e}  "
+        f"{metrics['seconds']:.1f} s"
+    )

@@ -1,0 +1,307 @@
+"""``t2tvit train``: assemble a run from its configuration, train it, keep what it learns."""
+
+import argparse
+import difflib
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import timm.optim
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+import t2tvit
+from t2tvit.data.sources import Split
+from t2tvit.errors import InputError
+from t2tvit.models import T2TBackbone
+from t2tvit.training import distributed
+from t2tvit.training.build import (
+    build_model,
+    check_classes,
+    create_args,
+    describe_device,
+    try_forward,
+)
+from t2tvit.training.config import RunConfig, from_dict, resolve, write_yaml
+from t2tvit.training.distributed import World, gather, on_main
+from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.options import given
+from t2tvit.training.pipeline import Data, open_data
+from t2tvit.training.plots import draw_curves
+from t2tvit.training.progress import Progress, say
+from t2tvit.training.report import best_epoch, epoch_line, opening_lines, versions
+from t2tvit.training.state import (
+    BEST_FILE,
+    CONFIG_FILE,
+    CURVES_FILE,
+    LAST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    TrainState,
+    Weights,
+    read_state,
+    rng_state,
+    save_state,
+    save_weights,
+    seed_everything,
+    set_rng_state,
+    write_atomically,
+)
+
+# A resumed run may differ from its beginning in these keys; in any other it would be another run.
+MAY_CHANGE = {"data", "epochs", "workers", "device", "fused_kernels"}
+CURVES_EVERY = 60  # seconds
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit train`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+        BackendUnavailable: the backend asked for cannot run.
+        NonFiniteLoss: training broke down; the last checkpoint is intact.
+    """
+    place = find_place(arguments.output, arguments.resume)
+    config = choose_config(arguments.config, given(arguments), place)
+    world = distributed.start(config.device)
+    try:
+        run(config, place, world)
+    except KeyboardInterrupt:
+        if world.is_main:
+            command = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
+            print(f"\ninterrupted; every finished epoch is kept. Go on with: {command}", flush=True)
+        raise
+    finally:
+        distributed.stop()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, what ``--resume`` said, and the state file to go on from, if any."""
+
+    output: Path
+    resume: str | None
+    state_path: Path | None
+
+
+def find_place(output: Path | None, resume: str | None) -> Place:
+    """What ``--output`` and ``--resume`` mean."""
+    state_path = None
+    if resume is not None and resume != "auto":
+        state_path = Path(resume) / STATE_FILE if Path(resume).is_dir() else Path(resume)
+    if output is None and state_path is None:
+        raise InputError("--output: none given; name the folder that the run may write to")
+    output = state_path.parent if output is None else output
+    if resume == "auto" and (output / STATE_FILE).exists():
+        state_path = output / STATE_FILE
+    return Place(output, resume, state_path)
+
+
+def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
+    """The configuration of a new or resumed run; see MAY_CHANGE for what may differ in the latter.
+
+    Without ``name``, a resumed run goes on with its own, and training on digits (or on data not
+    named) takes the packaged ``digits``.
+    """
+    if place.state_path is None:
+        if name is None and place.resume == "auto" and (place.output / CONFIG_FILE).exists():
+            name = place.output / CONFIG_FILE  # interrupted before its first checkpoint
+        if name is None and overrides.get("data", "digits").partition(":")[0] == "digits":
+            name = "digits"
+        return resolve(name, overrides)
+    before = read_state(place.state_path)["config"]
+    config = resolve(name, overrides) if name is not None else from_dict(before, overrides)
+    for key, old in asdict(from_dict(before)).items():
+        new = getattr(config, key)
+        same_source = key != "data" or new.partition(":")[0] == old.partition(":")[0]
+        if new != old and not (key in MAY_CHANGE and same_source):
+            raise InputError(
+                f"{key}: got {new}, but the run to resume has {old}; leave it, or start another "
+                "run with another --output"
+            )
+    return config
+
+
+def run(config: RunConfig, place: Place, world: World) -> None:
+    """Train to the last epoch of ``config``, writing only into ``place.output``."""
+    output = place.output
+    data = open_data(config, world)
+    seed_everything(config.seed)
+    args = create_args(config, len(data.split.class_names), data.split.channels)
+    model = build_model(config.model, args, config.fused_kernels)
+    check_classes(model.num_classes, data.split)
+    if config.initial_checkpoint is not None and place.state_path is None:
+        t2tvit.load_checkpoint(model, config.initial_checkpoint)
+    model.to(world.device)
+    try_forward(model, config, data.split.channels, world)
+    state, epochs = build_state(model, config, len(data.train), world)
+    if place.state_path is None:
+        seed_everything(config.seed + world.rank)
+    else:
+        restore(state, read_state(place.state_path), data.split, config, world)
+
+    on_main(world, lambda: claim(place))
+    on_main(world, lambda: record_start(config, output, state, data, world))
+    for line in opening_lines(config, data, model, epochs, world):
+        say(world, line)
+    if state.epochs_done > 0:
+        say(world, f"resumed   {place.state_path}, after epoch {state.epochs_done}")
+    about = Weights(
+        model=config.model,
+        create_args=args,
+        class_names=data.split.class_names,
+        config=asdict(config) | {"mean": data.mean, "std": data.std},
+    )
+    drawn = time.perf_counter()
+    while state.epochs_done < epochs:
+        metrics = one_epoch(state, data, config, epochs, world)
+        state.epochs_done += 1
+        state.history.append(metrics)
+        is_best = best_epoch(state.history) is metrics
+        generators = gather(world, rng_state())
+        if world.is_main:
+            about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
+            if is_best:
+                save_weights(state.evaluated_model, output / BEST_FILE, about)
+            save_weights(state.evaluated_model, output / LAST_FILE, about)
+            save_state(
+                output / STATE_FILE, state, generators, asdict(config), data.split.class_names
+            )
+            write_metrics(output / METRICS_FILE, state.history)
+            if time.perf_counter() - drawn > CURVES_EVERY:
+                draw_curves(state.history, output / CURVES_FILE)
+                drawn = time.perf_counter()
+        say(world, epoch_line(metrics, epochs) + ("  best" if is_best else ""))
+    if world.is_main:
+        draw_curves(state.history, output / CURVES_FILE)
+    best = best_epoch(state.history)
+    say(
+        world,
+        f"finished {epochs} epochs: best top-1 {best['top1']:.2f}% in epoch {best['epoch']}, last "
+        f"{state.history[-1]['top1']:.2f}%; {BEST_FILE}, {LAST_FILE}, {METRICS_FILE} and "
+        f"{CURVES_FILE} are in {output}",
+    )
+
+
+def one_epoch(state: TrainState, data: Data, config: RunConfig, epochs: int, world: World) -> dict:
+    """Train and evaluate once; the metrics that METRICS_FILE gets."""
+    epoch, started = state.epochs_done + 1, time.perf_counter()
+    with Progress(f"epoch {epoch}/{epochs}", len(data.train), world) as progress:
+        metrics = train_epoch(state, data, config, world, progress)
+    metrics |= evaluate(state.evaluated_model, data.held_out, data.normalize, config, world)
+    return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
+
+
+def build_state(
+    model: T2TBackbone, config: RunConfig, updates_per_epoch: int, world: World
+) -> tuple[TrainState, int]:
+    """The state before the first update, and the number of epochs with the cool-down."""
+    known = timm.optim.list_optimizers()
+    if config.optimizer not in known:
+        near = difflib.get_close_matches(config.optimizer, known, n=3) or ["adamw", "sgd", "lamb"]
+        raise InputError(
+            f"optimizer: unknown name {config.optimizer!r}; timm has {', '.join(near)} and more"
+        )
+    try:
+        optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        )
+    except ValueError as error:
+        raise InputError(f"optimizer {config.optimizer}: {error}") from None
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        cooldown_epochs=config.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    ema = None
+    if config.ema_decay is not None:
+        power = config.ema_warmup_power
+        ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
+    network = model
+    if world.size > 1:
+        on_gpu = world.device.type == "cuda"
+        network = DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
+    return TrainState(model, network, ema, optimizer, scheduler, scaler), epochs
+
+
+def restore(
+    state: TrainState, resumed: dict, split: Split, config: RunConfig, world: World
+) -> None:
+    """Put the content of a state file into ``state`` and into this process's generators."""
+    if resumed["class_names"] != split.class_names:
+        raise InputError("data: its classes are not those of the run to resume")
+    state.load_state_dict(resumed["state"])
+    if len(resumed["rng"]) == world.size:
+        set_rng_state(resumed["rng"][world.rank])
+        return
+    say(
+        world,
+        f"the run had {len(resumed['rng'])} processes and now has {world.size}: random numbers "
+        "start afresh, so it will not end bit-identical to an uninterrupted one",
+    )
+    seed_everything(config.seed + world.rank + 1000 * state.epochs_done)
+
+
+def claim(place: Place) -> None:
+    """Make the output folder; one that holds anything but the run to resume is refused."""
+    output = place.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        empty = not any(output.iterdir())
+    except OSError as error:
+        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+    if empty:
+        return
+    if place.resume is None:
+        raise InputError(
+            f"--output {output} is not empty; go on with its run by --resume auto, or choose "
+            "another --output"
+        )
+    own = place.resume == "auto" or place.state_path.parent.resolve() == output.resolve()
+    if not own or not (output / RUN_FILE).exists():
+        raise InputError(
+            f"--output {output} is not empty and does not hold the run to resume; choose another "
+            "--output"
+        )
+
+
+def record_start(
+    config: RunConfig, output: Path, state: TrainState, data: Data, world: World
+) -> None:
+    """Write the configuration, the circumstances, and the metrics of the epochs done."""
+    write_atomically(output / CONFIG_FILE, write_yaml(config))
+    path = output / RUN_FILE
+    before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    start = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "epochs_done": state.epochs_done,
+        "world_size": world.size,
+        "device": describe_device(world.device),
+        "versions": versions(),
+    }
+    record = {"class_names": data.split.class_names, "starts": [*before, start]}
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    write_metrics(output / METRICS_FILE, state.history)
+
+
+def write_metrics(path: Path, history: list[dict]) -> None:
+    """One JSON object per line and epoch."""
+    write_atomically(path, "".join(json.dumps(metrics) + "\n" for metrics in history))

@@ -1,0 +1,256 @@
+"""The command line: what each command prints, and its exit status."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import t2tvit
+from t2tvit.cli import main
+from tests.training.tiny import TINY, metrics_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("flowers")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for channel, name in enumerate(("daisy", "poppy", "violet")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run on that folder."""
+    output = tmp_path_factory.mktemp("runs") / "flowers"
+    options = ("--data", f"imagefolder:{folder}", "--num-classes", "none", "--epochs", "12")
+    plain = ("--auto-augment", "none", "--mixup", "0", "--cutmix", "0", "--random-erasing", "0")
+    rate = ("--lr", "3e-3", "--min-lr", "1e-4", "--drop-path", "0", "--ema-decay", "none")
+    assert main(["train", *TINY, *options, *plain, *rate, "--output", str(output)]) == 0
+    return output
+
+
+def succeed(capsys, *arguments) -> str:
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "bench", "models"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: t2tvit {command}")
+    if command == "train":
+        for text in ("--weight-decay N", "(default: 0.03)", "{bfloat16,float16,none}", "examples:"):
+            assert text in out
+    if command != "models":
+        assert "--fused-kernels" in out
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "t2tvit", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"t2tvit {t2tvit.__version__}\n")
+
+
+# Refusals: status 2 and one line
+
+NEED_RUN = ("eval", "--run", "{run}")
+REFUSALS = {
+    "no-command": ((), "the following arguments are required: COMMAND"),
+    "unknown-command": (("trian",), "invalid choice: 'trian'"),
+    "unknown-option": (("train", "--epocs", "3"), "did you mean '--epochs'?"),
+    "stray-word": (("train", "digits"), "got 'digits', which belongs to no option"),
+    "unknown-config": (("train", "--config", "digit"), "did you mean 'digits'?"),
+    "missing-config": (("train", "--config", "{tmp}/gone.yaml"), "No such file"),
+    "wrong-type": (("train", "--epochs", "ten"), "--epochs: got 'ten', expected a whole number"),
+    "out-of-bounds": (("train", "--hflip", "2"), "--hflip: got 2.0, expected at least 0"),
+    "unknown-choice": (("train", "--amp", "bf16"), "did you mean 'bfloat16'?"),
+    "model-args": (("train", "--model-args", "depth"), "got 'depth', expected NAME=VALUE"),
+    "unknown-model": (
+        ("train", "--model", "t2t_vit_15"),
+        "unknown model 't2t_vit_15'; did you mean",
+    ),
+    "unknown-model-arg": (("train", "--model-args", "deepth=3"), "did you mean 'depth'?"),
+    "bad-model-arg": (("train", "--model-args", "num_heads=3"), "num_heads: got 3"),
+    "unknown-data": (
+        ("train", "--data", "digit"),
+        "unknown source 'digit'; did you mean 'digits'?",
+    ),
+    "missing-folder": (("train", "--data", "imagefolder:{tmp}/gone"), "gone/train does not exist"),
+    "missing-cifar": (("train", "--data", "cifar10:{tmp}"), "no CIFAR-10 files in"),
+    "too-many-classes": (("train", "--num-classes", "5"), "the data has 10 classes"),
+    "unknown-backend": (("train", "--fused-kernels=cudaa"), "did you mean 'cuda'?"),
+    "unknown-optimizer": (("train", "--optimizer", "adamv"), "timm has adam, "),
+    "bad-optimizer": (
+        ("train", "--optimizer", "sgd", "--momentum", "0"),
+        "optimizer sgd: Nesterov",
+    ),
+    "missing-weights": (("train", "--initial-checkpoint", "{tmp}/gone.pth"), "gone.pth"),
+    "eval-without-weights": (("eval",), "--checkpoint is required"),
+    "empty-run": (("eval", "--run", "{tmp}"), "there is no best.safetensors"),
+    "missing-checkpoint": (("eval", "--checkpoint", "{tmp}/a.safetensors"), "does not exist"),
+    "truncated-checkpoint": (("eval", "--checkpoint", "{truncated}"), "is damaged"),
+    "nameless-checkpoint": (("eval", "--checkpoint", "{bare}"), "give --model or --config"),
+    "other-model": ((*NEED_RUN, "--model", "t2t_vit_14"), "says itself that it is t2t_vit_7"),
+    "other-channels": ((*NEED_RUN, "--data", "digits"), "digits has 1 channels, the model takes 3"),
+    "other-classes": (
+        (*NEED_RUN, "--data", "synthetic"),
+        "classes that the model was not trained on",
+    ),
+    "missing-image": (("predict", "--run", "{run}", "{tmp}/gone.png"), "gone.png does not exist"),
+    "no-image": (("predict", "--run", "{run}", "{bare}"), "cannot be read"),
+    "top-0": (("predict", "--run", "{run}", "--top-k", "0"), "--top-k: got 0"),
+    "plot-nowhere": (("predict", "--run", "{run}", "--plot", "{tmp}/no/x.png"), "cannot write"),
+    "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
+    "bench-no-run": (("bench", "--run", "{tmp}"), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_user_can_mend_is_one_line_and_status_2(name, trained, tmp_path, capsys):
+    arguments, message = REFUSALS[name]
+    weights = trained / "best.safetensors"
+    truncated, bare = tmp_path / "truncated.safetensors", tmp_path / "bare.safetensors"
+    truncated.write_bytes(weights.read_bytes()[:-1000])
+    save_file(load_file(weights), bare)
+    places = {"tmp": tmp_path, "run": trained, "truncated": truncated, "bare": bare}
+    arguments = [argument.format(**places) for argument in arguments]
+    if arguments[:1] == ["train"]:
+        arguments += ["--output", str(tmp_path / "output"), "--device", "cpu"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("t2tvit: error: ") and err.count("\n") == 1, err
+    assert message in err
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA can run")
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--device=cuda", "torch sees no CUDA device"),
+        ("--fused-kernels=cuda", "on the cuda backend"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_with_the_reason(option, message, tmp_path, capsys):
+    output = tmp_path / "output"
+    assert main(["train", *TINY, "--output", str(output), "--epochs", "2", option]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("package", ["timm", "sklearn"])
+def test_a_missing_extra_is_named_with_its_remedy(package, tmp_path):
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore');"
+        f"sys.modules[{package!r}] = None;"
+        "from t2tvit.cli import main;"
+        f"sys.exit(main(['train', '--output', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    line = f"t2tvit: error: this needs the package {package}: pip install 't2tvit[train]'\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+# Commands
+
+
+def test_models_lists_all_with_their_published_figures(capsys):
+    out = succeed(capsys, "models")
+    for name in t2tvit.list_models():
+        assert f"\n{name} " in out
+    assert "21,545,550     4.8    81.5    83.3" in out
+
+
+def test_eval_repeats_what_training_measured(trained, capsys):
+    out = succeed(capsys, "eval", "--run", trained, "--weights", "last")
+    last = metrics_of(trained)[-1]
+    assert f"top-1 {last['top1']:.2f}%" in out
+    assert f"loss {last['eval_loss']:.4f}  9 images" in out
+    assert "top-5" not in out  # there are only three classes
+
+
+def test_eval_maps_classes_by_name(trained, folder, tmp_path, capsys):
+    """Held-out data with fewer classes, whose numbers are therefore others."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name in ("poppy", "violet"):
+            (tmp_path / split / name).symlink_to(folder / split / name)
+    out = succeed(capsys, "eval", "--run", trained, "--data", f"imagefolder:{tmp_path}")
+    assert "6 images" in out
+    assert "top-1 100.00%" in out
+
+
+def test_eval_reads_weights_that_do_not_say_what_they_are(tmp_path, capsys):
+    model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1, num_classes=7)
+    torch.save({"state_dict_ema": model.state_dict()}, tmp_path / "w.pth.tar")
+    options = ("--model", "t2t_vit_7", "--model-args", "depth=1", "--img-size", "32")
+    options += ("--data", "synthetic:16", "--amp", "none", "--workers", "0")
+    out = succeed(
+        capsys, "eval", "--checkpoint", tmp_path / "w.pth.tar", *options, "--num-classes", "7"
+    )
+    assert "4 images" in out
+    assert main(["eval", "--checkpoint", str(tmp_path / "w.pth.tar"), *options]) == 2
+    assert "give --num-classes 7" in capsys.readouterr().err
+
+
+def test_predict_names_the_classes_of_files(trained, folder, tmp_path, capsys):
+    files = [folder / "val" / name / "1.png" for name in ("violet", "daisy")]
+    plot = tmp_path / "plot.png"
+    out = succeed(capsys, "predict", "--run", trained, *files, "--top-k", "9", "--plot", plot)
+    for line, file in zip(out.splitlines(), files, strict=False):
+        path, first, *rest = line.split()
+        assert (path, first) == (str(file), file.parent.name)
+        assert len(rest) == 5  # the class's share, then two more classes with theirs
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_without_files_draws_from_the_held_out_images(trained, tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    out = succeed(capsys, "predict", "--run", trained, "--images", "5", "--plot", plot)
+    assert " of 5 right, drawn at random" in out
+    with Image.open(plot) as image:
+        assert np.asarray(image.convert("RGB")).std() > 20, "the figure is blank"
+
+
+def test_bench_compares_with_the_reference(trained, capsys):
+    out = succeed(capsys, "bench", "--run", trained, "--repetitions", "2", "--batch-size", "2")
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    for row in ("training, images/s", "inference, images/s", "saved for backward, MiB/image"):
+        assert row in rows
+    assert "performer_layer" in out
+
+
+def test_bench_measures_saved_memory():
+    """A linear layer and a ReLU keep their input and output; the weight does not count."""
+    from t2tvit.training.bench import saved_bytes
+    from t2tvit.training.config import RunConfig
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.ReLU())
+    images, labels = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    kept = saved_bytes(model, images, labels, RunConfig(amp="none"))
+    inputs, outputs, log_softmax = 4 * 8 * 4, 4 * 16 * 4, 4 * 16 * 4
+    targets, total_weight = 4 * 8, 4
+    assert kept == inputs + outputs + log_softmax + targets + total_weight

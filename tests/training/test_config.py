@@ -1,0 +1,134 @@
+"""The configuration: packaged files, precedence, and what is refused."""
+
+import pytest
+
+import t2tvit
+from t2tvit.errors import InputError
+from t2tvit.training.config import RunConfig, packaged_names, read_yaml, resolve, write_yaml
+
+# Learning rate and weight decay that are published for each backbone.
+SMALL, MIDDLE, LARGE = (1e-3, 0.03), (5e-4, 0.05), (5e-4, 0.065)
+PUBLISHED = {
+    "t2t_vit_7": SMALL,
+    "t2t_vit_10": SMALL,
+    "t2t_vit_12": SMALL,
+    "t2t_vit_14": MIDDLE,
+    "t2t_vit_t_14": MIDDLE,
+    "t2t_vit_19": LARGE,
+    "t2t_vit_24": LARGE,
+    "t2t_vit_t_19": LARGE,
+    "t2t_vit_t_24": LARGE,
+    "t2t_vit_14_resnext": MIDDLE,
+    "t2t_vit_14_wide": MIDDLE,
+    "t2t_vit_14_se": MIDDLE,
+    "t2t_vit_16_ghost": MIDDLE,
+    "t2t_vit_dense": MIDDLE,
+}
+
+
+@pytest.mark.parametrize("name", t2tvit.list_models())
+def test_every_published_model_has_its_imagenet_recipe(name):
+    config = resolve(f"imagenet/{name}", {})
+    assert config.model == name
+    assert (config.lr, config.weight_decay) == PUBLISHED[name]
+    assert (config.epochs, config.cooldown_epochs, config.warmup_epochs) == (300, 10, 10)
+    assert (config.warmup_lr, config.min_lr, config.batch_size) == (1e-6, 1e-5, 512)
+    assert (config.mixup, config.cutmix, config.mixup_switch, config.smoothing) == (
+        0.8,
+        1,
+        0.5,
+        0.1,
+    )
+    assert (config.crop_scale, config.hflip, config.random_erasing) == ((0.08, 1), 0.5, 0.25)
+    assert config.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert (config.optimizer, config.drop_path, config.ema_decay) == ("adamw", 0.1, 0.99996)
+    assert (config.img_size, config.crop_pct, config.interpolation) == (224, 0.9, "bicubic")
+
+
+def test_no_packaged_file_is_left_untested():
+    expected = {"digits", "imagenet/base", *(f"imagenet/{name}" for name in t2tvit.list_models())}
+    assert set(packaged_names()) == expected
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_packaged_files_resolve_and_survive_their_own_yaml(name, tmp_path):
+    config = resolve(name, {})
+    path = tmp_path / "copy.yaml"
+    path.write_text(write_yaml(config))
+    assert resolve(path, {}) == config
+
+
+def test_command_line_beats_file_beats_base_beats_default(tmp_path):
+    (tmp_path / "base.yaml").write_text("lr: 0.1\nepochs: 20\nweight_decay: 0.5\n")
+    (tmp_path / "own.yaml").write_text("base: base.yaml\nlr: 0.2\nepochs: 30\n")
+    config = resolve(tmp_path / "own.yaml", {"lr": "0.3"})
+    assert (config.lr, config.epochs, config.weight_decay) == (0.3, 30, 0.5)
+    assert config.batch_size == RunConfig().batch_size
+
+
+@pytest.mark.parametrize(
+    "text, name, expected",
+    [
+        ("lr: 1e-2", "lr", 0.01),  # text to YAML 1.1
+        ("lr: 1", "lr", 1.0),
+        ("epochs: 20.0", "epochs", 20),
+        ("img_size: 48", "img_size", 48),
+        ("img_size: [32, 64]", "img_size", (32, 64)),
+        ("ema_decay: null", "ema_decay", None),
+        ("clip_grad: none", "clip_grad", None),
+        ("amp: none", "amp", "none"),
+        ("mean: [0.5]", "mean", (0.5,)),
+        ("model_args: {depth: 3}", "model_args", {"depth": 3}),
+    ],
+)
+def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    value = getattr(resolve(path, {}), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("epoch: 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("lr: fast", "lr: got 'fast', expected a number"),
+        ("lr: true", "lr: got True, expected a number"),
+        ("lr: .nan", "lr: got nan, expected a number"),
+        ("epochs: 1.5", "epochs: got 1.5, expected a whole number"),
+        ("epochs: 0", "epochs: got 0, expected at least 1"),
+        ("epochs: [3, 4]", r"epochs: got \[3, 4\], expected a whole number"),
+        ("hflip: 2", "hflip: got 2.0, expected at least 0 and at most 1"),
+        ("img_size: big", "img_size: got 'big', expected a whole number or 2 numbers"),
+        ("img_size: [32, 32, 3]", "img_size: got .* expected a whole number or 2 numbers"),
+        ("img_size: 8", "img_size: got 8, expected at least 16"),
+        ("amp: bf16", "unknown value 'bf16'; did you mean 'bfloat16'?"),
+        ("model: 14", "model: got 14, expected text"),
+        ("model_args: 3", "model_args: got 3, expected names with values"),
+        ("clip_grad: much", "clip_grad: got 'much', expected a number or none"),
+        ("crop_scale: [1.0, 0.5]", "crop_scale: got 1 0.5, expected least before most"),
+        ("epochs: 5", "warmup_epochs: got 10, expected fewer than the 5 epochs"),
+        ("lr: 1.0e-7", "lr: got 1e-07, expected at least min_lr"),
+        ("- lr", "expected keys and values, got list"),
+        ("lr: [1", "is not YAML"),
+        ("base: imagenet/t2t_vit_15", "unknown config 'imagenet/t2t_vit_15'; did you mean"),
+        ("base: config.yaml", "its base leads back to itself"),
+        ("base: gone.yaml", "gone.yaml: No such file"),
+    ],
+)
+def test_bad_files_are_refused_with_the_place_and_the_remedy(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        resolve(path, {})
+
+
+def test_an_unknown_packaged_name_is_answered_with_the_nearest():
+    with pytest.raises(InputError, match="unknown config 'digit'; did you mean 'digits'?"):
+        read_yaml("digit")
+
+
+def test_an_override_that_does_not_fit_names_its_option():
+    with pytest.raises(InputError, match="--batch-size: got 'many', expected a whole number"):
+        resolve("digits", {"batch_size": "many"})

@@ -1,0 +1,321 @@
+"""Every source of images, and the way from its files to batches."""
+
+import pickle
+import pickletools
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2tvit.data import open_split
+from t2tvit.errors import InputError
+from t2tvit.training.config import RunConfig, resolve
+from t2tvit.training.distributed import World
+from t2tvit.training.pipeline import (
+    Normalize,
+    batches,
+    eval_loader,
+    open_data,
+    train_loader,
+    train_transform,
+)
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def pixels_of(split) -> np.ndarray:
+    return np.stack([np.asarray(image) for image, _ in split.images])
+
+
+# Digits
+
+
+def test_digits_are_split_once_and_for_all():
+    train, val = open_split("digits", "train"), open_split("digits", "val")
+    assert (len(train.images), len(val.images)) == (1437, 360)
+    assert train.class_names == [str(digit) for digit in range(10)]
+    assert pixels_of(train).shape == (1437, 8, 8)
+    # The held-out images are the same in every run, or results could not be compared.
+    assert [val.images[index][1] for index in range(10)] == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3]
+    counts = Counter(label for _, label in val.images)
+    assert set(counts.values()) <= {35, 36, 37}
+
+
+def test_digits_statistics_are_those_of_the_training_images():
+    train = open_split("digits", "train")
+    pixels = pixels_of(train) / 255
+    np.testing.assert_allclose(pixels.mean(), train.mean[0], atol=1e-4)
+    np.testing.assert_allclose(pixels.std(), train.std[0], atol=1e-4)
+
+
+# CIFAR
+
+
+def python2_pickle(content: dict) -> bytes:
+    """A protocol-2 pickle with Python 2's byte strings, as the published files are."""
+    data = bytearray(pickle.dumps(content, protocol=3))
+    replacements = {"SHORT_BINBYTES": b"U", "BINBYTES": b"T", "PROTO": b"\x80\x02"}
+    for opcode, _, position in list(pickletools.genops(bytes(data))):
+        if opcode.name in replacements:
+            new = replacements[opcode.name]
+            data[position : position + len(new)] = new
+    return bytes(data).replace(b"numpy._core.", b"numpy.core.")  # its name before numpy 2
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request, tmp_path):
+    """A tiny data set in both versions: (name, python folder, binary folder, images, labels)."""
+    name = request.param
+    random = np.random.default_rng(0)
+    files = {"cifar10": [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]}
+    files = files.get(name, ["train", "test"])
+    classes = 10 if name == "cifar10" else 100
+    names = [f"class_{index}" for index in range(classes)]
+    python, binary = tmp_path / "python", tmp_path / "binary"
+    python.mkdir(), binary.mkdir()
+    images, labels = [], []
+    for file in files:
+        data = random.integers(0, 256, (4, 3072), dtype=np.uint8)
+        label = random.integers(0, classes, 4)
+        images.append(data.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(label)
+        key = b"labels" if name == "cifar10" else b"fine_labels"
+        content = {b"data": data, key: label.tolist(), b"batch_label": b"made for a test"}
+        (python / file).write_bytes(python2_pickle(content))
+        coarse = [] if name == "cifar10" else [np.full((4, 1), 7, np.uint8)]
+        records = np.concatenate([*coarse, label[:, None].astype(np.uint8), data], axis=1)
+        (binary / f"{file}.bin").write_bytes(records.tobytes())
+    key = b"label_names" if name == "cifar10" else b"fine_label_names"
+    meta = {key: [item.encode() for item in names]}
+    (python / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(python2_pickle(meta))
+    text = "batches.meta.txt" if name == "cifar10" else "fine_label_names.txt"
+    (binary / text).write_text("\n".join(names) + "\n\n")
+    return name, python, binary, images, labels
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_cifar_is_read_from_both_versions(cifar, version, split):
+    name, python, binary, images, labels = cifar
+    part = slice(None, -1) if split == "train" else slice(-1, None)
+    read = open_split(f"{name}:{python if version == 'python' else binary}", split)
+    np.testing.assert_array_equal(pixels_of(read), np.concatenate(images[part]))
+    assert [label for _, label in read.images] == np.concatenate(labels[part]).tolist()
+    assert read.class_names[3] == "class_3"
+    assert len(read.class_names) == (10 if name == "cifar10" else 100)
+
+
+class Boom:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+def test_cifar_pickles_cannot_run_code(cifar, tmp_path):
+    name, python, _, _, _ = cifar
+    trace = tmp_path / "executed"
+    file = python / ("test_batch" if name == "cifar10" else "test")
+    file.write_bytes(pickle.dumps({b"data": Boom(trace), b"labels": []}))
+    with pytest.raises(InputError, match="refused: the pickle names .*system"):
+        open_split(f"{name}:{python}", "val")
+    assert not trace.exists()
+    pickle.loads(file.read_bytes())
+    assert trace.exists(), "the file must be one that would have run code"
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((4, 3072)), np.array([None] * 4)], ids=["float", "object"]
+)
+def test_cifar_pickles_hold_bytes_only(cifar, values):
+    name, python, _, _, _ = cifar
+    file = python / ("test_batch" if name == "cifar10" else "test")
+    file.write_bytes(python2_pickle({b"data": values, b"labels": [0] * 4}))
+    with pytest.raises(InputError, match="array that is not of bytes"):
+        open_split(f"{name}:{python}", "val")
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_truncated_cifar_files_are_named(cifar, version):
+    name, python, binary, _, _ = cifar
+    stem = "test_batch" if name == "cifar10" else "test"
+    folder, file = (python, stem) if version == "python" else (binary, f"{stem}.bin")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) - 100])
+    with pytest.raises(InputError, match=f"{file} is damaged"):
+        open_split(f"{name}:{folder}", "val")
+
+
+def test_cifar_labels_beyond_the_class_names_are_refused(cifar):
+    name, _, binary, _, _ = cifar
+    text = "batches.meta.txt" if name == "cifar10" else "fine_label_names.txt"
+    (binary / text).write_text("only_one\n")
+    with pytest.raises(InputError, match="names only 1 classes"):
+        open_split(f"{name}:{binary}", "train")
+
+
+def test_missing_cifar_says_where_it_looked(tmp_path):
+    with pytest.raises(InputError, match=f"no CIFAR-10 files in {tmp_path}.*cifar10:PATH"):
+        open_split(f"cifar10:{tmp_path}", "train")
+
+
+# Image folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ of two classes; pictures of various sizes and modes."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index, name in enumerate(("ant", "bee")):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            for number, shape in enumerate([(40, 30, 3), (30, 40), (36, 36, 4)]):
+                pixels = random.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return tmp_path
+
+
+def test_image_folders_give_colour_images_and_sorted_classes(folder):
+    split = open_split(f"imagefolder:{folder}", "train")
+    assert split.class_names == ["ant", "bee"]
+    assert [label for _, label in split.images] == [0, 0, 0, 1, 1, 1]
+    assert {image.mode for image, _ in split.images} == {"RGB"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_a_damaged_image_is_named_without_a_traceback(folder, workers, damage):
+    path = folder / "val" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image")
+    config = RunConfig(img_size=32, workers=workers, batch_size=6)
+    loader = eval_loader(open_split(f"imagefolder:{folder}", "val"), config, ALONE)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        list(batches(loader))
+    assert str(path) in str(caught.value)
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_image_folders_that_differ_in_classes_are_refused(folder):
+    (folder / "val" / "cat").mkdir()
+    with pytest.raises(InputError, match="differ in their class folders: cat"):
+        open_split(f"imagefolder:{folder}", "train")
+
+
+def test_an_empty_class_is_refused(folder):
+    for path in (folder / "train" / "ant").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="no valid file for the classes ant"):
+        open_split(f"imagefolder:{folder}", "train")
+
+
+# Specifications
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("digit", "unknown source 'digit'; did you mean 'digits'?"),
+        ("digits:here", "digits is built in"),
+        ("imagefolder", "imagefolder:PATH with train/ and val/"),
+        ("imagefolder:/nowhere", "/nowhere/train does not exist"),
+        ("synthetic:few", "expected synthetic:IMAGES"),
+        ("synthetic:3", "at least 4 images"),
+    ],
+)
+def test_bad_specifications(spec, message):
+    with pytest.raises(InputError, match=message):
+        open_split(spec, "train")
+
+
+def test_synthetic_images_are_the_same_each_time_and_differ_between_splits():
+    first, again = (open_split("synthetic:8", "train", img_size=(20, 30)) for _ in range(2))
+    np.testing.assert_array_equal(pixels_of(first), pixels_of(again))
+    assert pixels_of(first).shape == (8, 20, 30, 3)
+    val = open_split("synthetic:8", "val", img_size=(20, 30))
+    assert len(val.images) == 2
+    assert not np.array_equal(pixels_of(val), pixels_of(first)[:2])
+
+
+# Batches
+
+
+def test_normalisation_is_that_of_the_definition():
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(
+        Normalize(mean, std, CPU)(images).double(), expected, atol=1e-5, rtol=0
+    )
+
+
+def test_random_erasing_erases():
+    normalize = Normalize((0.0,), (1.0,), CPU, random_erasing=1.0)
+    images = normalize(torch.full((4, 1, 32, 32), 255, dtype=torch.uint8))
+    changed = (images != 1).flatten(1).float().mean(dim=1)
+    assert ((changed > 0.01) & (changed < 0.5)).all()
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet/t2t_vit_14"])
+def test_recipes_deliver_uint8_of_the_configured_size(name):
+    config = replace(resolve(name, {}), img_size=(32, 48))
+    grey = name == "digits"
+    image = Image.new("L" if grey else "RGB", (60, 50))
+    out = train_transform(config)(image)
+    assert out.dtype == torch.uint8 and out.shape == (1 if grey else 3, 32, 48)
+
+
+def test_the_ranks_batches_are_a_single_process_s():
+    config = RunConfig(data="synthetic:22", num_classes=1000, img_size=16, workers=0, batch_size=8)
+    config = replace(config, crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0)
+    split = open_split(config.data, "train", img_size=(16, 16), num_classes=1000)
+
+    def labels(rank, size):
+        loader = train_loader(split, config, World(rank, size, CPU))
+        loader.sampler.set_epoch(3)
+        return [batch.tolist() for _, batch in loader]
+
+    whole, first, second = labels(0, 1), labels(0, 2), labels(1, 2)
+    assert len(whole) == 2  # the incomplete third batch is left out
+    for batch, one, two in zip(whole, first, second, strict=True):
+        assert sorted(batch) == sorted(one + two)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_evaluation_sees_each_image_exactly_once(size):
+    config = RunConfig(img_size=16, workers=0, batch_size=4, crop_pct=1)
+    split = open_split("synthetic:44", "val", img_size=(16, 16))
+    seen = [
+        image.numpy().tobytes()
+        for rank in range(size)
+        for images, _ in eval_loader(split, config, World(rank, size, CPU))
+        for image in images
+    ]
+    expected = [np.asarray(image).transpose(2, 0, 1).tobytes() for image, _ in split.images]
+    assert Counter(seen) == Counter(expected)
+
+
+@pytest.mark.parametrize(
+    "options, world, message",
+    [
+        ({"batch_size": 9}, World(0, 2, CPU), "batch_size: got 9, expected a multiple of the 2"),
+        ({"batch_size": 64}, ALONE, "batch_size: got 64, but the data has only 44 training images"),
+        ({"batch_size": 7, "mixup": 0.5}, ALONE, "mixup and cutmix need an even number"),
+        ({"mean": (0.5,)}, ALONE, "mean: got 1 numbers, expected 3, one per channel"),
+    ],
+)
+def test_data_that_do_not_fit_the_configuration(options, world, message):
+    config = RunConfig(**{"data": "synthetic:44", "img_size": 16, "batch_size": 8} | options)
+    with pytest.raises(InputError, match=message):
+        open_data(config, world)

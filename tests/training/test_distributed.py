@@ -1,0 +1,63 @@
+"""Two processes under torchrun: one run, one log, every held-out image counted once."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from t2tvit.cli import main
+from tests.training.tiny import HELD_OUT, TINY, metrics_of
+
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The output folder and the log of two processes on the CPU."""
+    output = tmp_path_factory.mktemp("ddp") / "run"
+    options = ("train", *TINY, "--epochs", "2", "--output", str(output))
+    done = subprocess.run([*LAUNCH, "-m", "t2tvit", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_two_processes_make_one_run(run):
+    output, log = run
+    assert "world size 2" in log and "global batch 8 (4 per process)" in log
+    assert log.count("epoch 2/2") == 1
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2]
+
+
+def test_each_held_out_image_is_counted_once(run, capsys):
+    """11 images on 2 processes: a single process finds the same loss and accuracy."""
+    output, _ = run
+    last = metrics_of(output)[-1]
+    assert last["eval_images"] == HELD_OUT
+    assert main(["eval", "--run", str(output), "--weights", "last"]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {last['top1']:.2f}%" in out
+    assert f"loss {last['eval_loss']:.4f}  {HELD_OUT} images" in out
+
+
+def test_no_option_collides_with_torchrun_s(capsys):
+    """torchrun reads ours too, and refuses what may abbreviate two of its own."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = re.findall(r"--[a-z-]+", get_args_parser().format_help())
+    for command in ("train", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        for option in re.findall(r"^  (--.*)", capsys.readouterr().out, re.MULTILINE):
+            names = re.findall(r"--[a-z-]+", option.partition("  ")[0])
+            free = [name for name in names if not any(their.startswith(name) for their in theirs)]
+            assert free, f"torchrun would take {names} for {theirs}"
+
+
+def test_a_refusal_ends_all_processes_with_one_line(run):
+    output, _ = run
+    options = ("train", *TINY, "--epochs", "2", "--output", str(output))
+    done = subprocess.run([*LAUNCH, "-m", "t2tvit", *options], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("t2tvit: error") == 1
+    assert "is not empty" in done.stderr

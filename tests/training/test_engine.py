@@ -1,0 +1,181 @@
+"""Training and evaluation steps against their definitions."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from t2tvit.errors import NonFiniteLoss
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.pipeline import Normalize, open_data
+from t2tvit.training.progress import Progress
+from t2tvit.training.run import build_state
+from t2tvit.training.state import seed_everything
+
+WORLD = World(0, 1, torch.device("cpu"))
+CONFIG = RunConfig(
+    data="synthetic:36",
+    num_classes=6,
+    img_size=16,
+    workers=0,
+    batch_size=8,
+    amp="none",
+    drop_path=0.0,
+    ema_decay=None,
+    epochs=4,
+    warmup_epochs=0,
+    smoothing=0.0,
+    optimizer="momentum",
+    momentum=0.0,
+    weight_decay=0.0,
+)
+
+
+class Linear(nn.Module):
+    """The smallest model with what the trainer asks of one."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.head = nn.Linear(3 * 16 * 16, num_classes)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
+@contextmanager
+def silent(steps):
+    with Progress("epoch", steps, World(1, 2, torch.device("cpu"))) as progress:
+        yield progress
+
+
+def one_epoch(state, data, config):
+    with silent(len(data.train)) as progress:
+        return train_epoch(state, data, config, WORLD, progress)
+
+
+def test_an_epoch_is_what_a_plain_loop_computes():
+    seed_everything(0)
+    data = open_data(CONFIG, WORLD)
+    model = Linear(6)
+    plain = Linear(6)
+    plain.load_state_dict(model.state_dict())
+    state, epochs = build_state(model, CONFIG, len(data.train), WORLD)
+    assert epochs == 4 + CONFIG.cooldown_epochs
+
+    seed_everything(1)
+    metrics = one_epoch(state, data, CONFIG)
+    seed_everything(1)
+    data.train.sampler.set_epoch(0)
+    losses, updates, total = [], 0, 4 * len(data.train)
+    for images, labels in data.train:
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * updates / total))).item()
+        rate = CONFIG.min_lr + (CONFIG.lr - CONFIG.min_lr) * cosine
+        loss = F.cross_entropy(plain(data.normalize(images)), labels)
+        gradients = torch.autograd.grad(loss, list(plain.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
+                parameter -= rate * gradient
+        losses.append(loss.item())
+        updates += 1
+    assert state.updates == updates == 4
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert metrics["lr"] == pytest.approx(rate, rel=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(
+            model.state_dict()[name], value, msg=lambda text: f"{name}: {text}"
+        )
+
+
+def test_clipping_bounds_the_update():
+    config = replace(CONFIG, clip_grad=1e-3, batch_size=36, lr=1.0)
+    data = open_data(config, WORLD)
+    model = Linear(6)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+    state, _ = build_state(model, config, len(data.train), WORLD)
+    one_epoch(state, data, config)
+    after = torch.nn.utils.parameters_to_vector(model.parameters())
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_warms_up_towards_its_decay():
+    config = replace(CONFIG, ema_decay=0.9, ema_warmup_power=1.0, batch_size=36, lr=0.1)
+    data = open_data(config, WORLD)
+    model = Linear(6)
+    state, _ = build_state(model, config, len(data.train), WORLD)
+    start = model.head.bias.detach().clone()
+    one_epoch(state, data, config)
+    # The first update's decay is 0: the random start has no part in the average.
+    torch.testing.assert_close(state.ema.module.head.bias, model.head.bias)
+    assert not torch.equal(model.head.bias, start)
+    first = model.head.bias.detach().clone()
+    one_epoch(state, data, config)
+    torch.testing.assert_close(state.ema.module.head.bias, (first + model.head.bias) / 2)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_loss_that_is_not_finite_is_reported_with_its_step(step):
+    data = open_data(CONFIG, WORLD)
+    model = Linear(6)
+    state, _ = build_state(model, CONFIG, len(data.train), WORLD)
+    calls = []
+
+    def poison(module, inputs, output):
+        calls.append(1)
+        return output * torch.inf if len(calls) == step else output
+
+    model.register_forward_hook(poison)
+    with pytest.raises(NonFiniteLoss, match=f"not finite at step {step} of epoch 1"):
+        one_epoch(state, data, CONFIG)
+
+
+@pytest.mark.parametrize("classes", [3, 6])
+def test_evaluation_is_the_mean_over_all_images(classes):
+    """Also over an incomplete last batch; top-5 only where it means something."""
+    torch.manual_seed(0)
+    batches = [
+        (
+            torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8),
+            torch.randint(classes, (size,)),
+        )
+        for size in (8, 8, 3)
+    ]
+    model = Linear(classes)
+    normalize = Normalize((0.5,) * 3, (0.2,) * 3, WORLD.device)
+    metrics = evaluate(model, batches, normalize, CONFIG, WORLD)
+    labels = torch.cat([labels for _, labels in batches])
+    with torch.no_grad():
+        logits = model(normalize(torch.cat([images for images, _ in batches])))
+    assert metrics["eval_images"] == 19
+    assert metrics["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    order = logits.argsort(dim=1, descending=True)
+    right = (order == labels[:, None]).double()
+    assert metrics["top1"] == pytest.approx(100 * right[:, 0].mean().item())
+    if classes < 5:
+        assert "top5" not in metrics
+    else:
+        assert metrics["top5"] == pytest.approx(100 * right[:, :5].sum(dim=1).mean().item())
+
+
+def test_biases_norms_and_the_class_token_are_not_decayed():
+    import t2tvit
+
+    model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1)
+    config = replace(CONFIG, optimizer="adamw", weight_decay=0.05)
+    state, _ = build_state(model, config, 1, WORLD)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in decay, name
+        else:
+            exempt = parameter.dim() == 1 or name == "cls_token"
+            assert decay[id(parameter)] == (0 if exempt else 0.05), name

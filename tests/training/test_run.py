@@ -1,0 +1,279 @@
+"""A run from end to end: what it writes, how it resumes, what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import t2tvit
+from t2tvit.cli import main
+from t2tvit.training import run
+from t2tvit.training.config import resolve
+from t2tvit.training.state import read_about
+from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
+
+
+def train(output, *options) -> int:
+    return main(["train", *TINY, "--output", str(output), *options])
+
+
+def assert_equal(first, second, place="state"):
+    """Bit-identical tensors, and equal everything else."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), place
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            assert_equal(first[key], second[key], f"{place}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), place
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_equal(*pair, f"{place}.{index}")
+    else:
+        assert first == second, place
+
+
+def without_times(history):
+    times = ("seconds", "images_per_second")
+    return [{key: row[key] for key in row if key not in times} for row in history]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three epochs."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert train(output, "--epochs", "3") == 0
+    return output
+
+
+def test_a_run_writes_what_it_says_and_nothing_else(finished):
+    files = {"best.safetensors", "last.safetensors", "state.pt", "config.yaml", "run.json"}
+    files |= {"metrics.jsonl", "curves.png"}
+    assert {path.name for path in finished.iterdir()} == files
+    assert [path.name for path in finished.parent.iterdir()] == ["run"]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_object_per_epoch(finished):
+    metrics = metrics_of(finished)
+    assert [row["epoch"] for row in metrics] == [1, 2, 3]
+    for row in metrics:
+        assert {"train_loss", "eval_loss", "top1", "top5", "images_per_second", "lr"} <= row.keys()
+        assert row["eval_images"] == HELD_OUT
+        assert 0 <= row["top1"] <= row["top5"] <= 100
+    assert metrics[-1]["lr"] < metrics[0]["lr"] <= 1e-3
+
+
+def test_a_run_records_what_it_was(finished):
+    config = resolve(finished / "config.yaml", {})
+    assert (config.model, config.lr, config.epochs) == ("t2t_vit_7", 1e-3, 3)
+    record = json.loads((finished / "run.json").read_text())
+    assert record["class_names"] == ["0", "1", "2", "3", "4", "5"]
+    (start,) = record["starts"]
+    assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert start["world_size"] == 1
+
+
+def test_the_weights_kept_are_the_averaged_ones(finished):
+    about = read_about(finished / "last.safetensors")
+    model = t2tvit.create_model(about.model, **about.create_args)
+    report = t2tvit.load_checkpoint(model, finished / "last.safetensors")
+    assert report.loaded == len(model.state_dict())
+    state = state_of(finished)["state"]
+    assert_equal(dict(model.state_dict()), dict(state["ema"]))
+    assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
+
+
+def test_the_best_weights_are_those_of_the_best_epoch(finished):
+    best = max(metrics_of(finished), key=lambda row: (row["top1"], row["epoch"]))
+    about = read_about(finished / "best.safetensors")
+    assert (about.epoch, about.top1) == (best["epoch"], best["top1"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="float32"),
+        pytest.param(
+            ("--amp", "bfloat16", "--workers", "1", "--optimizer", "sgd"), id="bf16-worker"
+        ),
+        pytest.param(
+            ("--amp", "float16", "--clip-grad", "1", "--ema-decay", "none"), id="fp16-clip"
+        ),
+    ],
+)
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, capsys, options):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "--epochs", "3", *options) == 0
+
+    one_epoch = run.one_epoch
+
+    def interrupted(state, *rest):
+        if state.epochs_done == 2:
+            raise KeyboardInterrupt
+        return one_epoch(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "one_epoch", interrupted)
+        assert train(parts, "--epochs", "3", *options) == 130
+    assert f"t2tvit train --output {parts} --resume auto" in capsys.readouterr().out
+    assert state_of(parts)["state"]["epochs_done"] == 2
+    assert main(["train", "--output", str(parts), "--resume", "auto"]) == 0
+
+    first, second = state_of(whole), state_of(parts)
+    for content in (first, second):
+        content["state"]["history"] = without_times(content["state"]["history"])
+    assert_equal(first, second)
+    assert (whole / "last.safetensors").read_bytes() == (parts / "last.safetensors").read_bytes()
+    assert without_times(metrics_of(whole)) == without_times(metrics_of(parts))
+    assert len(json.loads((parts / "run.json").read_text())["starts"]) == 2
+
+
+def test_other_seeds_give_other_weights(tmp_path, finished):
+    assert train(tmp_path / "run", "--epochs", "3", "--seed", "1") == 0
+    weight = [
+        state_of(path)["state"]["model"]["head.weight"] for path in (finished, tmp_path / "run")
+    ]
+    assert not torch.equal(*weight)
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--resume", "auto") == 0
+    before = (output / "last.safetensors").read_bytes()
+    assert train(output, "--epochs", "2", "--resume", "auto") == 0
+    assert "finished 2 epochs" in capsys.readouterr().out
+    assert (output / "last.safetensors").read_bytes() == before
+    assert train(output, "--epochs", "3", "--resume", "auto") == 0
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3]
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "one_epoch", interrupted)
+        assert train(output, "--epochs", "2") == 130
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
+    assert resolve(output / "config.yaml", {}).data == "synthetic:44"
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2]
+
+
+def test_a_run_can_go_on_in_another_folder(tmp_path, finished):
+    before = (finished / "state.pt").read_bytes()
+    output = tmp_path / "longer"
+    options = ["--resume", str(finished), "--epochs", "4", "--output", str(output)]
+    assert main(["train", *options]) == 0
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
+    assert (finished / "state.pt").read_bytes() == before
+
+
+def refused(capsys, *options) -> str:
+    """The one line with which a run is refused."""
+    capsys.readouterr()
+    assert main(["train", *options]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("t2tvit: error: ") and line.count("\n") == 1, line
+    return line
+
+
+def test_a_second_run_does_not_mix_with_the_first(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    line = refused(capsys, *TINY, "--output", str(finished), "--epochs", "3")
+    assert "is not empty" in line and "--resume auto" in line
+    line = refused(capsys, "--output", str(finished), "--resume", "auto", "--lr", "0.5")
+    assert "lr: got 0.5, but the run to resume has 0.001" in line
+    line = refused(capsys, "--output", str(finished), "--resume", "auto", "--data", "digits")
+    assert "data: got digits, but the run to resume has synthetic:44" in line
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_outputs_that_cannot_be_used(tmp_path, finished, capsys):
+    assert "--output: none given" in refused(capsys, *TINY)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    for resume in ("auto", str(finished)):
+        line = refused(capsys, *TINY, "--epochs", "3", "--output", str(foreign), "--resume", resume)
+        assert "does not hold the run to resume" in line
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+    below_a_file = foreign / "thesis.txt" / "run"
+    assert "choose another folder" in refused(
+        capsys, *TINY, "--epochs", "3", "--output", str(below_a_file)
+    )
+
+
+def test_states_that_cannot_be_resumed(tmp_path, finished, capsys):
+    assert "does not exist" in refused(capsys, "--resume", str(tmp_path / "gone"))
+    state = tmp_path / "state.pt"
+    state.write_bytes((finished / "state.pt").read_bytes()[:5000])
+    assert "is damaged" in refused(capsys, "--resume", str(state))
+    torch.save({"weights": torch.ones(2)}, state)
+    assert "is no training state" in refused(capsys, "--resume", str(state))
+
+
+def test_training_starts_from_given_weights(tmp_path, finished):
+    weights = finished / "best.safetensors"
+    output = tmp_path / "run"
+    options = ("--initial-checkpoint", str(weights), "--lr", "0", "--min-lr", "0")
+    assert train(output, "--epochs", "2", "--warmup-lr", "0", *options) == 0
+    assert_equal(
+        dict(state_of(output)["state"]["model"]),
+        dict(t2t_weights(weights)),
+    )
+
+
+def t2t_weights(path):
+    about = read_about(path)
+    model = t2tvit.create_model(about.model, **about.create_args)
+    t2tvit.load_checkpoint(model, path)
+    return model.state_dict()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    one_epoch = run.one_epoch
+
+    def poisoned(state, *rest):
+        if state.epochs_done == 1:
+            with torch.no_grad():
+                state.model.head.bias[0] = torch.nan
+        return one_epoch(state, *rest)
+
+    monkeypatch.setattr(run, "one_epoch", poisoned)
+    assert train(output, "--epochs", "3") == 1
+    line = capsys.readouterr().err
+    assert "the loss is not finite at step 1 of epoch 2" in line and line.count("\n") == 1
+    state = state_of(output)["state"]
+    assert state["epochs_done"] == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2") == 0
+    before = (output / "state.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert train(output, "--epochs", "3", "--resume", "auto") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert (output / "state.pt").read_bytes() == before
+    assert not list(output.glob(".*"))
+
+
+def test_it_learns_digits(tmp_path, capsys):
+    options = ["--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]
+    assert main(["train", "--output", str(tmp_path / "run"), *options]) == 0
+    assert metrics_of(tmp_path / "run")[-1]["top1"] > 75
+    first = capsys.readouterr().out.splitlines()[:12]
+    log = "\n".join(first)
+    for word in ("world size 1", "global batch 64", "lr 0.002", "t2t_vit_7", "performer_layer"):
+        assert word in log

@@ -1,0 +1,81 @@
+"""What reaches the disk: whole or not at all, and nothing in it runs."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import t2tvit
+from t2tvit.errors import InputError
+from t2tvit.training.state import (
+    Weights,
+    read_about,
+    read_state,
+    rng_state,
+    save_weights,
+    seed_everything,
+    set_rng_state,
+    write_atomically,
+)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="cannot write .*file: No space left"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def draw():
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+
+def test_generators_continue_where_they_were(tmp_path):
+    seed_everything(3)
+    np.random.randn()  # leaves a second normal in store, which is part of the state
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    expected = draw()
+    seed_everything(4)
+    assert draw() != expected
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == expected
+
+
+def test_weights_say_what_they_are(tmp_path):
+    args = {"img_size": [32, 48], "num_classes": 3, "in_chans": 1, "depth": 1}
+    model = t2tvit.create_model("t2t_vit_7", **args)
+    about = Weights("t2t_vit_7", args, ["a", "b", "ü"], {"lr": 0.1}, epoch=4, top1=61.5)
+    path = tmp_path / "w.safetensors"
+    save_weights(model, path, about)
+    read = read_about(path)
+    assert read == about
+    again = t2tvit.create_model(read.model, **read.create_args)
+    t2tvit.load_checkpoint(again, path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+class Boom:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+def test_a_state_file_cannot_run_code(tmp_path):
+    trace, path = tmp_path / "executed", tmp_path / "state.pt"
+    torch.save({"state": Boom(trace)}, path)
+    with pytest.raises(InputError, match="state.pt is damaged"):
+        read_state(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the file must be one that would have run code"
