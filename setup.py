@@ -26,6 +26,8 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent
+# ninja may be installed beside this Python only, and torch looks for it on the path.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # LibTorch's stable ABI as of 2.11: what is built here loads under every later torch.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ALL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
@@ -81,8 +83,16 @@ def wants_cuda() -> bool:
 
 def cuda_architectures() -> str:
     """As TORCH_CUDA_ARCH_LIST: the user's, else the visible GPUs', else all that nvcc knows."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked:
+        names = asked.replace(";", " ").split()
+        wrong = [name for name in names if not re.fullmatch(r"\d+\.\d+a?(\+PTX)?", name)]
+        if wrong:
+            sys.exit(
+                f"t2tvit: TORCH_CUDA_ARCH_LIST: got {wrong[0]!r}, expected versions such as "
+                "8.0;9.0a+PTX"
+            )
+        return ";".join(names)
     known = set(re.findall(r"compute_(\d+a?)", nvcc_says("--list-gpu-arch")))
     if torch.cuda.is_available():
         devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -104,8 +114,20 @@ def cuda_architectures() -> str:
 def parallel_jobs(gib_per_job: int) -> int:
     """Compilers at a time that neither starve the cores nor exhaust the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(cores or 1, int(gib // gib_per_job)))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container, if there is one
+    if limit.exists() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
+    return max(1, min(cores or 1, int(memory / 2**30 // gib_per_job)))
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler's first line about itself; ends the build where there is none."""
+    command = (os.environ.get("CXX") or "c++").split()
+    if shutil.which(command[0]) is None:
+        sys.exit(f"t2tvit: no C++ compiler: {command[0]!r} was not found. Install g++ or set CXX.")
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return (done.stdout.splitlines() or command)[0].replace('"', "")
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -116,16 +138,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         return super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler.split()[0]) is None:
-            sys.exit(f"t2tvit: no C++ compiler: {compiler!r} was not found. Install g++ or set CXX.")
         try:
             super().build_extensions()
         except Exception as error:
             hint = ""
             if any(extension.name.endswith("_cuda") for extension in self.extensions):
                 hint = " T2T_WITH_CUDA=0 builds without the CUDA kernels."
-            sys.exit(f"t2tvit: the kernels did not compile: {error}\nt2tvit: see the first error above.{hint}")
+            sys.exit(f"t2tvit: the kernels did not compile; see the first error above.{hint}\n{error}")
 
 
 def extensions() -> list[Extension]:
@@ -134,17 +153,13 @@ def extensions() -> list[Extension]:
     jobs = parallel_jobs(GIB_PER_NVCC_JOB if with_cuda else GIB_PER_CXX_JOB)
     os.environ.setdefault("MAX_JOBS", str(jobs))
 
-    compiler = os.environ.get("CXX", "c++")
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
-    described = version.stdout.splitlines()[0] if version.stdout else compiler
-    described = described.replace('"', "")
     cpu = cpp_extension.CppExtension(
         "t2t_kernels._C",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
         + ["csrc/bindings.cpp"],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=[
-            ("T2T_COMPILER", f'"{described}"'),
+            ("T2T_COMPILER", f'"{cxx_compiler()}"'),
             ("T2T_CUDA_ARCHITECTURES", f'"{architectures}"'),
         ],
         extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI],

@@ -73,6 +73,8 @@ def table(result: dict) -> str:
 
 def tables() -> str:
     """The newest result of each device."""
+    if not RESULTS.exists():
+        return ""
     newest = [max(folder.glob("*.json")) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
     return "\n\n".join(table(json.loads(path.read_text())) for path in newest)
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Sizes beyond it overflow the kernels' products of two of them; no map is as large.
+_LARGEST_SIZE = 2**15
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -14,8 +17,18 @@ def output_size(
     """Grid of tokens ``(h, w)`` that a soft split makes of a ``height`` × ``width`` map.
 
     Raises:
-        ValueError: the padded map is smaller than the kernel.
+        TypeError, ValueError: a size is not an integer or is out of range, or the padded map is
+            smaller than the kernel.
     """
+    for name, value, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
+        if not least <= value < _LARGEST_SIZE:
+            raise ValueError(f"{name}: got {value}, expected from {least} to {_LARGEST_SIZE - 1}")
     h = (height + 2 * padding - kernel_size) // stride + 1
     w = (width + 2 * padding - kernel_size) // stride + 1
     if h < 1 or w < 1:
@@ -31,17 +44,10 @@ def check_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
     check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected 4 dimensions (B, C, H, W)")
-    for name, value, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
-    if x.shape[1] < 1:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one channel")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected at least one channel and one pixel"
+        )
     output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
 
 

@@ -7,7 +7,6 @@ backend never falls back: it runs or raises :class:`BackendUnavailable` with the
 
 import contextlib
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,6 +67,8 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is a CPU build"
     if _LOAD_ERRORS["cpu"] is not None:
         return f"its build information is missing: {_LOAD_ERRORS['cpu']}"
+    if not importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]:
+        return "the last build left it out; build it with `T2T_WITH_CUDA=1 pip install .`"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -78,8 +79,12 @@ def _load_cuda() -> str | None:
 def _load_triton() -> str | None:
     if torch.version.cuda is None and not INTERPRETED:
         return f"torch {torch.__version__} is a CPU build"
-    if importlib.util.find_spec("triton") is None:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
         return "the package triton is not installed; `pip install triton`"
+    except Exception as error:  # a broken installation must not take the other backends with it
+        return f"triton does not import: {type(error).__name__}: {error}"
     return None
 
 
@@ -100,7 +105,8 @@ CUDA_ARCHITECTURES: str = (
     else ""
 )
 
-_override: str | None = None
+# The use_backend blocks that are open now, in any thread; the last one rules.
+_overrides: list[str] = []
 _environment: str | None = os.environ.get("T2T_BACKEND") or None
 
 
@@ -144,7 +150,7 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     Machine code runs on its own major version from its minor version on, code with the suffix "a"
     on its own version only, and the PTX of an architecture without it on everything newer.
     """
-    for name in architectures.replace(" ", ";").split(";"):
+    for name in filter(None, architectures.replace(" ", ";").split(";")):
         version, _, ptx = name.partition("+")
         own = tuple(int(part) for part in version.rstrip("a").split("."))
         exact = version.endswith("a")
@@ -186,7 +192,8 @@ def choose(
 
 def requested(backend: str | None) -> str | None:
     """The backend asked for by argument, by :func:`use_backend` or by ``T2T_BACKEND``, if any."""
-    for source, name in (("backend", backend), ("backend", _override), ("T2T_BACKEND", _environment)):
+    override = _overrides[-1] if _overrides else None
+    for source, name in (("backend", backend), ("backend", override), ("T2T_BACKEND", _environment)):
         if name is not None:
             if name not in BACKENDS:
                 raise ValueError(f"{source}: {unknown_name('backend', name, BACKENDS)}")
@@ -203,14 +210,14 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is not one of :data:`BACKENDS`.
     """
-    global _override
     if name not in BACKENDS:
         raise ValueError(f"name: {unknown_name('backend', name, BACKENDS)}")
-    previous, _override = _override, name
+    _overrides.append(name)
     try:
         yield
     finally:
-        _override = previous
+        # Its own entry: a block of another thread may have been opened since.
+        del _overrides[len(_overrides) - 1 - _overrides[::-1].index(name)]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device
     """
     elements = shape.numel()
     block = torch.arange((elements + 3) // 4, device=device)
+    if isinstance(seed, int):
+        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     zero = torch.zeros_like(block)
     words = philox_4x32(

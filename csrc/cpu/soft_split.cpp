@@ -32,8 +32,13 @@ struct Geometry {
 Geometry make_geometry(
     int64_t batch, int64_t channels, int64_t height, int64_t width,
     int64_t kernel, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0,
+  // Bounds on the single sizes keep the products of two of them from overflowing.
+  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(kernel >= 1 && kernel <= 32767 && stride >= 1 && stride <= largest &&
+                      padding >= 0 && padding <= largest,
                   "soft_split: kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
+  STD_TORCH_CHECK(channels <= largest / (kernel * kernel) && height <= largest && width <= largest,
+                  "soft_split: ", channels, " channels of ", height, "x", width, " are too many");
   STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel,
                   "soft_split: a map of ", height, "x", width, " is smaller than the kernel ", kernel);
   return {batch, channels, height, width,
@@ -171,6 +176,8 @@ Tensor soft_split_backward(const Tensor& grad, int64_t height, int64_t width, in
                            int64_t stride, int64_t padding, bool channels_last) {
   STD_TORCH_CHECK(grad.dim() == 3, "soft_split_backward: grad must have 3 dimensions, has ",
                   grad.dim());
+  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size <= 32767,
+                  "soft_split_backward: kernel_size ", kernel_size);
   const Geometry g = make_geometry(grad.size(0), grad.size(2) / (kernel_size * kernel_size), height,
                                    width, kernel_size, stride, padding);
   STD_TORCH_CHECK(grad.size(1) == g.rows * g.columns && grad.size(2) == g.token_width(),

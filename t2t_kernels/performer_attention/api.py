@@ -20,7 +20,7 @@ def performer_attention(
 ) -> Tensor:
     """Linear attention: y = φ(q)·(Σ φ(k) vᵀ) / (φ(q)·Σ φ(k) + eps), φ(x) = exp(w·x − |x|²/2)/√m.
 
-    Computed in float32 (float64 for float64 inputs) and finite for every finite input. Inputs of
+    Computed in float32 (float64 for float64 inputs) and finite for every finite q and k. Inputs of
     float16 or bfloat16 lose nothing but their own rounding. Note the argument order: k, q, v.
 
     Args:

@@ -55,6 +55,7 @@ def performer_layer(
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
         BackendUnavailable: the named backend cannot run this call.
     """
+    _check_type(params, PerformerLayerParams)
     dtype = autocast_dtype(x)
     if dtype is not None:
         converted = PerformerLayerParams(*(cast(tensor, dtype) for tensor in params))
@@ -118,6 +119,7 @@ def transformer_layer(
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
         BackendUnavailable: the named backend cannot run this call.
     """
+    _check_type(params, TransformerLayerParams)
     dtype = autocast_dtype(x)
     if dtype is not None:
         converted = TransformerLayerParams(*(cast(tensor, dtype) for tensor in params))
@@ -147,7 +149,6 @@ def transformer_layer(
 
 
 def _check_performer_params(params: PerformerLayerParams, x: Tensor, width: int) -> None:
-    _check_type(params, PerformerLayerParams)
     embed, hidden = _rows(params, "proj_weight"), _rows(params, "mlp_0_weight")
     _check_shapes(
         params,
@@ -169,7 +170,6 @@ def _check_performer_params(params: PerformerLayerParams, x: Tensor, width: int)
 
 
 def _check_transformer_params(params: TransformerLayerParams, x: Tensor, width: int) -> None:
-    _check_type(params, TransformerLayerParams)
     embed, hidden = _rows(params, "attn_proj_weight"), _rows(params, "mlp_fc1_weight")
     _check_shapes(
         params,

@@ -4,7 +4,7 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -59,8 +59,8 @@ def load_checkpoint(
     Args:
         model: a model of this package.
         path: the file.
-        grid_size: (h, w) of the checkpoint's tokens; needed only to resize positions whose grid is
-            not square.
+        grid_size: (h, w) of the checkpoint's tokens. Without it as many positions as the model's
+            are taken to be the same grid, and others to be a square one.
 
     Raises:
         InputError: the file cannot be read as a checkpoint without running code, or does not fit
@@ -75,14 +75,11 @@ def load_checkpoint(
 
     resized = None
     positions = state.get("pos_embed")
-    if positions is not None and _is_resizable(positions, own["pos_embed"]):
-        old = grid_size or _square_grid(positions, path)
-        if old[0] * old[1] != positions.shape[1] - 1:
-            raise InputError(
-                f"grid_size: got {old}, but {path} has {positions.shape[1] - 1} positions"
-            )
-        state["pos_embed"] = resize_positions(positions, old, model.grid_size)
-        resized = (old, model.grid_size)
+    if positions is not None and _are_positions(positions, own["pos_embed"]):
+        old = _grid(positions, grid_size, model.grid_size, path)
+        if old != model.grid_size:
+            state["pos_embed"] = resize_positions(positions, old, model.grid_size)
+        resized = (old, model.grid_size) if old != model.grid_size else None
 
     dropped_classes = None
     head = state.get("head.weight")
@@ -166,18 +163,27 @@ def _unwrap(content: object, path: Path) -> tuple[str | None, dict[str, Tensor]]
     return wrapper, state
 
 
-def _is_resizable(positions: Tensor, own: Tensor) -> bool:
-    """Whether the two differ in the number of positions and in nothing else."""
+def _are_positions(positions: Tensor, own: Tensor) -> bool:
+    """Whether the two differ in the number of positions at most."""
     return (
-        positions.dim() == 3
-        and positions.shape[1] > 1
-        and positions.shape[1] != own.shape[1]
-        and positions.shape[::2] == own.shape[::2]
+        positions.dim() == 3 and positions.shape[1] > 1 and positions.shape[::2] == own.shape[::2]
     )
 
 
-def _square_grid(positions: Tensor, path: Path) -> tuple[int, int]:
+def _grid(
+    positions: Tensor, given: tuple[int, int] | None, own: tuple[int, int], path: Path
+) -> tuple[int, int]:
+    """The grid (h, w) of a checkpoint's positions."""
     count = positions.shape[1] - 1
+    if given is not None:
+        pair = isinstance(given, Sequence) and len(given) == 2
+        if not pair or not all(isinstance(side, int) for side in given):
+            raise InputError(f"grid_size: got {given!r}, expected (h, w)")
+        if given[0] * given[1] != count:
+            raise InputError(f"grid_size: got {given}, but {path} has {count} positions")
+        return tuple(given)
+    if count == own[0] * own[1]:
+        return own
     side = math.isqrt(count)
     if side * side != count:
         raise InputError(

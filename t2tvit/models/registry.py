@@ -130,7 +130,7 @@ def create_model(
     Raises:
         InputError: an unknown name or option, or an option that does not fit.
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise InputError(unknown_name("model", name, MODELS))
     config = MODELS[name]
     known = _options(config.architecture)

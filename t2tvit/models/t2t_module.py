@@ -16,6 +16,7 @@ from t2t_kernels import (
     soft_split_linear,
     transformer_layer,
 )
+from t2t_kernels.arguments import autocast_dtype
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.arguments import MIN_SIZE, check_integer
 
@@ -182,6 +183,13 @@ class T2TModule(nn.Module):
                 f"x: got shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W) with H and W "
                 f"at least {MIN_SIZE}"
             )
+        like = self.project.weight
+        if x.device != like.device:
+            raise ValueError(f"x: got device {x.device}, the model is on {like.device}")
+        if not x.is_floating_point() or (
+            x.dtype != like.dtype and autocast_dtype(x) is None
+        ):
+            raise TypeError(f"x: got {x.dtype}, the model is {like.dtype}; convert one of them")
         for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
             grid = output_size(x.shape[2], x.shape[3], **split)
             # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.

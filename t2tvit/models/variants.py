@@ -159,6 +159,8 @@ class T2TDenseVisionTransformer(T2TBackbone):
     ):
         check_integer("embed_dim", embed_dim)
         check_integer("growth_rate", growth_rate)
+        if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
+            raise InputError(f"stages: got {stages!r}, expected a number of blocks for each stage")
         for count in stages:
             check_integer("stages", count)
         check_rate("drop_rate", drop_rate)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t2t_kernels import (
+    output_size,
     performer_attention,
     performer_layer,
     soft_split,
@@ -32,6 +33,10 @@ CASES = {
     "kernel-zero": (lambda: soft_split(X, 0, 2, 1), ValueError, "kernel_size: got 0"),
     "kernel-float": (lambda: soft_split(X, 3.0, 2, 1), TypeError, "kernel_size: got 3.0"),
     "kernel-pair": (lambda: soft_split(X, (3, 3), 2, 1), TypeError, "kernel_size: got"),
+    "no-pixels": (lambda: soft_split(X[:, :, :0], 3, 2, 2), ValueError, "one pixel"),
+    "kernel-huge": (lambda: soft_split(X, 2**33, 1, 2**32), ValueError, "kernel_size: got 8589"),
+    "grid-stride": (lambda: output_size(8, 8, 3, 0, 1), ValueError, "stride: got 0"),
+    "grid-padding": (lambda: output_size(8, 8, 3, 1, 0.5), TypeError, "padding: got 0.5"),
     "stride-zero": (lambda: soft_split(X, 3, 0, 1), ValueError, "stride: got 0"),
     "padding-negative": (lambda: soft_split(X, 3, 2, -1), ValueError, "padding: got -1"),
     "weight-width": (
@@ -125,18 +130,24 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(case):
+def test_bad_input(case, autocast):
+    if autocast and case in ("weight-dtype", "seed-tensor"):
+        pytest.skip("autocast converts what differs, and seeds not at all")
     call, error, message = CASES[case]
-    with pytest.raises(error, match=message):
-        call()
+    if autocast:
+        message = message.replace("torch.float32", "torch.bfloat16")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(error, match=message):
+            call()
 
 
 @pytest.mark.parametrize("case", ["rank", "integers", "too-small", "stride-zero"])
 def test_bad_input_is_refused_before_any_kernel(case, backend, monkeypatch):
     """The same errors whichever backend is asked for."""
     call, error, message = CASES[case]
-    monkeypatch.setattr("t2t_kernels.backends._override", backend)
+    monkeypatch.setattr("t2t_kernels.backends._overrides", [backend])
     with pytest.raises(error, match=message):
         call()
 
@@ -151,4 +162,8 @@ def test_kernels_check_what_would_read_out_of_bounds(backend, device):
     with pytest.raises(RuntimeError, match="soft_split"):
         ops.soft_split(torch.randn(1, 3, 2, 2, device=device), 3, 1, 0)
     with pytest.raises(RuntimeError, match="soft_split"):
-        ops.soft_split_backward(torch.randn(1, 9, 27, device=device), 9, 9, 3, 2, 1, False)
+        ops.soft_split(torch.randn(1, 1, 1, 1, device=device), 2**33, 1, 2**32)
+    grad = torch.randn(1, 9, 27, device=device)
+    for kernel_size, stride in ((3, 2), (0, 1), (2**32, 1), (3, 0)):
+        with pytest.raises(RuntimeError, match="soft_split"):
+            ops.soft_split_backward(grad, 9, 9, kernel_size, stride, 1, False)

@@ -95,7 +95,7 @@ def test_performer_in_float32_is_accurate_where_the_published_one_is_nan(rms, ep
         assert published_performer(k, q, v, w, eps).isnan().any()
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-8, 1e38])
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [
@@ -117,6 +117,29 @@ def test_performer_is_finite_for_every_finite_input(dtype, size, eps):
     assert y.isfinite().all()
     for name, grad in zip("kqv", torch.autograd.grad(y.sum(), leaves), strict=True):
         assert grad.isfinite().all(), f"gradient of {name}"
+
+
+@pytest.mark.parametrize(("rms", "eps"), [(0.7, 1e-8), (1.0, 1e-8), (1.6, 1e-8), (1.5, 0.1)])
+def test_performer_gradients_where_eps_rules(rms, eps):
+    torch.manual_seed(8)
+    w = torch.nn.init.orthogonal_(torch.empty(32, 64)) * math.sqrt(32)
+    k, q, v, dy = (torch.randn(1, 300, 64) * scale for scale in (rms, rms, 1, 1))
+
+    def gradients(dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (k, q, v)]
+        y = performer_attention(*leaves, w.to(dtype), eps=eps, backend="reference")
+        return torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    for name, ours, exact in zip("kqv", gradients(torch.float32), gradients(torch.float64)):
+        error = (ours - exact).norm() / exact.norm()
+        assert error < 3e-5, f"gradient of {name}: relative error {error:.1e}"
+
+
+def test_token_attention_in_float16_with_large_scores():
+    torch.manual_seed(9)
+    q, k, v = (torch.randn(1, 30, 64).half() for _ in range(3))
+    y = token_attention(q * 100, k * 50, v, scale=0.125, backend="reference")
+    assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -236,6 +259,7 @@ def test_dropout_mask():
     assert not torch.equal(mask, keep_mask(shape, 0.1, 4, 0, "cpu")), "seeds must differ"
     assert not torch.equal(mask, keep_mask(shape, 0.1, 3, 1, "cpu")), "sites must differ"
     assert not torch.equal(mask, keep_mask(shape, 0.1, 3 + 2**40, 0, "cpu")), "all 64 bits count"
+    assert torch.equal(keep_mask(shape, 0.1, 2**64 - 1, 0, "cpu"), keep_mask(shape, 0.1, -1, 0, "cpu"))
     # The mask is a function of the element's index: a longer tensor begins with the same one.
     longer = keep_mask(torch.Size((shape.numel() + 3,)), 0.1, 3, 0, "cpu")
     assert torch.equal(longer[:-3], mask.flatten())

@@ -105,6 +105,17 @@ def test_positions_of_a_grid_that_is_not_square(tmp_path):
     assert torch.equal(model.pos_embed, resize_positions(source.pos_embed, (2, 6), (4, 4)))
 
 
+def test_positions_of_as_many_tokens_on_another_grid(tmp_path):
+    source, model = small_model(1, img_size=64), small_model(2, img_size=(32, 128))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert load_checkpoint(model, tmp_path / "a.pth").resized is None
+    report = load_checkpoint(model, tmp_path / "a.pth", grid_size=(4, 4))
+    assert report.resized == ((4, 4), (2, 8))
+    assert torch.equal(model.pos_embed, resize_positions(source.pos_embed, (4, 4), (2, 8)))
+    with pytest.raises(InputError, match=r"grid_size: got 4, expected \(h, w\)"):
+        load_checkpoint(model, tmp_path / "a.pth", grid_size=4)
+
+
 @pytest.mark.parametrize("classes", [3, 0])
 def test_head_of_another_number_of_classes_is_dropped(tmp_path, caplog, classes):
     source, model = small_model(1), small_model(2, num_classes=classes)

@@ -73,7 +73,7 @@ def test_bad_images(model, x, message):
 def test_images_on_another_device():
     with torch.device("meta"):
         model = create_model("t2t_vit_7", depth=1, img_size=32)
-    with pytest.raises(ValueError, match="got device meta, expected cpu as x has"):
+    with pytest.raises(ValueError, match="x: got device cpu, the model is on meta"):
         model(torch.zeros(1, 3, 32, 32))
 
 
