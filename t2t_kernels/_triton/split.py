@@ -16,8 +16,8 @@ from torch import Tensor
 from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, padded, rounded
 from t2t_kernels.arguments import output_size
 
-# Elements of a block: enough to fill the matrix unit, few enough for a patch to stay in registers.
-FLAT_BLOCK, TAP_BLOCK = 32, 64
+# Elements of a block, and bytes of one tap's: 64 adjacent channels of a half type, 32 of float32.
+FLAT_BLOCK, TAP_BYTES = 32, 128
 # Rows × columns of the weight that a packing program moves, rows that an unpacking one sums.
 PACK_ROWS, PACK_COLUMNS = 64, 32
 UNPACK_ROWS = 16
@@ -51,7 +51,7 @@ def geometry(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Sp
         "STRIDE": stride,
         "PADDING": padding,
         "FLAT": flat,
-        "BLOCK_J": FLAT_BLOCK if flat else min(TAP_BLOCK, padded(channels)),
+        "BLOCK_J": FLAT_BLOCK if flat else min(TAP_BYTES // x.element_size(), padded(channels)),
     }
     return Split(*x.stride(), height, width, rows, columns), constants
 

@@ -54,7 +54,6 @@ from t2t_kernels._triton.tail import (
     AFTER_MLP,
     AFTER_PROJ,
     NORM_EPS,
-    add_tail_gradients,
     kept,
     load_vector,
     sum_tail_gradients_kernel,
@@ -184,7 +183,7 @@ def performer_layer_keys_kernel(
                EMBED, EMBED_P)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_queries_kernel(
     p_x,
     p_packed,
@@ -280,7 +279,7 @@ def performer_layer_queries_kernel(
         store_rows(p_out + i_image * tokens * EMBED, b_out, o_t, m_t, EMBED, EMBED_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_bwd_tail_kernel(
     p_grad,
     p_x,
@@ -341,15 +340,11 @@ def performer_layer_bwd_tail_kernel(
     """Gradients of the tail's parameters (to the slot) and of the sums over keys (per chunk)."""
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i_image = (item // chunks).to(tl.int64)
         p_image = p_x + i_image * stride_b
-        maximum, normalizer, sums = load_sums(
-            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         d_normalizer = tl.zeros([FEATURES_P], tl.float32)
         d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
         start = item % chunks * CHUNK
@@ -364,6 +359,11 @@ def performer_layer_bwd_tail_kernel(
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
                                     True, PRECISION)  # fmt: skip
+            # Loaded again for each tile: kept, they would cost more registers than there are.
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
             b_keep_proj = b_v
@@ -378,12 +378,10 @@ def performer_layer_bwd_tail_kernel(
                 BLOCK_T, PRECISION)  # fmt: skip
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
-            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
-                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
-                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
-            add_tail_gradients(p_slot, b_y, b_n, b_z, b_h, b_do, b_dh, b_dz, b_dp, started, DTYPE,
-                               EMBED_P, HIDDEN_P, PRECISION)  # fmt: skip
+            b_da, b_dy = tail_backward(
+                b_dout, b_y, b_n, rstd2, b_z, b_h, b_keep_proj, b_keep_mlp, p_proj_weight,
+                p_norm2_weight, p_mlp1_weight, p_mlp2_weight, p_slot, started, DTYPE, HAS_DROPOUT,
+                EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, True, PRECISION)  # fmt: skip
             started = tl.full((), 1, tl.int32)
             b_dn = b_dy / divisor[:, None]
             d_normalizer -= tl.sum(b_f * tl.sum(b_dn * b_y, 1)[:, None], 0)
@@ -397,7 +395,7 @@ def performer_layer_bwd_tail_kernel(
         store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, m_m, EMBED, EMBED_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_bwd_split_kernel(
     p_grad,
     p_x,
@@ -470,7 +468,6 @@ def performer_layer_bwd_split_kernel(
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
     o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -484,9 +481,6 @@ def performer_layer_bwd_split_kernel(
             last_row == rows, height, tl.minimum(last_row * STRIDE - PADDING, height)
         )
         p_image = p_x + i_image * stride_b
-        maximum, normalizer, sums = load_sums(
-            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         i_part = i_image * chunks
         d_normalizer, d_sums = load_gradient_of_sums(
             p_d_normalizer + i_part * FEATURES, p_d_sums + i_part * (FEATURES * EMBED), chunks,
@@ -503,9 +497,17 @@ def performer_layer_bwd_split_kernel(
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
                                     True, PRECISION)  # fmt: skip
+            # Loaded again for each tile: kept, they would cost more registers than there are.
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
                                        FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+            # What is done waits in the scratch row; its registers are needed.
             tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
+            tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv, DTYPE))
+            tl.debug_barrier()
             b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
             b_keep_proj = b_v
@@ -520,11 +522,16 @@ def performer_layer_bwd_split_kernel(
                 BLOCK_T, PRECISION)  # fmt: skip
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
-            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
-                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
-                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
+            b_da, b_dy = tail_backward(
+                b_dout, b_y, b_n, rstd2, b_z, b_h, b_keep_proj, b_keep_mlp, p_proj_weight,
+                p_norm2_weight, p_mlp1_weight, p_mlp2_weight, p_slot, started, DTYPE, HAS_DROPOUT,
+                EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, False, PRECISION)  # fmt: skip
+            b_dv = tl.load(p_tile + o_tile + 2 * EMBED_P).to(tl.float32)
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv + b_da, DTYPE))
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer,
                                              sums, BLOCK_T, FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
             tl.store(p_tile + o_tile + EMBED_P, rounded(b_dq, DTYPE))
@@ -557,7 +564,8 @@ def _layer_constants(x: Tensor, w: Tensor, mlp_weight: Tensor) -> dict:
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
     """The smallest word that keeps an element, and the factor of what is kept."""
-    return round(dropout_p * 2**32), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+    threshold = round(dropout_p * 2**32)
+    return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
 
 
 def performer_layer(

@@ -40,10 +40,9 @@ def recorded(capability: int):
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append((self, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
 
-    table = _triton.TABLES[capability]
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-        mock.patch.dict(_triton.TABLES, dict.fromkeys(_triton.TABLES, table)),
+        mock.patch.object(_triton, "_INTERPRETER", _triton.TABLES[capability]),
     ):
         yield launches
 
