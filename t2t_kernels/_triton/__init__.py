@@ -82,11 +82,6 @@ def padded(size: int) -> int:
     return max(SMALLEST_SIDE, triton.next_power_of_2(size))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: those that stand for a half type need 11 bits only."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def device_guard(tensor: Tensor):
     """Launch on the device that holds ``tensor``, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
@@ -115,10 +110,10 @@ def rounded(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a·b + acc, accumulated in float32; PRECISION matters for float32 operands only."""
+def dot(a, b, acc):
+    """a·b + acc, accumulated in float32; float32 operands lose nothing, each split into three."""
     # The interpreter's products of bfloat16 are silently wrong.
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="tf32x3")

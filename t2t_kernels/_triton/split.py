@@ -357,7 +357,6 @@ def split_backward_tile(
     BLOCK_O: tl.constexpr,
     HAS_NORM: tl.constexpr,
     NEED_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A tile's part in the gradients of the weight (to the slot) and of the map (to its band).
 
@@ -388,7 +387,7 @@ def split_backward_tile(
             m_o = o % OUTPUTS_PADDED < OUTPUTS
             p_dy = p_grad + o_row[:, None] * stride_t + o[None, :] * stride_o
             b_dy = tl.load(p_dy, mask=m_own[:, None] & m_o[None, :], other=0.0)
-            b_sum = dot(b_u, b_dy, tl.zeros([BLOCK_J, BLOCK_O], tl.float32), PRECISION)
+            b_sum = dot(b_u, b_dy, tl.zeros([BLOCK_J, BLOCK_O], tl.float32))
             p = p_slot + (1 + o_j)[:, None] * COLUMNS + o[None, :]
             add_to_slot(p, b_sum, started)
 
@@ -405,7 +404,7 @@ def split_backward_tile(
             for i in range(0, AREA * BLOCKS_PER_TAP):
                 b_g = _patch_gradient(p_grad, p_packed, p_norm_weight, i, m_t, stride_t, stride_o,
                                       CHANNELS, KERNEL, FLAT, BLOCK_C, BLOCK_T, COLUMNS, OUTPUTS,
-                                      OUTPUTS_PADDED, BLOCK_O, HAS_NORM, PRECISION)  # fmt: skip
+                                      OUTPUTS_PADDED, BLOCK_O, HAS_NORM)  # fmt: skip
                 b_u, m_c = load_patch(p_image, i, o_y, o_x, m_t, stride_c, stride_h, stride_w,
                                       height, width, CHANNELS, KERNEL, False, BLOCK_C)  # fmt: skip
                 mean_g += tl.sum(b_g, 1)
@@ -415,7 +414,7 @@ def split_backward_tile(
         for i in range(0, AREA * BLOCKS_PER_TAP):
             b_g = _patch_gradient(p_grad, p_packed, p_norm_weight, i, m_t, stride_t, stride_o,
                                   CHANNELS, KERNEL, FLAT, BLOCK_C, BLOCK_T, COLUMNS, OUTPUTS,
-                                  OUTPUTS_PADDED, BLOCK_O, HAS_NORM, PRECISION)  # fmt: skip
+                                  OUTPUTS_PADDED, BLOCK_O, HAS_NORM)  # fmt: skip
             if HAS_NORM:
                 b_u, m_c = load_patch(p_image, i, o_y, o_x, m_t, stride_c, stride_h, stride_w,
                                       height, width, CHANNELS, KERNEL, False, BLOCK_C)  # fmt: skip
@@ -454,7 +453,6 @@ def _patch_gradient(
     OUTPUTS_PADDED: tl.constexpr,
     BLOCK_O: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """γ·Wᵀ·dy for the channels of one tap."""
     BLOCKS_PER_TAP: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -474,7 +472,7 @@ def _patch_gradient(
         p_dy = p_grad + o_row[:, None] * stride_t + o[None, :] * stride_o
         b_dy = tl.load(p_dy, mask=m_t[:, None] & m_o[None, :], other=0.0)
         p_w = p_packed + row[None, :] * COLUMNS + o[:, None]
-        b_g = dot(b_dy, tl.load(p_w, mask=m_c[None, :] & m_o[:, None], other=0.0), b_g, PRECISION)
+        b_g = dot(b_dy, tl.load(p_w, mask=m_c[None, :] & m_o[:, None], other=0.0), b_g)
     if HAS_NORM:
         b_g *= tl.load(p_norm_weight + j, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_g

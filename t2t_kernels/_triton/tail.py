@@ -78,11 +78,10 @@ def tail_forward(
     HIDDEN: tl.constexpr,
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
     b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
-    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_a *= b_keep
@@ -93,7 +92,7 @@ def tail_forward(
     b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
     b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
     b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
-    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32), PRECISION)
+    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32))
     b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
     return b_a, b_n, rstd, b_z, b_h
 
@@ -117,11 +116,10 @@ def tail_output(
     HIDDEN: tl.constexpr,
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
     b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o, PRECISION)
+    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o)
     b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_o *= b_keep
@@ -129,9 +127,8 @@ def tail_output(
 
 
 @triton.jit
-def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
+def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32))
     add_to_slot(p + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], b, started)
 
 
@@ -164,7 +161,6 @@ def tail_backward(
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Gradients of a (so of v, by the skip) and of y.
 
@@ -181,18 +177,18 @@ def tail_backward(
     if ADD:
         _add_vector(p_slot + MLP2 + EMBED_P * HIDDEN_P, tl.sum(b_do, 0), started, EMBED_P)
         _add_matrix(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P,
-                    HIDDEN_P, PRECISION)  # fmt: skip
+                    HIDDEN_P)  # fmt: skip
     b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
     b_dh = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_dh = dot(rounded(b_do, DTYPE), b_w, b_dh, PRECISION)
+    b_dh = dot(rounded(b_do, DTYPE), b_w, b_dh)
     b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
     b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
     if ADD:
         _add_vector(p_slot + MLP1_BIAS, tl.sum(b_dh, 0), started, HIDDEN_P)
-        _add_matrix(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P, PRECISION)
+        _add_matrix(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P)
     b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
     b_dz = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dz = dot(rounded(b_dh, DTYPE), b_w, b_dz, PRECISION)
+    b_dz = dot(rounded(b_dh, DTYPE), b_w, b_dz)
     if ADD:
         _add_vector(p_slot + PROJ_BIAS + EMBED_P, tl.sum(b_dz * b_n, 0), started, EMBED_P)
         _add_vector(p_slot + PROJ_BIAS + 2 * EMBED_P, tl.sum(b_dz, 0), started, EMBED_P)
@@ -206,11 +202,10 @@ def tail_backward(
         b_dp = b_da * b_keep_proj
     if ADD:
         _add_vector(p_slot + PROJ_BIAS, tl.sum(b_dp, 0), started, EMBED_P)
-        _add_matrix(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P,
-                    PRECISION)  # fmt: skip
+        _add_matrix(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P)  # fmt: skip
     b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
     b_dy = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    return b_da, dot(rounded(b_dp, DTYPE), b_w, b_dy, PRECISION)
+    return b_da, dot(rounded(b_dp, DTYPE), b_w, b_dy)
 
 
 def tail_slot_size(embed_p: int, hidden_p: int) -> int:
