@@ -45,3 +45,10 @@ def declare(
 def operators(backend: str):
     """The namespace of ``torch.ops`` that holds a compiled backend's operators."""
     return getattr(torch.ops, NAMESPACES[backend])
+
+
+def no_second_derivative(ops, ctx, *grads):
+    """The ``backward`` of a gradient that has none of its own."""
+    raise NotImplementedError(
+        'the fused kernels have no second derivative; backend="reference" has one'
+    )

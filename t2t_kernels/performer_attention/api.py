@@ -10,9 +10,13 @@ from t2t_kernels.arguments import (
     check_parameter,
     check_tensor,
 )
-from t2t_kernels.backends import choose
+from t2t_kernels.backends import choose, why_unavailable
+from t2t_kernels.library import operators
 from t2t_kernels.performer_attention import reference
 from t2t_kernels.performer_attention.ops import PERFORMER_ATTENTION
+
+if why_unavailable("triton") is None:
+    import t2t_kernels.performer_attention.triton  # noqa: F401  registers the kernels
 
 
 def performer_attention(
@@ -51,7 +55,10 @@ def performer_attention(
     check_parameter("q", q, v.shape, v, like_name="v")
     check_random_features(w, v.shape[2], v)
     check_eps(eps)
-    choose(PERFORMER_ATTENTION, v.device, v.dtype, backend)
+    sizes = {"E": w.shape[1], "m": w.shape[0]}
+    chosen = choose(PERFORMER_ATTENTION, v.device, v.dtype, backend, sizes)
+    if chosen != "reference":
+        return operators(chosen).performer_attention(k, q, v, w, eps)[0]
     return reference.performer_attention(k, q, v, w, eps=eps)
 
 

@@ -11,9 +11,13 @@ from t2t_kernels.arguments import (
     check_split,
     check_tensor,
 )
-from t2t_kernels.backends import choose, requested
+from t2t_kernels.backends import choose, requested, why_unavailable
+from t2t_kernels.library import operators
 from t2t_kernels.soft_split_linear import reference
 from t2t_kernels.soft_split_linear.ops import SOFT_SPLIT_LINEAR
+
+if why_unavailable("triton") is None:
+    import t2t_kernels.soft_split_linear.triton  # noqa: F401  registers the kernels
 
 
 def soft_split_linear(
@@ -79,7 +83,11 @@ def soft_split_linear(
     if norm_weight is not None:
         check_parameter("norm_weight", norm_weight, (width,), x)
         check_parameter("norm_bias", norm_bias, (width,), x)
-    choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend)
+    chosen = choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend)
+    if chosen != "reference":
+        return operators(chosen).soft_split_linear(
+            x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps
+        )
     return reference.soft_split_linear(
         x,
         weight,

@@ -1,0 +1,119 @@
+"""What the Triton kernels share: where they run, how they are launched, the matrix product.
+
+Device functions by subject: ``split`` (patches of a map), ``performer`` (random features and their
+attention), ``tail`` (projection, skip, MLP, dropout).
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter runs kernels on CPU tensors, for the tests.
+from t2t_kernels.backends import DEVICE_TYPES, INTERPRETED
+
+IMPL_DEVICES = tuple(sorted(DEVICE_TYPES["triton"]))
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# tl.dot takes no side below it.
+SMALLEST_SIDE = 16
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched: the tokens of a tile, warps, and the pipeline's depth."""
+
+    block_t: int
+    warps: int
+    stages: int
+
+
+class Table(NamedTuple):
+    """Launch parameters of one architecture; a kernel's pair is for 2-byte types and for float32."""
+
+    # Programs of a backward kernel, each with a slot for its partial sums: about one per
+    # multiprocessor. The order of the sums, so the last bits of a gradient, depend on it.
+    slots: int
+    forward: tuple[Launch, Launch]
+    backward: tuple[Launch, Launch]
+    attention: tuple[Launch, Launch]
+
+
+# By compute capability; `python -m bench.tune` measures the alternatives on the device it runs on.
+TABLES = {
+    version: Table(
+        slots=slots,
+        forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
+        backward=(Launch(32, 8, 1), Launch(16, 8, 1)),
+        attention=(Launch(32, 4, 2), Launch(16, 4, 2)),
+    )
+    for version, slots in ((80, 108), (90, 132), (120, 170))
+}
+# Few and large tiles, since an operation costs the interpreter the same whatever its size; few
+# slots, so that small problems exercise their reuse.
+_INTERPRETER = Table(3, *((Launch(64, 4, 1), Launch(64, 4, 1)) for _ in range(3)))
+
+
+def table(device: torch.device) -> Table:
+    """The launch parameters for ``device``: those of the newest architecture not newer than it."""
+    if device.type == "cuda":
+        return _table_of(torch.cuda.get_device_capability(device))
+    return _INTERPRETER
+
+
+@functools.cache
+def _table_of(capability: tuple[int, int]) -> Table:
+    version = capability[0] * 10 + capability[1]
+    return TABLES[max(known for known in TABLES if known <= version)]
+
+
+def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launch:
+    """The pair's entry for ``dtype``; tokens are ``width`` wide, and wider ones make shorter tiles."""
+    entry = pair[dtype == torch.float32]
+    return entry._replace(block_t=max(SMALLEST_SIDE, entry.block_t * 64 // max(64, width)))
+
+
+def padded(size: int) -> int:
+    """The side of the tile that holds ``size`` rows or columns."""
+    return max(SMALLEST_SIDE, triton.next_power_of_2(size))
+
+
+def device_guard(tensor: Tensor):
+    """Launch on the device that holds ``tensor``, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def check_offsets(name: str, *tensors: Tensor) -> None:
+    """Offsets inside an image are 32 bits wide; those of images are not."""
+    for tensor in tensors:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))
+        if reach >= 2**31:
+            raise ValueError(
+                f"{name} on the triton backend: a tensor of shape {tuple(tensor.shape)} spans more than "
+                "2^31 elements per image"
+            )
+
+
+@triton.jit
+def rounded(b, DTYPE: tl.constexpr):
+    """A float32 tile in DTYPE, rounded to nearest."""
+    # The interpreter cuts bfloat16 off instead: round the bits before it does.
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = b.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        b = tl.where(b == b, bits.to(tl.float32, bitcast=True), b)
+    return b.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a·b + acc, accumulated in float32; float32 operands lose nothing, each split into three."""
+    # The interpreter's products of bfloat16 are silently wrong.
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
