@@ -110,6 +110,17 @@ def check_offsets(name: str, *tensors: Tensor) -> None:
 
 
 @triton.jit
+def rounded(b, DTYPE: tl.constexpr):
+    """A float32 tile in DTYPE, rounded to nearest."""
+    # The interpreter cuts bfloat16 off instead: round the bits before it does.
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = b.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        b = tl.where(b == b, bits.to(tl.float32, bitcast=True), b)
+    return b.to(DTYPE)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """a·b + acc, accumulated in float32; PRECISION matters for float32 operands only."""
     # The interpreter's products of bfloat16 are silently wrong.

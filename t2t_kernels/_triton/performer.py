@@ -8,7 +8,7 @@ the eps term alone. The sums over keys are Z_i = Σ_s e^(a_si − c_i) and S_i =
 import triton
 import triton.language as tl
 
-from t2t_kernels._triton import dot
+from t2t_kernels._triton import dot, rounded
 
 # Tokens whose sums one program takes: the partial sums of a chunk are a few kilobytes.
 CHUNK = 512
@@ -30,7 +30,7 @@ def store_rows(p, b, o_t, m_t, EMBED: tl.constexpr, EMBED_P: tl.constexpr):
     """Rows ``o_t`` of a contiguous (T, E) matrix."""
     o_e = tl.arange(0, EMBED_P)
     p = p + o_t[:, None] * EMBED + o_e[None, :]
-    tl.store(p, b.to(p.dtype.element_ty), mask=m_t[:, None] & (o_e < EMBED)[None, :])
+    tl.store(p, rounded(b, p.dtype.element_ty), mask=m_t[:, None] & (o_e < EMBED)[None, :])
 
 
 @triton.jit

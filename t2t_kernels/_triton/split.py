@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, padded
+from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, padded, rounded
 from t2t_kernels.arguments import output_size
 
 # Elements of a block: enough to fill the matrix unit, few enough for a patch to stay in registers.
@@ -381,7 +381,7 @@ def split_backward_tile(
                               height, width, CHANNELS, KERNEL, FLAT, BLOCK_J)  # fmt: skip
         if HAS_NORM:
             b_u = tl.where(m_j[None, :], (b_u - mean[:, None]) * rstd[:, None], 0.0)
-        b_u = tl.trans(b_u.to(DTYPE))
+        b_u = tl.trans(rounded(b_u, DTYPE))
         o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
         for i_o in range(0, COLUMNS // BLOCK_O):
             o = i_o * BLOCK_O + o_o
@@ -430,7 +430,7 @@ def split_backward_tile(
             o_pixel = y * grad_stride_h + x * grad_stride_w
             p = p_grad_image + o_pixel[:, None] + (c * grad_stride_c)[None, :]
             b_before = tl.load(p, mask=m, other=0.0).to(tl.float32)
-            tl.store(p, (b_before + b_g).to(DTYPE), mask=m)
+            tl.store(p, rounded(b_before + b_g, DTYPE), mask=m)
             # Another token's thread adds to the same pixel at the next tap.
             tl.debug_barrier()
 
@@ -531,9 +531,9 @@ def unpack_gradient_kernel(
             b_gain += tl.sum(b_w * b_sum, 1)
             b_offset += tl.sum(b_w * b_bias[None, :], 1)
             b_sum = b_sum * gain[:, None] + b_bias[None, :] * offset[:, None]
-        tl.store(p_grad_weight + o[None, :] * WIDTH + j[:, None], b_sum.to(DTYPE), mask=m)
+        tl.store(p_grad_weight + o[None, :] * WIDTH + j[:, None], rounded(b_sum, DTYPE), mask=m)
         if tl.program_id(0) == 0:
-            tl.store(p_grad_bias + o, b_bias.to(DTYPE), mask=m_o)
+            tl.store(p_grad_bias + o, rounded(b_bias, DTYPE), mask=m_o)
     if HAS_NORM:
-        tl.store(p_grad_norm_weight + j, b_gain.to(DTYPE), mask=m_j)
-        tl.store(p_grad_norm_bias + j, b_offset.to(DTYPE), mask=m_j)
+        tl.store(p_grad_norm_weight + j, rounded(b_gain, DTYPE), mask=m_j)
+        tl.store(p_grad_norm_bias + j, rounded(b_offset, DTYPE), mask=m_j)

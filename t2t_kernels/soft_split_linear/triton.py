@@ -17,6 +17,7 @@ from t2t_kernels._triton import (
     launch,
     padded,
     precision,
+    rounded,
     table,
 )
 from t2t_kernels._triton.split import (
@@ -88,11 +89,11 @@ def soft_split_linear_fwd_kernel(
                                FLAT, BLOCK_J, HAS_NORM)  # fmt: skip
         o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
         b_w = tl.load(p_packed + o_j[:, None] * COLUMNS + o_o[None, :])
-        b_y = dot(b_u.to(DTYPE), b_w, b_y, PRECISION)
+        b_y = dot(rounded(b_u, DTYPE), b_w, b_y, PRECISION)
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     p = p_y + (i_image * rows * columns + o_t)[:, None] * OUTPUTS + o_o[None, :]
-    tl.store(p, b_y.to(DTYPE), mask=m_t[:, None] & m_o[None, :])
+    tl.store(p, rounded(b_y, DTYPE), mask=m_t[:, None] & m_o[None, :])
 
 
 @triton.jit

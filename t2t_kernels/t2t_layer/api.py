@@ -11,12 +11,16 @@ from t2t_kernels.arguments import (
     check_split,
     check_tensor,
 )
-from t2t_kernels.backends import choose, requested
+from t2t_kernels.backends import choose, requested, why_unavailable
+from t2t_kernels.library import operators
 from t2t_kernels.performer_attention.api import check_random_features
 from t2t_kernels.t2t_layer import reference
 from t2t_kernels.t2t_layer.ops import PERFORMER_LAYER, TRANSFORMER_LAYER
 from t2t_kernels.t2t_layer.params import PerformerLayerParams, TransformerLayerParams
 from t2t_kernels.token_attention.api import check_scale
+
+if why_unavailable("triton") is None:
+    import t2t_kernels.t2t_layer.triton  # noqa: F401  registers the kernels
 
 
 def performer_layer(
@@ -74,7 +78,11 @@ def performer_layer(
     _check_performer_params(params, x, x.shape[1] * kernel_size**2)
     check_eps(eps)
     _check_dropout(dropout_p, seed)
-    choose(PERFORMER_LAYER, x.device, x.dtype, backend)
+    chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend)
+    if chosen != "reference":
+        seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
+        numbers = kernel_size, stride, padding, eps, dropout_p
+        return operators(chosen).performer_layer(x, *params, seed, *numbers)[0]
     return reference.performer_layer(
         x,
         params,
@@ -204,6 +212,15 @@ def _rows(params, name: str) -> int:
     if weight.dim() != 2:
         raise ValueError(f"params.{name}: got shape {tuple(weight.shape)}, expected a matrix")
     return weight.shape[0]
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed where a kernel reads it, so that a captured graph can draw another each time."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:

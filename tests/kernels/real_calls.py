@@ -2,8 +2,10 @@
 
 import torch
 
+from t2t_kernels.performer_attention import triton as performer_attention
 from t2t_kernels.soft_split import triton as soft_split
 from t2t_kernels.soft_split_linear import triton as soft_split_linear
+from t2t_kernels.t2t_layer import triton as t2t_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 128
@@ -41,9 +43,31 @@ def projection(layer, dtype):
     soft_split_linear.soft_split_linear_backward(y, x, weight, norm, norm, *split, 1e-5, need_x)
 
 
+def attention(dtype):
+    k, q, v = (tensor(BATCH, 3136, 64, dtype=dtype) for _ in range(3))
+    w = tensor(32, 64, dtype=torch.float32)
+    y, *sums = performer_attention.performer_attention(k, q, v, w, 1e-8)
+    performer_attention.performer_attention_backward(y, k, q, v, w, *sums, 1e-8)
+
+
+def performer(layer, dtype):
+    channels, size, split, need_x = LAYERS[layer]
+    x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
+    width = channels * split[0] ** 2
+    shapes = ((width,), (width,), (192, width), (192,), (64, 64), *[(64,)] * 3)
+    shapes += ((64, 64), (64,), (64, 64), (64,))
+    params = [tensor(32, 64, dtype=torch.float32), *(tensor(*s, dtype=dtype) for s in shapes)]
+    seed = tensor(1, dtype=torch.int64)
+    numbers = (*split, 1e-8, 0.1)
+    y, *sums = t2t_layer.performer_layer(x, *params, seed, *numbers)
+    t2t_layer.performer_layer_backward(y, x, *params, seed, *sums, *numbers, need_x)
+
+
 CALLS = {}
 for _name, _dtype in DTYPES.items():
     CALLS[f"soft_split-{_name}"] = lambda dtype=_dtype: splits(dtype)
+    CALLS[f"attention-{_name}"] = lambda dtype=_dtype: attention(dtype)
     CALLS[f"project-{_name}"] = lambda dtype=_dtype: project(dtype)
     for _layer in LAYERS:
         CALLS[f"{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: projection(layer, dtype)
+        CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(layer, dtype)

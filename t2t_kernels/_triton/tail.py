@@ -1,0 +1,265 @@
+"""What follows the attention of a T2T layer: projection, skip from v, norm, MLP; both dropouts.
+
+a = v + dropout(proj(y)); out = a + dropout(W2·gelu(W1·LN(a) + b1) + b2), a tile of tokens at a time.
+Operands of products are rounded to the map's dtype, as plain PyTorch rounds every intermediate.
+"""
+
+import triton
+import triton.language as tl
+
+from t2t_kernels._triton import dot, rounded
+from t2t_kernels._triton.split import add_to_slot
+
+NORM_EPS = tl.constexpr(1e-5)
+# The dropouts' sites, as in the reference.
+AFTER_PROJ, AFTER_MLP = tl.constexpr(0), tl.constexpr(1)
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_RSQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def load_matrix(p, ROWS: tl.constexpr, ROWS_P: tl.constexpr, COLUMNS: tl.constexpr,
+                COLUMNS_P: tl.constexpr):  # fmt: skip
+    o_r = tl.arange(0, ROWS_P)
+    o_c = tl.arange(0, COLUMNS_P)
+    m = (o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :]
+    return tl.load(p + o_r[:, None] * COLUMNS + o_c[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def load_vector(p, SIZE: tl.constexpr, SIZE_P: tl.constexpr):
+    o = tl.arange(0, SIZE_P)
+    return tl.load(p + o, mask=o < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def kept(p_seed, first_element, site, threshold, scale, EMBED: tl.constexpr, EMBED_P: tl.constexpr,
+         BLOCK_T: tl.constexpr):  # fmt: skip
+    """``scale`` where dropout keeps an element, else 0; rows begin at ``first_element`` (int64)."""
+    seed = tl.load(p_seed)
+    if EMBED % 4 == 0:
+        # A block of four words serves four neighbours.
+        block = (first_element // 4)[:, None] + tl.arange(0, EMBED_P // 4)[None, :]
+    else:
+        element = first_element[:, None] + tl.arange(0, EMBED_P)[None, :]
+        block = element // 4
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + site, zero)
+    if EMBED % 4 == 0:
+        word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_T, EMBED_P))
+    else:
+        o = (element % 4).to(tl.int32)
+        word = tl.where(o == 0, w0, tl.where(o == 1, w1, tl.where(o == 2, w2, w3)))
+    return tl.where(word.to(tl.int64) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def tail_forward(
+    b_y,
+    b_v,
+    b_keep,
+    p_proj_weight,
+    p_proj_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_mlp1_weight,
+    p_mlp1_bias,
+    DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
+    b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
+    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
+    if HAS_DROPOUT:
+        b_a *= b_keep
+    b_a += b_v
+    b_n = tl.where((tl.arange(0, EMBED_P) < EMBED)[None, :], b_a - (tl.sum(b_a, 1) / EMBED)[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(b_n * b_n, 1) / EMBED + NORM_EPS)
+    b_n = b_n * rstd[:, None]
+    b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
+    b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
+    b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
+    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32), PRECISION)
+    b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
+    return b_a, b_n, rstd, b_z, b_h
+
+
+@triton.jit
+def gelu(b_h):
+    return b_h * (0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF)))
+
+
+@triton.jit
+def tail_output(
+    b_a,
+    b_h,
+    b_keep,
+    p_mlp2_weight,
+    p_mlp2_bias,
+    DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
+    b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o, PRECISION)
+    b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
+    if HAS_DROPOUT:
+        b_o *= b_keep
+    return b_a + b_o
+
+
+@triton.jit
+def tail_backward(
+    b_dout,
+    b_n,
+    rstd,
+    b_h,
+    b_keep_proj,
+    b_keep_mlp,
+    p_proj_weight,
+    p_norm_weight,
+    p_mlp1_weight,
+    p_mlp2_weight,
+    DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the MLP's output, its hidden values, LN(a), a, the projection and y."""
+    b_do = b_dout
+    if HAS_DROPOUT:
+        b_do = b_dout * b_keep_mlp
+    b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
+    b_dh = dot(rounded(b_do, DTYPE), b_w, tl.zeros([BLOCK_T, HIDDEN_P], tl.float32), PRECISION)
+    b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
+    b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
+    b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
+    b_dz = dot(rounded(b_dh, DTYPE), b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_dn = b_dz * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
+    mean = tl.sum(b_dn, 1) / EMBED
+    mean_n = tl.sum(b_dn * b_n, 1) / EMBED
+    b_da = b_dn - mean[:, None] - b_n * mean_n[:, None]
+    b_da = tl.where((tl.arange(0, EMBED_P) < EMBED)[None, :], b_dout + b_da * rstd[:, None], 0.0)
+    b_dp = b_da
+    if HAS_DROPOUT:
+        b_dp = b_da * b_keep_proj
+    b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
+    b_dy = dot(rounded(b_dp, DTYPE), b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    return b_do, b_dh, b_dz, b_da, b_dp, b_dy
+
+
+@triton.jit
+def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
+    add_to_slot(p + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], b, started)
+
+
+@triton.jit
+def add_tail_gradients(
+    p_slot,
+    b_y,
+    b_n,
+    b_z,
+    b_h,
+    b_do,
+    b_dh,
+    b_dz,
+    b_dp,
+    started,
+    DTYPE: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile's part in the parameters' gradients; tokens that do not exist have zero gradients."""
+    o_e = tl.arange(0, EMBED_P)
+    p = p_slot
+    _add_matrix(p, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P, PRECISION)
+    p += EMBED_P * EMBED_P
+    add_to_slot(p + o_e, tl.sum(b_dp, 0), started)
+    p += EMBED_P
+    add_to_slot(p + o_e, tl.sum(b_dz * b_n, 0), started)
+    p += EMBED_P
+    add_to_slot(p + o_e, tl.sum(b_dz, 0), started)
+    p += EMBED_P
+    _add_matrix(p, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P, PRECISION)
+    p += HIDDEN_P * EMBED_P
+    add_to_slot(p + tl.arange(0, HIDDEN_P), tl.sum(b_dh, 0), started)
+    p += HIDDEN_P
+    _add_matrix(p, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P, HIDDEN_P, PRECISION)
+    p += EMBED_P * HIDDEN_P
+    add_to_slot(p + o_e, tl.sum(b_do, 0), started)
+
+
+def tail_slot_size(embed_p: int, hidden_p: int) -> int:
+    return embed_p * (embed_p + 2 * hidden_p + 4) + hidden_p
+
+
+@triton.jit
+def _store_part(p, b, o, start: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                ROWS_P: tl.constexpr, COLUMNS_P: tl.constexpr):  # fmt: skip
+    local = o - start
+    row = local // COLUMNS_P
+    column = local % COLUMNS_P
+    m = (local >= 0) & (local < ROWS_P * COLUMNS_P) & (row < ROWS) & (column < COLUMNS)
+    tl.store(p + row * COLUMNS + column, rounded(b, p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def sum_tail_gradients_kernel(
+    p_slots,
+    p_proj_weight,
+    p_proj_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_mlp1_weight,
+    p_mlp1_bias,
+    p_mlp2_weight,
+    p_mlp2_bias,
+    slots,
+    slot_size,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the slots one after the other, and tell the parameters' gradients apart."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, slots):
+        b += tl.load(p_slots + i * slot_size + o, mask=o < slot_size, other=0.0)
+    PROJ_BIAS: tl.constexpr = EMBED_P * EMBED_P
+    MLP1: tl.constexpr = PROJ_BIAS + 3 * EMBED_P
+    MLP1_BIAS: tl.constexpr = MLP1 + HIDDEN_P * EMBED_P
+    MLP2: tl.constexpr = MLP1_BIAS + HIDDEN_P
+    MLP2_BIAS: tl.constexpr = MLP2 + EMBED_P * HIDDEN_P
+    _store_part(p_proj_weight, b, o, 0, EMBED, EMBED, EMBED_P, EMBED_P)
+    _store_part(p_proj_bias, b, o, PROJ_BIAS, 1, EMBED, 1, EMBED_P)
+    _store_part(p_norm_weight, b, o, PROJ_BIAS + EMBED_P, 1, EMBED, 1, EMBED_P)
+    _store_part(p_norm_bias, b, o, PROJ_BIAS + 2 * EMBED_P, 1, EMBED, 1, EMBED_P)
+    _store_part(p_mlp1_weight, b, o, MLP1, HIDDEN, EMBED, HIDDEN_P, EMBED_P)
+    _store_part(p_mlp1_bias, b, o, MLP1_BIAS, 1, HIDDEN, 1, HIDDEN_P)
+    _store_part(p_mlp2_weight, b, o, MLP2, EMBED, HIDDEN, EMBED_P, HIDDEN_P)
+    _store_part(p_mlp2_bias, b, o, MLP2_BIAS, 1, EMBED, 1, EMBED_P)

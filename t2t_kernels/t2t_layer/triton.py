@@ -1,0 +1,791 @@
+"""The T2T layer with Performer attention in Triton, fused from the map to the map.
+
+Forward, three launches: the packed weight; patches → k, v → sums over keys, a part per chunk; patches
+→ q, v → attention → projection, skip, MLP. k, q and v are computed where they are needed and
+never stored. Backward, four launches and the clearing of the map's gradient: the packed weight; the
+tail and the queries, with the sums' gradients per chunk; everything that leads to k, q and v, one
+tile at a time, and from there to the weight and the map; the sums of the parameters' gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from t2t_kernels._triton import (
+    IMPL_DEVICES,
+    check_offsets,
+    device_guard,
+    dot,
+    launch,
+    padded,
+    precision,
+    rounded,
+    table,
+)
+from t2t_kernels._triton.performer import (
+    CHUNK,
+    add_keys,
+    attend,
+    attend_backward,
+    keys_backward,
+    load_features,
+    load_gradient_of_sums,
+    load_rows,
+    load_sums,
+    merge_sums,
+    store_rows,
+    store_sums,
+)
+from t2t_kernels._triton.split import (
+    block_count,
+    geometry,
+    normalized_patch,
+    output_block,
+    pack_weight,
+    patch_statistics,
+    rows_per_band,
+    slot_count,
+    split_backward_tile,
+    token_corners,
+    unpack_gradient,
+)
+from t2t_kernels._triton.tail import (
+    AFTER_MLP,
+    AFTER_PROJ,
+    NORM_EPS,
+    add_tail_gradients,
+    kept,
+    load_vector,
+    sum_tail_gradients_kernel,
+    tail_backward,
+    tail_forward,
+    tail_output,
+    tail_slot_size,
+)
+from t2t_kernels.soft_split_linear.ops import like_map
+
+# Elements that a program of sum_tail_gradients_kernel adds over the slots.
+SUM_BLOCK = 256
+
+
+@triton.jit
+def project(
+    p_image,
+    p_packed,
+    p_kqv_bias,
+    p_norm_weight,
+    p_norm_bias,
+    o_y,
+    o_x,
+    m_t,
+    mean,
+    rstd,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k, q and v of a tile of tokens; in place of what is not asked for, v."""
+    DTYPE: tl.constexpr = p_image.dtype.element_ty
+    o_e = tl.arange(0, EMBED_P)
+    b_v = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_v += load_vector(p_kqv_bias + 2 * EMBED, EMBED, EMBED_P)[None, :]
+    b_k = b_v
+    b_q = b_v
+    if KEYS:
+        b_k = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+        b_k += load_vector(p_kqv_bias, EMBED, EMBED_P)[None, :]
+    if QUERIES:
+        b_q = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+        b_q += load_vector(p_kqv_bias + EMBED, EMBED, EMBED_P)[None, :]
+    for i_block in range(0, block_count(CHANNELS, KERNEL, FLAT, BLOCK_J)):
+        b_u = normalized_patch(p_image, p_norm_weight, p_norm_bias, i_block, o_y, o_x, m_t, mean,
+                               rstd, stride_c, stride_h, stride_w, height, width, CHANNELS, KERNEL,
+                               FLAT, BLOCK_J, True)  # fmt: skip
+        b_u = rounded(b_u, DTYPE)
+        o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
+        p_w = p_packed + o_j[:, None] * (3 * EMBED_P) + o_e[None, :]
+        if KEYS:
+            b_k = dot(b_u, tl.load(p_w), b_k, PRECISION)
+        if QUERIES:
+            b_q = dot(b_u, tl.load(p_w + EMBED_P), b_q, PRECISION)
+        b_v = dot(b_u, tl.load(p_w + 2 * EMBED_P), b_v, PRECISION)
+    return b_k, b_q, b_v
+
+
+@triton.jit
+def performer_layer_keys_kernel(
+    p_x,
+    p_packed,
+    p_kqv_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_w,
+    p_maximum,
+    p_normalizer,
+    p_sums,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    rows,
+    columns,
+    chunks,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_P: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_part = tl.program_id(0).to(tl.int64)
+    p_image = p_x + i_part // chunks * stride_b
+    start = tl.program_id(0) % chunks * CHUNK
+    stop = tl.minimum(start + CHUNK, rows * columns)
+    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    maximum = tl.full([FEATURES_P], float("-inf"), tl.float32)
+    normalizer = tl.zeros([FEATURES_P], tl.float32)
+    sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
+    for first in range(start, stop, BLOCK_T):
+        o_t = first + tl.arange(0, BLOCK_T)
+        m_t = o_t < stop
+        o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
+        mean, rstd = patch_statistics(p_image, o_y, o_x, m_t, stride_c, stride_h, stride_w, height,
+                                      width, NORM_EPS, CHANNELS, KERNEL, FLAT, BLOCK_J)  # fmt: skip
+        b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y, o_x,
+                                m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
+                                CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
+                                False, PRECISION)  # fmt: skip
+        maximum, normalizer, sums = add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T,
+                                             FEATURES_P, PRECISION)  # fmt: skip
+    store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
+               p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
+               EMBED, EMBED_P)  # fmt: skip
+
+
+@triton.jit
+def performer_layer_queries_kernel(
+    p_x,
+    p_packed,
+    p_kqv_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_w,
+    p_proj_weight,
+    p_proj_bias,
+    p_norm2_weight,
+    p_norm2_bias,
+    p_mlp1_weight,
+    p_mlp1_bias,
+    p_mlp2_weight,
+    p_mlp2_bias,
+    p_seed,
+    p_part_maximum,
+    p_part_normalizer,
+    p_part_sums,
+    p_out,
+    p_maximum,
+    p_normalizer,
+    p_sums,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    rows,
+    columns,
+    chunks,
+    eps,
+    threshold,
+    scale,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_P: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    i_image = (tl.program_id(0) // chunks).to(tl.int64)
+    i_chunk = tl.program_id(0) % chunks
+    tokens = rows * columns
+    p_image = p_x + i_image * stride_b
+    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    i_part = i_image * chunks
+    maximum, normalizer, sums = merge_sums(
+        p_part_maximum + i_part * FEATURES, p_part_normalizer + i_part * FEATURES,
+        p_part_sums + i_part * (FEATURES * EMBED), chunks, FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+    if i_chunk == 0:
+        store_sums(p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                   p_sums + i_image * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES,
+                   FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+    stop = tl.minimum(i_chunk * CHUNK + CHUNK, tokens)
+    for first in range(i_chunk * CHUNK, stop, BLOCK_T):
+        o_t = first + tl.arange(0, BLOCK_T)
+        m_t = o_t < stop
+        o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
+        mean, rstd = patch_statistics(p_image, o_y, o_x, m_t, stride_c, stride_h, stride_w, height,
+                                      width, NORM_EPS, CHANNELS, KERNEL, FLAT, BLOCK_J)  # fmt: skip
+        b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y, o_x,
+                                m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
+                                CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
+                                True, PRECISION)  # fmt: skip
+        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
+                                          FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+        b_keep = b_v
+        if HAS_DROPOUT:
+            element = (i_image * tokens + o_t) * EMBED
+            b_keep = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+        b_a, b_n, rstd2, b_z, b_h = tail_forward(
+            b_y, b_v, b_keep, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias, p_mlp1_weight,
+            p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, PRECISION)  # fmt: skip
+        if HAS_DROPOUT:
+            element = (i_image * tokens + o_t) * EMBED
+            b_keep = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+        b_out = tail_output(b_a, b_h, b_keep, p_mlp2_weight, p_mlp2_bias, DTYPE, HAS_DROPOUT, EMBED,
+                            EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, PRECISION)  # fmt: skip
+        store_rows(p_out + i_image * tokens * EMBED, b_out, o_t, m_t, EMBED, EMBED_P)
+
+
+@triton.jit
+def performer_layer_bwd_tail_kernel(
+    p_grad,
+    p_x,
+    p_packed,
+    p_kqv_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_w,
+    p_proj_weight,
+    p_proj_bias,
+    p_norm2_weight,
+    p_norm2_bias,
+    p_mlp1_weight,
+    p_mlp1_bias,
+    p_mlp2_weight,
+    p_seed,
+    p_maximum,
+    p_normalizer,
+    p_sums,
+    p_d_normalizer,
+    p_d_sums,
+    p_slots,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_e,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    rows,
+    columns,
+    chunks,
+    items,
+    slot_size,
+    eps,
+    threshold,
+    scale,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_P: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the tail's parameters (to the slot) and of the sums over keys (per chunk)."""
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
+    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    tokens = rows * columns
+    started = tl.full((), 0, tl.int32)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        i_image = (item // chunks).to(tl.int64)
+        p_image = p_x + i_image * stride_b
+        maximum, normalizer, sums = load_sums(
+            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+        d_normalizer = tl.zeros([FEATURES_P], tl.float32)
+        d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
+        start = item % chunks * CHUNK
+        stop = tl.minimum(start + CHUNK, tokens)
+        for first in range(start, stop, BLOCK_T):
+            o_t = first + tl.arange(0, BLOCK_T)
+            m_t = o_t < stop
+            o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
+            mean, rstd = patch_statistics(p_image, o_y, o_x, m_t, stride_c, stride_h, stride_w,
+                                          height, width, NORM_EPS, CHANNELS, KERNEL, FLAT, BLOCK_J)  # fmt: skip
+            b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y,
+                                    o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
+                                    CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
+                                    True, PRECISION)  # fmt: skip
+            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
+                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+            b_keep_proj = b_v
+            b_keep_mlp = b_v
+            if HAS_DROPOUT:
+                element = (i_image * tokens + o_t) * EMBED
+                b_keep_proj = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+            b_a, b_n, rstd2, b_z, b_h = tail_forward(
+                b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
+                p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
+                BLOCK_T, PRECISION)  # fmt: skip
+            b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
+                               grad_stride_e, EMBED, EMBED_P)  # fmt: skip
+            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
+                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
+                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
+                BLOCK_T, PRECISION)  # fmt: skip
+            add_tail_gradients(p_slot, b_y, b_n, b_z, b_h, b_do, b_dh, b_dz, b_dp, started, DTYPE,
+                               EMBED_P, HIDDEN_P, PRECISION)  # fmt: skip
+            started = tl.full((), 1, tl.int32)
+            b_dn = b_dy / divisor[:, None]
+            d_normalizer -= tl.sum(b_f * tl.sum(b_dn * b_y, 1)[:, None], 0)
+            d_sums = dot(tl.trans(b_f), b_dn, d_sums, PRECISION)
+            # The next tile adds to what other threads of this one stored.
+            tl.debug_barrier()
+        o_m = tl.arange(0, FEATURES_P)
+        m_m = o_m < FEATURES
+        i_part = i_image * chunks + item % chunks
+        tl.store(p_d_normalizer + i_part * FEATURES + o_m, d_normalizer, mask=m_m)
+        store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, m_m, EMBED, EMBED_P)
+
+
+@triton.jit
+def performer_layer_bwd_split_kernel(
+    p_grad,
+    p_x,
+    p_packed,
+    p_kqv_bias,
+    p_norm_weight,
+    p_norm_bias,
+    p_w,
+    p_proj_weight,
+    p_proj_bias,
+    p_norm2_weight,
+    p_norm2_bias,
+    p_mlp1_weight,
+    p_mlp1_bias,
+    p_mlp2_weight,
+    p_seed,
+    p_maximum,
+    p_normalizer,
+    p_sums,
+    p_d_normalizer,
+    p_d_sums,
+    p_scratch,
+    p_slots,
+    p_grad_x,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_e,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    rows,
+    columns,
+    grad_x_stride_b,
+    grad_x_stride_c,
+    grad_x_stride_h,
+    grad_x_stride_w,
+    chunks,
+    items,
+    bands,
+    rows_per_band,
+    slot_size,
+    eps,
+    threshold,
+    scale,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    FEATURES: tl.constexpr,
+    FEATURES_P: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HIDDEN_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    NEED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of k, q and v of one tile at a time, and from them of weight, norm and map."""
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    COLUMNS: tl.constexpr = 3 * EMBED_P
+    p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
+    p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
+    o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
+    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    tokens = rows * columns
+    started = tl.full((), 0, tl.int32)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        i_image = (item // bands).to(tl.int64)
+        first_row = item % bands * rows_per_band
+        last_row = tl.minimum(first_row + rows_per_band, rows)
+        # Tokens of earlier rows reach down into this band of pixels.
+        reach = (KERNEL - 1) // STRIDE if NEED_X else 0
+        first_pixel_row = tl.maximum(first_row * STRIDE - PADDING, 0)
+        last_pixel_row = tl.where(
+            last_row == rows, height, tl.minimum(last_row * STRIDE - PADDING, height)
+        )
+        p_image = p_x + i_image * stride_b
+        maximum, normalizer, sums = load_sums(
+            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+        i_part = i_image * chunks
+        d_normalizer, d_sums = load_gradient_of_sums(
+            p_d_normalizer + i_part * FEATURES, p_d_sums + i_part * (FEATURES * EMBED), chunks,
+            FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+        stop = last_row * columns
+        for first in range(tl.maximum(first_row - reach, 0) * columns, stop, BLOCK_T):
+            o_t = first + tl.arange(0, BLOCK_T)
+            m_t = o_t < stop
+            m_own = m_t & (o_t >= first_row * columns)
+            o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
+            mean, rstd = patch_statistics(p_image, o_y, o_x, m_t, stride_c, stride_h, stride_w,
+                                          height, width, NORM_EPS, CHANNELS, KERNEL, FLAT, BLOCK_J)  # fmt: skip
+            b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y,
+                                    o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
+                                    CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
+                                    True, PRECISION)  # fmt: skip
+            b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
+                                       FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+            tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
+            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
+                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+            b_keep_proj = b_v
+            b_keep_mlp = b_v
+            if HAS_DROPOUT:
+                element = (i_image * tokens + o_t) * EMBED
+                b_keep_proj = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
+            b_a, b_n, rstd2, b_z, b_h = tail_forward(
+                b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
+                p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
+                BLOCK_T, PRECISION)  # fmt: skip
+            b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
+                               grad_stride_e, EMBED, EMBED_P)  # fmt: skip
+            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
+                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
+                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
+                BLOCK_T, PRECISION)  # fmt: skip
+            tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv + b_da, DTYPE))
+            b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer,
+                                             sums, BLOCK_T, FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+            tl.store(p_tile + o_tile + EMBED_P, rounded(b_dq, DTYPE))
+            # The rows are read back by other threads than stored them.
+            tl.debug_barrier()
+            split_backward_tile(
+                p_image, p_tile, p_packed, p_norm_weight, p_slot, p_grad_x + i_image * grad_x_stride_b,
+                COLUMNS, 1, started, o_y, o_x, m_t, m_own, first_pixel_row, last_pixel_row, mean, rstd,
+                stride_c, stride_h, stride_w, grad_x_stride_c, grad_x_stride_h, grad_x_stride_w,
+                height, width, CHANNELS, KERNEL, FLAT, BLOCK_J, BLOCK_T, COLUMNS, EMBED, EMBED_P,
+                BLOCK_O, True, NEED_X, PRECISION,
+            )  # fmt: skip
+            started = tl.full((), 1, tl.int32)
+            # The next tile adds to what other threads of this one stored.
+            tl.debug_barrier()
+
+
+def _layer_constants(x: Tensor, w: Tensor, mlp_weight: Tensor) -> dict:
+    (features, embed), hidden = w.shape, mlp_weight.shape[0]
+    return {
+        "FEATURES": features,
+        "FEATURES_P": padded(features),
+        "EMBED": embed,
+        "EMBED_P": padded(embed),
+        "HIDDEN": hidden,
+        "HIDDEN_P": padded(hidden),
+        "PRECISION": precision(x.dtype),
+    }
+
+
+def _dropout(dropout_p: float) -> tuple[int, float]:
+    """The smallest word that keeps an element, and the factor of what is kept."""
+    return round(dropout_p * 2**32), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+
+
+def performer_layer(
+    x: Tensor,
+    w: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    kqv_weight: Tensor,
+    kqv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    mlp_0_weight: Tensor,
+    mlp_0_bias: Tensor,
+    mlp_2_weight: Tensor,
+    mlp_2_bias: Tensor,
+    seed: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_offsets("performer_layer", x)
+    split, constants = geometry(x, kernel_size, stride, padding)
+    batch, (features, embed) = x.shape[0], w.shape
+    out = x.new_empty((batch, split.tokens, embed))
+    maximum, normalizer = (x.new_empty((batch, features), dtype=torch.float32) for _ in range(2))
+    sums = x.new_empty((batch, features, embed), dtype=torch.float32)
+    if batch == 0:
+        return out, maximum, normalizer, sums
+    w, norm1_weight, norm1_bias, kqv_bias = (
+        tensor.contiguous() for tensor in (w, norm1_weight, norm1_bias, kqv_bias)
+    )
+    tail = [
+        tensor.contiguous()
+        for tensor in (
+            proj_weight,
+            proj_bias,
+            norm2_weight,
+            norm2_bias,
+            mlp_0_weight,
+            mlp_0_bias,
+            mlp_2_weight,
+            mlp_2_bias,
+        )
+    ]
+    constants |= _layer_constants(x, w, mlp_0_weight)
+    packed = pack_weight(kqv_weight, 3, padded(embed), constants)
+    chunks = triton.cdiv(split.tokens, CHUNK)
+    parts = [x.new_empty((batch * chunks, features), dtype=torch.float32) for _ in range(2)]
+    parts.append(x.new_empty((batch * chunks, features, embed), dtype=torch.float32))
+    how = launch(table(x.device).forward, x.dtype, padded(embed))
+    grid = (batch * chunks,)
+    with device_guard(x):
+        performer_layer_keys_kernel[grid](
+            x,
+            packed,
+            kqv_bias,
+            norm1_weight,
+            norm1_bias,
+            w,
+            *parts,
+            *split,
+            chunks,
+            **{name: value for name, value in constants.items() if not name.startswith("HIDDEN")},
+            CHUNK=CHUNK,
+            BLOCK_T=how.block_t,
+            num_warps=how.warps,
+            num_stages=how.stages,
+        )
+        performer_layer_queries_kernel[grid](
+            x,
+            packed,
+            kqv_bias,
+            norm1_weight,
+            norm1_bias,
+            w,
+            *tail,
+            seed,
+            *parts,
+            out,
+            maximum,
+            normalizer,
+            sums,
+            *split,
+            chunks,
+            eps,
+            *_dropout(dropout_p),
+            **constants,
+            CHUNK=CHUNK,
+            BLOCK_T=how.block_t,
+            HAS_EPS=eps > 0,
+            HAS_DROPOUT=dropout_p > 0,
+            num_warps=how.warps,
+            num_stages=how.stages,
+        )
+    return out, maximum, normalizer, sums
+
+
+def performer_layer_backward(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    kqv_weight: Tensor,
+    kqv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    mlp_0_weight: Tensor,
+    mlp_0_bias: Tensor,
+    mlp_2_weight: Tensor,
+    mlp_2_bias: Tensor,
+    seed: Tensor | None,
+    maximum: Tensor,
+    normalizer: Tensor,
+    sums: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    eps: float,
+    dropout_p: float,
+    need_x: bool,
+) -> tuple[Tensor, ...]:
+    check_offsets("performer_layer", x, grad)
+    split, constants = geometry(x, kernel_size, stride, padding)
+    batch, (features, embed) = x.shape[0], w.shape
+    w, norm1_weight, norm1_bias, kqv_bias = (
+        tensor.contiguous() for tensor in (w, norm1_weight, norm1_bias, kqv_bias)
+    )
+    tail = [
+        tensor.contiguous()
+        for tensor in (
+            proj_weight,
+            proj_bias,
+            norm2_weight,
+            norm2_bias,
+            mlp_0_weight,
+            mlp_0_bias,
+            mlp_2_weight,
+            mlp_2_bias,
+        )
+    ]
+    grad_tail = [torch.empty_like(tensor) for tensor in tail]
+    grad_x = like_map(x).zero_() if need_x else x.new_empty(0)
+    layer = _layer_constants(x, w, mlp_0_weight)
+    constants |= layer
+    packed = pack_weight(kqv_weight, 3, padded(embed), constants)
+
+    entry = table(x.device)
+    how = launch(entry.backward, x.dtype, padded(embed))
+    options = {"BLOCK_T": how.block_t, "num_warps": how.warps, "num_stages": how.stages}
+    chunks = triton.cdiv(split.tokens, CHUNK)
+    rows = rows_per_band(split.columns)
+    bands = triton.cdiv(split.rows, rows)
+    tail_size = tail_slot_size(layer["EMBED_P"], layer["HIDDEN_P"])
+    slot_size = (packed.shape[0] + 1) * packed.shape[1]
+    tail_slots = x.new_empty(
+        (slot_count(entry.slots, batch * chunks, tail_size), tail_size), dtype=torch.float32
+    )
+    slots = x.new_empty(
+        (slot_count(entry.slots, batch * bands, slot_size), slot_size), dtype=torch.float32
+    )
+    if batch == 0:
+        tail_slots.zero_()
+        slots.zero_()
+    else:
+        d_normalizer = x.new_empty((batch * chunks, features), dtype=torch.float32)
+        d_sums = x.new_empty((batch * chunks, features, embed), dtype=torch.float32)
+        scratch = x.new_empty((slots.shape[0], how.block_t, packed.shape[1]))
+        common = (grad, x, packed, kqv_bias, norm1_weight, norm1_bias, w, *tail[:-1], seed)
+        common += (maximum, normalizer, sums, d_normalizer, d_sums)
+        numbers = (eps, *_dropout(dropout_p))
+        flags = {"HAS_EPS": eps > 0, "HAS_DROPOUT": dropout_p > 0}
+        with device_guard(x):
+            performer_layer_bwd_tail_kernel[(tail_slots.shape[0],)](
+                *common,
+                tail_slots,
+                *grad.stride(),
+                *split,
+                chunks,
+                batch * chunks,
+                tail_size,
+                *numbers,
+                **constants,
+                CHUNK=CHUNK,
+                **flags,
+                **options,
+            )
+            performer_layer_bwd_split_kernel[(slots.shape[0],)](
+                *common,
+                scratch,
+                slots,
+                grad_x,
+                *grad.stride(),
+                *split,
+                *(grad_x.stride() if need_x else (0, 0, 0, 0)),
+                chunks,
+                batch * bands,
+                bands,
+                rows,
+                slot_size,
+                *numbers,
+                **constants,
+                BLOCK_O=min(64, output_block(packed.shape[1])),
+                NEED_X=need_x,
+                **flags,
+                **options,
+            )
+    with device_guard(x):
+        sum_tail_gradients_kernel[(triton.cdiv(tail_size, SUM_BLOCK),)](
+            tail_slots,
+            *grad_tail,
+            tail_slots.shape[0],
+            tail_size,
+            **{name: layer[name] for name in ("EMBED", "EMBED_P", "HIDDEN", "HIDDEN_P")},
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
+    grad_weight, grad_bias, grad_norm_weight, grad_norm_bias = unpack_gradient(
+        slots, kqv_weight, packed, norm1_weight, norm1_bias, 3, constants
+    )
+    return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, *grad_tail
+
+
+torch.library.impl("t2t_triton::performer_layer", IMPL_DEVICES)(performer_layer)
+torch.library.impl("t2t_triton::performer_layer_backward", IMPL_DEVICES)(performer_layer_backward)
