@@ -17,6 +17,7 @@ constexpr int kRows = 6, kVectors = 4;
 constexpr int kRows = 6, kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;
+constexpr int64_t kSegment = 96;
 
 // Two bfloat16, the first along K in the lower half.
 struct Pair {
@@ -58,9 +59,7 @@ __attribute__((always_inline)) inline void block(
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      sums[i][j] = start ? load(start + i * start_row + j * kLanes) : Vec{};
-    }
+    for (int j = 0; j < V; ++j) sums[i][j] = Vec{};
   }
   for (int64_t k = 0; k < steps; ++k) {
     if constexpr (std::is_same_v<E, Pair>) {
@@ -94,7 +93,10 @@ __attribute__((always_inline)) inline void block(
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) store(c + i * c_row + j * kLanes, sums[i][j]);
+    for (int j = 0; j < V; ++j) {
+      if (start) sums[i][j] += load(start + i * start_row + j * kLanes);
+      store(c + i * c_row + j * kLanes, sums[i][j]);
+    }
   }
 }
 
@@ -120,22 +122,31 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t steps, Left<E> a, con
   }
 }
 
-// C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row that every row begins
-// with (start_row = 0), or null for zero.
+// C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row to add to every row
+// (start_row = 0), or null for zero. K is cut into segments that are summed by themselves:
+// its part of a panel stays in the first-level cache, and rounding errors do not grow with K.
 template <typename E>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b, const float* start,
              int64_t start_row, float* c, int64_t c_row) {
-  const int64_t steps = (depth + kDepth<E> - 1) / kDepth<E>;
+  const int64_t all_steps = (depth + kDepth<E> - 1) / kDepth<E>;
   for (int64_t j = 0; j < columns; j += kPanel) {
-    const E* p = b.p + j / kPanel * b.panel;
+    const int64_t vectors = least(kPanel, columns - j) / kLanes;
     const float* first = start ? start + j : nullptr;
-    switch (least(kPanel, columns - j) / kLanes) {
-      case 1: panel<1, E>(rows, steps, a, p, b.depth, first, start_row, c + j, c_row); break;
-      case 2: panel<2, E>(rows, steps, a, p, b.depth, first, start_row, c + j, c_row); break;
+    int64_t first_row = start_row;
+    for (int64_t k = 0; k < all_steps || k == 0; k += kSegment) {
+      const int64_t steps = least(kSegment, all_steps - k);
+      const Left<E> left{a.p + k * a.depth, a.row, a.depth};
+      const E* right = b.p + j / kPanel * b.panel + k * b.depth;
+      switch (vectors) {
+        case 1: panel<1, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
+        case 2: panel<2, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
 #if T2T_ISA >= T2T_AVX512
-      case 3: panel<3, E>(rows, steps, a, p, b.depth, first, start_row, c + j, c_row); break;
-      case 4: panel<4, E>(rows, steps, a, p, b.depth, first, start_row, c + j, c_row); break;
+        case 3: panel<3, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
+        case 4: panel<4, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
 #endif
+      }
+      first = c + j;
+      first_row = c_row;
     }
   }
 }

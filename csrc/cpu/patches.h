@@ -65,22 +65,26 @@ void gather(const Split& s, const T* image, int64_t token, float* to) {
     for (int64_t j = 0; j < s.patch(); ++j) to[j] = 0.f;
   }
   const int64_t inside = xs.end - xs.begin;
-  for (int64_t ky = ys.begin; ky < ys.end; ++ky) {
-    const T* pixel = image + (y + ky) * s.strides[2] + (x + xs.begin) * s.strides[3];
-    if (!s.by_tap) {
-      for (int64_t c = 0; c < s.channels; ++c) {
-        copy_run(pixel + c * s.strides[1], s.strides[3], inside,
+  const T* corner = image + y * s.strides[2] + (x + xs.begin) * s.strides[3];
+  // In the order of the patch, for a run may leave zeros where the next one begins.
+  if (!s.by_tap) {
+    for (int64_t c = 0; c < s.channels; ++c) {
+      for (int64_t ky = ys.begin; ky < ys.end; ++ky) {
+        copy_run(corner + c * s.strides[1] + ky * s.strides[2], s.strides[3], inside,
                  to + (c * s.kernel + ky) * s.kernel + xs.begin);
       }
-      continue;
     }
+    return;
+  }
+  for (int64_t ky = ys.begin; ky < ys.end; ++ky) {
+    const T* from = corner + ky * s.strides[2];
     float* row = to + (ky * s.kernel + xs.begin) * s.channels;
     if (s.strides[3] == s.channels) {
-      copy_run(pixel, 1, inside * s.channels, row);
-    } else {
-      for (int64_t kx = 0; kx < inside; ++kx) {
-        copy_run(pixel + kx * s.strides[3], 1, s.channels, row + kx * s.channels);
-      }
+      copy_run(from, 1, inside * s.channels, row);
+      continue;
+    }
+    for (int64_t kx = 0; kx < inside; ++kx) {
+      copy_run(from + kx * s.strides[3], 1, s.channels, row + kx * s.channels);
     }
   }
 }
