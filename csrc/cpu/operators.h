@@ -210,14 +210,16 @@ struct Cut {
   int64_t rows, chunk_rows, chunks, sharing, group;
 
   Cut(const Split& s, int64_t threads) : rows(s.rows) {
-    constexpr int64_t kChunkTokens = 512, kSlotTokens = 2048, kMostSlots = 64;
+    constexpr int64_t kChunkTokens = 512;
     // Only neighbours then have pixel rows in common.
     const int64_t fewest = std::max<int64_t>(1, (s.kernel - 1) / s.stride);
     chunk_rows = std::max(fewest, (kChunkTokens + s.columns - 1) / s.columns);
     chunks = (rows + chunk_rows - 1) / chunk_rows;
     chunk_rows = std::max(fewest, (rows + chunks - 1) / chunks);
     chunks = (rows + chunk_rows - 1) / chunk_rows;
-    const int64_t slots = std::min(kMostSlots, s.batch * s.tokens() / kSlotTokens);
+    // Enough slots for some cores; more only where they are a small part of the work.
+    const int64_t tokens = s.batch * s.tokens();
+    const int64_t slots = std::max(std::min<int64_t>(16, tokens / 512), std::min<int64_t>(64, tokens / 2048));
     sharing = std::max<int64_t>(1, std::min(s.batch, slots / chunks));
     group = std::min(sharing, std::max<int64_t>(1, (8 * threads + chunks - 1) / chunks));
   }
