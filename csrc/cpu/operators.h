@@ -235,12 +235,19 @@ struct Cut {
   }
 };
 
-// Calls f(first, last, scratch) in parallel for parts of [0, n), each with scratch memory of its own.
+// One image of a (B, T, channels) tensor.
+inline Rows rows_of(const Tensor& tensor, int64_t image) {
+  const int64_t bytes = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
+  char* p = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  return {p + image * tensor.stride(0) * bytes, tensor.stride(1), tensor.stride(2)};
+}
+
+// Calls f(item, scratch) for the items [0, n) in parallel, each thread with scratch memory of its own.
 template <typename F>
 void parallel(int64_t n, int64_t scratch_bytes, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
     const Memory scratch(scratch_bytes);
-    f(first, last, scratch.get());
+    for (int64_t item = first; item < last; ++item) f(item, scratch.get());
   });
 }
 
@@ -255,6 +262,62 @@ inline void add_slots(float* slots, int64_t count, int64_t size) {
     }
   });
 }
+
+// Random features as the kernels take them.
+class FeatureParameters {
+ public:
+  FeatureParameters(const Tensor& w, double eps)
+      : w_(as_floats(w)),
+        weight_(packed_linear(kernels().of_float, w_)),
+        weight_t_(packed_linear_t(kernels().of_float, w_)),
+        features_{w.size(0), w.size(1), weight_.get(), weight_t_.get(), static_cast<float>(eps)} {}
+
+  const Features& features() const { return features_; }
+
+ private:
+  Tensor w_;
+  Memory weight_, weight_t_;
+  Features features_;
+};
+
+// Sums over the keys (KeySums), or their gradients, for `count` chunks or images.
+class KeySumsMemory {
+ public:
+  KeySumsMemory(const Features& w, int64_t count)
+      : features_(padded(w.count)), size_(2 * features_ + w.count * padded(w.embed)),
+        memory_(Memory::floats(count * size_)) {}
+
+  KeySums operator[](int64_t i) const {
+    float* p = memory_.floats() + i * size_;
+    return {p, p + features_, p + 2 * features_};
+  }
+
+ private:
+  int64_t features_, size_;
+  Memory memory_;
+};
+
+// The sums of an image from those of its chunks, one after the other.
+void merge_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
+                    const KeySums& to);
+// Gradients of the sums: a plain addition.
+void add_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
+                  const KeySums& to);
+
+// An image's sums in the tensors that are saved for the backward.
+struct SavedSums {
+  Tensor maximum, normalizer, sums;  // (B, m), (B, m), (B, m, E)
+
+  SavedSums(const Tensor& like, int64_t batch, const Features& w)
+      : maximum(new_floats(like, {batch, w.count})),
+        normalizer(new_floats(like, {batch, w.count})),
+        sums(new_floats(like, {batch, w.count, w.embed})) {}
+  SavedSums(const char* name, int64_t batch, const Features& w, const Tensor& maximum,
+            const Tensor& normalizer, const Tensor& sums);
+
+  void store(int64_t image, const Features& w, const KeySums& from) const;
+  void load(int64_t image, const Features& w, const KeySums& to) const;
+};
 
 // The gradient of a map, empty where it is not asked for: channels-last where the map is.
 Tensor new_map_gradient(const Tensor& x, const Split& split, bool needed);

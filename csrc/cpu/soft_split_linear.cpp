@@ -108,12 +108,6 @@ void check_parameters(const Split& split, const Tensor& x, const Tensor& weight,
   }
 }
 
-Rows rows_of(const Tensor& tensor, int64_t image) {
-  const int64_t bytes = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
-  char* p = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-  return {p + image * tensor.stride(0) * bytes, tensor.stride(1), tensor.stride(2)};
-}
-
 Tensor soft_split_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& norm_weight,
                          const std::optional<Tensor>& norm_bias, int64_t kernel_size, int64_t stride,
@@ -128,12 +122,10 @@ Tensor soft_split_linear(const Tensor& x, const Tensor& weight, const std::optio
                                         false);
   const Projection& p = parameters.projection();
   parallel(split.batch * chunks, kernels.projection_scratch(p),
-           [&](int64_t first, int64_t last, void* scratch) {
-             for (int64_t item = first; item < last; ++item) {
-               const Range range = forward_range(split.tokens(), item / chunks, item % chunks);
-               kernels.projection_forward(p, x.const_data_ptr(), rows_of(y, range.image), outputs,
-                                          range, scratch);
-             }
+           [&](int64_t item, void* scratch) {
+             const Range range = forward_range(split.tokens(), item / chunks, item % chunks);
+             kernels.projection_forward(p, x.const_data_ptr(), rows_of(y, range.image), outputs, range,
+                                        scratch);
            });
   return y;
 }
@@ -162,15 +154,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
   for (int64_t image = 0; image < split.batch; image += cut.group) {
     const int64_t images = std::min(cut.group, split.batch - image);
     parallel(images * cut.chunks, kernels.projection_scratch(p),
-             [&](int64_t first, int64_t last, void* scratch) {
-               for (int64_t item = first; item < last; ++item) {
-                 const int64_t chunk = item % cut.chunks;
-                 const Range range = cut.range(split, image + item / cut.chunks, chunk);
-                 kernels.projection_backward(
-                     p, x.const_data_ptr(), rows_of(grad, range.image), outputs,
-                     sums_of(cut.slot(range.image, chunk)),
-                     need_x ? bands.floats() + item * band_size : nullptr, range, scratch);
-               }
+             [&](int64_t item, void* scratch) {
+               const int64_t chunk = item % cut.chunks;
+               const Range range = cut.range(split, image + item / cut.chunks, chunk);
+               kernels.projection_backward(p, x.const_data_ptr(), rows_of(grad, range.image), outputs,
+                                           sums_of(cut.slot(range.image, chunk)),
+                                           need_x ? bands.floats() + item * band_size : nullptr,
+                                           range, scratch);
              });
     if (need_x) gather_bands(kernels, split, cut, bands.floats(), image, images, grad_x);
   }

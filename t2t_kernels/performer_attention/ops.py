@@ -39,7 +39,7 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return *grads, None, None
 
 
-PERFORMER_ATTENTION = register_operation("performer_attention", kernels=("triton",))
+PERFORMER_ATTENTION = register_operation("performer_attention", kernels=("cpu", "triton"))
 
 declare(
     "performer_attention",
