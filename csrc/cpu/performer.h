@@ -35,19 +35,36 @@ inline void clamp_rows(Tile x, int64_t rows, int64_t embed) {
   }
 }
 
-inline float half_square(const float* x, int64_t embed) {
-  Vec sums{};
-  for (int64_t j = 0; j < padded(embed); j += kLanes) sums += load(x + j) * load(x + j);
-  return sum(sums) * 0.5f;
-}
+// |x|²/2 as the sum of two floats: rounded to one it would dominate the error of large exponents.
+struct HalfSquare {
+  float high, low;
+
+  HalfSquare(const float* x, int64_t embed) {
+    typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
+    typedef double Wide __attribute__((vector_size(kVectorBytes)));
+    Wide sums{};
+    for (int64_t j = 0; j < padded(embed); j += kLanes / 2) {
+      Narrow v;
+      std::memcpy(&v, x + j, sizeof v);
+      const Wide wide = __builtin_convertvector(v, Wide);
+      sums += wide * wide;
+    }
+    double total = 0;
+    for (int i = 0; i < kLanes / 2; ++i) total += sums[i];
+    high = static_cast<float>(total / 2);
+    low = static_cast<float>(total / 2 - high);
+  }
+};
 
 // w·k − |k|²/2 of keys that are within range.
 inline void key_logs(const Features& w, Tile k, int64_t rows, Tile logs) {
   product<float>(rows, padded(w.count), w.embed, left(k), packed<float>(w.weight, w.embed), nullptr,
                  0, logs.p, logs.row);
   for (int64_t i = 0; i < rows; ++i) {
-    const float half = half_square(k[i], w.embed);
-    for (int64_t j = 0; j < logs.row; j += kLanes) store(logs[i] + j, load(logs[i] + j) - half);
+    const HalfSquare half(k[i], w.embed);
+    for (int64_t j = 0; j < logs.row; j += kLanes) {
+      store(logs[i] + j, load(logs[i] + j) - half.high - half.low);
+    }
   }
 }
 
@@ -93,7 +110,7 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
   product<float>(rows, f.row, w.embed, left(q), packed<float>(w.weight, w.embed), nullptr, 0, f.p,
                  f.row);
   for (int64_t i = 0; i < rows; ++i) {
-    const float half = half_square(q[i], w.embed);
+    const HalfSquare half(q[i], w.embed);
     Vec tops = all(-__builtin_inff());
     // Beyond the last feature the maximum of the keys is −infinity.
     for (int64_t j = 0; j < f.row; j += kLanes) {
@@ -102,7 +119,7 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
       tops = max(log, tops);
     }
     float top = largest(tops);
-    if (w.eps > 0.f && top < half - kLargestExponent) top = half - kLargestExponent;
+    if (w.eps > 0.f && top < half.high - kLargestExponent) top = half.high - kLargestExponent;
     Vec sums{};
     for (int64_t j = 0; j < f.row; j += kLanes) {
       const Vec feature = exp(load(f[i] + j) - top);
@@ -110,7 +127,7 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
       sums += feature * load(keys.normalizer + j);
     }
     state.inverse[i] = sum(sums);
-    state.slope[i] = half - top;
+    state.slope[i] = (half.high - top) + half.low;
   }
   for (int64_t i = 0; i < rows; i += kLanes) {
     Vec slope{};

@@ -179,28 +179,26 @@ inline float load_one(const T* p) {
 
 // --- functions ------------------------------------------------------------------------------------
 
-// e^x within 1.5 units in the last place; zero below the normal numbers, infinity above the largest.
+// e^x within 1.5 units in the last place, down to the smallest denormal number.
 inline Vec exp(Vec x) {
-  constexpr float kLow = -87.336f, kHigh = 88.7228f;
+  constexpr float kLow = -104.f, kHigh = 88.7228f;
   // Adding 1.5·2^23 rounds to an integer, and leaves it in the low bits.
   constexpr float kRound = 12582912.f;
-  const Vec shifted = clamp(x, kLow, kHigh) * 1.44269504f + kRound;
+  const Vec bounded = clamp(x, kLow, kHigh);
+  const Vec shifted = bounded * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
   // ln 2 in two parts: the first times n is exact.
-  Vec r = clamp(x, kLow, kHigh) - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   Vec p = all(0.0013813391f);
   p = p * r + 0.00836878456f;
   p = p * r + 0.0416684113f;
   p = p * r + 0.166665196f;
   p = p * r + 0.49999994f;
   p = p * (r * r) + r + 1.f;
-  // 2^n in two factors, for n = 128 is not a float.
-  const Ints exponent = bits<Ints>(shifted) << 23;
-  const Vec scaled = bits<Vec>(bits<Ints>(p + p) + exponent - (1 << 23));
-  const Vec bounded = x > kHigh ? all(__builtin_inff()) : scaled;
-  const Vec result = x < kLow ? Vec{} : bounded;
-  return x == x ? result : x;
+  // 2^n in two factors: n goes beyond the exponents of normal numbers on either side.
+  const Ints exponent = bits<Ints>(shifted) - bits<int32_t>(kRound), half = exponent >> 1;
+  const Vec result = p * bits<Vec>((half + 127) << 23) * bits<Vec>((exponent - half + 127) << 23);
+  return x == x ? (x > kHigh ? all(__builtin_inff()) : result) : x;
 }
 
 // The standard normal distribution: its density φ(x) and its integral Φ(x) from −∞, so that
