@@ -156,6 +156,16 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b
 // an operand of floats it is used where it lies; as pairs it is written to `buffer`, which holds as
 // many bytes as the tile (rows rounded up to two) and is unused otherwise.
 
+// Rounded to bfloat16 in the low half of each lane. The instruction takes denormal numbers for zero,
+// as the products do.
+inline Words pair_half(Vec v) {
+#if T2T_ISA == T2T_AVX512_BF16
+  return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  return to_bf16(v);
+#endif
+}
+
 // The tile as A, K along its rows.
 template <typename E>
 inline Left<E> left_of(const float* tile, int64_t row, int64_t rows, int64_t depth, void* buffer) {
@@ -166,7 +176,9 @@ inline Left<E> left_of(const float* tile, int64_t row, int64_t rows, int64_t dep
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < round_up(depth, kLanes); k += kLanes) {
         const Vec v = load(tile + i * row + k);
-        store(reinterpret_cast<bf16*>(to + i * row / 2) + k, k + kLanes <= depth ? v : first_lanes(v, depth - k));
+        const Words words = pair_half(k + kLanes <= depth ? v : first_lanes(v, depth - k));
+        const Shorts shorts = __builtin_convertvector(words, Shorts);
+        std::memcpy(reinterpret_cast<bf16*>(to + i * row / 2) + k, &shorts, sizeof shorts);
       }
     }
     return {to, row / 2, 1};
@@ -182,8 +194,8 @@ inline const E* paired(const float* tile, int64_t row, int64_t rows, void* buffe
     auto* to = static_cast<Pair*>(buffer);
     for (int64_t i = 0; i < rows; i += 2) {
       for (int64_t j = 0; j < row; j += kLanes) {
-        const Words low = to_bf16(load(tile + i * row + j));
-        const Words high = i + 1 < rows ? to_bf16(load(tile + (i + 1) * row + j)) : Words{};
+        const Words low = pair_half(load(tile + i * row + j));
+        const Words high = i + 1 < rows ? pair_half(load(tile + (i + 1) * row + j)) : Words{};
         const Words both = low | (high << 16);
         std::memcpy(to + i / 2 * row + j, &both, sizeof both);
       }

@@ -140,8 +140,8 @@ struct TypedKernels {
   // `queries` and `values` are the image's workspace: (T, padded embed) floats each.
   void (*layer_keys)(const Projection&, const Features&, const void* x, KeySums, float* queries,
                      float* values, Range, void* scratch);
-  void (*layer_queries)(const Projection&, const Features&, const Tail&, KeySums,
-                        const float* queries, const float* values, void* y, Range, void* scratch);
+  void (*layer_queries)(const Projection&, const Features&, const Tail&, KeySums, float* queries,
+                        float* values, void* y, Range, void* scratch);
   // `kqv` is the image's workspace: (T, 3 × padded embed) floats. This call leaves k, the gradient of
   // q, v in it, and in `skip` the gradient of v that does not come through the sums.
   void (*layer_queries_backward)(const Projection&, const Features&, const Tail&, const void* x,

@@ -272,17 +272,16 @@ void layer_keys(const Projection& p, const Features& w, const void* x, KeySums s
 
 template <typename T>
 void layer_queries(const Projection& p, const Features& w, const Tail& t, KeySums sums,
-                   const float* queries, const float* values, void* y, Range range, void* scratch) {
+                   float* queries, float* values, void* y, Range range, void* scratch) {
   Arena arena = arena_at(scratch);
   const int64_t embed = padded(w.embed), tokens = p.split.tokens();
-  const Tile q = tile_in(arena, embed), attended = tile_in(arena, embed);
+  const Tile attended = tile_in(arena, embed);
   QueryState state{tile_in(arena, padded(w.count))};
   TailBuffers m(t, false, arena);
   const Rows to{static_cast<T*>(y) + range.image * tokens * w.embed, w.embed, 1};
   for_tiles(range, [&](int64_t token, int64_t rows) {
-    std::memcpy(q.p, queries + token * embed, rows * embed * sizeof(float));
-    attend(w, q, rows, sums, state, attended);
-    const Tile v{const_cast<float*>(values) + token * embed, embed};
+    attend(w, {queries + token * embed, embed}, rows, sums, state, attended);
+    const Tile v{values + token * embed, embed};
     tail_forward<Element<T>>(t, range.image * tokens + token, rows, attended, v, m);
     store_tile<T>(m.result, rows, w.embed, to, token);
   });

@@ -89,33 +89,47 @@ void gather(const Split& s, const T* image, int64_t token, float* to) {
   }
 }
 
-// Normalises a row: x becomes (x − mean)·r, r = 1/√(variance + eps), and returns r. The mean is taken
-// of the distances from the first element, so that the rows of a flat patch become exactly zero.
-inline float normalize(float* row, int64_t n, float eps) {
+// Σ f(j) over the vectors of n floats, four of them at a time; see for_vectors.
+template <typename F>
+__attribute__((always_inline)) inline float sum_of(int64_t n, const F& f) {
+  Vec sums[4]{};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] += f(j + i * kLanes, KeepAll{});
+  }
+  for (; j + kLanes <= n; j += kLanes) sums[0] += f(j, KeepAll{});
+  if (j < n) sums[1] += f(j, KeepFirst{n - j});
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Normalises a row: x becomes x̂ = (x − mean)·r, r = 1/√(variance + eps), then x̂·gain + offset where
+// they are not null. Returns r. The mean is taken of the distances from the first element, so that the
+// rows of a flat patch become exactly zero.
+inline float normalize(float* row, int64_t n, float eps, const float* gain, const float* offset) {
   const Vec first = all(row[0]);
-  Vec sums{};
-  for_vectors(n, [&](int64_t j, auto keep) { sums += keep(load(row + j) - first); });
-  const Vec mean = all(sum(sums) / static_cast<float>(n));
-  Vec squares{};
-  for_vectors(n, [&](int64_t j, auto keep) {
+  const float count = static_cast<float>(n);
+  const Vec mean = all(sum_of(n, [&](int64_t j, auto keep) { return keep(load(row + j) - first); }) / count);
+  const float variance = sum_of(n, [&](int64_t j, auto keep) {
     const Vec centred = keep(load(row + j) - first - mean);
-    squares += centred * centred;
     store(row + j, centred);
-  });
-  const float r = 1.f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps);
-  for (int64_t j = 0; j < n; j += kLanes) store(row + j, load(row + j) * r);
+    return centred * centred;
+  }) / count;
+  const float r = 1.f / __builtin_sqrtf(variance + eps);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const Vec x = load(row + j) * r;
+    store(row + j, gain ? x * load(gain + j) + load(offset + j) : x);
+  }
   return r;
 }
 
 // The gradient of a row before `normalize` from that after it: r (g − mean(g) − x̂·mean(g·x̂)).
 inline void normalize_backward(const float* row, float r, int64_t n, float* grad) {
-  Vec sums{}, products{};
-  for_vectors(n, [&](int64_t j, auto keep) {
-    const Vec g = keep(load(grad + j));
-    sums += g;
-    products += g * keep(load(row + j));
-  });
-  const float mean = sum(sums) / static_cast<float>(n), slope = sum(products) / static_cast<float>(n);
+  const float count = static_cast<float>(n);
+  const float mean = sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)); }) / count;
+  const float slope = sum_of(n, [&](int64_t j, auto keep) {
+    return keep(load(grad + j)) * keep(load(row + j));
+  }) / count;
   for_vectors(n, [&](int64_t j, auto keep) {
     store(grad + j, keep((load(grad + j) - mean - load(row + j) * slope) * r));
   });
@@ -130,11 +144,11 @@ inline void scale_rows(float* tile, int64_t row, int64_t rows, const float* gain
   }
 }
 
-// Fills a tile with patches, normalised where there is a norm, without its gain and offset. `r`
-// receives the factors of the rows.
+// Fills a tile with patches, normalised where there is a norm; its gain and offset, where they are
+// asked for. Factors of the rows go to `r`, if it is not null.
 template <typename T>
 void patches(const Projection& p, const void* x, int64_t image, int64_t token, int64_t rows,
-             float* tile, float* r) {
+             bool scaled, float* tile, float* r) {
   const Split& s = p.split;
   const int64_t n = s.patch(), row = padded(n);
   const T* from = static_cast<const T*>(x) + image * s.strides[0];
@@ -142,7 +156,9 @@ void patches(const Projection& p, const void* x, int64_t image, int64_t token, i
     float* to = tile + i * row;
     gather(s, from, token + i, to);
     for (int64_t j = n; j < row; ++j) to[j] = 0.f;
-    r[i] = p.gain ? normalize(to, n, p.eps) : 1.f;
+    if (!p.gain) continue;
+    const float factor = normalize(to, n, p.eps, scaled ? p.gain : nullptr, p.offset);
+    if (r) r[i] = factor;
   }
 }
 
@@ -151,9 +167,7 @@ template <typename T>
 void project(const Projection& p, const void* x, int64_t image, int64_t token, int64_t rows,
              float* tile, float* buffer, float* y) {
   const int64_t n = p.split.patch(), row = padded(n);
-  float r[kTile];
-  patches<T>(p, x, image, token, rows, tile, r);
-  if (p.gain) scale_rows(tile, row, rows, p.gain, p.offset);
+  patches<T>(p, x, image, token, rows, true, tile, nullptr);
   using E = Element<T>;
   product<E>(rows, p.outputs, n, left_of<E>(tile, row, rows, n, buffer), packed<E>(p.weight, n),
              p.bias, 0, y, p.outputs);
@@ -214,8 +228,8 @@ void project_backward(const Projection& p, const void* x, int64_t image, int64_t
                       int64_t band_rows, ProjectionBuffers& memory) {
   using E = Element<T>;
   const int64_t n = p.split.patch(), row = padded(n), outputs = p.outputs;
-  float r[kTile];
-  patches<T>(p, x, image, token, rows, memory.tile, r);
+  float r[kTile] = {};
+  patches<T>(p, x, image, token, rows, false, memory.tile, r);
   add_columns(grad, outputs, rows, outputs, sums.bias);
   const E* left = paired<E>(memory.tile, row, rows, memory.buffer);
   const E* right = paired<E>(grad, outputs, rows, memory.grad_buffer);

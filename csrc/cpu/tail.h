@@ -78,7 +78,7 @@ inline void tail_begin(const Tail& t, int64_t rows, Tile y, Tile v, const Factor
       store(m.a[i] + e, a);
       store(m.normalized[i] + e, a);
     }
-    r[i] = normalize(m.normalized[i], t.embed, kNormEps);
+    r[i] = normalize(m.normalized[i], t.embed, kNormEps, nullptr, nullptr);
   }
   if (centred) std::memcpy(centred, m.normalized.p, rows * embed * sizeof(float));
   scale_rows(m.normalized.p, embed, rows, t.norm_gain, t.norm_offset);
