@@ -9,8 +9,8 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,21 +31,26 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Operation:
-    """A public function: the backends, besides the reference, that have a kernel for it, and the
-    operations that its reference is composed of, each of which is served by its own best backend."""
+    """A public function: the backends, besides the reference, that have a kernel for it, the
+    operations that its reference is composed of, each of which is served by its own best backend,
+    and per backend the largest sizes that its kernel takes."""
 
     name: str
     kernels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 OPERATIONS: dict[str, Operation] = {}
 
 
 def register_operation(
-    name: str, kernels: tuple[str, ...] = (), parts: tuple[str, ...] = ()
+    name: str,
+    kernels: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    limits: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Operation:
-    OPERATIONS[name] = Operation(name, kernels, parts)
+    OPERATIONS[name] = Operation(name, kernels, parts, limits or {})
     return OPERATIONS[name]
 
 
@@ -155,30 +160,43 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def _why_not(operation: Operation, backend: str, device: torch.device, dtype) -> str | None:
+def _why_not(
+    operation: Operation,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+) -> str | None:
     if backend != "reference" and backend not in operation.kernels:
         have = ", ".join(("reference", *operation.kernels))
         return f"no {backend} kernel for it yet (there is: {have})"
+    for name, largest in operation.limits.get(backend, {}).items():
+        if sizes.get(name, 0) > largest:
+            return f"its kernel takes {name} up to {largest}, got {sizes[name]}"
     return why_unavailable(backend, device, dtype)
 
 
 def choose(
-    operation: Operation, device: torch.device, dtype: torch.dtype, backend: str | None
+    operation: Operation,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+    sizes: Mapping[str, int] | None = None,
 ) -> str:
-    """The backend that serves a call of ``operation``.
+    """The backend that serves a call of ``operation``; ``sizes`` are those that have limits.
 
     Raises:
         ValueError: the name is not one of :data:`BACKENDS`.
         BackendUnavailable: the named backend cannot run this call.
     """
-    named = requested(backend)
+    named, sizes = requested(backend), sizes or {}
     if named is None:
         return next(
             candidate
             for candidate in PREFERENCE.get(device.type, ("reference",))
-            if _why_not(operation, candidate, device, dtype) is None
+            if _why_not(operation, candidate, device, dtype, sizes) is None
         )
-    reason = _why_not(operation, named, device, dtype)
+    reason = _why_not(operation, named, device, dtype, sizes)
     if reason is not None:
         raise BackendUnavailable(f"cannot run {operation.name} on the {named} backend: {reason}")
     return named
@@ -231,13 +249,13 @@ def explain(
     choices = []
     for operation in OPERATIONS.values():
         if named is not None:
-            reason = _why_not(operation, named, device, dtype)
+            reason = _why_not(operation, named, device, dtype, {})
             choices.append(Choice(operation.name, None if reason else named, reason or "named"))
             continue
         chosen = choose(operation, device, dtype, None)
         order = PREFERENCE.get(device.type, ("reference",))
         reasons = [
-            f"{other}: {_why_not(operation, other, device, dtype)}"
+            f"{other}: {_why_not(operation, other, device, dtype, {})}"
             for other in order[: order.index(chosen)]
         ]
         if chosen == "reference" and operation.parts:

@@ -43,32 +43,26 @@ class Table(NamedTuple):
     attention: tuple[Launch, Launch]
 
 
-# By compute capability; `python -m bench.tune` prints a table for the device it runs on.
+# By compute capability; `python -m bench.tune` measures the alternatives on the device it runs on.
 TABLES = {
-    80: Table(
-        slots=108,
-        forward=(Launch(64, 4, 2), Launch(32, 4, 2)),
-        backward=(Launch(64, 8, 1), Launch(32, 8, 1)),
-        attention=(Launch(64, 4, 2), Launch(32, 4, 1)),
-    ),
-    90: Table(
-        slots=132,
-        forward=(Launch(64, 4, 3), Launch(32, 4, 2)),
-        backward=(Launch(64, 8, 1), Launch(32, 8, 1)),
-        attention=(Launch(64, 4, 2), Launch(32, 4, 1)),
-    ),
-    120: Table(
-        slots=170,
-        forward=(Launch(64, 4, 2), Launch(32, 4, 2)),
-        backward=(Launch(64, 8, 1), Launch(32, 8, 1)),
-        attention=(Launch(64, 4, 2), Launch(32, 4, 1)),
-    ),
+    version: Table(
+        slots=slots,
+        forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
+        backward=(Launch(32, 8, 1), Launch(16, 8, 1)),
+        attention=(Launch(32, 4, 2), Launch(16, 4, 2)),
+    )
+    for version, slots in ((80, 108), (90, 132), (120, 170))
 }
+# Few and large tiles, since an operation costs the interpreter the same whatever its size; few
+# slots, so that small problems exercise their reuse.
+_INTERPRETER = Table(3, *((Launch(64, 4, 1), Launch(64, 4, 1)) for _ in range(3)))
 
 
 def table(device: torch.device) -> Table:
     """The launch parameters for ``device``: those of the newest architecture not newer than it."""
-    return _table_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else TABLES[90]
+    if device.type == "cuda":
+        return _table_of(torch.cuda.get_device_capability(device))
+    return _INTERPRETER
 
 
 @functools.cache
@@ -86,11 +80,6 @@ def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launc
 def padded(size: int) -> int:
     """The side of the tile that holds ``size`` rows or columns."""
     return max(SMALLEST_SIDE, triton.next_power_of_2(size))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: those that stand for a half type need 11 bits only."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def device_guard(tensor: Tensor):
@@ -121,10 +110,10 @@ def rounded(b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a·b + acc, accumulated in float32; PRECISION matters for float32 operands only."""
+def dot(a, b, acc):
+    """a·b + acc, accumulated in float32; float32 operands lose nothing, each split into three."""
     # The interpreter's products of bfloat16 are silently wrong.
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="tf32x3")

@@ -47,13 +47,19 @@ def _within_range(b):
 
 @triton.jit
 def _products(b_z, b_w, BLOCK_T: tl.constexpr, FEATURES_P: tl.constexpr):
-    # An exponent's absolute error is the result's relative one: full precision in every dtype.
-    return dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, FEATURES_P], tl.float32), "tf32x3")
+    return dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
+
+
+@triton.jit
+def _times_column(b, column, ROWS: tl.constexpr):
+    """b·column by the matrix unit: Z is rounded as S is, so that what cancels in S / Z does."""
+    b_column = tl.where((tl.arange(0, 16) == 0)[None, :], column[:, None], 0.0)
+    return tl.sum(dot(b, b_column, tl.zeros([ROWS, 16], tl.float32)), 1)
 
 
 @triton.jit
 def add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T: tl.constexpr,
-             FEATURES_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             FEATURES_P: tl.constexpr):  # fmt: skip
     """Add a tile of keys and values to the sums under a running maximum."""
     b_k = _within_range(b_k)
     b_log = _products(b_k, b_w, BLOCK_T, FEATURES_P) - tl.sum(b_k * b_k, 1)[:, None] * 0.5
@@ -61,8 +67,8 @@ def add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T: tl.constexp
     larger = tl.maximum(maximum, tl.max(b_log, 0))
     shrink = tl.exp(maximum - larger)
     b_phi = tl.exp(b_log - larger[None, :])
-    normalizer = normalizer * shrink + tl.sum(b_phi, 0)
-    sums = dot(tl.trans(b_phi), b_v, sums * shrink[:, None], PRECISION)
+    normalizer = normalizer * shrink + _times_column(tl.trans(b_phi), m_t.to(tl.float32), FEATURES_P)
+    sums = dot(tl.trans(b_phi), b_v, sums * shrink[:, None])
     return larger, normalizer, sums
 
 
@@ -107,8 +113,7 @@ def merge_sums(p_maximum, p_normalizer, p_sums, chunks, FEATURES: tl.constexpr,
 
 @triton.jit
 def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEATURES: tl.constexpr,
-           FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr, HAS_EPS: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr, HAS_EPS: tl.constexpr):  # fmt: skip
     """y = N / D of a tile of queries; also their features f, D, and the derivative of D by |q|²/2."""
     b_q = _within_range(b_q)
     half = tl.sum(b_q * b_q, 1) * 0.5
@@ -119,7 +124,7 @@ def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEAT
     if HAS_EPS:
         top = tl.maximum(top, half - _LARGEST_EXPONENT)
     b_f = tl.exp(b_log - top[:, None])
-    divisor = tl.sum(b_f * normalizer[None, :], 1)
+    divisor = _times_column(b_f, normalizer, BLOCK_T)
     slope = half * 0.0
     if HAS_EPS:
         # Beyond 2^24 the difference may round to more than was subtracted.
@@ -127,38 +132,36 @@ def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEAT
         term = eps * FEATURES * tl.exp(tl.minimum(exponent, _LARGEST_EXPONENT))
         divisor += term
         slope = tl.where(exponent <= _LARGEST_EXPONENT, term, 0.0)
-    b_n = dot(b_f, sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_n = dot(b_f, sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     return b_n / divisor[:, None], b_f, divisor, slope
 
 
 @triton.jit
 def attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer, sums,
-                    BLOCK_T: tl.constexpr, FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
+                    BLOCK_T: tl.constexpr, FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
     """Gradient of the queries, and of N and D, of which the sums' gradients are made."""
     b_dn = b_dy / divisor[:, None]
     dd = -tl.sum(b_dn * b_y, 1)
-    b_df = dot(b_dn, tl.trans(sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32), PRECISION)
+    b_df = dot(b_dn, tl.trans(sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
     b_dlog = b_f * (b_df + dd[:, None] * normalizer[None, :])
-    b_dq = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_dq = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     b_dq = tl.where(tl.abs(b_q) <= _LARGEST, b_dq + b_q * (dd * slope)[:, None], 0.0)
     return b_dq, b_dn, dd
 
 
 @triton.jit
 def keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T: tl.constexpr,
-                  FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
     """Gradients of a tile of keys and values from those of the sums."""
     b_inside = _within_range(b_k)
     half = tl.sum(b_inside * b_inside, 1) * 0.5
     b_log = _products(b_inside, b_w, BLOCK_T, FEATURES_P) - half[:, None]
     b_phi = tl.exp(tl.where(m_t[:, None], b_log - maximum[None, :], float("-inf")))
-    b_dphi = dot(b_v, tl.trans(d_sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32), PRECISION)
+    b_dphi = dot(b_v, tl.trans(d_sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
     b_dlog = b_phi * (b_dphi + d_normalizer[None, :])
-    b_dk = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_dk = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     b_dk = tl.where(tl.abs(b_k) <= _LARGEST, b_dk - b_k * tl.sum(b_dlog, 1)[:, None], 0.0)
-    return b_dk, dot(b_phi, d_sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    return b_dk, dot(b_phi, d_sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
 
 
 @triton.jit

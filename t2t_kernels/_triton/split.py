@@ -16,8 +16,8 @@ from torch import Tensor
 from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, padded, rounded
 from t2t_kernels.arguments import output_size
 
-# Elements of a block: enough to fill the matrix unit, few enough for a patch to stay in registers.
-FLAT_BLOCK, TAP_BLOCK = 32, 64
+# Elements of a block, and bytes of one tap's: 64 adjacent channels of a half type, 32 of float32.
+FLAT_BLOCK, TAP_BYTES = 32, 128
 # Rows × columns of the weight that a packing program moves, rows that an unpacking one sums.
 PACK_ROWS, PACK_COLUMNS = 64, 32
 UNPACK_ROWS = 16
@@ -51,7 +51,7 @@ def geometry(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Sp
         "STRIDE": stride,
         "PADDING": padding,
         "FLAT": flat,
-        "BLOCK_J": FLAT_BLOCK if flat else min(TAP_BLOCK, padded(channels)),
+        "BLOCK_J": FLAT_BLOCK if flat else min(TAP_BYTES // x.element_size(), padded(channels)),
     }
     return Split(*x.stride(), height, width, rows, columns), constants
 
@@ -357,7 +357,6 @@ def split_backward_tile(
     BLOCK_O: tl.constexpr,
     HAS_NORM: tl.constexpr,
     NEED_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A tile's part in the gradients of the weight (to the slot) and of the map (to its band).
 
@@ -388,7 +387,7 @@ def split_backward_tile(
             m_o = o % OUTPUTS_PADDED < OUTPUTS
             p_dy = p_grad + o_row[:, None] * stride_t + o[None, :] * stride_o
             b_dy = tl.load(p_dy, mask=m_own[:, None] & m_o[None, :], other=0.0)
-            b_sum = dot(b_u, b_dy, tl.zeros([BLOCK_J, BLOCK_O], tl.float32), PRECISION)
+            b_sum = dot(b_u, b_dy, tl.zeros([BLOCK_J, BLOCK_O], tl.float32))
             p = p_slot + (1 + o_j)[:, None] * COLUMNS + o[None, :]
             add_to_slot(p, b_sum, started)
 
@@ -405,7 +404,7 @@ def split_backward_tile(
             for i in range(0, AREA * BLOCKS_PER_TAP):
                 b_g = _patch_gradient(p_grad, p_packed, p_norm_weight, i, m_t, stride_t, stride_o,
                                       CHANNELS, KERNEL, FLAT, BLOCK_C, BLOCK_T, COLUMNS, OUTPUTS,
-                                      OUTPUTS_PADDED, BLOCK_O, HAS_NORM, PRECISION)  # fmt: skip
+                                      OUTPUTS_PADDED, BLOCK_O, HAS_NORM)  # fmt: skip
                 b_u, m_c = load_patch(p_image, i, o_y, o_x, m_t, stride_c, stride_h, stride_w,
                                       height, width, CHANNELS, KERNEL, False, BLOCK_C)  # fmt: skip
                 mean_g += tl.sum(b_g, 1)
@@ -415,7 +414,7 @@ def split_backward_tile(
         for i in range(0, AREA * BLOCKS_PER_TAP):
             b_g = _patch_gradient(p_grad, p_packed, p_norm_weight, i, m_t, stride_t, stride_o,
                                   CHANNELS, KERNEL, FLAT, BLOCK_C, BLOCK_T, COLUMNS, OUTPUTS,
-                                  OUTPUTS_PADDED, BLOCK_O, HAS_NORM, PRECISION)  # fmt: skip
+                                  OUTPUTS_PADDED, BLOCK_O, HAS_NORM)  # fmt: skip
             if HAS_NORM:
                 b_u, m_c = load_patch(p_image, i, o_y, o_x, m_t, stride_c, stride_h, stride_w,
                                       height, width, CHANNELS, KERNEL, False, BLOCK_C)  # fmt: skip
@@ -454,7 +453,6 @@ def _patch_gradient(
     OUTPUTS_PADDED: tl.constexpr,
     BLOCK_O: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """γ·Wᵀ·dy for the channels of one tap."""
     BLOCKS_PER_TAP: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
@@ -474,7 +472,7 @@ def _patch_gradient(
         p_dy = p_grad + o_row[:, None] * stride_t + o[None, :] * stride_o
         b_dy = tl.load(p_dy, mask=m_t[:, None] & m_o[None, :], other=0.0)
         p_w = p_packed + row[None, :] * COLUMNS + o[:, None]
-        b_g = dot(b_dy, tl.load(p_w, mask=m_c[None, :] & m_o[:, None], other=0.0), b_g, PRECISION)
+        b_g = dot(b_dy, tl.load(p_w, mask=m_c[None, :] & m_o[:, None], other=0.0), b_g)
     if HAS_NORM:
         b_g *= tl.load(p_norm_weight + j, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_g

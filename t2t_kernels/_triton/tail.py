@@ -23,8 +23,12 @@ def load_matrix(p, ROWS: tl.constexpr, ROWS_P: tl.constexpr, COLUMNS: tl.constex
                 COLUMNS_P: tl.constexpr):  # fmt: skip
     o_r = tl.arange(0, ROWS_P)
     o_c = tl.arange(0, COLUMNS_P)
-    m = (o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :]
-    return tl.load(p + o_r[:, None] * COLUMNS + o_c[None, :], mask=m, other=0.0)
+    p = p + o_r[:, None] * COLUMNS + o_c[None, :]
+    # Masks that are always true still take registers.
+    if ROWS == ROWS_P and COLUMNS == COLUMNS_P:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=(o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def kept(p_seed, first_element, site, threshold, scale, EMBED: tl.constexpr, EMB
     else:
         o = (element % 4).to(tl.int32)
         word = tl.where(o == 0, w0, tl.where(o == 1, w1, tl.where(o == 2, w2, w3)))
-    return tl.where(word.to(tl.int64) >= threshold, scale, 0.0)
+    return tl.where(word >= threshold.to(tl.uint32), scale, 0.0)
 
 
 @triton.jit
@@ -74,11 +78,10 @@ def tail_forward(
     HIDDEN: tl.constexpr,
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
     b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
-    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_a *= b_keep
@@ -89,7 +92,7 @@ def tail_forward(
     b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
     b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
     b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
-    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32), PRECISION)
+    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32))
     b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
     return b_a, b_n, rstd, b_z, b_h
 
@@ -113,11 +116,10 @@ def tail_output(
     HIDDEN: tl.constexpr,
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
     b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o, PRECISION)
+    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o)
     b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_o *= b_keep
@@ -125,10 +127,23 @@ def tail_output(
 
 
 @triton.jit
+def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32))
+    add_to_slot(p + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], b, started)
+
+
+@triton.jit
+def _add_vector(p, b, started, SIZE: tl.constexpr):
+    add_to_slot(p + tl.arange(0, SIZE), b, started)
+
+
+@triton.jit
 def tail_backward(
     b_dout,
+    b_y,
     b_n,
     rstd,
+    b_z,
     b_h,
     b_keep_proj,
     b_keep_mlp,
@@ -136,6 +151,8 @@ def tail_backward(
     p_norm_weight,
     p_mlp1_weight,
     p_mlp2_weight,
+    p_slot,
+    started,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     EMBED: tl.constexpr,
@@ -143,18 +160,38 @@ def tail_backward(
     HIDDEN: tl.constexpr,
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """Gradients of the MLP's output, its hidden values, LN(a), a, the projection and y."""
+    """Gradients of a (so of v, by the skip) and of y.
+
+    With ADD, also the tile's part in the parameters' gradients, in the slot in the order of
+    ``sum_tail_gradients_kernel``; each as soon as it is known, while its factors are in registers.
+    """
+    PROJ_BIAS: tl.constexpr = EMBED_P * EMBED_P
+    MLP1: tl.constexpr = PROJ_BIAS + 3 * EMBED_P
+    MLP1_BIAS: tl.constexpr = MLP1 + HIDDEN_P * EMBED_P
+    MLP2: tl.constexpr = MLP1_BIAS + HIDDEN_P
     b_do = b_dout
     if HAS_DROPOUT:
         b_do = b_dout * b_keep_mlp
+    if ADD:
+        _add_vector(p_slot + MLP2 + EMBED_P * HIDDEN_P, tl.sum(b_do, 0), started, EMBED_P)
+        _add_matrix(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P,
+                    HIDDEN_P)  # fmt: skip
     b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
-    b_dh = dot(rounded(b_do, DTYPE), b_w, tl.zeros([BLOCK_T, HIDDEN_P], tl.float32), PRECISION)
+    b_dh = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
+    b_dh = dot(rounded(b_do, DTYPE), b_w, b_dh)
     b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
     b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
+    if ADD:
+        _add_vector(p_slot + MLP1_BIAS, tl.sum(b_dh, 0), started, HIDDEN_P)
+        _add_matrix(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P)
     b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
-    b_dz = dot(rounded(b_dh, DTYPE), b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
+    b_dz = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_dz = dot(rounded(b_dh, DTYPE), b_w, b_dz)
+    if ADD:
+        _add_vector(p_slot + PROJ_BIAS + EMBED_P, tl.sum(b_dz * b_n, 0), started, EMBED_P)
+        _add_vector(p_slot + PROJ_BIAS + 2 * EMBED_P, tl.sum(b_dz, 0), started, EMBED_P)
     b_dn = b_dz * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
     mean = tl.sum(b_dn, 1) / EMBED
     mean_n = tl.sum(b_dn * b_n, 1) / EMBED
@@ -163,53 +200,12 @@ def tail_backward(
     b_dp = b_da
     if HAS_DROPOUT:
         b_dp = b_da * b_keep_proj
+    if ADD:
+        _add_vector(p_slot + PROJ_BIAS, tl.sum(b_dp, 0), started, EMBED_P)
+        _add_matrix(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P)  # fmt: skip
     b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
-    b_dy = dot(rounded(b_dp, DTYPE), b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32), PRECISION)
-    return b_do, b_dh, b_dz, b_da, b_dp, b_dy
-
-
-@triton.jit
-def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
-    add_to_slot(p + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], b, started)
-
-
-@triton.jit
-def add_tail_gradients(
-    p_slot,
-    b_y,
-    b_n,
-    b_z,
-    b_h,
-    b_do,
-    b_dh,
-    b_dz,
-    b_dp,
-    started,
-    DTYPE: tl.constexpr,
-    EMBED_P: tl.constexpr,
-    HIDDEN_P: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile's part in the parameters' gradients; tokens that do not exist have zero gradients."""
-    o_e = tl.arange(0, EMBED_P)
-    p = p_slot
-    _add_matrix(p, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P, PRECISION)
-    p += EMBED_P * EMBED_P
-    add_to_slot(p + o_e, tl.sum(b_dp, 0), started)
-    p += EMBED_P
-    add_to_slot(p + o_e, tl.sum(b_dz * b_n, 0), started)
-    p += EMBED_P
-    add_to_slot(p + o_e, tl.sum(b_dz, 0), started)
-    p += EMBED_P
-    _add_matrix(p, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P, PRECISION)
-    p += HIDDEN_P * EMBED_P
-    add_to_slot(p + tl.arange(0, HIDDEN_P), tl.sum(b_dh, 0), started)
-    p += HIDDEN_P
-    _add_matrix(p, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P, HIDDEN_P, PRECISION)
-    p += EMBED_P * HIDDEN_P
-    add_to_slot(p + o_e, tl.sum(b_do, 0), started)
+    b_dy = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    return b_da, dot(rounded(b_dp, DTYPE), b_w, b_dy)
 
 
 def tail_slot_size(embed_p: int, hidden_p: int) -> int:

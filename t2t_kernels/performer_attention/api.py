@@ -55,7 +55,8 @@ def performer_attention(
     check_parameter("q", q, v.shape, v, like_name="v")
     check_random_features(w, v.shape[2], v)
     check_eps(eps)
-    chosen = choose(PERFORMER_ATTENTION, v.device, v.dtype, backend)
+    sizes = {"E": w.shape[1], "m": w.shape[0]}
+    chosen = choose(PERFORMER_ATTENTION, v.device, v.dtype, backend, sizes)
     if chosen != "reference":
         return operators(chosen).performer_attention(k, q, v, w, eps)[0]
     return reference.performer_attention(k, q, v, w, eps=eps)

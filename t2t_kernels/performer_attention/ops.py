@@ -39,7 +39,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return *grads, None, None
 
 
-PERFORMER_ATTENTION = register_operation("performer_attention", kernels=("cpu", "triton"))
+PERFORMER_ATTENTION = register_operation(
+    "performer_attention", kernels=("cpu", "triton"), limits={"triton": {"E": 128, "m": 128}}
+)
 
 declare(
     "performer_attention",

@@ -16,7 +16,6 @@ from t2t_kernels._triton import (
     dot,
     launch,
     padded,
-    precision,
     table,
 )
 from t2t_kernels._triton.performer import (
@@ -57,7 +56,6 @@ def performer_attention_keys_kernel(
     EMBED_P: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
@@ -72,7 +70,7 @@ def performer_attention_keys_kernel(
         b_k = load_rows(p_k + i_image * k_stride_b, o_t, m_t, k_stride_t, k_stride_e, EMBED, EMBED_P)
         b_v = load_rows(p_v + i_image * v_stride_b, o_t, m_t, v_stride_t, v_stride_e, EMBED, EMBED_P)
         maximum, normalizer, sums = add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T,
-                                             FEATURES_P, PRECISION)  # fmt: skip
+                                             FEATURES_P)  # fmt: skip
     store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
                p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
@@ -102,7 +100,6 @@ def performer_attention_queries_kernel(
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_image = (tl.program_id(0) // chunks).to(tl.int64)
     i_chunk = tl.program_id(0) % chunks
@@ -121,7 +118,7 @@ def performer_attention_queries_kernel(
         m_t = o_t < tokens
         b_q = load_rows(p_q + i_image * stride_b, o_t, m_t, stride_t, stride_e, EMBED, EMBED_P)
         b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         store_rows(p_y + i_image * tokens * EMBED, b_y, o_t, m_t, EMBED, EMBED_P)
 
 
@@ -152,7 +149,6 @@ def performer_attention_bwd_queries_kernel(
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     HAS_EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
@@ -170,12 +166,12 @@ def performer_attention_bwd_queries_kernel(
         b_dy = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t, grad_stride_e,
                          EMBED, EMBED_P)  # fmt: skip
         b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer, sums,
-                                         BLOCK_T, FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+                                         BLOCK_T, FEATURES_P, EMBED_P)  # fmt: skip
         store_rows(p_dq + i_image * tokens * EMBED, b_dq, o_t, m_t, EMBED, EMBED_P)
         d_normalizer += tl.sum(b_f * dd[:, None], 0)
-        d_sums = dot(tl.trans(b_f), b_dn, d_sums, PRECISION)
+        d_sums = dot(tl.trans(b_f), b_dn, d_sums)
     o_m = tl.arange(0, FEATURES_P)
     tl.store(p_d_normalizer + i_part * FEATURES + o_m, d_normalizer, mask=o_m < FEATURES)
     store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, o_m < FEATURES, EMBED, EMBED_P)
@@ -205,7 +201,6 @@ def performer_attention_bwd_keys_kernel(
     EMBED_P: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_image = (tl.program_id(0) // chunks).to(tl.int64)
     start = tl.program_id(0) % chunks * CHUNK
@@ -222,7 +217,7 @@ def performer_attention_bwd_keys_kernel(
         b_k = load_rows(p_k + i_image * k_stride_b, o_t, m_t, k_stride_t, k_stride_e, EMBED, EMBED_P)
         b_v = load_rows(p_v + i_image * v_stride_b, o_t, m_t, v_stride_t, v_stride_e, EMBED, EMBED_P)
         b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
-                                   FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+                                   FEATURES_P, EMBED_P)  # fmt: skip
         store_rows(p_dk + i_image * tokens * EMBED, b_dk, o_t, m_t, EMBED, EMBED_P)
         store_rows(p_dv + i_image * tokens * EMBED, b_dv, o_t, m_t, EMBED, EMBED_P)
 
@@ -238,7 +233,6 @@ def _shape(v: Tensor, w: Tensor) -> tuple[int, dict, dict]:
         "EMBED_P": padded(embed),
         "CHUNK": CHUNK,
         "BLOCK_T": how.block_t,
-        "PRECISION": precision(v.dtype),
     }
     options = {"num_warps": how.warps, "num_stages": how.stages}
     return triton.cdiv(v.shape[1], CHUNK), constants, options

@@ -16,7 +16,6 @@ from t2t_kernels._triton import (
     dot,
     launch,
     padded,
-    precision,
     rounded,
     table,
 )
@@ -66,7 +65,6 @@ def soft_split_linear_fwd_kernel(
     HAS_NORM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     i_image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -89,7 +87,7 @@ def soft_split_linear_fwd_kernel(
                                FLAT, BLOCK_J, HAS_NORM)  # fmt: skip
         o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
         b_w = tl.load(p_packed + o_j[:, None] * COLUMNS + o_o[None, :])
-        b_y = dot(rounded(b_u, DTYPE), b_w, b_y, PRECISION)
+        b_y = dot(rounded(b_u, DTYPE), b_w, b_y)
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     p = p_y + (i_image * rows * columns + o_t)[:, None] * OUTPUTS + o_o[None, :]
@@ -136,7 +134,6 @@ def soft_split_linear_bwd_kernel(
     NEED_X: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     started = tl.full((), 0, tl.int32)
@@ -168,7 +165,7 @@ def soft_split_linear_bwd_kernel(
                 grad_stride_t, grad_stride_o, started, o_y, o_x, m_t, m_own, first_pixel_row,
                 last_pixel_row, mean, rstd, stride_c, stride_h, stride_w, grad_x_stride_c,
                 grad_x_stride_h, grad_x_stride_w, height, width, CHANNELS, KERNEL, FLAT, BLOCK_J,
-                BLOCK_T, COLUMNS, OUTPUTS, COLUMNS, BLOCK_O, HAS_NORM, NEED_X, PRECISION,
+                BLOCK_T, COLUMNS, OUTPUTS, COLUMNS, BLOCK_O, HAS_NORM, NEED_X,
             )  # fmt: skip
             started = tl.full((), 1, tl.int32)
             # The next tile adds to what other threads of this one stored.
@@ -211,7 +208,6 @@ def soft_split_linear(
             HAS_NORM=norm_weight is not None,
             BLOCK_T=how.block_t,
             BLOCK_O=block_o,
-            PRECISION=precision(x.dtype),
             num_warps=how.warps,
             num_stages=how.stages,
         )
@@ -269,7 +265,6 @@ def soft_split_linear_backward(
                 NEED_X=need_x,
                 BLOCK_T=how.block_t,
                 BLOCK_O=min(64, output_block(packed.shape[1])),
-                PRECISION=precision(x.dtype),
                 num_warps=how.warps,
                 num_stages=how.stages,
             )

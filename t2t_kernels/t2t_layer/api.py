@@ -78,7 +78,12 @@ def performer_layer(
     _check_performer_params(params, x, x.shape[1] * kernel_size**2)
     check_eps(eps)
     _check_dropout(dropout_p, seed)
-    chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend)
+    sizes = {
+        "E": params.w.shape[1],
+        "m": params.w.shape[0],
+        "M": params.mlp_0_weight.shape[0],
+    }
+    chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend, sizes)
     if chosen != "reference":
         seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
         numbers = kernel_size, stride, padding, eps, dropout_p

@@ -56,7 +56,10 @@ def _performer_backward(ops, ctx, grad: Tensor | None, *_):
 
 
 PERFORMER_LAYER = register_operation(
-    "performer_layer", kernels=("cpu", "triton"), parts=("soft_split_linear", "performer_attention")
+    "performer_layer",
+    kernels=("cpu", "triton"),
+    parts=("soft_split_linear", "performer_attention"),
+    limits={"triton": {"E": 128, "m": 128, "M": 128}},
 )
 TRANSFORMER_LAYER = register_operation(
     "transformer_layer", parts=("soft_split_linear", "token_attention")

@@ -19,7 +19,6 @@ from t2t_kernels._triton import (
     dot,
     launch,
     padded,
-    precision,
     rounded,
     table,
 )
@@ -54,7 +53,6 @@ from t2t_kernels._triton.tail import (
     AFTER_MLP,
     AFTER_PROJ,
     NORM_EPS,
-    add_tail_gradients,
     kept,
     load_vector,
     sum_tail_gradients_kernel,
@@ -95,7 +93,6 @@ def project(
     BLOCK_T: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """k, q and v of a tile of tokens; in place of what is not asked for, v."""
     DTYPE: tl.constexpr = p_image.dtype.element_ty
@@ -118,10 +115,10 @@ def project(
         o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
         p_w = p_packed + o_j[:, None] * (3 * EMBED_P) + o_e[None, :]
         if KEYS:
-            b_k = dot(b_u, tl.load(p_w), b_k, PRECISION)
+            b_k = dot(b_u, tl.load(p_w), b_k)
         if QUERIES:
-            b_q = dot(b_u, tl.load(p_w + EMBED_P), b_q, PRECISION)
-        b_v = dot(b_u, tl.load(p_w + 2 * EMBED_P), b_v, PRECISION)
+            b_q = dot(b_u, tl.load(p_w + EMBED_P), b_q)
+        b_v = dot(b_u, tl.load(p_w + 2 * EMBED_P), b_v)
     return b_k, b_q, b_v
 
 
@@ -157,7 +154,6 @@ def performer_layer_keys_kernel(
     EMBED_P: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_part = tl.program_id(0).to(tl.int64)
     p_image = p_x + i_part // chunks * stride_b
@@ -176,15 +172,15 @@ def performer_layer_keys_kernel(
         b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y, o_x,
                                 m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                 CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
-                                False, PRECISION)  # fmt: skip
+                                False)  # fmt: skip
         maximum, normalizer, sums = add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T,
-                                             FEATURES_P, PRECISION)  # fmt: skip
+                                             FEATURES_P)  # fmt: skip
     store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
                p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_queries_kernel(
     p_x,
     p_packed,
@@ -236,7 +232,6 @@ def performer_layer_queries_kernel(
     BLOCK_T: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     i_image = (tl.program_id(0) // chunks).to(tl.int64)
@@ -262,25 +257,25 @@ def performer_layer_queries_kernel(
         b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y, o_x,
                                 m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                 CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
-                                True, PRECISION)  # fmt: skip
+                                True)  # fmt: skip
         b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         b_keep = b_v
         if HAS_DROPOUT:
             element = (i_image * tokens + o_t) * EMBED
             b_keep = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
         b_a, b_n, rstd2, b_z, b_h = tail_forward(
             b_y, b_v, b_keep, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias, p_mlp1_weight,
-            p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, PRECISION)  # fmt: skip
+            p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T)  # fmt: skip
         if HAS_DROPOUT:
             element = (i_image * tokens + o_t) * EMBED
             b_keep = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
         b_out = tail_output(b_a, b_h, b_keep, p_mlp2_weight, p_mlp2_bias, DTYPE, HAS_DROPOUT, EMBED,
-                            EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, PRECISION)  # fmt: skip
+                            EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T)  # fmt: skip
         store_rows(p_out + i_image * tokens * EMBED, b_out, o_t, m_t, EMBED, EMBED_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_bwd_tail_kernel(
     p_grad,
     p_x,
@@ -336,20 +331,15 @@ def performer_layer_bwd_tail_kernel(
     BLOCK_T: tl.constexpr,
     HAS_EPS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Gradients of the tail's parameters (to the slot) and of the sums over keys (per chunk)."""
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i_image = (item // chunks).to(tl.int64)
         p_image = p_x + i_image * stride_b
-        maximum, normalizer, sums = load_sums(
-            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         d_normalizer = tl.zeros([FEATURES_P], tl.float32)
         d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
         start = item % chunks * CHUNK
@@ -363,9 +353,14 @@ def performer_layer_bwd_tail_kernel(
             b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y,
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
-                                    True, PRECISION)  # fmt: skip
+                                    True)  # fmt: skip
+            # Loaded again for each tile: kept, they would cost more registers than there are.
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
-                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
             if HAS_DROPOUT:
@@ -375,19 +370,17 @@ def performer_layer_bwd_tail_kernel(
             b_a, b_n, rstd2, b_z, b_h = tail_forward(
                 b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
                 p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
+                BLOCK_T)  # fmt: skip
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
-            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
-                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
-                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
-            add_tail_gradients(p_slot, b_y, b_n, b_z, b_h, b_do, b_dh, b_dz, b_dp, started, DTYPE,
-                               EMBED_P, HIDDEN_P, PRECISION)  # fmt: skip
+            b_da, b_dy = tail_backward(
+                b_dout, b_y, b_n, rstd2, b_z, b_h, b_keep_proj, b_keep_mlp, p_proj_weight,
+                p_norm2_weight, p_mlp1_weight, p_mlp2_weight, p_slot, started, DTYPE, HAS_DROPOUT,
+                EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, True)  # fmt: skip
             started = tl.full((), 1, tl.int32)
             b_dn = b_dy / divisor[:, None]
             d_normalizer -= tl.sum(b_f * tl.sum(b_dn * b_y, 1)[:, None], 0)
-            d_sums = dot(tl.trans(b_f), b_dn, d_sums, PRECISION)
+            d_sums = dot(tl.trans(b_f), b_dn, d_sums)
             # The next tile adds to what other threads of this one stored.
             tl.debug_barrier()
         o_m = tl.arange(0, FEATURES_P)
@@ -397,7 +390,7 @@ def performer_layer_bwd_tail_kernel(
         store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, m_m, EMBED, EMBED_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def performer_layer_bwd_split_kernel(
     p_grad,
     p_x,
@@ -462,7 +455,6 @@ def performer_layer_bwd_split_kernel(
     HAS_EPS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Gradients of k, q and v of one tile at a time, and from them of weight, norm and map."""
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -470,7 +462,6 @@ def performer_layer_bwd_split_kernel(
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
     o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -484,9 +475,6 @@ def performer_layer_bwd_split_kernel(
             last_row == rows, height, tl.minimum(last_row * STRIDE - PADDING, height)
         )
         p_image = p_x + i_image * stride_b
-        maximum, normalizer, sums = load_sums(
-            p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-            p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         i_part = i_image * chunks
         d_normalizer, d_sums = load_gradient_of_sums(
             p_d_normalizer + i_part * FEATURES, p_d_sums + i_part * (FEATURES * EMBED), chunks,
@@ -502,12 +490,20 @@ def performer_layer_bwd_split_kernel(
             b_k, b_q, b_v = project(p_image, p_packed, p_kqv_bias, p_norm_weight, p_norm_bias, o_y,
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
-                                    True, PRECISION)  # fmt: skip
+                                    True)  # fmt: skip
+            # Loaded again for each tile: kept, they would cost more registers than there are.
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
-                                       FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+                                       FEATURES_P, EMBED_P)  # fmt: skip
+            # What is done waits in the scratch row; its registers are needed.
             tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
+            tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv, DTYPE))
+            tl.debug_barrier()
             b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
-                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS, PRECISION)  # fmt: skip
+                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
             if HAS_DROPOUT:
@@ -517,16 +513,21 @@ def performer_layer_bwd_split_kernel(
             b_a, b_n, rstd2, b_z, b_h = tail_forward(
                 b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
                 p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
+                BLOCK_T)  # fmt: skip
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
-            b_do, b_dh, b_dz, b_da, b_dp, b_dy = tail_backward(
-                b_dout, b_n, rstd2, b_h, b_keep_proj, b_keep_mlp, p_proj_weight, p_norm2_weight,
-                p_mlp1_weight, p_mlp2_weight, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
-                BLOCK_T, PRECISION)  # fmt: skip
+            b_da, b_dy = tail_backward(
+                b_dout, b_y, b_n, rstd2, b_z, b_h, b_keep_proj, b_keep_mlp, p_proj_weight,
+                p_norm2_weight, p_mlp1_weight, p_mlp2_weight, p_slot, started, DTYPE, HAS_DROPOUT,
+                EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, False)  # fmt: skip
+            b_dv = tl.load(p_tile + o_tile + 2 * EMBED_P).to(tl.float32)
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv + b_da, DTYPE))
+            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+            maximum, normalizer, sums = load_sums(
+                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
+                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
             b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer,
-                                             sums, BLOCK_T, FEATURES_P, EMBED_P, PRECISION)  # fmt: skip
+                                             sums, BLOCK_T, FEATURES_P, EMBED_P)  # fmt: skip
             tl.store(p_tile + o_tile + EMBED_P, rounded(b_dq, DTYPE))
             # The rows are read back by other threads than stored them.
             tl.debug_barrier()
@@ -535,7 +536,7 @@ def performer_layer_bwd_split_kernel(
                 COLUMNS, 1, started, o_y, o_x, m_t, m_own, first_pixel_row, last_pixel_row, mean, rstd,
                 stride_c, stride_h, stride_w, grad_x_stride_c, grad_x_stride_h, grad_x_stride_w,
                 height, width, CHANNELS, KERNEL, FLAT, BLOCK_J, BLOCK_T, COLUMNS, EMBED, EMBED_P,
-                BLOCK_O, True, NEED_X, PRECISION,
+                BLOCK_O, True, NEED_X,
             )  # fmt: skip
             started = tl.full((), 1, tl.int32)
             # The next tile adds to what other threads of this one stored.
@@ -551,13 +552,13 @@ def _layer_constants(x: Tensor, w: Tensor, mlp_weight: Tensor) -> dict:
         "EMBED_P": padded(embed),
         "HIDDEN": hidden,
         "HIDDEN_P": padded(hidden),
-        "PRECISION": precision(x.dtype),
     }
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
     """The smallest word that keeps an element, and the factor of what is kept."""
-    return round(dropout_p * 2**32), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
+    threshold = round(dropout_p * 2**32)
+    return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
 
 
 def performer_layer(

@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time, as the launchers launch them, for GPUs that are not here.
 
-``python -m tests.kernels.compiled 90`` calls the launchers on tensors without storage at the
-real shapes, records the launches, compiles each as the JIT would have and prints what the assembler
+``python -m tests.kernels.compiled 90 [call ...]`` calls launchers on tensors without storage at the
+real shapes (``real_calls``; all of them takes minutes), records the launches, compiles each as the JIT would have and prints what the assembler
 reports, as JSON. It needs a process outside of Triton's interpreter.
 """
 
@@ -40,10 +40,9 @@ def recorded(capability: int):
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         launches.append((self, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
 
-    table = _triton.TABLES[capability]
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-        mock.patch.dict(_triton.TABLES, dict.fromkeys(_triton.TABLES, table)),
+        mock.patch.object(_triton, "_INTERPRETER", _triton.TABLES[capability]),
     ):
         yield launches
 
@@ -98,13 +97,11 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> d
     }
 
 
-def report(capability: int, only: str = "") -> dict[str, dict]:
+def report(capability: int, names: list[str]) -> dict[str, dict]:
     results = {}
-    for name, call in CALLS.items():
-        if only not in name:
-            continue
+    for name in names or CALLS:
         with recorded(capability) as launches:
-            call()
+            CALLS[name]()
         for launch in launches:
             figures = compile_launch(*launch, capability)
             results[f"{name}/{figures['kernel']}"] = figures
@@ -112,4 +109,4 @@ def report(capability: int, only: str = "") -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(int(sys.argv[1]), *sys.argv[2:])))
+    print(json.dumps(report(int(sys.argv[1]), sys.argv[2:])))

@@ -10,88 +10,61 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    ),
+    pytest.mark.skipif(
+        torch.version.cuda is None and torch.version.hip is None,
+        reason="a CPU build of torch registers no Triton kernels outside of the interpreter",
+    ),
+]
 
-COMPILE = """
-import json, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
-import importlib
-kernels = importlib.import_module("t2t_kernels.soft_split.triton")
-
-capability = int(sys.argv[1])
-results = {}
-for dtype in ("fp32", "bf16", "fp16"):
-    common = {"KERNEL": 7, "STRIDE": 4, "PADDING": 2}
-    variants = {
-        "fwd": (
-            kernels.soft_split_fwd_kernel,
-            ["p_x", "p_tokens"],
-            {"TOKEN_WIDTH": 147, "BLOCK": kernels.SPLIT_BLOCK, **common},
-        ),
-        "bwd": (
-            kernels.soft_split_bwd_kernel,
-            ["p_grad", "p_x"],
-            {"CHANNELS": 3, "CHANNELS_LAST": True, "BLOCK": kernels.GATHER_BLOCK, **common},
-        ),
-    }
-    for direction, (kernel, pointers, constants) in variants.items():
-        signature = {
-            name: f"*{dtype}" if name in pointers
-            else "constexpr" if name in constants
-            else "i32"
-            for name in kernel.arg_names
-        }
-        # What a call at 224x224 specialises to: torch aligns memory, and 16 divides 3136*147.
-        aligned = [*pointers, "elements_per_image"]
-        attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        source = ASTSource(kernel, signature, constants, attrs)
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": kernels.WARPS},
-        )
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-            ptx.write(compiled.asm["ptx"])
-            ptx.flush()
-            log = subprocess.run(
-                [get_ptxas(capability).path, "-v", "--gpu-name="
-                 + re.search(r"\\.target (sm_\\w+)", compiled.asm["ptx"])[1],
-                 ptx.name, "-o", "/dev/null"],
-                capture_output=True, text=True, check=True,
-            ).stderr
-        results[f"{direction}-{dtype}"] = {
-            "registers": int(re.search(r"Used (\\d+) registers", log)[1]),
-            "spills": sum(map(int, re.findall(r"(\\d+) bytes spill", log))),
-            "shared": compiled.metadata.shared,
-            "widest_store": max(
-                (int(v or 1) * int(bits) for v, bits in
-                 re.findall(r"st\\.global(?:\\.v(\\d))?\\.b(\\d+)", compiled.asm["ptx"])),
-            ),
-        }
-print(json.dumps(results))
-"""
+# Bytes of shared memory that a block may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+ROOT = __file__.rsplit("/tests/", 1)[0]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_registers_spills_and_stores(capability):
+def compiled(capability: int, *calls: str) -> dict[str, dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)],
+        [sys.executable, "-m", "tests.kernels.compiled", str(capability), *calls],
         capture_output=True,
         text=True,
         env=environment,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for kernel, figures in json.loads(done.stdout.splitlines()[-1]).items():
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_soft_split(capability):
+    results = compiled(capability, "soft_split-fp32", "soft_split-bf16", "soft_split-fp16")
+    assert len(results) == 6
+    for kernel, figures in results.items():
         assert figures["spills"] == 0, f"{kernel}: {figures}"
         # At least half of the threads that a multiprocessor can hold.
         assert figures["registers"] <= 64, f"{kernel}: {figures}"
         assert figures["shared"] == 0, f"{kernel}: {figures}"
-        bits = 64 if kernel in ("bwd-bf16", "bwd-fp16") else 128
+        bits = 64 if "bwd" in kernel and "fp32" not in kernel else 128
         assert figures["widest_store"] == bits, f"{kernel}: {figures}"
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["project-bf16", "attention-bf16", "performer-layer1-bf16", "performer-layer2-bf16", "performer-layer2-fp32"],
+)
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_fused_kernels(capability, call):
+    results = compiled(capability, call)
+    assert len(results) >= 4
+    for kernel, figures in results.items():
+        assert figures["spills"] == 0, f"{kernel}: {figures}"
+        assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
+        name = kernel.split("/")[1]
+        assert bool(figures["matrix"]) == name.startswith(("soft_split_linear", "performer")), (
+            f"{kernel}: {figures}"
+        )

@@ -1,0 +1,145 @@
+"""Soft split, norm and linear in every backend that fuses them: parity, gradients, contracts."""
+
+import pytest
+import torch
+
+from t2t_kernels import soft_split_linear
+from t2t_kernels.backends import OPERATIONS
+from t2t_kernels.library import operators
+from tests.kernels.test_soft_split import LAYOUTS, channels_last, contiguous, name
+from tests.parity import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("poisoned", "fused")
+
+# Map, kernel_size, stride, padding, outputs: the model's splits on small maps, then awkward ones.
+CASES = {
+    "layer1": ((2, 3, 23, 18), (7, 4, 2), 72),
+    "layer2": ((1, 64, 9, 7), (3, 2, 1), 130),
+    "one-token": ((1, 5, 3, 3), (3, 2, 0), 7),
+    "stride-over-kernel": ((2, 3, 17, 11), (2, 5, 0), 9),
+    "padding-over-kernel": ((1, 20, 4, 5), (2, 1, 3), 70),
+    "wide-reach": ((1, 2, 9, 8), (5, 1, 2), 5),
+    "empty-batch": ((0, 3, 16, 16), (7, 4, 2), 8),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def fused(backend):
+    if backend not in OPERATIONS["soft_split_linear"].kernels:
+        pytest.skip(f"no {backend} kernel yet")
+
+
+def arguments(shape, split, outputs, norm, bias, dtype, device):
+    """Map and parameters that float64 holds exactly as ``dtype`` does."""
+    torch.manual_seed(outputs)
+    width = shape[1] * split[0] ** 2
+    tensors = [torch.randn(shape), torch.randn(outputs, width) * width**-0.5]
+    tensors.append(torch.randn(outputs) if bias else None)
+    tensors += [1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width)] if norm else [None, None]
+    return [None if t is None else t.to(device, dtype) for t in tensors]
+
+
+def gradients(tensors, split, backend, dtype, layout=contiguous):
+    """Result and gradients of a call in ``dtype``."""
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
+    leaves[0] = layout(leaves[0].detach()).requires_grad_()
+    kernel_size, stride, padding = split
+    y = soft_split_linear(
+        *leaves, kernel_size=kernel_size, stride=stride, padding=padding, backend=backend
+    )
+    torch.manual_seed(0)
+    grad = torch.randn(y.shape, device=y.device).to(tensors[0].dtype).to(dtype)
+    asked = [leaf for leaf in leaves if leaf is not None]
+    return {"y": y, **dict(zip("x weight bias gain offset".split(), torch.autograd.grad(y, asked, grad)))}
+
+
+def assert_parity(tensors, split, backend, layout=contiguous):
+    dtype = tensors[0].dtype
+    ours = gradients(tensors, split, backend, dtype, layout)
+    plain = gradients(tensors, split, "reference", dtype, layout)
+    exact = gradients(tensors, split, "reference", torch.float64, layout)
+    for what in exact:
+        assert_as_accurate(ours[what], plain[what], exact[what], what)
+    return ours
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in CASES), *((case, dtype) for case in ("layer1", "layer2") for dtype in DTYPES[1:])],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_parity(backend, device, case, dtype, norm):
+    shape, split, outputs = CASES[case]
+    assert_parity(arguments(shape, split, outputs, norm, True, dtype, device), split, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize("channels", [3, 18])
+def test_layouts(backend, device, channels, layout):
+    split = (3, 2, 1)
+    tensors = arguments((2, channels, 7, 6), split, 10, True, False, torch.float32, device)
+    ours = assert_parity(tensors, split, backend, layout)
+    expected = channels_last(tensors[0]) if layout is channels_last else tensors[0]
+    assert ours["x"].stride() == expected.stride(), "the gradient has the layout of the map"
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_flat_patches(backend, device, dtype, value):
+    """Their variance is zero, so a rounding error of the mean would be magnified by 316."""
+    split = (3, 2, 1)
+    tensors = arguments((1, 3, 8, 9), split, 12, True, True, dtype, device)
+    tensors[0].fill_(value)
+    assert_parity(tensors, split, backend)
+
+
+def test_without_the_gradient_of_the_map(backend, device):
+    split = (3, 2, 1)
+    tensors = arguments((1, 3, 8, 9), split, 12, True, True, torch.float32, device)
+    weight = tensors[1].requires_grad_()
+    y = soft_split_linear(*tensors, kernel_size=3, stride=2, padding=1, backend=backend)
+    (ours,) = torch.autograd.grad(y.sum(), weight)
+    y = soft_split_linear(*tensors, kernel_size=3, stride=2, padding=1, backend="reference")
+    (plain,) = torch.autograd.grad(y.sum(), weight)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_deterministic(backend, device):
+    tensors = arguments((3, 18, 9, 9), (3, 2, 1), 20, True, True, torch.float32, device)
+    first, second = (gradients(tensors, (3, 2, 1), backend, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+def test_opcheck(backend, device):
+    ops = operators(backend)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for norm in (True, False):
+        tensors = arguments((1, 3, 5, 4), (3, 2, 1), 6, norm, True, torch.float32, device)
+        tensors = [None if t is None else t.requires_grad_() for t in tensors]
+        torch.library.opcheck(ops.soft_split_linear, (*tensors, 3, 2, 1, 1e-5), test_utils=tests)
+
+
+def test_compile(backend, device):
+    tensors = arguments((1, 3, 5, 4), (3, 2, 1), 6, True, True, torch.float32, device)
+
+    def step(x):
+        split = {"kernel_size": 3, "stride": 2, "padding": 1}
+        return soft_split_linear(x * 2, *tensors[1:], **split, backend=backend).square()
+
+    x = tensors[0].requires_grad_()
+    y, expected = torch.compile(step, fullgraph=True)(x), step(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x)
+    )
+
+
+def test_second_derivative_is_refused(backend, device):
+    tensors = arguments((1, 3, 5, 4), (3, 2, 1), 6, True, True, torch.float32, device)
+    x = tensors[0].requires_grad_()
+    y = soft_split_linear(x, *tensors[1:], kernel_size=3, stride=2, padding=1, backend=backend)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()

@@ -1,0 +1,296 @@
+"""The T2T layers in every backend that fuses them: parity with dropout, launches, memory, contracts."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from t2t_kernels import PerformerLayerParams, performer_layer, soft_split_linear
+from t2t_kernels.backends import OPERATIONS
+from t2t_kernels.library import operators
+from tests.conftest import DEVICE
+from tests.kernels.test_reference import performer_params
+from tests.kernels.test_soft_split import channels_last, contiguous, name, sliced
+from tests.parity import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("poisoned", "fused")
+
+# Map, kernel_size, stride, padding, and E, m, M: the model's layers on small maps, then awkward ones.
+CASES = {
+    "layer1": ((1, 3, 26, 21), (7, 4, 2), (64, 32, 64)),
+    "layer2": ((1, 64, 12, 9), (3, 2, 1), (64, 32, 64)),
+    "narrow": ((1, 20, 7, 6), (3, 2, 1), (32, 16, 40)),
+    "wide": ((1, 16, 5, 6), (3, 1, 1), (128, 64, 128)),
+    "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 5, 7)),
+    "one-token": ((2, 3, 5, 5), (7, 4, 2), (16, 8, 16)),
+    "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (16, 8, 16)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FIELDS = ("x", *PerformerLayerParams._fields[1:])
+
+
+@pytest.fixture
+def fused(backend):
+    if backend not in OPERATIONS["performer_layer"].kernels:
+        pytest.skip(f"no {backend} kernel yet")
+
+
+def arguments(case, dtype, device):
+    shape, split, sizes = CASES[case]
+    torch.manual_seed(len(case))
+    width = shape[1] * split[0] ** 2
+    params = performer_params(width, *sizes, dtype=torch.float32)
+    # Random features of the model's length, √m.
+    params.w.mul_((sizes[1] / sizes[0]) ** 0.5)
+    return [tensor.to(device, dtype) for tensor in (torch.randn(shape), *params)], split
+
+
+def layer(tensors, split, backend, **options):
+    kernel_size, stride, padding = split
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    params = PerformerLayerParams(*tensors[1:])
+    return performer_layer(tensors[0], params, **geometry, backend=backend, **options)
+
+
+def gradients(tensors, split, backend, dtype, layout=contiguous, **options):
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    leaves[0] = layout(leaves[0].detach()).requires_grad_()
+    y = layer(leaves, split, backend, **options)
+    torch.manual_seed(0)
+    grad = torch.randn(y.shape, device=y.device).to(tensors[0].dtype).to(dtype)
+    grads = torch.autograd.grad(y, [leaves[0], *leaves[2:]], grad)
+    return {"y": y, **dict(zip(FIELDS, grads, strict=True))}
+
+
+def assert_parity(tensors, split, backend, layout=contiguous, **options):
+    dtype = tensors[0].dtype
+    ours = gradients(tensors, split, backend, dtype, layout, **options)
+    plain = gradients(tensors, split, "reference", dtype, layout, **options)
+    exact = gradients(tensors, split, "reference", torch.float64, layout, **options)
+    for what in exact:
+        assert_as_accurate(ours[what], plain[what], exact[what], what)
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in ("layer1", "layer2") for dtype in DTYPES[1:]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_parity(backend, device, case, dtype):
+    tensors, split = arguments(case, dtype, device)
+    # With a single token, eps is all that the gradients of k and q come from; with 128 channels,
+    # the usual one turns the attention off.
+    eps = {"one-token": 0.1, "wide": 0.0}.get(case, 1e-8)
+    assert_parity(tensors, split, backend, dropout_p=0.1, seed=2**40 + 5, eps=eps)
+
+
+@pytest.mark.parametrize("layout", [channels_last, sliced], ids=name)
+@pytest.mark.parametrize("case", ["narrow", "odd"])
+def test_layouts_without_dropout_and_eps(backend, device, case, layout):
+    tensors, split = arguments(case, torch.float32, device)
+    assert_parity(tensors, split, backend, layout, eps=0.0)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5, 0.75, 1.0])
+def test_dropout(backend, device, dropout_p):
+    """Exactly the reference's mask: a wrong bit anywhere is an error of order one."""
+    for case in ("odd", "one-token"):
+        tensors, split = arguments(case, torch.float32, device)
+        seed = torch.tensor([-3], device=device)
+        ours = layer(tensors, split, backend, dropout_p=dropout_p, seed=seed)
+        plain = layer(tensors, split, "reference", dropout_p=dropout_p, seed=seed)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_seed_is_drawn_where_none_is_given(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    torch.manual_seed(3)
+    first, second = (layer(tensors, split, backend, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(first, layer(tensors, split, backend, dropout_p=0.5))
+
+
+@pytest.mark.parametrize("value", [0.0, 100.0])
+def test_flat_map(backend, device, value):
+    tensors, split = arguments("odd", torch.float32, device)
+    tensors[0].fill_(value)
+    assert_parity(tensors, split, backend)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_large_keys_and_queries(backend, device, eps):
+    """k and q of rms 8 and more, where the published formula is NaN."""
+    tensors, split = arguments("narrow", torch.float32, device)
+    tensors[1 + FIELDS.index("kqv_weight")].mul_(8)
+    ours = gradients(tensors, split, backend, torch.float32, eps=eps)
+    assert all(value.isfinite().all() for value in ours.values())
+    plain = layer(tensors, split, "reference", eps=eps)
+    torch.testing.assert_close(ours["y"], plain, rtol=1e-2, atol=1e-2)
+
+
+def test_random_features_receive_no_gradient_and_may_be_wider(backend, device):
+    tensors, split = arguments("odd", torch.bfloat16, device)
+    tensors[1] = tensors[1].float().requires_grad_()
+    tensors[2].requires_grad_()
+    layer(tensors, split, backend).sum().backward()
+    assert tensors[1].grad is None
+    assert tensors[2].grad.isfinite().all()
+
+
+def test_deterministic(backend, device):
+    tensors, split = arguments("layer1", torch.float32, device)
+    first, second = (
+        gradients(tensors, split, backend, torch.float32, dropout_p=0.1, seed=1) for _ in range(2)
+    )
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+def test_autocast(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    x = tensors[0].requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = layer(tensors, split, backend)
+    assert ours.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(ours.float().sum(), x)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(ours.float(), layer(tensors, split, backend), rtol=0.1, atol=0.1)
+
+
+def test_opcheck(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    leaves = [tensors[0].requires_grad_(), tensors[1]]
+    leaves += [tensor.requires_grad_() for tensor in tensors[2:]]
+    seed = torch.tensor([4], device=device)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        operators(backend).performer_layer, (*leaves, seed, *split, 1e-8, 0.1), test_utils=tests
+    )
+
+
+def test_compile(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    x = tensors[0].requires_grad_()
+
+    def step(x, seed):
+        return layer([x * 2, *tensors[1:]], split, backend, dropout_p=0.2, seed=seed).square().sum()
+
+    seed = torch.tensor([11], device=device)
+    compiled, expected = torch.compile(step, fullgraph=True)(x, seed), step(x, seed)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(expected, x))
+
+
+class Work(TorchDispatchMode):
+    """What runs inside: the kernels and operators that launch something, and the memory allocated."""
+
+    ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+    VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.allocated, self.launched, self.in_kernel = [], [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        operator = function.name().split("::")[1].split(".")[0]
+        # The interpreter copies its arguments; that is no work of ours.
+        if not self.in_kernel:
+            if operator in self.ALLOCATE:
+                self.allocated.append(result)
+            elif operator not in self.VIEW:
+                self.launched.append(operator)
+        return result
+
+    def counting(self, run):
+        def counted(kernel, *args, **kwargs):
+            self.launched.append(kernel.fn.__name__)
+            self.in_kernel = True
+            try:
+                return run(kernel, *args, **kwargs)
+            finally:
+                self.in_kernel = False
+
+        return counted
+
+
+@contextlib.contextmanager
+def work():
+    from triton.runtime import interpreter, jit
+
+    inside = Work()
+    with contextlib.ExitStack() as stack:
+        for runner in (interpreter.InterpretedFunction, jit.JITFunction):
+            stack.enter_context(mock.patch.object(runner, "run", inside.counting(runner.run)))
+        stack.enter_context(inside)
+        yield inside
+
+
+def test_launches_and_allocations(backend, device):
+    """At most 3 launches forward and 6 backward; nothing per token but the result and gradients."""
+    if backend != "triton":
+        pytest.skip("counts Triton's launches")
+    torch.use_deterministic_algorithms(False)  # whose poisoning would count
+    from t2t_kernels.t2t_layer import triton as kernels
+
+    tensors, split = arguments("layer2", torch.float32, device)
+    tensors[0] = channels_last(tensors[0])
+    seed = torch.tensor([4], device=device)
+    with work() as forward:
+        y, *sums = kernels.performer_layer(*tensors, seed, *split, 1e-8, 0.1)
+    assert len(forward.launched) <= 3, forward.launched
+    with work() as backward:
+        grads = kernels.performer_layer_backward(
+            y, *tensors, seed, *sums, *split, 1e-8, 0.1, True
+        )
+    assert len(backward.launched) <= 6, backward.launched
+    tokens = y.shape[1]
+    results = {tensor.data_ptr() for tensor in (y, *grads)}
+    assert len(forward.allocated) > 4, "the meter sees too little"
+    for tensor in (*forward.allocated, *backward.allocated):
+        assert tensor.data_ptr() in results or tokens not in tensor.shape, tensor.shape
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.bfloat16, 1.0)])
+def test_saved_for_backward(backend, dtype, most, monkeypatch):
+    """MiB per image for the whole module at 224×224: shapes alone, no kernel runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    batch = 4
+    with FakeTensorMode():
+        x = torch.empty(batch, 3, 224, 224, dtype=dtype, device=DEVICE)
+        params = []
+
+        def leaf(*shape):
+            params.append(torch.empty(shape, dtype=dtype, device=DEVICE, requires_grad=True))
+            return params[-1]
+
+        def module(x):
+            for split, width, side in (((7, 4, 2), 147, 56), ((3, 2, 1), 576, 28)):
+                e = [leaf(64) for _ in range(5)]
+                layer_params = [leaf(32, 64), leaf(width), leaf(width), leaf(192, width), leaf(192)]
+                layer_params += [leaf(64, 64), *e[:3], leaf(64, 64), e[3], leaf(64, 64), e[4]]
+                seed = torch.empty(1, dtype=torch.int64, device=DEVICE)
+                y = layer([x, *layer_params], split, backend, dropout_p=0.1, seed=seed)
+                x = y.transpose(1, 2).unflatten(2, (side, side))
+            split = {"kernel_size": 3, "stride": 2, "padding": 1}
+            return soft_split_linear(x, leaf(384, 576), leaf(384), **split, backend=backend)
+
+        kept = {}
+
+        def pack(tensor):
+            kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(x)
+        apart = {id(parameter.untyped_storage()) for parameter in params}
+        saved = sum(storage.nbytes() for key, storage in kept.items() if key not in apart)
+    assert saved / batch / 2**20 <= most
+    assert saved / batch / 2**20 >= most / 4, "the meter sees too little"
