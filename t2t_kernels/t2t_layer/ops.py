@@ -57,7 +57,7 @@ def _performer_backward(ops, ctx, grad: Tensor | None, *_):
 
 PERFORMER_LAYER = register_operation(
     "performer_layer",
-    kernels=("triton",),
+    kernels=("cpu", "triton"),
     parts=("soft_split_linear", "performer_attention"),
     limits={"triton": {"E": 128, "m": 128, "M": 128}},
 )

@@ -1,0 +1,9 @@
+#define T2T_ISA T2T_AVX512
+#include "isa.h"
+
+#ifdef T2T_X86_KERNELS
+#pragma GCC target("arch=x86-64-v4")
+#include "kernels.h"
+
+const t2t::Kernels t2t::kAvx512 = t2t::make_kernels("avx512");
+#endif

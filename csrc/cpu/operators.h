@@ -1,0 +1,346 @@
+// What the operators of the fused kernels share: from tensors to the kernels' arguments, memory, and
+// how a backward is cut into pieces.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "isa.h"
+
+namespace t2t {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// 64-byte aligned memory.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : p_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
+    if (!p_) throw std::bad_alloc();
+  }
+  static Memory floats(int64_t n) { return Memory(n * 4); }
+  static Memory zeros(int64_t n) {
+    Memory memory(n * 4);
+    std::memset(memory.get(), 0, n * 4);
+    return memory;
+  }
+  void* get() const { return p_.get(); }
+  float* floats() const { return static_cast<float*>(p_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> p_;
+};
+
+inline const TypedKernels& typed_kernels(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return kernels().of_float;
+    case ScalarType::BFloat16: return kernels().of_bf16;
+    case ScalarType::Half: return kernels().of_half;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+// Checks a parameter's shape and type, without which a kernel would read out of bounds.
+inline void check(const char* name, const char* argument, const Tensor& tensor,
+                  std::initializer_list<int64_t> shape, ScalarType dtype) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype;
+  int64_t i = 0;
+  for (int64_t size : shape) same = same && tensor.size(i++) == size;
+  STD_TORCH_CHECK(same, name, ": ", argument, " has the wrong shape or dtype");
+}
+
+// A parameter as adjacent floats.
+inline Tensor as_floats(const Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+}
+inline const float* floats_of(const Tensor& tensor) {
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+inline float* mutable_floats_of(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+inline Split make_split(const char* name, const Tensor& x, int64_t kernel, int64_t stride,
+                        int64_t padding) {
+  STD_TORCH_CHECK(x.dim() == 4, name, ": x must have 4 dimensions, has ", x.dim());
+  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0, name, ": kernel_size ", kernel,
+                  ", stride ", stride, ", padding ", padding);
+  const int64_t height = x.size(2), width = x.size(3);
+  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
+                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  return {x.size(0), x.size(1), height, width,
+          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
+          (height + 2 * padding - kernel) / stride + 1,
+          (width + 2 * padding - kernel) / stride + 1,
+          kernel, stride, padding,
+          x.stride(1) == 1 && x.size(1) > 1};
+}
+
+// The element of a token that stands at each place of a patch in the kernels' order.
+inline std::vector<int64_t> patch_order(const Split& s) {
+  std::vector<int64_t> order(s.patch());
+  const int64_t area = s.kernel * s.kernel;
+  for (int64_t j = 0; j < s.patch(); ++j) {
+    order[j] = s.by_tap ? j % s.channels * area + j / s.channels : j;
+  }
+  return order;
+}
+
+// Offsets of `groups` groups of n elements `stride` apart, each group padded with −1.
+inline std::vector<int64_t> offsets(int64_t n, int64_t stride, int64_t groups = 1) {
+  std::vector<int64_t> result(groups * padded(n), -1);
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < n; ++i) result[g * padded(n) + i] = (g * n + i) * stride;
+  }
+  return result;
+}
+inline std::vector<int64_t> scaled(std::vector<int64_t> offsets, int64_t stride) {
+  for (int64_t& offset : offsets) offset *= stride;
+  return offsets;
+}
+
+// A vector in the order of `offsets`, zero where they are negative.
+inline Memory gathered(const float* from, const std::vector<int64_t>& offsets) {
+  const int64_t n = offsets.size();
+  Memory memory = Memory::zeros(padded(n));
+  for (int64_t i = 0; i < n; ++i) {
+    if (offsets[i] >= 0) memory.floats()[i] = from[offsets[i]];
+  }
+  return memory;
+}
+
+// depth × columns, see TypedKernels::pack.
+inline Memory packed(const TypedKernels& kernels, const float* from, const std::vector<int64_t>& depth,
+                     const std::vector<int64_t>& columns) {
+  Memory memory(kernels.packed_bytes(depth.size(), columns.size()));
+  kernels.pack(from, depth.data(), depth.size(), columns.data(), columns.size(), memory.get());
+  return memory;
+}
+// The weight (outputs × inputs) of a linear map as inputs × outputs, and as outputs × inputs.
+inline Memory packed_linear(const TypedKernels& kernels, const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  std::vector<int64_t> depth = offsets(inputs, 1);
+  depth.resize(inputs);
+  return packed(kernels, floats_of(weight), depth, offsets(outputs, inputs));
+}
+inline Memory packed_linear_t(const TypedKernels& kernels, const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  std::vector<int64_t> depth = offsets(outputs, inputs);
+  depth.resize(outputs);
+  return packed(kernels, floats_of(weight), depth, offsets(inputs, 1));
+}
+
+// A projection's parameters as the kernels take them. The outputs are `groups` equal groups, each of
+// which is padded.
+class ProjectionParameters {
+ public:
+  ProjectionParameters(const TypedKernels& kernels, const Split& split, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& norm_weight,
+                       const std::optional<Tensor>& norm_bias, int64_t groups, float eps,
+                       bool for_map_gradient)
+      : order_(patch_order(split)),
+        columns_(offsets(weight.size(0) / groups, 1, groups)),
+        weight_(as_floats(weight)) {
+    const int64_t n = split.patch();
+    projection_ = {split, static_cast<int64_t>(columns_.size()), nullptr, nullptr, eps,
+                   nullptr, nullptr, nullptr};
+    projection_.weight = keep(packed(kernels, floats_of(weight_), order_, scaled_columns(n)));
+    if (for_map_gradient) {
+      std::vector<int64_t> columns = order_;
+      columns.resize(padded(n), -1);
+      projection_.weight_t = keep(packed(kernels, floats_of(weight_), scaled_columns(n), columns));
+    }
+    if (bias) projection_.bias = vector(*bias, columns_);
+    if (norm_weight) {
+      projection_.gain = vector(*norm_weight, order_);
+      projection_.offset = vector(*norm_bias, order_);
+    }
+  }
+
+  const Projection& projection() const { return projection_; }
+  const std::vector<int64_t>& order() const { return order_; }
+  const std::vector<int64_t>& columns() const { return columns_; }
+  const Tensor& weight() const { return weight_; }
+
+ private:
+  const float* keep(Memory memory) {
+    memory_.push_back(std::move(memory));
+    return memory_.back().floats();
+  }
+  const float* vector(const Tensor& tensor, const std::vector<int64_t>& offsets) {
+    return keep(gathered(floats_of(as_floats(tensor)), offsets));
+  }
+  std::vector<int64_t> scaled_columns(int64_t stride) const {
+    std::vector<int64_t> result = columns_;
+    for (int64_t& offset : result) offset = offset < 0 ? -1 : offset * stride;
+    return result;
+  }
+
+  std::vector<int64_t> order_, columns_;
+  Tensor weight_;
+  std::vector<Memory> memory_;
+  Projection projection_;
+};
+
+// How a backward is cut. A chunk is some rows of one image's tokens. Sums over all tokens are taken in
+// slots: a slot's chunks are added one after the other, then slot after slot, so that the result does
+// not depend on the threads. Images are worked on in groups, which bounds the memory: the images of a
+// group use different slots.
+struct Cut {
+  int64_t rows, chunk_rows, chunks, sharing, group;
+
+  Cut(const Split& s, int64_t threads) : rows(s.rows) {
+    constexpr int64_t kChunkTokens = 512;
+    // Only neighbours then have pixel rows in common.
+    const int64_t fewest = std::max<int64_t>(1, (s.kernel - 1) / s.stride);
+    chunk_rows = std::max(fewest, (kChunkTokens + s.columns - 1) / s.columns);
+    chunks = (rows + chunk_rows - 1) / chunk_rows;
+    chunk_rows = std::max(fewest, (rows + chunks - 1) / chunks);
+    chunks = (rows + chunk_rows - 1) / chunk_rows;
+    // Enough slots for some cores; more only where they are a small part of the work.
+    const int64_t tokens = s.batch * s.tokens();
+    const int64_t slots = std::max(std::min<int64_t>(16, tokens / 512), std::min<int64_t>(64, tokens / 2048));
+    sharing = std::max<int64_t>(1, std::min(s.batch, slots / chunks));
+    group = std::min(sharing, std::max<int64_t>(1, (8 * threads + chunks - 1) / chunks));
+  }
+
+  int64_t slots() const { return sharing * chunks; }
+  int64_t slot(int64_t image, int64_t chunk) const { return image % sharing * chunks + chunk; }
+  Range range(const Split& s, int64_t image, int64_t chunk) const {
+    return {image, chunk * chunk_rows * s.columns,
+            std::min(rows, (chunk + 1) * chunk_rows) * s.columns};
+  }
+  int64_t band_floats(const Split& s) const {
+    return padded(s.band_rows(chunk_rows) * s.map_row());
+  }
+};
+
+// One image of a (B, T, channels) tensor.
+inline Rows rows_of(const Tensor& tensor, int64_t image) {
+  const int64_t bytes = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
+  char* p = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  return {p + image * tensor.stride(0) * bytes, tensor.stride(1), tensor.stride(2)};
+}
+
+// Calls f(item, scratch) for the items [0, n) in parallel, each thread with scratch memory of its own.
+template <typename F>
+void parallel(int64_t n, int64_t scratch_bytes, const F& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+    const Memory scratch(scratch_bytes);
+    for (int64_t item = first; item < last; ++item) f(item, scratch.get());
+  });
+}
+
+// Adds up slots of `size` floats into the first.
+inline void add_slots(float* slots, int64_t count, int64_t size) {
+  constexpr int64_t kBlock = 4096;
+  torch::stable::parallel_for(0, (size + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(size, last * kBlock);
+    for (int64_t i = 1; i < count; ++i) {
+      const float* from = slots + i * size;
+      for (int64_t j = first * kBlock; j < end; ++j) slots[j] += from[j];
+    }
+  });
+}
+
+// Random features as the kernels take them.
+class FeatureParameters {
+ public:
+  FeatureParameters(const Tensor& w, double eps)
+      : w_(as_floats(w)),
+        weight_(packed_linear(kernels().of_float, w_)),
+        weight_t_(packed_linear_t(kernels().of_float, w_)),
+        features_{w.size(0), w.size(1), weight_.get(), weight_t_.get(), static_cast<float>(eps)} {}
+
+  const Features& features() const { return features_; }
+
+ private:
+  Tensor w_;
+  Memory weight_, weight_t_;
+  Features features_;
+};
+
+// Sums over the keys (KeySums), or their gradients, for `count` chunks or images.
+class KeySumsMemory {
+ public:
+  KeySumsMemory(const Features& w, int64_t count)
+      : features_(padded(w.count)), size_(2 * features_ + w.count * padded(w.embed)),
+        memory_(Memory::floats(count * size_)) {}
+
+  KeySums operator[](int64_t i) const {
+    float* p = memory_.floats() + i * size_;
+    return {p, p + features_, p + 2 * features_};
+  }
+
+ private:
+  int64_t features_, size_;
+  Memory memory_;
+};
+
+// The sums of an image from those of its chunks, one after the other.
+void merge_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
+                    const KeySums& to);
+// Gradients of the sums: a plain addition.
+void add_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
+                  const KeySums& to);
+
+// An image's sums in the tensors that are saved for the backward.
+struct SavedSums {
+  Tensor maximum, normalizer, sums;  // (B, m), (B, m), (B, m, E)
+
+  SavedSums(const Tensor& like, int64_t batch, const Features& w)
+      : maximum(new_floats(like, {batch, w.count})),
+        normalizer(new_floats(like, {batch, w.count})),
+        sums(new_floats(like, {batch, w.count, w.embed})) {}
+  SavedSums(const char* name, int64_t batch, const Features& w, const Tensor& maximum,
+            const Tensor& normalizer, const Tensor& sums);
+
+  void store(int64_t image, const Features& w, const KeySums& from) const;
+  void load(int64_t image, const Features& w, const KeySums& to) const;
+};
+
+// The gradient of a map, empty where it is not asked for: channels-last where the map is.
+Tensor new_map_gradient(const Tensor& x, const Split& split, bool needed);
+// Sums the bands of a group's chunks, which lie one after the other, to the rows of the maps.
+void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut, const float* bands,
+                  int64_t first_image, int64_t images, const Tensor& grad_x);
+
+// The gradients of a projection's parameters, from the sums in the kernels' order.
+struct ProjectionGradients {
+  Tensor weight, bias, norm_weight, norm_bias;
+};
+ProjectionGradients projection_gradients(const ProjectionParameters& parameters,
+                                         const ProjectionSums& sums, const Tensor& weight,
+                                         const std::optional<Tensor>& norm_weight,
+                                         const std::optional<Tensor>& norm_bias);
+
+inline int64_t threads() { return torch::stable::get_num_threads(); }
+
+// Forward, an image's tokens are cut into chunks of a few tiles.
+constexpr int64_t kForwardChunk = 192;
+inline int64_t forward_chunks(int64_t tokens) { return (tokens + kForwardChunk - 1) / kForwardChunk; }
+inline Range forward_range(int64_t tokens, int64_t image, int64_t chunk) {
+  return {image, chunk * kForwardChunk, std::min(tokens, (chunk + 1) * kForwardChunk)};
+}
+
+}  // namespace t2t
