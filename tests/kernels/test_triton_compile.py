@@ -58,7 +58,10 @@ def test_soft_split(capability):
     ["project-bf16", "attention-bf16", "performer-layer1-bf16", "performer-layer2-bf16", "performer-layer2-fp32"],
 )
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_fused_kernels(capability, call):
+def test_fused_kernels(capability, call, request):
+    if (capability, call) == (80, "performer-layer2-fp32"):
+        reason = "performer_layer_bwd_split_kernel spills 72 bytes"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     results = compiled(capability, call)
     assert len(results) >= 4
     for kernel, figures in results.items():
