@@ -768,7 +768,10 @@ def performer_layer_backward(
                 *numbers,
                 **constants,
                 # A float32 product takes three times the registers of its operands.
-                BLOCK_O=min(128 // x.element_size(), output_block(packed.shape[1])),
+                BLOCK_O=min(
+                    128 // x.element_size() * 64 // max(64, layer["EMBED_P"]),
+                    output_block(packed.shape[1]),
+                ),
                 NEED_X=need_x,
                 **flags,
                 **options,
