@@ -48,10 +48,10 @@ TABLES = {
     version: Table(
         slots=slots,
         forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
-        backward=(Launch(32, 8, 1), Launch(16, 8, 1)),
-        attention=(Launch(32, 4, 2), Launch(16, 4, 2)),
+        backward=(Launch(backward_t, 8, 1), Launch(16, 8, 1)),
+        attention=(Launch(16, 4, 2), Launch(16, 4, 2)),
     )
-    for version, slots in ((80, 108), (90, 132), (120, 170))
+    for version, slots, backward_t in ((80, 108, 16), (90, 132, 32), (120, 170, 32))
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few
 # slots, so that small problems exercise their reuse.

@@ -767,7 +767,11 @@ def performer_layer_backward(
                 slot_size,
                 *numbers,
                 **constants,
-                BLOCK_O=min(64, output_block(packed.shape[1])),
+                # A float32 product takes three times the registers of its operands.
+                BLOCK_O=min(
+                    128 // x.element_size() * 64 // max(64, layer["EMBED_P"]),
+                    output_block(packed.shape[1]),
+                ),
                 NEED_X=need_x,
                 **flags,
                 **options,

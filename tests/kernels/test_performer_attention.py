@@ -20,7 +20,7 @@ CASES = {
     "wide": (1, 17, 128, 64),
     "odd": (2, 70, 6, 5),
     "chunks": (1, 1030, 16, 8),
-    "one-token": (2, 1, 16, 16),
+    "one-token": (16, 1, 16, 16),
     "empty-batch": (0, 9, 16, 8),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,0 +1,77 @@
+"""``python -m bench.tune``: the launch parameters that are fastest on the GPU it runs on.
+
+Measures the model's layers for every candidate and prints the entries for ``t2t_kernels._triton.TABLES``;
+nothing is tuned in a user's step. Candidates that do not compile, for want of shared memory, drop out.
+"""
+
+import itertools
+from unittest import mock
+
+import torch
+
+from bench.registry import DEVICE, LAYERS, Row, workload
+from t2t_kernels import _triton
+from t2t_kernels._triton import Launch
+from t2t_kernels.measure import interleave, percentiles
+
+CANDIDATES = [
+    Launch(block_t, warps, stages)
+    for block_t, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
+]
+# Which operation and pass each pair of the table serves.
+SERVES = {
+    "forward": ("performer_layer", "forward"),
+    "backward": ("performer_layer", "full"),
+    "attention": ("performer_attention", "full"),
+}
+REPETITIONS = 5
+
+
+def calls(op: str, direction: str, dtype: str) -> list:
+    """The model's calls of ``op``: one per layer, forward alone or with its backward."""
+    found = []
+    for layer in list(LAYERS)[:2]:
+        call, leaves, _ = workload(Row(op, layer, dtype, direction, "triton"))
+
+        def run(call=call, leaves=leaves):
+            y = call("triton")
+            if leaves and y.requires_grad:
+                torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+        found.append(run)
+    return found
+
+
+def seconds(field: str, is_float32: int, candidate: Launch, runs: list) -> float | None:
+    """Median seconds of all ``runs`` with one entry of the table replaced; None if it fails."""
+    table = _triton.table(DEVICE)
+    pair = list(getattr(table, field))
+    pair[is_float32] = candidate
+    changed = table._replace(**{field: tuple(pair)})
+    with mock.patch.object(_triton, "_table_of", lambda capability: changed):
+        try:
+            functions = {str(i): run for i, run in enumerate(runs)}
+            taken = interleave(functions, REPETITIONS, DEVICE)
+        except Exception as error:  # the compiler's own, of many types
+            print(f"  {candidate}: {type(error).__name__}")
+            return None
+    return sum(percentiles(values)[0] for values in taken.values())
+
+
+def main() -> None:
+    if DEVICE.type != "cuda":
+        raise SystemExit("bench.tune: it measures a GPU, and there is none")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for (field, served), (is_float32, dtype) in itertools.product(
+        SERVES.items(), enumerate(("bf16", "fp32"))
+    ):
+        print(f"{field}, {dtype}: {served[0]} {served[1]}")
+        runs = calls(*served, dtype)
+        times = {candidate: seconds(field, is_float32, candidate, runs) for candidate in CANDIDATES}
+        times = {candidate: time for candidate, time in times.items() if time is not None}
+        for candidate, time in sorted(times.items(), key=lambda item: item[1])[:3]:
+            print(f"  {candidate}: {time * 1e3:.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
