@@ -17,7 +17,6 @@ constexpr int kRows = 6, kVectors = 4;
 constexpr int kRows = 6, kVectors = 2;
 #endif
 constexpr int64_t kPanel = kVectors * kLanes;
-constexpr int64_t kSegment = 96;
 
 // Two bfloat16, the first along K in the lower half.
 struct Pair {
@@ -35,6 +34,11 @@ using Element = float;
 // How many steps along K an element holds.
 template <typename E>
 constexpr int64_t kDepth = std::is_same_v<E, Pair> ? 2 : 1;
+
+// Elements along K that are summed at a time. Of K floats in segments of L, the rounding errors grow
+// as √(K (L + K/L)): a third of those of one long sum. With pairs the operands' own rounding rules.
+template <typename E>
+constexpr int64_t kSegment = std::is_same_v<E, Pair> ? 96 : 32;
 
 
 // A(i, k) = p[i·row + k·depth]; for pairs k counts pairs.
@@ -123,8 +127,8 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t steps, Left<E> a, con
 }
 
 // C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row to add to every row
-// (start_row = 0), or null for zero. K is cut into segments that are summed by themselves:
-// its part of a panel stays in the first-level cache, and rounding errors do not grow with K.
+// (start_row = 0), or null for zero. K is cut into segments, whose part of a
+// panel stays in the first-level cache.
 template <typename E>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b, const float* start,
              int64_t start_row, float* c, int64_t c_row) {
@@ -133,8 +137,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b
     const int64_t vectors = least(kPanel, columns - j) / kLanes;
     const float* first = start ? start + j : nullptr;
     int64_t first_row = start_row;
-    for (int64_t k = 0; k < all_steps || k == 0; k += kSegment) {
-      const int64_t steps = least(kSegment, all_steps - k);
+    for (int64_t k = 0; k < all_steps || k == 0; k += kSegment<E>) {
+      const int64_t steps = least(kSegment<E>, all_steps - k);
       const Left<E> left{a.p + k * a.depth, a.row, a.depth};
       const E* right = b.p + j / kPanel * b.panel + k * b.depth;
       switch (vectors) {

@@ -53,6 +53,8 @@ struct HalfSquare {
     for (int i = 0; i < kLanes / 2; ++i) total += sums[i];
     high = static_cast<float>(total / 2);
     low = static_cast<float>(total / 2 - high);
+    // Of huge norms it is larger than what the exponents are kept in range by.
+    if (low > 1.f || low < -1.f) low = 0.f;
   }
 };
 

@@ -79,13 +79,13 @@ ProjectionGradients projection_gradients(const ProjectionParameters& parameters,
     }
     if (!p.gain) return;
     for (int64_t j = first; j < last; ++j) {
-      float gain = 0.f, offset = 0.f;
+      double gain = 0, offset = 0;
       for (int64_t o = 0; o < outputs; ++o) {
-        gain += w[o * n + order[j]] * sums.weight[j * p.outputs + column[o]];
-        offset += w[o * n + order[j]] * to_bias[o];
+        gain += static_cast<double>(w[o * n + order[j]]) * sums.weight[j * p.outputs + column[o]];
+        offset += static_cast<double>(w[o * n + order[j]]) * to_bias[o];
       }
-      to_gain[order[j]] = gain;
-      to_offset[order[j]] = offset;
+      to_gain[order[j]] = static_cast<float>(gain);
+      to_offset[order[j]] = static_cast<float>(offset);
     }
   });
   const auto as_parameter = [&](const Tensor& t) { return torch::stable::to(t, weight.scalar_type()); };

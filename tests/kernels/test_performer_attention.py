@@ -110,6 +110,8 @@ def test_views(backend, device):
 
 
 def test_limits(backend, device):
+    if backend not in OPERATIONS["performer_attention"].limits:
+        pytest.skip("its kernel takes any size")
     k = torch.randn(1, 3, 130, device=device)
     w = torch.randn(8, 130, device=device)
     with pytest.raises(BackendUnavailable, match="takes E up to 128, got 130"):
