@@ -67,7 +67,7 @@ struct Features {
   int64_t count, embed;
   const void* weight;    // embed × count
   const void* weight_t;  // count × embed
-  float eps;
+  float log_eps;  // log(eps·m); −infinity without eps
 };
 
 // Per image: the maxima of the keys' log-features, and under them the sums over the keys; or, with

@@ -2,6 +2,7 @@
 // how a backward is cut into pieces.
 #pragma once
 
+#include <cmath>
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -270,7 +271,8 @@ class FeatureParameters {
       : w_(as_floats(w)),
         weight_(packed_linear(kernels().of_float, w_)),
         weight_t_(packed_linear_t(kernels().of_float, w_)),
-        features_{w.size(0), w.size(1), weight_.get(), weight_t_.get(), static_cast<float>(eps)} {}
+        features_{w.size(0), w.size(1), weight_.get(), weight_t_.get(),
+                  static_cast<float>(std::log(eps) + std::log(static_cast<double>(w.size(0))))} {}
 
   const Features& features() const { return features_; }
 

@@ -4,9 +4,11 @@
 // With log-features a = w·k − |k|²/2 of the keys and b = w·q of the queries, the maxima
 // c_i = max_s a_si and g_t = max_i (b_ti + c_i) leave the exponentials:
 //   Z_i = Σ_s e^(a_si − c_i), S_i = Σ_s e^(a_si − c_i) v_s, f_ti = e^(b_ti + c_i − g_t),
-//   y_t = Σ_i f_ti S_i / D_t, D_t = Σ_i f_ti Z_i + eps·m·e^(|q_t|²/2 − g_t).
-// g_t is at least |q_t|²/2 − 80 where eps > 0, so that the last term is finite.
+//   y_t = Σ_i f_ti S_i / D_t, D_t = Σ_i f_ti Z_i + e^(h_t − g_t), h_t = |q_t|²/2 + log(eps·m).
+// g_t is at least h_t, so that D_t is finite and at least 1.
 #pragma once
+
+#include <algorithm>
 
 #include "patches.h"
 
@@ -14,7 +16,6 @@ namespace t2t {
 namespace {
 
 constexpr float kLargest = 1e15f;
-constexpr float kLargestExponent = 80.f;
 
 // The tile of a matrix inside a wider one: `row` floats from one token to the next.
 struct Tile {
@@ -121,7 +122,9 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
       tops = max(log, tops);
     }
     float top = largest(tops);
-    if (w.eps > 0.f && top < half.high - kLargestExponent) top = half.high - kLargestExponent;
+    // −infinity without eps.
+    const float own = half.high + w.log_eps;
+    top = std::max(top, own);
     Vec sums{};
     for (int64_t j = 0; j < f.row; j += kLanes) {
       const Vec feature = exp(load(f[i] + j) - top);
@@ -129,18 +132,12 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
       sums += feature * load(keys.normalizer + j);
     }
     state.inverse[i] = sum(sums);
-    state.slope[i] = (half.high - top) + half.low;
+    state.slope[i] = (own - top) + half.low;
   }
   for (int64_t i = 0; i < rows; i += kLanes) {
-    Vec slope{};
-    if (w.eps > 0.f) {
-      const Vec exponent = load(state.slope + i);
-      const Vec term = exp(min(exponent, all(kLargestExponent))) * (w.eps * static_cast<float>(w.count));
-      store(state.inverse + i, load(state.inverse + i) + term);
-      slope = exponent <= kLargestExponent ? term : Vec{};
-    }
-    store(state.slope + i, slope);
-    store(state.inverse + i, 1.f / load(state.inverse + i));
+    const Vec term = exp(load(state.slope + i));
+    store(state.slope + i, term);
+    store(state.inverse + i, 1.f / (load(state.inverse + i) + term));
   }
   const Tile sums{keys.sums, padded(w.embed)};
   product<float>(rows, padded(w.embed), w.count, left(f), right(sums), nullptr, 0, y.p, y.row);

@@ -14,7 +14,6 @@ from t2t_kernels._triton import dot, rounded
 CHUNK = 512
 
 _LARGEST = tl.constexpr(1e15)
-_LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @triton.jit
@@ -121,17 +120,17 @@ def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEAT
     b_log = _products(b_q, b_w, BLOCK_T, FEATURES_P) + maximum[None, :]
     b_log = tl.where(m_m[None, :], b_log, float("-inf"))
     top = tl.max(b_log, 1)
+    log_eps = half
     if HAS_EPS:
-        top = tl.maximum(top, half - _LARGEST_EXPONENT)
+        # The eps term, eps·m·exp(|q|²/2) beside these features, is one more exponent.
+        log_eps = half + (tl.log(eps) + tl.log(eps * 0.0 + FEATURES))
+        top = tl.maximum(top, log_eps)
     b_f = tl.exp(b_log - top[:, None])
     divisor = _times_column(b_f, normalizer, BLOCK_T)
     slope = half * 0.0
     if HAS_EPS:
-        # Beyond 2^24 the difference may round to more than was subtracted.
-        exponent = half - top
-        term = eps * FEATURES * tl.exp(tl.minimum(exponent, _LARGEST_EXPONENT))
-        divisor += term
-        slope = tl.where(exponent <= _LARGEST_EXPONENT, term, 0.0)
+        slope = tl.exp(log_eps - top)
+        divisor += slope
     b_n = dot(b_f, sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     return b_n / divisor[:, None], b_f, divisor, slope
 
