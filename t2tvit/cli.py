@@ -12,7 +12,7 @@ from pathlib import Path
 
 from t2t_kernels import BackendUnavailable
 from t2tvit import __version__
-from t2tvit.errors import InputError, NonFiniteLoss, OneRankError, unknown_name
+from t2tvit.errors import InputError, OneRankError, RunError, unknown_name
 from t2tvit.training.config import KEYS
 from t2tvit.training.options import add_options
 
@@ -89,16 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except NonFiniteLoss as error:
+    except RunError as error:
         complain(error)
         return FAILED
     return 0
 
 
 def complain(error: Exception) -> None:
-    """One line on standard error; what every process of a run meets, only the first one says."""
+    """One line on standard error; what every process meets, only the first of each node says."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or isinstance(error, OneRankError | NonFiniteLoss):
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
         where = "" if rank == "0" else f" (process {rank})"
         print(f"t2tvit: error{where}:", " ".join(str(error).split()), file=sys.stderr)
 

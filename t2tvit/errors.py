@@ -2,7 +2,7 @@
 
 from t2t_kernels.errors import unknown_name
 
-__all__ = ["InputError", "NonFiniteLoss", "OneRankError", "unknown_name"]
+__all__ = ["InputError", "NonFiniteLoss", "OneRankError", "RunError", "unknown_name"]
 
 
 class InputError(ValueError):
@@ -13,5 +13,9 @@ class OneRankError(InputError):
     """An InputError that other processes of the run need not meet, such as an unreadable image."""
 
 
-class NonFiniteLoss(RuntimeError):
+class RunError(RuntimeError):
+    """A command broke down while it ran, by no fault of its input. The message says how."""
+
+
+class NonFiniteLoss(RunError):
     """Training broke down: the loss is infinite or not a number. The message says where."""

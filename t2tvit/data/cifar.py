@@ -126,7 +126,8 @@ def _read_python(path: Path, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
     if (
         not isinstance(images, _Array)
         or not isinstance(labels, list)
-        or not all(isinstance(label, int) and label >= 0 for label in labels)
+        or not all(isinstance(label, int) and 0 <= label <= 255 for label in labels)
+        or not labels
         or images.values.shape != (len(labels), PIXELS)
     ):
         raise InputError(f"{path} is not a batch of {variant.title}; get the data set again")
@@ -152,6 +153,8 @@ def _unpickle(path: Path) -> dict:
 
 class _Array:
     """Stands in for a numpy array in a pickle; only one of bytes is taken."""
+
+    values = np.empty(0, np.uint8)
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state

@@ -69,8 +69,15 @@ def open_split(
             raise InputError(
                 "data: imagefolder needs a path: imagefolder:PATH with train/ and val/"
             )
-        return _image_folder(Path(rest).expanduser(), split)
-    return _cifar(source, Path(rest or "data").expanduser(), split)
+        return _image_folder(_folder(rest), split)
+    return _cifar(source, _folder(rest or "data"), split)
+
+
+def _folder(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~name of a user whom the system does not know
+        raise InputError(f"data: {path}: {error}; write the folder out") from None
 
 
 def channels_of(spec: str) -> int:
@@ -180,7 +187,7 @@ def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
             return image.convert(mode)
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each decoder fails in ways of its own
         raise InputError(
             f"image {path} cannot be read ({error}); mend or remove the file"
         ) from None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from t2t_kernels.measure import interleave, percentiles, saved_bytes
 from t2tvit.data.sources import channels_of
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, RunError
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
 from t2tvit.training.build import (
@@ -22,6 +22,7 @@ from t2tvit.training.build import (
     try_forward,
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve
+from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import size_of
@@ -37,6 +38,7 @@ def bench_command(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: something the user can mend.
         BackendUnavailable: the backend asked for cannot run.
+        RunError: fused and reference disagree, so nothing is timed.
     """
     if arguments.repetitions < 1:
         raise InputError(f"--repetitions: got {arguments.repetitions}, expected at least 1")
@@ -44,6 +46,8 @@ def bench_command(arguments: argparse.Namespace) -> None:
     num_classes = 1000
     if arguments.run is not None:
         about = read_about(arguments.run / BEST_FILE)
+        if about is None:
+            raise InputError(f"{arguments.run / BEST_FILE} does not say what model it is")
         config, num_classes = from_dict(about.config, overrides), about.create_args["num_classes"]
     else:
         config = resolve(
@@ -52,6 +56,15 @@ def bench_command(arguments: argparse.Namespace) -> None:
     if "batch_size" not in overrides:
         config = replace(config, batch_size=min(config.batch_size, LARGEST_BATCH))
     world = distributed.start(config.device)
+    try:
+        if world.is_main:
+            compare(config, num_classes, arguments.repetitions, world)
+    finally:
+        distributed.stop()
+
+
+def compare(config: RunConfig, num_classes: int, repetitions: int, world: World) -> None:
+    """Measure the model of ``config`` with its kernels and without, and print the result."""
     channels = channels_of(config.data)
     args = create_args(config, num_classes, channels)
     torch.manual_seed(config.seed)
@@ -71,11 +84,12 @@ def bench_command(arguments: argparse.Namespace) -> None:
         print(line)
     images = torch.randn(config.batch_size, channels, height, width, device=world.device)
     labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)
+    check_parity(fused, reference, images, config)
     models = {"reference": reference, "fused": fused}
     rows = []
     for name, make in (("training", training_step), ("inference", inference_step)):
         steps = {key: make(model, images, labels, config) for key, model in models.items()}
-        seconds = interleave(steps, arguments.repetitions, world.device)
+        seconds = interleave(steps, repetitions, world.device)
         rates = {
             key: [config.batch_size / value for value in values] for key, values in seconds.items()
         }
@@ -102,9 +116,25 @@ def bench_command(arguments: argparse.Namespace) -> None:
     )
     print_table(("", *models, "fused / reference"), rows)
     print(
-        f"median of {arguments.repetitions} repetitions, taken in turns, and their 20th to 80th "
-        "percentile"
+        f"median of {repetitions} repetitions, taken in turns, and their 20th to 80th percentile; "
+        "the ratio is the median of the ratios of neighbouring turns"
     )
+
+
+@torch.inference_mode()
+def check_parity(
+    fused: T2TBackbone, reference: T2TBackbone, images: Tensor, config: RunConfig
+) -> None:
+    """Raise a RunError unless both models classify ``images`` alike, up to rounding."""
+    with precision(config, images.device):
+        new, old = (model.eval()(images) for model in (fused, reference))
+    error = ((new.double() - old.double()).norm() / old.double().norm()).item()
+    limit = 50 * torch.finfo(new.dtype).eps
+    if not error <= limit:
+        raise RunError(
+            f"fused and reference disagree: relative error {error:.1e} of the logits, expected at "
+            f"most {limit:.1e}; not timed"
+        )
 
 
 def training_step(

@@ -1,7 +1,7 @@
 """The one schema of a run: keys, defaults, bounds, help; YAML and the command line fill it.
 
 Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML file, the command
-line. Nothing in this module imports torch, so that ``--help`` is quick.
+line.
 """
 
 import math
@@ -14,6 +14,14 @@ from t2tvit.errors import InputError, unknown_name
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
+# Arguments of create_model that model_args may not hold, and what sets them.
+ELSEWHERE = {
+    "img_size": "--img-size",
+    "num_classes": "--num-classes",
+    "in_chans": "the data",
+    "drop_path_rate": "--drop-path",
+    "fused_kernels": "--fused-kernels",
+}
 
 
 def key(
@@ -162,14 +170,16 @@ class RunConfig:
     )
     ema_warmup_power: float = key(
         "averaging",
-        0.6667,
+        0.8,
         "the decay grows as 1 - (1 + update)^-power up to ema_decay, so that short runs do not "
         "evaluate their random start",
         minimum=0.1,
         maximum=1,
     )
 
-    seed: int = key("run", 0, "of weights, order, augmentation and dropout", minimum=0)
+    seed: int = key(
+        "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1
+    )
     device: str = key(
         "run", "auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
@@ -188,6 +198,9 @@ class RunConfig:
             least, most = getattr(self, name)
             if least > most:
                 raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
+        for name, setter in ELSEWHERE.items():
+            if name in self.model_args:
+                raise InputError(f"model_args: {name} is set by {setter}; leave it out here")
 
 
 KEYS = {item.name: item for item in fields(RunConfig)}
@@ -209,7 +222,7 @@ def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored
     overrides = overrides or {}
     for name in values:
         if name not in KEYS:
-            raise InputError(f"config {origin}: {unknown_name('key', name, KEYS)}")
+            raise InputError(f"config {origin}: {unknown_name('key', str(name), KEYS)}")
     checked = {
         name: convert(name, value, f"config {origin}: {name}")
         for name, value in values.items()
@@ -237,7 +250,7 @@ def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str,
         if not path.is_file():
             raise InputError(unknown_name("config", str(config), packaged_names()))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"config {path}: {error.strerror}; give a YAML file or one of "
@@ -251,11 +264,31 @@ def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str,
     base = values.pop("base", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise InputError(f"config {path}: base: got {base!r}, expected text")
     if path in including:
         raise InputError(f"config {path}: its base leads back to itself")
     if Path(base).suffix in (".yaml", ".yml"):
         base = path.parent / base
     return read_yaml(base, (*including, path)) | values
+
+
+def _load_yaml(text: str) -> object:
+    """``yaml.safe_load``, but a key that stands twice is an error, as YAML has it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in seen:
+                    problem = f"the key {name!r} stands twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def write_yaml(config: RunConfig) -> str:
@@ -292,9 +325,9 @@ def convert(name: str, value: object, source: str) -> object:
         raise InputError(f"{source}: {unknown_name('value', converted, rules['choices'])}")
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, int | float) and not rules["minimum"] <= number <= rules["maximum"]:
-            bounds = f"at least {rules['minimum']:g}"
+            bounds = f"at least {rules['minimum']:.10g}"
             if rules["maximum"] < math.inf:
-                bounds += f" and at most {rules['maximum']:g}"
+                bounds += f" and at most {rules['maximum']:.10g}"
             raise InputError(f"{source}: got {number}, expected {bounds}")
     return converted
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, OneRankError, RunError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def start(device: str) -> World:
     """Join the processes that torchrun started (NCCL on CUDA, else Gloo), or be alone.
 
     Raises:
-        InputError: ``device`` is ``"cuda"`` and there is none for this process.
+        InputError: ``device`` is ``"cuda"`` and there is none, or none for this process.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
@@ -38,7 +38,7 @@ def start(device: str) -> World:
         place = torch.device("cpu")
     else:
         if local_rank >= count:
-            raise InputError(
+            raise OneRankError(
                 f"device: process {local_rank} of this node has no GPU of its own, there are "
                 f"{count}; lower --nproc_per_node or give --device cpu"
             )
@@ -57,18 +57,18 @@ def stop() -> None:
 
 
 def on_main(world: World, function: Callable[[], object]) -> object:
-    """Call ``function`` on rank 0; every rank returns its result or raises its InputError."""
+    """Call ``function`` on rank 0; every rank returns its result or raises its error."""
     if world.size == 1:
         return function()
     outcome = [None, None]
     if world.is_main:
         try:
             outcome[0] = function()
-        except InputError as error:
-            outcome[1] = str(error)
+        except (InputError, RunError) as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome, device=world.device)
     if outcome[1] is not None:
-        raise InputError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -85,4 +85,11 @@ def sum_over_ranks(world: World, values: Tensor) -> Tensor:
     """Elementwise sum of ``values`` over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(values)
+    return values
+
+
+def min_over_ranks(world: World, values: Tensor) -> Tensor:
+    """Elementwise minimum of ``values`` over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
     return values

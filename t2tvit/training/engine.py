@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from t2tvit.errors import NonFiniteLoss
 from t2tvit.models import T2TBackbone
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, sum_over_ranks
+from t2tvit.training.distributed import World, min_over_ranks, sum_over_ranks
 from t2tvit.training.pipeline import Data, Normalize, batches
 from t2tvit.training.progress import Progress
 from t2tvit.training.state import TrainState
@@ -78,9 +78,10 @@ def train_epoch(
         )
         seen += len(labels)
         if step % CHECK_EVERY == 0 or step == len(data.train):
-            check_finite(first_bad, state)
+            check_finite(min_over_ranks(world, first_bad), state)
             elapsed = time.perf_counter() - started
-            progress.show(step, loss=total.item() / seen, rate=seen * world.size / elapsed)
+            rate = seen * world.size / elapsed
+            progress.show(step, f"loss {total.item() / seen:.3f}, {rate:,.0f} images/s")
     sums = sum_over_ranks(world, torch.stack([total, total.new_tensor(seen)]))
     return {
         "train_loss": (sums[0] / sums[1]).item(),
@@ -105,9 +106,10 @@ def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> None:
 def check_finite(first_bad: Tensor, state: TrainState) -> None:
     step = first_bad.item()
     if step < math.inf:
+        kept = "; the last checkpoint is intact" if state.epochs_done > 0 else ""
         raise NonFiniteLoss(
-            f"the loss is not finite at step {step:.0f} of epoch {state.epochs_done + 1}; the "
-            "last checkpoint is intact. Lower --lr, set --clip-grad, or use --amp bfloat16 or none"
+            f"the loss is not finite at step {step:.0f} of epoch {state.epochs_done + 1}{kept}. "
+            "Lower --lr, set --clip-grad, or use --amp bfloat16 or none"
         )
 
 
@@ -126,16 +128,21 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for images, labels in batches(loader):
-        labels = labels.to(world.device, non_blocking=True)
-        with precision(config, world.device):
-            logits = model(normalize(images)).float()
-        ranked = logits.topk(min(5, model.num_classes)).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        count = ranked.new_tensor(len(labels), dtype=torch.float64)
-        sums += torch.stack(
-            [loss.double(), ranked[:, 0].sum().double(), ranked.sum().double(), count]
-        )
+    started = time.perf_counter()
+    with Progress("evaluation", len(loader), world) as progress:
+        for step, (images, labels) in enumerate(batches(loader), start=1):
+            labels = labels.to(world.device, non_blocking=True)
+            with precision(config, world.device):
+                logits = model(normalize(images)).float()
+            ranked = logits.topk(min(5, model.num_classes)).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            count = ranked.new_tensor(len(labels), dtype=torch.float64)
+            sums += torch.stack(
+                [loss.double(), ranked[:, 0].sum().double(), ranked.sum().double(), count]
+            )
+            if step % CHECK_EVERY == 0:
+                rate = sums[3].item() * world.size / (time.perf_counter() - started)
+                progress.show(step, f"{rate:,.0f} images/s")
     loss, first, five, count = sum_over_ranks(world, sums).tolist()
     result = {"eval_loss": loss / count, "top1": 100 * first / count}
     if model.num_classes >= 5:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2tvit.data.sources import Split, load_image, open_split
+from t2tvit.data.sources import IMAGENET_STATISTICS, Split, load_image, open_split
 from t2tvit.errors import InputError
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.training import distributed
@@ -24,7 +24,8 @@ from t2tvit.training.plots import draw_predictions
 from t2tvit.training.progress import say
 from t2tvit.training.state import BEST_FILE, LAST_FILE, Weights, read_about
 
-MODEL_KEYS = ("model", "model_args", "num_classes")
+# What a checkpoint of our own decides.
+DECIDED_KEYS = ("model", "model_args", "num_classes")
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -51,7 +52,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         trained = load_trained(path, config, about, world)
         split, label_map = held_out(trained)
         loader = eval_loader(split, config, world, label_map)
-        normalize = Normalize(*statistics(config, split), world.device)
+        normalize = Normalize(*statistics(config, split.mean, split.std), world.device)
         started = time.perf_counter()
         metrics = evaluate(trained.model, loader, normalize, config, world)
         rate = metrics["eval_images"] / (time.perf_counter() - started)
@@ -76,7 +77,17 @@ def predict_command(arguments: argparse.Namespace) -> None:
         raise InputError(f"--top-k: got {arguments.top_k}, expected at least 1")
     path, config, about = describe(arguments)
     world = distributed.start(config.device)
-    trained = load_trained(path, config, about, world)
+    try:
+        trained = load_trained(path, config, about, world)
+        if world.is_main:
+            predict(arguments, path, trained, world)
+    finally:
+        distributed.stop()
+
+
+def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: World) -> None:
+    """Classify the files, or held-out images, and print (and draw) the result."""
+    config = trained.config
     if arguments.files:
         if trained.channels not in MODES:
             raise InputError(
@@ -84,14 +95,15 @@ def predict_command(arguments: argparse.Namespace) -> None:
             )
         images = [load_image(file, MODES[trained.channels]) for file in arguments.files]
         labels, titles = [None] * len(images), arguments.files
-        mean, std = config.mean, config.std
+        fallback = (values[: trained.channels] for values in IMAGENET_STATISTICS)
+        mean, std = statistics(config, *fallback)
     else:
         split, label_map = held_out(trained)
         drawn = draw_sample(len(split.images), arguments.images)
         images, labels = zip(*(split.images[index] for index in drawn))
         labels = [name_of(trained, label_map[label] if label_map else label) for label in labels]
         titles = [f"{config.data} {index}, is {name}" for index, name in zip(drawn, labels)]
-        mean, std = statistics(config, split)
+        mean, std = statistics(config, split.mean, split.std)
     normalize = Normalize(mean, std, world.device)
     confidence, classes = probabilities(trained, images, normalize, world).topk(
         min(arguments.top_k, trained.model.num_classes)
@@ -129,7 +141,7 @@ def describe(arguments: argparse.Namespace) -> tuple[Path, RunConfig, Weights | 
         if arguments.config is None and "model" not in overrides:
             raise InputError(f"{path} does not say what model it is; give --model or --config")
         return path, resolve(arguments.config, overrides), None
-    for key in MODEL_KEYS:
+    for key in DECIDED_KEYS:
         if key in overrides:
             raise InputError(
                 f"--{key.replace('_', '-')}: {path} says itself that it is {about.model}"
@@ -165,6 +177,11 @@ def held_out(trained: Trained) -> tuple[Split, list[int] | None]:
             f"data: {config.data} has {split.channels} channels, the model takes {trained.channels}"
         )
     check_classes(classes, split)
+    if trained.class_names is None and len(split.class_names) != classes:
+        raise InputError(
+            f"data: {config.data} has {len(split.class_names)} classes, the model {classes}, and "
+            "its checkpoint does not name them; give data of the same classes"
+        )
     if trained.class_names is None or trained.class_names == split.class_names:
         return split, None
     order = {name: index for index, name in enumerate(trained.class_names)}

@@ -55,19 +55,29 @@ def size_of(config: RunConfig) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def train_transform(config: RunConfig):
-    """PIL image → augmented uint8 tensor (C, H, W); erasing and normalisation come later."""
-    return create_transform(
-        size_of(config),
-        is_training=True,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        normalize=False,
-    )
+def train_transform(config: RunConfig, mean: tuple[float, ...]):
+    """PIL image → augmented uint8 tensor (C, H, W); erasing and normalisation come later.
+
+    ``mean``, per channel, is what a policy of ``auto_augment`` fills the uncovered parts with.
+    """
+    try:
+        return create_transform(
+            size_of(config),
+            is_training=True,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=mean,
+            normalize=False,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"auto_augment: timm cannot read the policy {config.auto_augment!r} ({error}); "
+            "expected one such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original"
+        ) from None
 
 
 def eval_transform(config: RunConfig):
@@ -105,10 +115,19 @@ def open_data(config: RunConfig, world: World) -> Data:
         open_split(config.data, name, img_size=size, num_classes=config.num_classes)
         for name in ("train", "val")
     )
-    mean, std = statistics(config, split)
+    mean, std = statistics(config, split.mean, split.std)
+    train = train_loader(split, config, world)
+    try:
+        train.dataset[0]
+    except InputError:
+        raise
+    except Exception as error:  # whatever a policy's operation does not take
+        raise InputError(
+            f"auto_augment: {config.auto_augment} fails on the images of {config.data} ({error})"
+        ) from None
     return Data(
         split=split,
-        train=train_loader(split, config, world),
+        train=train,
         held_out=eval_loader(held_out, config, world),
         augment=Normalize(mean, std, world.device, config.random_erasing),
         normalize=Normalize(mean, std, world.device),
@@ -118,15 +137,21 @@ def open_data(config: RunConfig, world: World) -> Data:
     )
 
 
-def statistics(config: RunConfig, split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: those configured, else the data's own."""
+def statistics(
+    config: RunConfig, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: those configured, else the data's ``mean``, ``std``.
+
+    Raises:
+        InputError: those configured are of another number of channels.
+    """
     for name in ("mean", "std"):
         value = getattr(config, name)
-        if value is not None and len(value) != split.channels:
+        if value is not None and len(value) != len(mean):
             raise InputError(
-                f"{name}: got {len(value)} numbers, expected {split.channels}, one per channel"
+                f"{name}: got {len(value)} numbers, expected {len(mean)}, one per channel"
             )
-    return config.mean or split.mean, config.std or split.std
+    return config.mean or mean, config.std or std
 
 
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
@@ -149,7 +174,8 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
             f"batch_size: got {config.batch_size // world.size} per process, mixup and cutmix need "
             "an even number; change it or set both to 0"
         )
-    dataset = TransformedImages(split, train_transform(config))
+    mean, _ = statistics(config, split.mean, split.std)
+    dataset = TransformedImages(split, train_transform(config, mean))
     sampler = DistributedSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
     return DataLoader(
         dataset,

@@ -38,9 +38,8 @@ class Progress:
     def __exit__(self, *_):
         self.bar.close()
 
-    def show(self, step: int, loss: float, rate: float) -> None:
-        """``step`` steps are done; mean loss so far, and images per second."""
-        text = f"loss {loss:.3f}, {rate:,.0f} images/s"
+    def show(self, step: int, text: str) -> None:
+        """``step`` steps are done; ``text`` says how it goes."""
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text)
         now = time.perf_counter()

@@ -58,6 +58,7 @@ from t2tvit.training.state import (
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {"data", "epochs", "workers", "device", "fused_kernels"}
 CURVES_EVERY = 60  # seconds
+SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -66,7 +67,7 @@ def train(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: something the user can mend.
         BackendUnavailable: the backend asked for cannot run.
-        NonFiniteLoss: training broke down; the last checkpoint is intact.
+        RunError: the loss is not finite or the disk is full; the last checkpoint is intact.
     """
     place = find_place(arguments.output, arguments.resume)
     config = choose_config(arguments.config, given(arguments), place)
@@ -89,6 +90,12 @@ class Place:
     output: Path
     resume: str | None
     state_path: Path | None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the run goes on in another folder than it began in."""
+        source = self.state_path
+        return source is not None and source.parent.resolve() != self.output.resolve()
 
 
 def find_place(output: Path | None, resume: str | None) -> Place:
@@ -132,6 +139,7 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
 def run(config: RunConfig, place: Place, world: World) -> None:
     """Train to the last epoch of ``config``, writing only into ``place.output``."""
     output = place.output
+    on_main(world, lambda: check_output(place))
     data = open_data(config, world)
     seed_everything(config.seed)
     args = create_args(config, len(data.split.class_names), data.split.channels)
@@ -145,7 +153,13 @@ def run(config: RunConfig, place: Place, world: World) -> None:
     if place.state_path is None:
         seed_everything(config.seed + world.rank)
     else:
-        restore(state, read_state(place.state_path), data.split, config, world)
+        resumed = read_state(place.state_path)
+        restore(state, resumed, data.split, config, world)
+        if state.epochs_done > epochs:
+            raise InputError(
+                f"epochs: got {epochs} with the cool-down, but the run to resume has done "
+                f"{state.epochs_done}; raise --epochs"
+            )
 
     on_main(world, lambda: claim(place))
     on_main(world, lambda: record_start(config, output, state, data, world))
@@ -153,6 +167,9 @@ def run(config: RunConfig, place: Place, world: World) -> None:
         say(world, line)
     if state.epochs_done > 0:
         say(world, f"resumed   {place.state_path}, after epoch {state.epochs_done}")
+        if resumed["config"]["epochs"] != config.epochs:
+            before = resumed["config"]["epochs"]
+            say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
     about = Weights(
         model=config.model,
         create_args=args,
@@ -203,7 +220,7 @@ def build_state(
     model: T2TBackbone, config: RunConfig, updates_per_epoch: int, world: World
 ) -> tuple[TrainState, int]:
     """The state before the first update, and the number of epochs with the cool-down."""
-    known = timm.optim.list_optimizers()
+    known = [name for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
     if config.optimizer not in known:
         near = difflib.get_close_matches(config.optimizer, known, n=3) or ["adamw", "sgd", "lamb"]
         raise InputError(
@@ -217,7 +234,7 @@ def build_state(
             weight_decay=config.weight_decay,
             momentum=config.momentum,
         )
-    except ValueError as error:
+    except (AssertionError, ImportError, ValueError) as error:
         raise InputError(f"optimizer {config.optimizer}: {error}") from None
     scheduler, epochs = create_scheduler_v2(
         optimizer,
@@ -259,27 +276,43 @@ def restore(
     seed_everything(config.seed + world.rank + 1000 * state.epochs_done)
 
 
-def claim(place: Place) -> None:
-    """Make the output folder; one that holds anything but the run to resume is refused."""
+def check_output(place: Place) -> None:
+    """Refuse an output folder that holds anything but the run to resume."""
     output = place.output
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        empty = not any(output.iterdir())
+        if not output.exists() or not any(output.iterdir()):
+            return
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
-    if empty:
-        return
     if place.resume is None:
         raise InputError(
             f"--output {output} is not empty; go on with its run by --resume auto, or choose "
             "another --output"
         )
-    own = place.resume == "auto" or place.state_path.parent.resolve() == output.resolve()
-    if not own or not (output / RUN_FILE).exists():
+    if place.moves or not (output / RUN_FILE).exists():
         raise InputError(
             f"--output {output} is not empty and does not hold the run to resume; choose another "
             "--output"
         )
+
+
+def claim(place: Place) -> None:
+    """Make the output folder, with what a run from another folder has kept there."""
+    output = place.output
+    kept = {}
+    if place.moves:
+        source = place.state_path.parent
+        try:
+            kept = {name: (source / name).read_bytes() for name in (BEST_FILE, LAST_FILE)}
+            kept[STATE_FILE] = place.state_path.read_bytes()
+        except OSError as error:
+            raise InputError(f"--resume: cannot read {error.filename}: {error.strerror}") from None
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+    for name, content in kept.items():
+        write_atomically(output / name, content)
 
 
 def record_start(

@@ -1,9 +1,10 @@
 """What a run must not lose: its state, the weights for use, and how they reach the disk."""
 
+import contextlib
+import io
 import json
 import os
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, RunError
 
 STATE_FILE = "state.pt"
 BEST_FILE = "best.safetensors"
@@ -116,7 +117,10 @@ def save_state(
         "config": config,
         "class_names": class_names,
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    # In memory first: torch.save hides a full disk behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def read_state(path: Path) -> dict:
@@ -171,26 +175,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_atomically(path: Path, content: bytes | str | Callable) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Replace ``path`` as a whole: a crash leaves the old file or the new one, nothing between.
 
-    ``content`` is what to write, or is called with the open file.
-
     Raises:
-        InputError: the disk is full, or the folder not to be written to.
+        RunError: the disk is full, or the folder not to be written to.
     """
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with temporary.open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; what was there before is intact"
-        ) from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        kept = "; what it held before is intact" if path.exists() else ""
+        raise RunError(f"cannot write {path}: {error.strerror}{kept}") from None

@@ -10,7 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import t2tvit
-from t2tvit.cli import main
+from t2tvit.cli import complain, main
+from t2tvit.errors import InputError, OneRankError
+from t2tvit.models import T2TBackbone
+from t2tvit.training import distributed
 from tests.training.tiny import TINY, metrics_of
 
 
@@ -106,6 +109,12 @@ REFUSALS = {
         "optimizer sgd: Nesterov",
     ),
     "missing-weights": (("train", "--initial-checkpoint", "{tmp}/gone.pth"), "gone.pth"),
+    "second-order-optimizer": (
+        ("train", "--optimizer", "adahessian"),
+        "unknown name 'adahessian'",
+    ),
+    "optimizer-that-cannot-run": (("train", "--optimizer", "fusedadam"), "optimizer fusedadam: "),
+    "unknown-policy": (("train", "--auto-augment", "randm9"), "auto_augment: timm cannot read"),
     "eval-without-weights": (("eval",), "--checkpoint is required"),
     "empty-run": (("eval", "--run", "{tmp}"), "there is no best.safetensors"),
     "missing-checkpoint": (("eval", "--checkpoint", "{tmp}/a.safetensors"), "does not exist"),
@@ -122,6 +131,7 @@ REFUSALS = {
     "top-0": (("predict", "--run", "{run}", "--top-k", "0"), "--top-k: got 0"),
     "plot-nowhere": (("predict", "--run", "{run}", "--plot", "{tmp}/no/x.png"), "cannot write"),
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
+    "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),
     "bench-no-run": (("bench", "--run", "{tmp}"), "does not exist"),
 }
 
@@ -133,7 +143,10 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(name, trained, tmp_path
     truncated, bare = tmp_path / "truncated.safetensors", tmp_path / "bare.safetensors"
     truncated.write_bytes(weights.read_bytes()[:-1000])
     save_file(load_file(weights), bare)
-    places = {"tmp": tmp_path, "run": trained, "truncated": truncated, "bare": bare}
+    nameless = tmp_path / "nameless"
+    nameless.mkdir()
+    save_file(load_file(weights), nameless / "best.safetensors")
+    places = {"nameless": nameless, "tmp": tmp_path, "run": trained, "truncated": truncated, "bare": bare}
     arguments = [argument.format(**places) for argument in arguments]
     if arguments[:1] == ["train"]:
         arguments += ["--output", str(tmp_path / "output"), "--device", "cpu"]
@@ -216,6 +229,23 @@ def test_eval_reads_weights_that_do_not_say_what_they_are(tmp_path, capsys):
     assert "give --num-classes 7" in capsys.readouterr().err
 
 
+def test_weights_that_do_not_name_their_classes_need_as_many(folder, tmp_path, capsys):
+    model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1)
+    torch.nn.init.normal_(model.head.weight)  # of confidence that differs from image to image
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    options = ("--model", "t2t_vit_7", "--model-args", "depth=1", "--img-size", "32")
+    weights = ("--checkpoint", str(tmp_path / "w.pth"), *options, "--amp", "none")
+    assert main(["eval", *weights, "--workers", "0", "--data", f"imagefolder:{folder}"]) == 2
+    assert "has 3 classes, the model 1000" in capsys.readouterr().err
+    # Their images are prepared by ImageNet's statistics unless others are given.
+    image = folder / "val" / "daisy" / "1.png"
+    plain = succeed(capsys, "predict", *weights, image)
+    statistics = ("--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225")
+    assert plain == succeed(capsys, "predict", image, *weights, *statistics)
+    assert plain != succeed(capsys, "predict", image, *weights, "--mean", "0", "0", "0")
+    assert "class " in plain
+
+
 def test_predict_names_the_classes_of_files(trained, folder, tmp_path, capsys):
     files = [folder / "val" / name / "1.png" for name in ("violet", "daisy")]
     plot = tmp_path / "plot.png"
@@ -241,3 +271,33 @@ def test_bench_compares_with_the_reference(trained, capsys):
     for row in ("training, images/s", "inference, images/s", "saved for backward, MiB/image"):
         assert row in rows
     assert "performer_layer" in out
+
+
+def test_bench_does_not_time_what_computes_something_else(trained, monkeypatch, capsys):
+    forward = T2TBackbone.forward
+
+    def wrong(self, images):
+        return forward(self, images) * (1.01 if self.fused_kernels == "auto" else 1)
+
+    monkeypatch.setattr(T2TBackbone, "forward", wrong)
+    options = ("--batch-size", "2", "--fused-kernels", "auto")
+    assert main(["bench", "--run", str(trained), *options]) == 1
+    out, err = capsys.readouterr()
+    assert "disagree: relative error 1.0e-02" in err and "not timed" in err
+    assert "images/s" not in out
+
+
+def test_every_process_says_what_only_it_meets(monkeypatch, capsys):
+    """Its node's first process speaks for what all meet."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
+    complain(InputError("all meet this"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(OneRankError, match="process 3 of this node has no GPU of its own") as error:
+        distributed.start("auto")
+    complain(error.value)
+    assert capsys.readouterr().err.startswith("t2tvit: error (process 3): device: process 3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    complain(InputError("all meet this"))
+    assert "all meet this" in capsys.readouterr().err

@@ -115,6 +115,13 @@ def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
         ("base: imagenet/t2t_vit_15", "unknown config 'imagenet/t2t_vit_15'; did you mean"),
         ("base: config.yaml", "its base leads back to itself"),
         ("base: gone.yaml", "gone.yaml: No such file"),
+        ("base: [a, b]", r"base: got \['a', 'b'\], expected text"),
+        ("lr: 0.1\nlr: 0.2", "the key 'lr' stands twice"),
+        ("model_args: {depth: 1, depth: 2}", "the key 'depth' stands twice"),
+        ("3: 4", "unknown key '3'"),
+        ("seed: 4294967296", "seed: got 4294967296, .* at most 4294967295"),
+        ("model_args: {num_classes: 3}", "num_classes is set by --num-classes"),
+        ("model_args: {in_chans: 1}", "in_chans is set by the data"),
     ],
 )
 def test_bad_files_are_refused_with_the_place_and_the_remedy(tmp_path, text, message):

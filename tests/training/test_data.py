@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2tvit.data import open_split
+from t2tvit.data import load_image, open_split
 from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
@@ -144,6 +144,34 @@ def test_cifar_pickles_hold_bytes_only(cifar, values):
         open_split(f"{name}:{python}", "val")
 
 
+class Bare:
+    """Pickles as a numpy array that nothing follows."""
+
+    def __reduce__(self):
+        return np.zeros(1, np.uint8).__reduce__()[:2]
+
+
+PIXELS = np.zeros((1, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "data, labels",
+    [
+        pytest.param(PIXELS[:0], [], id="empty"),
+        pytest.param(PIXELS, [256], id="large-label"),
+        pytest.param(PIXELS, [2**70], id="huge-label"),
+        pytest.param(Bare(), [0], id="array-without-values"),
+    ],
+)
+def test_cifar_files_of_another_content_are_refused(cifar, data, labels):
+    name, python, _, _, _ = cifar
+    key = b"labels" if name == "cifar10" else b"fine_labels"
+    file = python / ("test_batch" if name == "cifar10" else "test")
+    file.write_bytes(python2_pickle({b"data": data, key: labels}))
+    with pytest.raises(InputError, match="is not a batch of CIFAR"):
+        open_split(f"{name}:{python}", "val")
+
+
 @pytest.mark.parametrize("version", ["python", "binary"])
 def test_truncated_cifar_files_are_named(cifar, version):
     name, python, binary, _, _ = cifar
@@ -205,6 +233,26 @@ def test_a_damaged_image_is_named_without_a_traceback(folder, workers, damage):
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_decoder_s_own_error_is_the_image_s(folder, monkeypatch):
+    path = folder / "val" / "bee" / "1.png"
+
+    def fail(self, mode):
+        raise IndexError("pop from an empty list")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(InputError, match=f"image {path} cannot be read .*empty list"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_policies_take_images_of_every_number_of_channels(channels):
+    config = RunConfig(auto_augment="rand-m9-n4-inc1", img_size=32)
+    transform = train_transform(config, (0.5,) * channels)
+    image = Image.new("L" if channels == 1 else "RGB", (40, 40))
+    for _ in range(50):
+        assert transform(image).shape == (channels, 32, 32)
+
+
 def test_image_folders_that_differ_in_classes_are_refused(folder):
     (folder / "val" / "cat").mkdir()
     with pytest.raises(InputError, match="differ in their class folders: cat"):
@@ -230,6 +278,8 @@ def test_an_empty_class_is_refused(folder):
         ("imagefolder:/nowhere", "/nowhere/train does not exist"),
         ("synthetic:few", "expected synthetic:IMAGES"),
         ("synthetic:3", "at least 4 images"),
+        ("imagefolder:~nobody-of-this-name/x", "data: ~nobody-of-this-name/x: "),
+        ("cifar10:~nobody-of-this-name", "data: ~nobody-of-this-name: "),
     ],
 )
 def test_bad_specifications(spec, message):
@@ -272,7 +322,7 @@ def test_recipes_deliver_uint8_of_the_configured_size(name):
     config = replace(resolve(name, {}), img_size=(32, 48))
     grey = name == "digits"
     image = Image.new("L" if grey else "RGB", (60, 50))
-    out = train_transform(config)(image)
+    out = train_transform(config, (0.5,) if grey else (0.5,) * 3)(image)
     assert out.dtype == torch.uint8 and out.shape == (1 if grey else 3, 32, 48)
 
 
@@ -313,6 +363,9 @@ def test_evaluation_sees_each_image_exactly_once(size):
         ({"batch_size": 64}, ALONE, "batch_size: got 64, but the data has only 44 training images"),
         ({"batch_size": 7, "mixup": 0.5}, ALONE, "mixup and cutmix need an even number"),
         ({"mean": (0.5,)}, ALONE, "mean: got 1 numbers, expected 3, one per channel"),
+        ({"auto_augment": "randm9"}, ALONE, "auto_augment: timm cannot read the policy 'randm9'"),
+        ({"auto_augment": "rand-k9"}, ALONE, "auto_augment: timm cannot read the policy"),
+        ({"auto_augment": "rand-mx-m9x"}, ALONE, "auto_augment: timm cannot read the policy"),
     ],
 )
 def test_data_that_do_not_fit_the_configuration(options, world, message):

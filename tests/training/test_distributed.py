@@ -61,3 +61,24 @@ def test_a_refusal_ends_all_processes_with_one_line(run):
     assert done.returncode != 0
     assert done.stderr.count("t2tvit: error") == 1
     assert "is not empty" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, sys\n"
+        "from t2tvit.cli import main\n"
+        "from t2tvit.training import engine\n"
+        "class Poisoned(engine.SoftTargetCrossEntropy):\n"
+        "    def forward(self, *inputs):\n"
+        "        return super().forward(*inputs) + float('nan')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    engine.SoftTargetCrossEntropy = Poisoned\n"
+        "sys.exit(main())\n"
+    )
+    options = ("train", *TINY, "--epochs", "2", "--output", str(tmp_path / "run"))
+    command = [*LAUNCH, str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("t2tvit: error") == 1
+    assert "not finite at step 1 of epoch 1. Lower" in done.stderr

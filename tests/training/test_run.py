@@ -1,6 +1,9 @@
 """A run from end to end: what it writes, how it resumes, what it refuses."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,13 +165,28 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, mo
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2]
 
 
-def test_a_run_can_go_on_in_another_folder(tmp_path, finished):
+def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
     before = (finished / "state.pt").read_bytes()
     output = tmp_path / "longer"
     options = ["--resume", str(finished), "--epochs", "4", "--output", str(output)]
     assert main(["train", *options]) == 0
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
     assert (finished / "state.pt").read_bytes() == before
+    assert "epochs    4 instead of 3: another cosine from here" in capsys.readouterr().out
+    best = max(metrics_of(output), key=lambda row: (row["top1"], row["epoch"]))
+    assert read_about(output / "best.safetensors").epoch == best["epoch"]
+
+
+def test_a_finished_run_moves_to_another_folder_whole(tmp_path, finished, capsys):
+    output = tmp_path / "moved"
+    assert main(["train", "--resume", str(finished), "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == {path.name for path in finished.iterdir()}
+    for name in ("best.safetensors", "last.safetensors", "state.pt"):
+        assert (output / name).read_bytes() == (finished / name).read_bytes()
+    (output / "best.safetensors").unlink()
+    line = refused(capsys, "--resume", str(output), "--output", str(tmp_path / "third"))
+    assert "best.safetensors: No such file" in line
+    assert not (tmp_path / "third").exists()
 
 
 def refused(capsys, *options) -> str:
@@ -186,6 +204,8 @@ def test_a_second_run_does_not_mix_with_the_first(finished, capsys):
     assert "is not empty" in line and "--resume auto" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--lr", "0.5")
     assert "lr: got 0.5, but the run to resume has 0.001" in line
+    line = refused(capsys, "--output", str(finished), "--resume", "auto", "--epochs", "2")
+    assert "epochs: got 2 with the cool-down, but the run to resume has done 3" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--data", "digits")
     assert "data: got digits, but the run to resume has synthetic:44" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
@@ -249,22 +269,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     assert train(output, "--epochs", "3") == 1
     line = capsys.readouterr().err
     assert "the loss is not finite at step 1 of epoch 2" in line and line.count("\n") == 1
+    assert "the last checkpoint is intact" in line
     state = state_of(output)["state"]
     assert state["epochs_done"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
+    """No file may grow beyond the weights', which stops the larger training state."""
     output = tmp_path / "run"
-    assert train(output, "--epochs", "2") == 0
+    shutil.copytree(finished, output)
     before = (output / "state.pt").read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    assert train(output, "--epochs", "3", "--resume", "auto") == 2
-    assert "No space left on device" in capsys.readouterr().err
+    limit = (output / "last.safetensors").stat().st_size + 1000
+    assert limit < len(before)
+    code = (
+        "import resource, sys; from t2tvit.cli import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"sys.exit(main(['train', '--output', {str(output)!r}, '--resume', 'auto',"
+        " '--epochs', '4']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    line = f"t2tvit: error: cannot write {output}/state.pt: File too large; what it held before"
+    assert done.stderr == line + " is intact\n"
     assert (output / "state.pt").read_bytes() == before
     assert not list(output.glob(".*"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import t2tvit
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, RunError
 from t2tvit.training.state import (
     Weights,
     read_about,
@@ -20,16 +20,21 @@ from t2tvit.training.state import (
 )
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize(
+    "error, expected",
+    [(OSError(28, "No space left on device"), RunError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["full-disk", "interrupt"],
+)
+def test_a_failed_write_leaves_the_old_file(error, expected, tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, "old")
 
-    def fail(file):
-        file.write(b"half of the n")
-        raise OSError(28, "No space left on device")
+    def fail(descriptor):
+        raise error
 
-    with pytest.raises(InputError, match="cannot write .*file: No space left"):
-        write_atomically(path, fail)
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(expected):
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
