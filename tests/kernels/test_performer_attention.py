@@ -23,6 +23,9 @@ CASES = {
     "one-token": (16, 1, 16, 16),
     "empty-batch": (0, 9, 16, 8),
 }
+# With large norms one token's exponent, rounded, decides an error: many images, so that it is not
+# the luck of one of them.
+MANY_IMAGES = (12, 65, 64, 32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -32,8 +35,8 @@ def fused(backend):
         pytest.skip(f"no {backend} kernel yet")
 
 
-def arguments(case, rms, dtype, device):
-    batch, tokens, embed, features = CASES[case]
+def arguments(sizes, rms, dtype, device):
+    batch, tokens, embed, features = sizes
     torch.manual_seed(tokens)
     scales = (rms, rms, 1.0)
     tensors = [(torch.randn(batch, tokens, embed) * scale).to(device, dtype) for scale in scales]
@@ -64,14 +67,14 @@ def assert_parity(tensors, w, eps, backend):
 def test_parity(backend, device, case, dtype):
     # A larger eps keeps the gradients of a single token's k and q from being all rounding.
     eps = 0.1 if case == "one-token" else 1e-8
-    assert_parity(*arguments(case, 0.5, dtype, device), eps, backend)
+    assert_parity(*arguments(CASES[case], 0.5, dtype, device), eps, backend)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("rms", [2.0, 8.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_large_norms(backend, device, dtype, rms, eps):
-    assert_parity(*arguments("usual", rms, dtype, device), eps, backend)
+    assert_parity(*arguments(MANY_IMAGES, rms, dtype, device), eps, backend)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
@@ -119,7 +122,7 @@ def test_limits(backend, device):
 
 
 def test_opcheck_and_compile(backend, device):
-    tensors, w = arguments("narrow", 0.5, torch.float32, device)
+    tensors, w = arguments(CASES["narrow"], 0.5, torch.float32, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
