@@ -5,6 +5,8 @@ g_t = max_i (b_ti + c_i) leave the exponentials; |q|²/2 is common to a token's 
 the eps term alone. The sums over keys are Z_i = Σ_s e^(a_si − c_i) and S_i = Σ_s e^(a_si − c_i) v_s.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,11 @@ from t2t_kernels._triton import dot, rounded
 CHUNK = 512
 
 _LARGEST = tl.constexpr(1e15)
+
+
+def log_eps_term(eps: float, features: int) -> float:
+    """log(eps·m) as `attend` takes it; anything without eps."""
+    return math.log(eps) + math.log(features) if eps > 0 else 0.0
 
 
 @triton.jit
@@ -111,7 +118,7 @@ def merge_sums(p_maximum, p_normalizer, p_sums, chunks, FEATURES: tl.constexpr,
 
 
 @triton.jit
-def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEATURES: tl.constexpr,
+def attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T: tl.constexpr, FEATURES: tl.constexpr,
            FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr, HAS_EPS: tl.constexpr):  # fmt: skip
     """y = N / D of a tile of queries; also their features f, D, and the derivative of D by |q|²/2."""
     b_q = _within_range(b_q)
@@ -120,16 +127,14 @@ def attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T: tl.constexpr, FEAT
     b_log = _products(b_q, b_w, BLOCK_T, FEATURES_P) + maximum[None, :]
     b_log = tl.where(m_m[None, :], b_log, float("-inf"))
     top = tl.max(b_log, 1)
-    log_eps = half
     if HAS_EPS:
         # The eps term, eps·m·exp(|q|²/2) beside these features, is one more exponent.
-        log_eps = half + (tl.log(eps) + tl.log(eps * 0.0 + FEATURES))
-        top = tl.maximum(top, log_eps)
+        top = tl.maximum(top, half + log_eps)
     b_f = tl.exp(b_log - top[:, None])
     divisor = _times_column(b_f, normalizer, BLOCK_T)
     slope = half * 0.0
     if HAS_EPS:
-        slope = tl.exp(log_eps - top)
+        slope = tl.exp(half + log_eps - top)
         divisor += slope
     b_n = dot(b_f, sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
     return b_n / divisor[:, None], b_f, divisor, slope

@@ -28,6 +28,7 @@ from t2t_kernels._triton.performer import (
     load_gradient_of_sums,
     load_rows,
     load_sums,
+    log_eps_term,
     merge_sums,
     store_rows,
     store_sums,
@@ -92,7 +93,7 @@ def performer_attention_queries_kernel(
     stride_e,
     tokens,
     chunks,
-    eps,
+    log_eps,
     FEATURES: tl.constexpr,
     FEATURES_P: tl.constexpr,
     EMBED: tl.constexpr,
@@ -117,7 +118,7 @@ def performer_attention_queries_kernel(
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_q = load_rows(p_q + i_image * stride_b, o_t, m_t, stride_t, stride_e, EMBED, EMBED_P)
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
+        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
                                           FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         store_rows(p_y + i_image * tokens * EMBED, b_y, o_t, m_t, EMBED, EMBED_P)
 
@@ -141,7 +142,7 @@ def performer_attention_bwd_queries_kernel(
     stride_e,
     tokens,
     chunks,
-    eps,
+    log_eps,
     FEATURES: tl.constexpr,
     FEATURES_P: tl.constexpr,
     EMBED: tl.constexpr,
@@ -165,7 +166,7 @@ def performer_attention_bwd_queries_kernel(
         b_q = load_rows(p_q + i_image * stride_b, o_t, m_t, stride_t, stride_e, EMBED, EMBED_P)
         b_dy = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t, grad_stride_e,
                          EMBED, EMBED_P)  # fmt: skip
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
+        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
                                           FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer, sums,
                                          BLOCK_T, FEATURES_P, EMBED_P)  # fmt: skip
@@ -269,7 +270,7 @@ def performer_attention(
             *q.stride(),
             tokens,
             chunks,
-            eps,
+            log_eps_term(eps, w.shape[0]),
             **constants,
             HAS_EPS=eps > 0,
             **options,
@@ -314,7 +315,7 @@ def performer_attention_backward(
             *q.stride(),
             tokens,
             chunks,
-            eps,
+            log_eps_term(eps, w.shape[0]),
             **constants,
             HAS_EPS=eps > 0,
             **options,

@@ -32,6 +32,7 @@ from t2t_kernels._triton.performer import (
     load_gradient_of_sums,
     load_rows,
     load_sums,
+    log_eps_term,
     merge_sums,
     store_rows,
     store_sums,
@@ -213,7 +214,7 @@ def performer_layer_queries_kernel(
     rows,
     columns,
     chunks,
-    eps,
+    log_eps,
     threshold,
     scale,
     CHANNELS: tl.constexpr,
@@ -258,7 +259,7 @@ def performer_layer_queries_kernel(
                                 m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                 CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
                                 True)  # fmt: skip
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T, FEATURES,
+        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
                                           FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
         b_keep = b_v
         if HAS_DROPOUT:
@@ -312,7 +313,7 @@ def performer_layer_bwd_tail_kernel(
     chunks,
     items,
     slot_size,
-    eps,
+    log_eps,
     threshold,
     scale,
     CHANNELS: tl.constexpr,
@@ -359,7 +360,7 @@ def performer_layer_bwd_tail_kernel(
             maximum, normalizer, sums = load_sums(
                 p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
                 p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
+            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
@@ -435,7 +436,7 @@ def performer_layer_bwd_split_kernel(
     bands,
     rows_per_band,
     slot_size,
-    eps,
+    log_eps,
     threshold,
     scale,
     CHANNELS: tl.constexpr,
@@ -502,7 +503,7 @@ def performer_layer_bwd_split_kernel(
             tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv, DTYPE))
             tl.debug_barrier()
-            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, eps, BLOCK_T,
+            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
@@ -647,7 +648,7 @@ def performer_layer(
             sums,
             *split,
             chunks,
-            eps,
+            log_eps_term(eps, w.shape[0]),
             *_dropout(dropout_p),
             **constants,
             CHUNK=CHUNK,
@@ -735,7 +736,7 @@ def performer_layer_backward(
         scratch = x.new_empty((slots.shape[0], how.block_t, packed.shape[1]))
         common = (grad, x, packed, kqv_bias, norm1_weight, norm1_bias, w, *tail[:-1], seed)
         common += (maximum, normalizer, sums, d_normalizer, d_sums)
-        numbers = (eps, *_dropout(dropout_p))
+        numbers = (log_eps_term(eps, w.shape[0]), *_dropout(dropout_p))
         flags = {"HAS_EPS": eps > 0, "HAS_DROPOUT": dropout_p > 0}
         with device_guard(x):
             performer_layer_bwd_tail_kernel[(tail_slots.shape[0],)](
