@@ -91,13 +91,19 @@ def rows() -> list[Row]:
     return found
 
 
-def workload(row: Row) -> tuple[Callable[[str], Tensor], list[Tensor], tuple[int, ...]]:
-    """A call of the row's operation by backend, the tensors to differentiate, the input's shape."""
+def workload(
+    row: Row, exact: bool = False
+) -> tuple[Callable[[str], Tensor], list[Tensor], tuple[int, ...]]:
+    """A call of the row's operation by backend, the tensors to differentiate, the input's shape.
+
+    ``exact`` gives the same numbers, rounded to the row's dtype, as float64.
+    """
     torch.manual_seed(0)
     layer, dtype = LAYERS[row.layer], DTYPES[row.dtype]
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         tensor = (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+        tensor = tensor.double() if exact else tensor
         return tensor.requires_grad_(row.direction == "full")
 
     def matrix(outputs: int, inputs: int) -> Tensor:
