@@ -4,15 +4,11 @@ from t2t_kernels.arguments import output_size
 from t2t_kernels.backends import BACKENDS, use_backend
 from t2t_kernels.errors import BackendUnavailable
 from t2t_kernels.performer_attention.api import performer_attention
+from t2t_kernels.performer_layer.api import PerformerLayerParams, performer_layer
 from t2t_kernels.soft_split.api import soft_split
 from t2t_kernels.soft_split_linear.api import soft_split_linear
-from t2t_kernels.t2t_layer.api import (
-    PerformerLayerParams,
-    TransformerLayerParams,
-    performer_layer,
-    transformer_layer,
-)
 from t2t_kernels.token_attention.api import token_attention
+from t2t_kernels.transformer_layer.api import TransformerLayerParams, transformer_layer
 
 __all__ = [
     "BACKENDS",

@@ -102,3 +102,21 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor
+
+
+def check_params(params, expected: type) -> None:
+    if not isinstance(params, expected):
+        raise TypeError(f"params: got {type(params).__name__}, expected {expected.__name__}")
+
+
+def check_shapes(params, x: Tensor, **shapes: tuple[int, ...]) -> None:
+    for name, shape in shapes.items():
+        check_parameter(f"params.{name}", getattr(params, name), shape, x)
+
+
+def rows_of(params, name: str) -> int:
+    weight = getattr(params, name)
+    check_tensor(f"params.{name}", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"params.{name}: got shape {tuple(weight.shape)}, expected a matrix")
+    return weight.shape[0]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from t2t_kernels.arguments import autocast_dtype, cast, check_parameter, check_tensor
 from t2t_kernels.backends import choose
+from t2t_kernels.library import operators
 from t2t_kernels.token_attention import reference
 from t2t_kernels.token_attention.ops import TOKEN_ATTENTION
 
@@ -45,5 +46,7 @@ def token_attention(
     check_parameter("q", q, v.shape, v, like_name="v")
     check_parameter("k", k, v.shape, v, like_name="v")
     check_scale(scale)
-    choose(TOKEN_ATTENTION, v.device, v.dtype, backend)
+    chosen = choose(TOKEN_ATTENTION, v.device, v.dtype, backend, {"E": v.shape[2]})
+    if chosen != "reference":
+        return operators(chosen).token_attention(q, k, v, scale)[0]
     return reference.token_attention(q, k, v, scale=scale)

@@ -5,7 +5,7 @@ import torch
 from t2t_kernels.performer_attention import triton as performer_attention
 from t2t_kernels.soft_split import triton as soft_split
 from t2t_kernels.soft_split_linear import triton as soft_split_linear
-from t2t_kernels.t2t_layer import triton as t2t_layer
+from t2t_kernels.performer_layer import triton as performer_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 128
@@ -59,8 +59,8 @@ def performer(layer, dtype):
     params = [tensor(32, 64, dtype=torch.float32), *(tensor(*s, dtype=dtype) for s in shapes)]
     seed = tensor(1, dtype=torch.int64)
     numbers = (*split, 1e-8, 0.1)
-    y, *sums = t2t_layer.performer_layer(x, *params, seed, *numbers)
-    t2t_layer.performer_layer_backward(y, x, *params, seed, *sums, *numbers, need_x)
+    y, *sums = performer_layer.performer_layer(x, *params, seed, *numbers)
+    performer_layer.performer_layer_backward(y, x, *params, seed, *sums, *numbers, need_x)
 
 
 CALLS = {}

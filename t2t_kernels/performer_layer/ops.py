@@ -1,4 +1,4 @@
-"""The contract of the T2T layers: schemas, fakes and gradients.
+"""The contract of the Performer T2T layer: schemas, fakes and gradients.
 
 Saved for the backward, besides the inputs, and no token's worth of anything: per image and feature the
 maximum, normaliser and sums of ``performer_attention``. The dropouts' masks follow from the seed.
@@ -12,15 +12,15 @@ from t2t_kernels.backends import INTERPRETED, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
-_PERFORMER_TENSORS = (
+_TENSORS = (
     "Tensor x, Tensor w, Tensor norm1_weight, Tensor norm1_bias, Tensor kqv_weight, Tensor kqv_bias, "
     "Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, "
     "Tensor mlp_0_weight, Tensor mlp_0_bias, Tensor mlp_2_weight, Tensor mlp_2_bias, Tensor? seed"
 )
-_PERFORMER_NUMBERS = "int kernel_size, int stride, int padding, float eps, float dropout_p"
+_NUMBERS = "int kernel_size, int stride, int padding, float eps, float dropout_p"
 
 
-def _performer_fake(x, w, *rest) -> tuple[Tensor, ...]:
+def _fake(x, w, *rest) -> tuple[Tensor, ...]:
     proj_weight, (kernel_size, stride, padding) = rest[4], rest[-5:-2]
     batch, features, embed = x.shape[0], w.shape[0], proj_weight.shape[0]
     h, width = output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
@@ -32,7 +32,7 @@ def _performer_fake(x, w, *rest) -> tuple[Tensor, ...]:
     )
 
 
-def _performer_backward_fake(grad, x, w, *rest) -> tuple[Tensor, ...]:
+def _backward_fake(grad, x, w, *rest) -> tuple[Tensor, ...]:
     need_x = rest[-1]
     return (
         like_map(x) if need_x else x.new_empty(0),
@@ -40,14 +40,14 @@ def _performer_backward_fake(grad, x, w, *rest) -> tuple[Tensor, ...]:
     )
 
 
-def _performer_setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, seed, kernel_size, stride, padding, eps, dropout_p = inputs
     ctx.numbers = kernel_size, stride, padding, eps, dropout_p
     ctx.save_for_backward(*tensors, seed, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _performer_backward(ops, ctx, grad: Tensor | None, *_):
+def _backward(ops, ctx, grad: Tensor | None, *_):
     if grad is None:
         return (None,) * 20
     need_x = ctx.needs_input_grad[0]
@@ -62,22 +62,19 @@ PERFORMER_LAYER = register_operation(
     # Twice as wide, the backward needs more shared memory than a GPU has; the interpreter has it.
     limits={"triton": dict.fromkeys("EmM", 128 if INTERPRETED else 64)},
 )
-TRANSFORMER_LAYER = register_operation(
-    "transformer_layer", parts=("soft_split_linear", "token_attention")
-)
 
 declare(
     "performer_layer",
-    f"({_PERFORMER_TENSORS}, {_PERFORMER_NUMBERS}) "
+    f"({_TENSORS}, {_NUMBERS}) "
     "-> (Tensor y, Tensor maximum, Tensor normalizer, Tensor sums)",
-    fake=_performer_fake,
-    setup_context=_performer_setup_context,
-    backward=_performer_backward,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 declare(
     "performer_layer_backward",
-    f"(Tensor grad, {_PERFORMER_TENSORS}, Tensor maximum, Tensor normalizer, Tensor sums, "
-    f"{_PERFORMER_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 13)})",
-    fake=_performer_backward_fake,
+    f"(Tensor grad, {_TENSORS}, Tensor maximum, Tensor normalizer, Tensor sums, "
+    f"{_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 13)})",
+    fake=_backward_fake,
     backward=no_second_derivative,
 )

@@ -1,16 +1,14 @@
-"""The T2T layers in every backend that fuses them: parity with dropout, launches, memory, contracts."""
-
-import contextlib
-from unittest import mock
+"""The Performer layer in every backend that fuses it: parity with dropout, launches, memory, contracts."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2t_kernels import PerformerLayerParams, performer_layer, soft_split_linear
 from t2t_kernels.backends import OPERATIONS
 from t2t_kernels.library import operators
+from t2t_kernels.measure import saved_bytes
 from tests.conftest import DEVICE
+from tests.kernels.meters import work
 from tests.kernels.test_reference import performer_params
 from tests.kernels.test_soft_split import channels_last, contiguous, name, sliced
 from tests.parity import assert_as_accurate
@@ -187,57 +185,12 @@ def test_compile(backend, device):
     torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(expected, x))
 
 
-class Work(TorchDispatchMode):
-    """What runs inside: the kernels and operators that launch something, and the memory allocated."""
-
-    ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-    VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided")
-
-    def __init__(self):
-        super().__init__()
-        self.allocated, self.launched, self.in_kernel = [], [], False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        operator = function.name().split("::")[1].split(".")[0]
-        # The interpreter copies its arguments; that is no work of ours.
-        if not self.in_kernel:
-            if operator in self.ALLOCATE:
-                self.allocated.append(result)
-            elif operator not in self.VIEW:
-                self.launched.append(operator)
-        return result
-
-    def counting(self, run):
-        def counted(kernel, *args, **kwargs):
-            self.launched.append(kernel.fn.__name__)
-            self.in_kernel = True
-            try:
-                return run(kernel, *args, **kwargs)
-            finally:
-                self.in_kernel = False
-
-        return counted
-
-
-@contextlib.contextmanager
-def work():
-    from triton.runtime import interpreter, jit
-
-    inside = Work()
-    with contextlib.ExitStack() as stack:
-        for runner in (interpreter.InterpretedFunction, jit.JITFunction):
-            stack.enter_context(mock.patch.object(runner, "run", inside.counting(runner.run)))
-        stack.enter_context(inside)
-        yield inside
-
-
 def test_launches_and_allocations(backend, device):
     """At most 3 launches forward and 6 backward; nothing per token but the result and gradients."""
     if backend != "triton":
         pytest.skip("counts Triton's launches")
     torch.use_deterministic_algorithms(False)  # whose poisoning would count
-    from t2t_kernels.t2t_layer import triton as kernels
+    from t2t_kernels.performer_layer import triton as kernels
 
     tensors, split = arguments("layer2", torch.float32, device)
     tensors[0] = channels_last(tensors[0])
@@ -282,15 +235,5 @@ def test_saved_for_backward(backend, dtype, most, monkeypatch):
             split = {"kernel_size": 3, "stride": 2, "padding": 1}
             return soft_split_linear(x, leaf(384, 576), leaf(384), **split, backend=backend)
 
-        kept = {}
-
-        def pack(tensor):
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(x)
-        apart = {id(parameter.untyped_storage()) for parameter in params}
-        saved = sum(storage.nbytes() for key, storage in kept.items() if key not in apart)
-    assert saved / batch / 2**20 <= most
-    assert saved / batch / 2**20 >= most / 4, "the meter sees too little"
+        saved = saved_bytes(lambda: module(x), params) / batch / 2**20
+    assert most / 4 <= saved <= most, "a quarter: the meter would see too little"

@@ -1,4 +1,4 @@
-"""The T2T layers: soft split, attention over its tokens, MLP (T2T-ViT, section 3.1)."""
+"""The T2T layer with Performer attention (T2T-ViT, section 3.1)."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from t2t_kernels.arguments import (
     autocast_dtype,
     cast,
     check_eps,
-    check_parameter,
+    check_params,
+    check_shapes,
     check_split,
-    check_tensor,
+    rows_of,
 )
 from t2t_kernels.backends import choose, requested, why_unavailable
 from t2t_kernels.library import operators
 from t2t_kernels.performer_attention.api import check_random_features
-from t2t_kernels.t2t_layer import reference
-from t2t_kernels.t2t_layer.ops import PERFORMER_LAYER, TRANSFORMER_LAYER
-from t2t_kernels.t2t_layer.params import PerformerLayerParams, TransformerLayerParams
-from t2t_kernels.token_attention.api import check_scale
+from t2t_kernels.performer_layer import reference
+from t2t_kernels.performer_layer.ops import PERFORMER_LAYER
+from t2t_kernels.performer_layer.params import PerformerLayerParams
 
 if why_unavailable("triton") is None:
-    import t2t_kernels.t2t_layer.triton  # noqa: F401  registers the kernels
+    import t2t_kernels.performer_layer.triton  # noqa: F401  registers the kernels
 
 
 def performer_layer(
@@ -59,7 +59,7 @@ def performer_layer(
         TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
         BackendUnavailable: the named backend cannot run this call.
     """
-    _check_type(params, PerformerLayerParams)
+    check_params(params, PerformerLayerParams)
     dtype = autocast_dtype(x)
     if dtype is not None:
         converted = PerformerLayerParams(*(cast(tensor, dtype) for tensor in params))
@@ -76,7 +76,7 @@ def performer_layer(
                 backend=backend,
             )
     check_split(x, kernel_size, stride, padding)
-    _check_performer_params(params, x, x.shape[1] * kernel_size**2)
+    _check_params(params, x, x.shape[1] * kernel_size**2)
     check_eps(eps)
     _check_dropout(dropout_p, seed)
     sizes = {
@@ -102,68 +102,9 @@ def performer_layer(
     )
 
 
-def transformer_layer(
-    x: Tensor,
-    params: TransformerLayerParams,
-    *,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    scale: float,
-    backend: str | None = None,
-) -> Tensor:
-    """T2T layer with softmax attention.
-
-    qkv = linear(norm1(soft_split(x))), no bias; a = v + proj(softmax(scale · q kᵀ) v);
-    out = a + mlp(norm2(a)), mlp = linear, exact GELU, linear; both norms with eps 1e-5.
-
-    Args:
-        x: map (B, C, H, W), float32, float16, bfloat16 or float64, any memory format or strides.
-        params: the layer's tensors, in the dtype and on the device of ``x``. Under autocast they are
-            converted as a matrix product's would be.
-        kernel_size, stride, padding: as in :func:`t2t_kernels.soft_split`.
-        scale: factor of the scores; T2T-ViT uses the width of the input tokens, (C·k·k)^-0.5.
-        backend: None chooses; see ``t2t_kernels.backends``.
-
-    Returns:
-        (B, T, E). Seen as (B, h, w, E) it is the next layer's channels-last map, without a copy.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
-    """
-    _check_type(params, TransformerLayerParams)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        converted = TransformerLayerParams(*(cast(tensor, dtype) for tensor in params))
-        with torch.autocast(x.device.type, enabled=False):
-            return transformer_layer(
-                cast(x, dtype),
-                converted,
-                kernel_size=kernel_size,
-                stride=stride,
-                padding=padding,
-                scale=scale,
-                backend=backend,
-            )
-    check_split(x, kernel_size, stride, padding)
-    _check_transformer_params(params, x, x.shape[1] * kernel_size**2)
-    check_scale(scale)
-    choose(TRANSFORMER_LAYER, x.device, x.dtype, backend)
-    return reference.transformer_layer(
-        x,
-        params,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        scale=scale,
-        backend=requested(backend),
-    )
-
-
-def _check_performer_params(params: PerformerLayerParams, x: Tensor, width: int) -> None:
-    embed, hidden = _rows(params, "proj_weight"), _rows(params, "mlp_0_weight")
-    _check_shapes(
+def _check_params(params: PerformerLayerParams, x: Tensor, width: int) -> None:
+    embed, hidden = rows_of(params, "proj_weight"), rows_of(params, "mlp_0_weight")
+    check_shapes(
         params,
         x,
         norm1_weight=(width,),
@@ -180,43 +121,6 @@ def _check_performer_params(params: PerformerLayerParams, x: Tensor, width: int)
         mlp_2_bias=(embed,),
     )
     check_random_features(params.w, embed, x)
-
-
-def _check_transformer_params(params: TransformerLayerParams, x: Tensor, width: int) -> None:
-    embed, hidden = _rows(params, "attn_proj_weight"), _rows(params, "mlp_fc1_weight")
-    _check_shapes(
-        params,
-        x,
-        norm1_weight=(width,),
-        norm1_bias=(width,),
-        attn_qkv_weight=(3 * embed, width),
-        attn_proj_weight=(embed, embed),
-        attn_proj_bias=(embed,),
-        norm2_weight=(embed,),
-        norm2_bias=(embed,),
-        mlp_fc1_weight=(hidden, embed),
-        mlp_fc1_bias=(hidden,),
-        mlp_fc2_weight=(embed, hidden),
-        mlp_fc2_bias=(embed,),
-    )
-
-
-def _check_type(params, expected: type) -> None:
-    if not isinstance(params, expected):
-        raise TypeError(f"params: got {type(params).__name__}, expected {expected.__name__}")
-
-
-def _check_shapes(params, x: Tensor, **shapes: tuple[int, ...]) -> None:
-    for name, shape in shapes.items():
-        check_parameter(f"params.{name}", getattr(params, name), shape, x)
-
-
-def _rows(params, name: str) -> int:
-    weight = getattr(params, name)
-    check_tensor(f"params.{name}", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"params.{name}: got shape {tuple(weight.shape)}, expected a matrix")
-    return weight.shape[0]
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

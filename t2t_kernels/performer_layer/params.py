@@ -1,4 +1,4 @@
-"""The tensors of the two T2T layers, named as in the state dict with dots as underscores.
+"""The tensors of a Performer T2T layer, named as in the state dict with dots as underscores.
 
 n = C·k·k is the width of an input token, E the width of an output token, m the number of random
 features, M the hidden width of the MLP.
@@ -23,17 +23,3 @@ class PerformerLayerParams(NamedTuple):
     mlp_0_bias: Tensor  # (M,)
     mlp_2_weight: Tensor  # (E, M)
     mlp_2_bias: Tensor  # (E,)
-
-
-class TransformerLayerParams(NamedTuple):
-    norm1_weight: Tensor  # (n,)
-    norm1_bias: Tensor  # (n,)
-    attn_qkv_weight: Tensor  # (3E, n), in the order q, k, v
-    attn_proj_weight: Tensor  # (E, E)
-    attn_proj_bias: Tensor  # (E,)
-    norm2_weight: Tensor  # (E,)
-    norm2_bias: Tensor  # (E,)
-    mlp_fc1_weight: Tensor  # (M, E)
-    mlp_fc1_bias: Tensor  # (M,)
-    mlp_fc2_weight: Tensor  # (E, M)
-    mlp_fc2_bias: Tensor  # (E,)

@@ -1,4 +1,4 @@
-"""The two T2T layers, composed of the operations below them: the specification of the fused ones.
+"""The Performer T2T layer, composed of the operations below it: the specification of the fused one.
 
 ``backend`` serves those operations; "reference" is plain PyTorch throughout.
 """
@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2t_kernels.performer_attention.api import performer_attention
+from t2t_kernels.performer_layer.params import PerformerLayerParams
 from t2t_kernels.philox import dropout
 from t2t_kernels.soft_split_linear.api import soft_split_linear
-from t2t_kernels.t2t_layer.params import PerformerLayerParams, TransformerLayerParams
-from t2t_kernels.token_attention.api import token_attention
 
 # The dropouts of one layer draw from different counters.
 AFTER_PROJ, AFTER_MLP = 0, 1
@@ -48,32 +47,3 @@ def performer_layer(
     z = F.gelu(F.linear(z, params.mlp_0_weight, params.mlp_0_bias))
     z = F.linear(z, params.mlp_2_weight, params.mlp_2_bias)
     return y + dropout(z, dropout_p, seed, AFTER_MLP)
-
-
-def transformer_layer(
-    x: Tensor,
-    params: TransformerLayerParams,
-    *,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    scale: float,
-    backend: str | None,
-) -> Tensor:
-    qkv = soft_split_linear(
-        x,
-        params.attn_qkv_weight,
-        None,
-        params.norm1_weight,
-        params.norm1_bias,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=padding,
-        backend=backend,
-    )
-    q, k, v = qkv.chunk(3, dim=-1)
-    y = token_attention(q, k, v, scale=scale, backend=backend)
-    y = v + F.linear(y, params.attn_proj_weight, params.attn_proj_bias)
-    z = F.layer_norm(y, y.shape[-1:], params.norm2_weight, params.norm2_bias)
-    z = F.gelu(F.linear(z, params.mlp_fc1_weight, params.mlp_fc1_bias))
-    return y + F.linear(z, params.mlp_fc2_weight, params.mlp_fc2_bias)

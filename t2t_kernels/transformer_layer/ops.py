@@ -1,0 +1,73 @@
+"""The contract of the transformer T2T layer: schemas, fakes and gradients.
+
+Saved for the backward, besides the inputs: q, k and the attention's result, in the map's dtype, and the
+logarithm of each query's normaliser in float32. v is projected again: the backward reads the patches
+anyway, and v is a third of their projection.
+"""
+
+import torch
+from torch import Tensor
+
+from t2t_kernels.arguments import output_size
+from t2t_kernels.backends import register_operation
+from t2t_kernels.library import declare, no_second_derivative
+from t2t_kernels.soft_split_linear.ops import like_map
+
+_TENSORS = (
+    "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor attn_qkv_weight, "
+    "Tensor attn_proj_weight, Tensor attn_proj_bias, Tensor norm2_weight, Tensor norm2_bias, "
+    "Tensor mlp_fc1_weight, Tensor mlp_fc1_bias, Tensor mlp_fc2_weight, Tensor mlp_fc2_bias"
+)
+_NUMBERS = "int kernel_size, int stride, int padding, float scale"
+
+
+def _fake(x, *rest) -> tuple[Tensor, ...]:
+    proj_weight, (kernel_size, stride, padding) = rest[3], rest[-4:-1]
+    h, w = output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
+    shape = (x.shape[0], h * w, proj_weight.shape[0])
+    tokens = (x.new_empty(shape) for _ in range(4))
+    return *tokens, x.new_empty(shape[:2], dtype=torch.float32)
+
+
+def _backward_fake(grad, x, *rest) -> tuple[Tensor, ...]:
+    need_x = rest[-1]
+    return (
+        like_map(x) if need_x else x.new_empty(0),
+        *(parameter.new_empty(parameter.shape) for parameter in rest[:11]),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, kernel_size, stride, padding, scale = inputs
+    ctx.numbers = kernel_size, stride, padding, scale
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ops, ctx, grad: Tensor | None, *_):
+    if grad is None:
+        return (None,) * 16
+    need_x = ctx.needs_input_grad[0]
+    grad_x, *grads = ops.transformer_layer_backward(grad, *ctx.saved_tensors, *ctx.numbers, need_x)
+    return grad_x if need_x else None, *grads, *(None,) * 4
+
+
+TRANSFORMER_LAYER = register_operation(
+    "transformer_layer", parts=("soft_split_linear", "token_attention")
+)
+
+declare(
+    "transformer_layer",
+    f"({_TENSORS}, {_NUMBERS}) "
+    "-> (Tensor y, Tensor q, Tensor k, Tensor attended, Tensor log_sum_exp)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+declare(
+    "transformer_layer_backward",
+    f"(Tensor grad, {_TENSORS}, Tensor q, Tensor k, Tensor attended, Tensor log_sum_exp, "
+    f"{_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 12)})",
+    fake=_backward_fake,
+    backward=no_second_derivative,
+)

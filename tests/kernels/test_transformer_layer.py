@@ -1,0 +1,197 @@
+"""The transformer layer in every backend that fuses it: parity, allocations, memory, contracts."""
+
+import pytest
+import torch
+
+from t2t_kernels import TransformerLayerParams, soft_split_linear, transformer_layer
+from t2t_kernels.backends import OPERATIONS
+from t2t_kernels.library import operators
+from t2t_kernels.measure import saved_bytes
+from tests.conftest import DEVICE
+from tests.kernels.meters import work
+from tests.kernels.test_reference import transformer_params
+from tests.kernels.test_soft_split import channels_last, contiguous, name, sliced
+from tests.parity import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("poisoned", "fused")
+
+# Map, (kernel_size, stride, padding), (E, M): the model's layers on small maps, then awkward ones.
+CASES = {
+    "layer1": ((1, 3, 46, 41), (7, 4, 2), (64, 64)),
+    "layer2": ((1, 64, 12, 9), (3, 2, 1), (64, 64)),
+    "narrow": ((1, 20, 7, 6), (3, 2, 1), (32, 40)),
+    "wide": ((1, 16, 5, 6), (3, 1, 1), (128, 128)),
+    "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 7)),
+    "one-token": ((2, 3, 5, 5), (7, 4, 2), (16, 16)),
+    "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (16, 16)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FIELDS = ("x", *TransformerLayerParams._fields)
+
+
+@pytest.fixture
+def fused(backend):
+    if backend not in OPERATIONS["transformer_layer"].kernels:
+        pytest.skip(f"no {backend} kernel yet")
+
+
+def arguments(case, dtype, device):
+    shape, split, sizes = CASES[case]
+    torch.manual_seed(len(case))
+    params = transformer_params(shape[1] * split[0] ** 2, *sizes, dtype=torch.float32)
+    return [tensor.to(device, dtype) for tensor in (torch.randn(shape), *params)], split
+
+
+def layer(tensors, split, backend, scale=None):
+    kernel_size, stride, padding = split
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    x, params = tensors[0], TransformerLayerParams(*tensors[1:])
+    scale = (x.shape[1] * kernel_size**2) ** -0.5 if scale is None else scale
+    return transformer_layer(x, params, **geometry, scale=scale, backend=backend)
+
+
+def gradients(tensors, split, backend, dtype, layout=contiguous, scale=None):
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    leaves[0] = layout(leaves[0].detach()).requires_grad_()
+    y = layer(leaves, split, backend, scale)
+    torch.manual_seed(0)
+    grad = torch.randn(y.shape, device=y.device).to(tensors[0].dtype).to(dtype)
+    return {"y": y, **dict(zip(FIELDS, torch.autograd.grad(y, leaves, grad), strict=True))}
+
+
+def assert_parity(tensors, split, backend, layout=contiguous, scale=None):
+    dtype = tensors[0].dtype
+    ours = gradients(tensors, split, backend, dtype, layout, scale)
+    plain = gradients(tensors, split, "reference", dtype, layout, scale)
+    exact = gradients(tensors, split, "reference", torch.float64, layout, scale)
+    for what in exact:
+        assert_as_accurate(ours[what], plain[what], exact[what], what)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in ("layer1", "layer2") for dtype in DTYPES[1:]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_parity(backend, device, case, dtype):
+    tensors, split = arguments(case, dtype, device)
+    assert_parity(tensors, split, backend)
+
+
+@pytest.mark.parametrize("layout", [channels_last, sliced], ids=name)
+@pytest.mark.parametrize("case", ["narrow", "odd"])
+def test_layouts(backend, device, case, layout):
+    tensors, split = arguments(case, torch.float32, device)
+    assert_parity(tensors, split, backend, layout)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 100.0])
+def test_flat_map(backend, device, value):
+    tensors, split = arguments("odd", torch.float32, device)
+    tensors[0].fill_(value)
+    assert_parity(tensors, split, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_large_scores(backend, device, dtype):
+    """q and k of rms 8 with scale 1: nearly one key a query."""
+    tensors, split = arguments("narrow", dtype, device)
+    weight = tensors[FIELDS.index("attn_qkv_weight")]
+    weight[: 2 * weight.shape[0] // 3].mul_(8)
+    assert_parity(tensors, split, backend, scale=1.0)
+
+
+def test_no_gradient_of_the_map_where_none_is_asked_for(backend, device):
+    tensors, split = arguments("layer2", torch.float32, device)
+    leaves = [tensors[0], *(tensor.requires_grad_() for tensor in tensors[1:])]
+    with_x = gradients(tensors, split, backend, torch.float32)
+    torch.manual_seed(0)
+    y = layer(leaves, split, backend)
+    grads = torch.autograd.grad(y, leaves[1:], torch.randn(y.shape, device=y.device))
+    for what, grad in zip(FIELDS[1:], grads, strict=True):
+        torch.testing.assert_close(grad, with_x[what], rtol=1e-5, atol=1e-5)
+
+
+def test_deterministic(backend, device):
+    tensors, split = arguments("layer2", torch.float32, device)
+    first, second = (gradients(tensors, split, backend, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+def test_autocast(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    x = tensors[0].requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = layer(tensors, split, backend)
+    assert ours.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(ours.float().sum(), x)
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(ours.float(), layer(tensors, split, backend), rtol=0.1, atol=0.1)
+
+
+def test_opcheck(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        operators(backend).transformer_layer, (*leaves, *split, 0.1), test_utils=tests
+    )
+
+
+def test_compile(backend, device):
+    tensors, split = arguments("odd", torch.float32, device)
+    x = tensors[0].requires_grad_()
+
+    def step(x):
+        return layer([x * 2, *tensors[1:]], split, backend).square().sum()
+
+    compiled, expected = torch.compile(step, fullgraph=True)(x), step(x)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(expected, x))
+
+
+def test_allocations(backend, device):
+    """Nothing is as large as the tokens, q, k and v together or the scores: T×E at most."""
+    if backend == "cpu":
+        pytest.skip("its memory does not come from torch's allocator")
+    torch.use_deterministic_algorithms(False)  # whose poisoning would count
+    tensors, split = arguments("layer2", torch.float32, device)
+    tensors[0] = channels_last(tensors[0])
+    numbers = *split, 576**-0.5
+    with work() as forward:
+        y, *saved = operators(backend).transformer_layer(*tensors, *numbers)
+    with work() as backward:
+        operators(backend).transformer_layer_backward(y, *tensors, *saved, *numbers, True)
+    tokens, largest = y.shape[1], y[0].numel()
+    assert len(forward.allocated) >= 5 and len(backward.allocated) >= 12, "the meter sees too little"
+    for tensor in (*forward.allocated, *backward.allocated):
+        assert tokens not in tensor.shape or tensor.numel() <= largest, tensor.shape
+
+
+def test_saved_for_backward(backend):
+    """At most 5 MiB per image for the whole module at 224×224: shapes alone, no kernel runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    batch, device = 4, torch.device("cpu") if backend == "cpu" else DEVICE
+    with FakeTensorMode():
+        x = torch.empty(batch, 3, 224, 224, device=device)
+        params = []
+
+        def leaf(*shape):
+            params.append(torch.empty(shape, device=device, requires_grad=True))
+            return params[-1]
+
+        def module(x):
+            for split, width, side in (((7, 4, 2), 147, 56), ((3, 2, 1), 576, 28)):
+                shapes = ((width,), (width,), (192, width), (64, 64), (64,), (64,), (64,))
+                shapes += ((64, 64), (64,), (64, 64), (64,))
+                y = layer([x, *(leaf(*shape) for shape in shapes)], split, backend)
+                x = y.transpose(1, 2).unflatten(2, (side, side))
+            split = {"kernel_size": 3, "stride": 2, "padding": 1}
+            return soft_split_linear(x, leaf(384, 576), leaf(384), **split, backend=backend)
+
+        saved = saved_bytes(lambda: module(x), params) / batch / 2**20
+    assert 2.0 <= saved <= 5.0, "below 2: the meter would see too little"
