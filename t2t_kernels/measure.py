@@ -58,15 +58,15 @@ def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor] = ()) -> 
     Each storage counts once, whole, however many tensors view it; those of ``apart`` (parameters,
     which are there anyway) do not count.
     """
-    apart = {tensor.untyped_storage().data_ptr() for tensor in apart}
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # By the storage itself, since fake tensors have no address; kept alive, so that none counts twice.
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    return sum(storage.nbytes() for storage in kept.values())
+    others = {tensor.untyped_storage()._cdata for tensor in apart}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in others)

@@ -235,5 +235,5 @@ def test_saved_for_backward(backend, dtype, most, monkeypatch):
             split = {"kernel_size": 3, "stride": 2, "padding": 1}
             return soft_split_linear(x, leaf(384, 576), leaf(384), **split, backend=backend)
 
-        saved = saved_bytes(lambda: module(x), params) / batch / 2**20
+        saved = saved_bytes(lambda: module(x), apart=params) / batch / 2**20
     assert most / 4 <= saved <= most, "a quarter: the meter would see too little"

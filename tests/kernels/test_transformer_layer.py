@@ -193,5 +193,5 @@ def test_saved_for_backward(backend):
             split = {"kernel_size": 3, "stride": 2, "padding": 1}
             return soft_split_linear(x, leaf(384, 576), leaf(384), **split, backend=backend)
 
-        saved = saved_bytes(lambda: module(x), params) / batch / 2**20
+        saved = saved_bytes(lambda: module(x), apart=params) / batch / 2**20
     assert 2.0 <= saved <= 5.0, "below 2: the meter would see too little"
