@@ -1,6 +1,6 @@
 // What the fused CPU kernels are called with, and the table of them for each instruction set.
 //
-// The kernels (vec.h, gemm.h, patches.h, performer.h, tail.h, kernels.h) are compiled once per
+// The kernels (vec.h, gemm.h, patches.h, performer.h, tail.h, softmax.h, kernels.h) are compiled once per
 // instruction set by isa_*.cpp; the operators choose a table at run time. All calls here work on a
 // range of one image's tokens in memory that the caller provides, so that the operators decide what
 // runs in parallel and in which order partial sums are added.
@@ -110,6 +110,28 @@ struct Range {
   int64_t image, first, last;
 };
 
+// softmax(scale·q kᵀ) v over one image's tokens.
+struct Softmax {
+  int64_t tokens, embed;
+  float scale;
+};
+
+// Of each query, the maximum of its scaled scores and under it the sum of their exponentials.
+struct SoftmaxRows {
+  float *maximum, *normalizer;
+};
+
+// q, k, v or the result's gradient of an image as the products take them, in float or in pairs of
+// bfloat16: its rows (tokens × embed) as a left operand, its transpose (embed × tokens) and its rows
+// again as right operands. Each takes at most operand_floats; null where it is not needed.
+struct Operand {
+  void *rows, *columns, *depth;
+};
+constexpr int64_t kOperandPanel = 64;
+constexpr int64_t operand_floats(int64_t tokens, int64_t embed) {
+  return (tokens + kOperandPanel - 1) / kOperandPanel * kOperandPanel * padded(embed);
+}
+
 // The kernels for one type of tensor. Scratch memory is 64-byte aligned, `scratch` bytes of it.
 struct TypedKernels {
   // Bytes of a packed depth × columns matrix, and the packing: element (k, j) is
@@ -150,6 +172,43 @@ struct TypedKernels {
   void (*layer_keys_backward)(const Projection&, const Features&, const void* x, KeySums,
                               KeySums grads, ProjectionSums, float* band, float* kqv,
                               const float* skip, Range, void* scratch);
+
+  int64_t (*softmax_scratch)(const Softmax&);
+  // From the tensor's type, and from floats. The range begins at a multiple of kOperandPanel.
+  void (*make_operand)(const Softmax&, Rows from, Operand, Range, void* scratch);
+  void (*make_operand_of_floats)(const Softmax&, Rows from, Operand, Range, void* scratch);
+  // `attended` receives the result in float; null where it is not wanted.
+  void (*softmax_forward)(const Softmax&, Operand q, Operand k, Operand v, Rows y, float* attended,
+                          SoftmaxRows statistics, Range, void* scratch);
+  // D of the queries; `attended` is in float.
+  void (*softmax_delta)(const Softmax&, Rows attended, Rows grad, float* delta, Range, void* scratch);
+  // What the keys of the range, which begins at a multiple of kOperandPanel, contribute: to dQ/scale
+  // of all queries, which is written, and to dK/scale and dV of the keys, which are added to. All are
+  // (T, padded embed) floats.
+  void (*softmax_backward)(const Softmax&, Operand q, Operand k, Operand v, Operand grad,
+                           SoftmaxRows statistics, const float* delta, float* grad_q, float* grad_k,
+                           float* grad_v, Range keys, void* scratch);
+  // scale × the sum of `count` arrays of floats, `size` apart.
+  void (*softmax_gradient)(const Softmax&, const float* from, int64_t count, int64_t size, float scale,
+                           Rows to, Range, void* scratch);
+
+  int64_t (*transformer_scratch)(const Projection&, const Softmax&, const Tail&);
+  // `values` are the image's (T, padded embed) floats.
+  void (*transformer_project)(const Projection&, const Softmax&, const void* x, Rows q, Rows k,
+                              float* values, Range, void* scratch);
+  void (*transformer_queries)(const Softmax&, const Tail&, Operand q, Operand k, Operand v,
+                              const float* values, Rows attended, SoftmaxRows statistics, Rows y, Range,
+                              void* scratch);
+  // The projection is that of v alone. Leaves the values, and the gradients of attention's result, of
+  // v through the skip, and D.
+  void (*transformer_tail_backward)(const Projection&, const Softmax&, const Tail&, const void* x,
+                                    Rows attended, Rows grad, TailSums, float* values, float* grad_y,
+                                    float* grad_v, float* delta, Range, void* scratch);
+  // From `count` arrays of dQ/scale, `size` floats apart, dK/scale and dV.
+  void (*transformer_projection_backward)(const Projection&, const Softmax&, const void* x,
+                                          const float* grad_q, int64_t count, int64_t size,
+                                          const float* grad_k, const float* grad_v, ProjectionSums,
+                                          float* band, Range, void* scratch);
 };
 
 struct Kernels {

@@ -1,7 +1,7 @@
 // The kernels over a range of tokens, and the table of them: what each isa_*.cpp compiles.
 #pragma once
 
-#include "tail.h"
+#include "softmax.h"
 
 namespace t2t {
 namespace {
@@ -17,13 +17,12 @@ inline void for_tiles(const Range& range, const F& f) {
 // The bytes that the buffers made by f(arena) take, and those of a cache line for alignment.
 template <typename F>
 inline int64_t bytes_of(const F& f) {
-  char base[1];
-  Arena arena{base};
+  Arena arena{0};
   f(arena);
-  return arena.next - base + 64;
+  return static_cast<int64_t>(arena.next) + 64;
 }
 inline Arena arena_at(void* scratch) {
-  return {reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64)};
+  return {(reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64};
 }
 
 inline Tile tile_in(Arena& arena, int64_t row) { return {arena.tile(row), row}; }
@@ -332,6 +331,212 @@ void layer_keys_backward(const Projection& p, const Features& w, const void* x, 
   });
 }
 
+// --- softmax attention ------------------------------------------------------------------------------
+
+struct AttentionTiles {
+  SoftmaxBuffers softmax;
+  Tile y, grad;
+
+  AttentionTiles(const Softmax& s, Arena& arena)
+      : softmax(true, arena), y(tile_in(arena, padded(s.embed))), grad(tile_in(arena, padded(s.embed))) {}
+};
+
+int64_t softmax_scratch(const Softmax& s) {
+  return bytes_of([&](Arena& arena) { AttentionTiles(s, arena); });
+}
+
+template <typename S, typename E>
+void make_operand(const Softmax& s, Rows from, Operand to, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  operand_of<S, E>(s, from, to, range, arena);
+}
+
+template <typename T>
+void softmax_forward(const Softmax& s, Operand q, Operand k, Operand v, Rows y, float* attended,
+                     SoftmaxRows statistics, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  AttentionTiles m(s, arena);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    softmax_tile<Element<T>>(s, q, k, v, token, rows, m.y, statistics, m.softmax);
+    store_tile<T>(m.y, rows, s.embed, y, token);
+    if (attended) store_tile<float>(m.y, rows, s.embed, {attended, s.embed, 1}, token);
+  });
+}
+
+template <typename T>
+void round_tile(Tile x, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < x.row; j += kLanes) {
+      T rounded[kLanes];
+      store(rounded, load(x[i] + j));
+      store(x[i] + j, load(rounded));
+    }
+  }
+}
+
+// y·dy by the same instructions in the same order as the products that make v·dy: where a query attends
+// to one key, the two then cancel exactly.
+inline void delta_of(Tile y, Tile grad, int64_t rows, float* delta) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec total{};
+    for (int64_t j = 0; j < y.row; j += kSegment<float>) {
+      Vec part{};
+      for (int64_t e = j; e < least(j + kSegment<float>, y.row); ++e) {
+        part += all(grad[i][e]) * load(y[i] + e);  // the first lane counts
+      }
+      total = j == 0 ? part : part + total;
+    }
+    delta[i] = total[0];
+  }
+}
+
+template <typename T>
+void softmax_delta(const Softmax& s, Rows attended, Rows grad, float* delta, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  const AttentionTiles m(s, arena);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    load_tile<float>(attended, token, rows, s.embed, m.y);
+    load_tile<T>(grad, token, rows, s.embed, m.grad);
+    delta_of(m.y, m.grad, rows, delta + token);
+  });
+}
+
+template <typename T>
+void softmax_backward(const Softmax& s, Operand q, Operand k, Operand v, Operand grad,
+                      SoftmaxRows statistics, const float* delta, float* grad_q, float* grad_k,
+                      float* grad_v, Range keys, void* scratch) {
+  Arena arena = arena_at(scratch);
+  AttentionTiles m(s, arena);
+  const int64_t embed = padded(s.embed);
+  for_tiles({keys.image, 0, s.tokens}, [&](int64_t token, int64_t rows) {
+    float* to = grad_q + token * embed;
+    std::memset(to, 0, rows * embed * sizeof(float));
+    for (int64_t key = keys.first; key < keys.last; key += kKeys) {
+      softmax_backward_block<Element<T>>(s, q, k, v, grad, statistics, delta, token, rows, key,
+                                         least(kKeys, keys.last - key), to, grad_k + key * embed,
+                                         grad_v + key * embed, m.softmax);
+    }
+  });
+}
+
+// scale × the sum of arrays, of the tokens of a tile.
+inline void sum_arrays(const float* from, int64_t count, int64_t size, float scale, int64_t token,
+                       int64_t rows, int64_t embed, Tile to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t e = 0; e < embed; e += kLanes) {
+      Vec total{};
+      for (int64_t c = 0; c < count; ++c) total += load(from + c * size + (token + i) * embed + e);
+      store(to[i] + e, total * scale);
+    }
+  }
+}
+
+template <typename T>
+void softmax_gradient(const Softmax& s, const float* from, int64_t count, int64_t size, float scale,
+                      Rows to, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  const AttentionTiles m(s, arena);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    sum_arrays(from, count, size, scale, token, rows, padded(s.embed), m.grad);
+    store_tile<T>(m.grad, rows, s.embed, to, token);
+  });
+}
+
+// --- the transformer layer --------------------------------------------------------------------------
+
+struct TransformerBuffers {
+  ProjectionBuffers projection;
+  Tile qkv, y, grad_y;  // qkv: three groups of padded(embed)
+  SoftmaxBuffers softmax;
+  TailBuffers tail;
+
+  TransformerBuffers(const Projection& p, const Softmax& s, const Tail& t, Arena& arena)
+      : projection(p, arena),
+        qkv(tile_in(arena, 3 * padded(s.embed))),
+        y(tile_in(arena, padded(s.embed))),
+        grad_y(tile_in(arena, padded(s.embed))),
+        softmax(false, arena),
+        tail(t, true, arena) {}
+};
+
+int64_t transformer_scratch(const Projection& p, const Softmax& s, const Tail& t) {
+  return bytes_of([&](Arena& arena) { TransformerBuffers(p, s, t, arena); });
+}
+
+template <typename T>
+void transformer_project(const Projection& p, const Softmax& s, const void* x, Rows q, Rows k,
+                         float* values, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  const ProjectionForwardBuffers m(p, arena);
+  const int64_t embed = padded(s.embed);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    project<T>(p, x, range.image, token, rows, m.tile, m.buffer, m.y);
+    store_tile<T>({m.y, p.outputs}, rows, s.embed, q, token);
+    store_tile<T>({m.y + embed, p.outputs}, rows, s.embed, k, token);
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(values + (token + i) * embed, m.y + i * p.outputs + 2 * embed, embed * sizeof(float));
+    }
+  });
+}
+
+template <typename T>
+void transformer_queries(const Softmax& s, const Tail& t, Operand q, Operand k, Operand v,
+                         const float* values, Rows attended, SoftmaxRows statistics, Rows y, Range range,
+                         void* scratch) {
+  Arena arena = arena_at(scratch);
+  const int64_t embed = padded(s.embed);
+  SoftmaxBuffers softmax(false, arena);
+  const Tile result = tile_in(arena, embed);
+  TailBuffers m(t, false, arena);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    softmax_tile<Element<T>>(s, q, k, v, token, rows, result, statistics, softmax);
+    store_tile<float>(result, rows, s.embed, attended, token);
+    const Tile skip{const_cast<float*>(values) + token * embed, embed};
+    tail_forward<Element<T>>(t, token, rows, result, skip, m);
+    store_tile<T>(m.result, rows, s.embed, y, token);
+  });
+}
+
+template <typename T>
+void transformer_tail_backward(const Projection& p, const Softmax& s, const Tail& t, const void* x,
+                               Rows attended, Rows grad, TailSums sums, float* values, float* grad_y,
+                               float* grad_v, float* delta, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  TransformerBuffers m(p, s, t, arena);
+  const int64_t embed = padded(s.embed);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    const Tile v{values + token * embed, embed};
+    project<T>(p, x, range.image, token, rows, m.projection.tile, m.projection.buffer, m.qkv.p);
+    std::memcpy(v.p, m.qkv.p, rows * embed * sizeof(float));
+    load_tile<float>(attended, token, rows, s.embed, m.y);
+    load_tile<T>(grad, token, rows, s.embed, m.tail.grad);
+    tail_backward<Element<T>>(t, token, rows, m.y, v, sums, m.tail, m.grad_y);
+    // As the products will take it: D cancels against what they make of it.
+    round_tile<T>(m.grad_y, rows);
+    delta_of(m.y, m.grad_y, rows, delta + token);
+    std::memcpy(grad_y + token * embed, m.grad_y.p, rows * embed * sizeof(float));
+    std::memcpy(grad_v + token * embed, m.tail.grad.p, rows * embed * sizeof(float));
+  });
+}
+
+template <typename T>
+void transformer_projection_backward(const Projection& p, const Softmax& s, const void* x,
+                                     const float* grad_q, int64_t count, int64_t size,
+                                     const float* grad_k, const float* grad_v, ProjectionSums sums,
+                                     float* band, Range range, void* scratch) {
+  Arena arena = arena_at(scratch);
+  ProjectionBuffers m(p, arena);
+  const Tile qkv = tile_in(arena, p.outputs);
+  const int64_t embed = padded(s.embed);
+  const Band under(p.split, range, band);
+  for_tiles(range, [&](int64_t token, int64_t rows) {
+    sum_arrays(grad_q, count, size, s.scale, token, rows, embed, qkv);
+    sum_arrays(grad_k, 1, 0, s.scale, token, rows, embed, {qkv.p + embed, qkv.row});
+    sum_arrays(grad_v, 1, 0, 1.f, token, rows, embed, {qkv.p + 2 * embed, qkv.row});
+    project_backward<T>(p, x, range.image, token, rows, qkv.p, sums, band, under.start, under.rows, m);
+  });
+}
+
 // --- the table ------------------------------------------------------------------------------------
 
 template <typename T>
@@ -351,7 +556,19 @@ constexpr TypedKernels typed_kernels() {
           layer_keys<T>,
           layer_queries<T>,
           layer_queries_backward<T>,
-          layer_keys_backward<T>};
+          layer_keys_backward<T>,
+          softmax_scratch,
+          make_operand<T, Element<T>>,
+          make_operand<float, Element<T>>,
+          softmax_forward<T>,
+          softmax_delta<T>,
+          softmax_backward<T>,
+          softmax_gradient<T>,
+          transformer_scratch,
+          transformer_project<T>,
+          transformer_queries<T>,
+          transformer_tail_backward<T>,
+          transformer_projection_backward<T>};
 }
 
 constexpr Kernels make_kernels(const char* name) {

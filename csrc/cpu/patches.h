@@ -11,7 +11,7 @@ constexpr int64_t kTile = 48;
 
 // Scratch memory, handed out in order.
 struct Arena {
-  char* next;
+  uintptr_t next;
 
   float* floats(int64_t n) {
     auto* p = reinterpret_cast<float*>(next);

@@ -6,9 +6,8 @@
 // gradient of the result to those of q, of the sums and of the tail's parameters; a second one, when
 // the gradients of the sums are complete, goes on to k and v, the projection and the map.
 
-#include "operators.h"
+#include "layer.h"
 
-#include <array>
 #include <cmath>
 
 namespace t2t {
@@ -29,105 +28,18 @@ Dropout make_dropout(double p, const std::optional<Tensor>& seed, uint64_t site)
           p == 1 ? 0.f : static_cast<float>(1 / (1 - p))};
 }
 
-struct TailTensors {
-  const Tensor &proj_weight, &proj_bias, &norm_weight, &norm_bias, &mlp_in_weight, &mlp_in_bias,
-      &mlp_out_weight, &mlp_out_bias;
-};
-
-// The tail's parameters as the kernels take them, and the layout of a slot of their gradients.
-class TailParameters {
- public:
-  TailParameters(const TypedKernels& kernels, const TailTensors& t, const Dropout& after_proj,
-                 const Dropout& after_mlp, bool backward) {
-    const int64_t embed = t.proj_weight.size(0), hidden = t.mlp_in_weight.size(0);
-    tail_ = {};
-    tail_.embed = embed;
-    tail_.hidden = hidden;
-    tail_.after_proj = after_proj;
-    tail_.after_mlp = after_mlp;
-    linear(kernels, t.proj_weight, backward, tail_.proj, tail_.proj_t);
-    linear(kernels, t.mlp_in_weight, backward, tail_.mlp_in, tail_.mlp_in_t);
-    linear(kernels, t.mlp_out_weight, backward, tail_.mlp_out, tail_.mlp_out_t);
-    tail_.proj_bias = vector(t.proj_bias);
-    tail_.mlp_in_bias = vector(t.mlp_in_bias);
-    tail_.mlp_out_bias = vector(t.mlp_out_bias);
-    tail_.norm_gain = vector(t.norm_weight);
-    tail_.norm_offset = vector(t.norm_bias);
-  }
-
-  const Tail& tail() const { return tail_; }
-
-  int64_t slot_size() const {
-    const int64_t e = padded(tail_.embed), h = padded(tail_.hidden);
-    return tail_.embed * e + tail_.hidden * e + tail_.embed * h + 4 * e + h;
-  }
-  TailSums sums_at(float* p) const {
-    const int64_t e = padded(tail_.embed), h = padded(tail_.hidden);
-    TailSums sums;
-    const auto take = [&](int64_t n) {
-      float* at = p;
-      p += n;
-      return at;
-    };
-    sums.proj = take(tail_.embed * e);
-    sums.mlp_in = take(tail_.hidden * e);
-    sums.mlp_out = take(tail_.embed * h);
-    sums.proj_bias = take(e), sums.norm_gain = take(e), sums.norm_offset = take(e);
-    sums.mlp_out_bias = take(e), sums.mlp_in_bias = take(h);
-    return sums;
-  }
-
- private:
-  const float* keep(Memory memory) {
-    memory_.push_back(std::move(memory));
-    return memory_.back().floats();
-  }
-  const float* vector(const Tensor& tensor) {
-    return keep(gathered(floats_of(as_floats(tensor)), offsets(tensor.size(0), 1)));
-  }
-  void linear(const TypedKernels& kernels, const Tensor& weight, bool backward, const void*& forward,
-              const void*& transposed) {
-    const Tensor floats = as_floats(weight);
-    forward = keep(packed_linear(kernels, floats));
-    if (backward) transposed = keep(packed_linear_t(kernels, floats));
-  }
-
-  Tail tail_;
-  std::vector<Memory> memory_;
-};
-
-// Rows of padded floats as a parameter's gradient.
-Tensor as_gradient(const float* from, const Tensor& parameter) {
-  const bool matrix = parameter.dim() == 2;
-  const int64_t rows = matrix ? parameter.size(0) : 1, columns = parameter.size(matrix ? 1 : 0);
-  const Tensor floats = matrix ? new_floats(parameter, {rows, columns}) : new_floats(parameter, {columns});
-  for (int64_t i = 0; i < rows; ++i) {
-    std::copy_n(from + i * padded(columns), columns, mutable_floats_of(floats) + i * columns);
-  }
-  return torch::stable::to(floats, parameter.scalar_type());
-}
-
 void check_parameters(const Split& split, const Tensor& x, const Tensor& w, const Tensor& norm_weight,
                       const Tensor& norm_bias, const Tensor& kqv_weight, const Tensor& kqv_bias,
                       const TailTensors& t) {
-  const int64_t n = split.patch(), embed = t.proj_weight.size(0), hidden = t.mlp_in_weight.size(0);
+  const int64_t n = split.patch(), embed = t.proj_weight.size(0);
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == embed, kName, ": w has the wrong shape");
   check(kName, "norm1_weight", norm_weight, {n}, dtype);
   check(kName, "norm1_bias", norm_bias, {n}, dtype);
   check(kName, "kqv_weight", kqv_weight, {3 * embed, n}, dtype);
   check(kName, "kqv_bias", kqv_bias, {3 * embed}, dtype);
-  check(kName, "proj_weight", t.proj_weight, {embed, embed}, dtype);
-  check(kName, "proj_bias", t.proj_bias, {embed}, dtype);
-  check(kName, "norm2_weight", t.norm_weight, {embed}, dtype);
-  check(kName, "norm2_bias", t.norm_bias, {embed}, dtype);
-  check(kName, "mlp_0_weight", t.mlp_in_weight, {hidden, embed}, dtype);
-  check(kName, "mlp_0_bias", t.mlp_in_bias, {hidden}, dtype);
-  check(kName, "mlp_2_weight", t.mlp_out_weight, {embed, hidden}, dtype);
-  check(kName, "mlp_2_bias", t.mlp_out_bias, {embed}, dtype);
+  check_tail(kName, t, dtype);
 }
-
-constexpr float kSplitNormEps = 1e-5f;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     const Tensor& x, const Tensor& w, const Tensor& norm1_weight, const Tensor& norm1_bias,
@@ -253,20 +165,10 @@ Gradients performer_layer_backward(
   add_slots(slots.floats(), cut.slots(), slot_size);
   const ProjectionGradients g = projection_gradients(projection, projection_sums(slots.floats()),
                                                      kqv_weight, norm1_weight, norm1_bias);
-  const TailSums t = parameters.sums_at(slots.floats() + projection_size);
-  return {grad_x,
-          g.norm_weight,
-          g.norm_bias,
-          g.weight,
-          g.bias,
-          as_gradient(t.proj, proj_weight),
-          as_gradient(t.proj_bias, proj_bias),
-          as_gradient(t.norm_gain, norm2_weight),
-          as_gradient(t.norm_offset, norm2_bias),
-          as_gradient(t.mlp_in, mlp_0_weight),
-          as_gradient(t.mlp_in_bias, mlp_0_bias),
-          as_gradient(t.mlp_out, mlp_2_weight),
-          as_gradient(t.mlp_out_bias, mlp_2_bias)};
+  const auto [proj, proj_b, norm, norm_b, mlp_in, mlp_in_b, mlp_out, mlp_out_b] =
+      tail_gradients(parameters.sums_at(slots.floats() + projection_size), tensors);
+  return {grad_x, g.norm_weight, g.norm_bias, g.weight, g.bias,   proj,     proj_b,
+          norm,   norm_b,        mlp_in,      mlp_in_b, mlp_out, mlp_out_b};
 }
 
 }  // namespace

@@ -179,6 +179,16 @@ inline float load_one(const T* p) {
 
 // --- functions ------------------------------------------------------------------------------------
 
+// e^r for |r| up to ln 2/2.
+inline Vec exp_of_remainder(Vec r) {
+  Vec p = all(0.0013813391f);
+  p = p * r + 0.00836878456f;
+  p = p * r + 0.0416684113f;
+  p = p * r + 0.166665196f;
+  p = p * r + 0.49999994f;
+  return p * (r * r) + r + 1.f;
+}
+
 // e^x within 1.5 units in the last place, down to the smallest denormal number.
 inline Vec exp(Vec x) {
   constexpr float kLow = -104.f, kHigh = 88.7228f;
@@ -189,16 +199,22 @@ inline Vec exp(Vec x) {
   const Vec n = shifted - kRound;
   // ln 2 in two parts: the first times n is exact.
   const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec p = all(0.0013813391f);
-  p = p * r + 0.00836878456f;
-  p = p * r + 0.0416684113f;
-  p = p * r + 0.166665196f;
-  p = p * r + 0.49999994f;
-  p = p * (r * r) + r + 1.f;
+  const Vec p = exp_of_remainder(r);
   // 2^n in two factors: n goes beyond the exponents of normal numbers on either side.
   const Ints exponent = bits<Ints>(shifted) - bits<int32_t>(kRound), half = exponent >> 1;
   const Vec result = p * bits<Vec>((half + 127) << 23) * bits<Vec>((exponent - half + 127) << 23);
   return x == x ? (x > kHigh ? all(__builtin_inff()) : result) : x;
+}
+
+// The same for x up to rounding at most 0, with e^−87 for everything below −87; NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  constexpr float kRound = 12582912.f;
+  const Vec bounded = max(all(-87.f), x);
+  const Vec shifted = bounded * 1.44269504f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  const Vec p = exp_of_remainder(r);
+  return p * bits<Vec>((bits<Ints>(shifted) - bits<int32_t>(kRound) + 127) << 23);
 }
 
 // The standard normal distribution: its density φ(x) and its integral Φ(x) from −∞, so that

@@ -1,8 +1,8 @@
 """The contract of the transformer T2T layer: schemas, fakes and gradients.
 
-Saved for the backward, besides the inputs: q, k and the attention's result, in the map's dtype, and the
-logarithm of each query's normaliser in float32. v is projected again: the backward reads the patches
-anyway, and v is a third of their projection.
+Saved for the backward, besides the inputs: q and k in the map's dtype and, in float32, the attention's
+result and each query's maximum and normaliser (see ``token_attention``). v is projected again: the
+backward reads the patches anyway, and v is a third of their projection.
 """
 
 import torch
@@ -25,8 +25,10 @@ def _fake(x, *rest) -> tuple[Tensor, ...]:
     proj_weight, (kernel_size, stride, padding) = rest[3], rest[-4:-1]
     h, w = output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
     shape = (x.shape[0], h * w, proj_weight.shape[0])
-    tokens = (x.new_empty(shape) for _ in range(4))
-    return *tokens, x.new_empty(shape[:2], dtype=torch.float32)
+    y, q, k = (x.new_empty(shape) for _ in range(3))
+    attended = x.new_empty(shape, dtype=torch.float32)
+    statistics = (x.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
+    return y, q, k, attended, *statistics
 
 
 def _backward_fake(grad, x, *rest) -> tuple[Tensor, ...]:
@@ -53,21 +55,21 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 
 TRANSFORMER_LAYER = register_operation(
-    "transformer_layer", parts=("soft_split_linear", "token_attention")
+    "transformer_layer", kernels=("cpu",), parts=("soft_split_linear", "token_attention")
 )
 
 declare(
     "transformer_layer",
     f"({_TENSORS}, {_NUMBERS}) "
-    "-> (Tensor y, Tensor q, Tensor k, Tensor attended, Tensor log_sum_exp)",
+    "-> (Tensor y, Tensor q, Tensor k, Tensor attended, Tensor maximum, Tensor normalizer)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 declare(
     "transformer_layer_backward",
-    f"(Tensor grad, {_TENSORS}, Tensor q, Tensor k, Tensor attended, Tensor log_sum_exp, "
-    f"{_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 12)})",
+    f"(Tensor grad, {_TENSORS}, Tensor q, Tensor k, Tensor attended, Tensor maximum, "
+    f"Tensor normalizer, {_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 12)})",
     fake=_backward_fake,
     backward=no_second_derivative,
 )

@@ -50,7 +50,10 @@ def assert_parity(tensors, scale, backend):
     plain = gradients(tensors, scale, "reference", dtype)
     exact = gradients(tensors, scale, "reference", torch.float64)
     for what in exact:
-        # A single token attends to itself alone: its scores have no gradient, and ours says so.
+        if exact["y"].shape[1] == 1 and what in "qk":
+            # A single token's score has no gradient; what cancels to it was as large as y·dy.
+            assert ours[what].abs().max() <= 64 * torch.finfo(dtype).eps
+            continue
         assert_as_accurate(ours[what], plain[what], exact[what], what)
 
 

@@ -22,6 +22,8 @@ CASES = {
     "narrow": ((1, 20, 7, 6), (3, 2, 1), (32, 40)),
     "wide": ((1, 16, 5, 6), (3, 1, 1), (128, 128)),
     "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 7)),
+    # Where scores are large, the rounding of one decides an error: many, so that it is not luck.
+    "many": ((24, 20, 7, 6), (3, 2, 1), (32, 40)),
     "one-token": ((2, 3, 5, 5), (7, 4, 2), (16, 16)),
     "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (16, 16)),
 }
@@ -71,7 +73,7 @@ def assert_parity(tensors, split, backend, layout=contiguous, scale=None):
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *((case, torch.float32) for case in CASES),
+        *((case, torch.float32) for case in CASES if case != "many"),
         *((case, dtype) for case in ("layer1", "layer2") for dtype in DTYPES[1:]),
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
@@ -98,7 +100,7 @@ def test_flat_map(backend, device, value):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_large_scores(backend, device, dtype):
     """q and k of rms 8 with scale 1: nearly one key a query."""
-    tensors, split = arguments("narrow", dtype, device)
+    tensors, split = arguments("many", dtype, device)
     weight = tensors[FIELDS.index("attn_qkv_weight")]
     weight[: 2 * weight.shape[0] // 3].mul_(8)
     assert_parity(tensors, split, backend, scale=1.0)
