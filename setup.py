@@ -157,7 +157,7 @@ def extensions() -> list[Extension]:
         "t2t_kernels._C",
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
         + ["csrc/bindings.cpp"],
-        include_dirs=[str(ROOT / "csrc" / "cpu"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=[
             ("T2T_COMPILER", f'"{cxx_compiler()}"'),
             ("T2T_CUDA_ARCHITECTURES", f'"{architectures}"'),

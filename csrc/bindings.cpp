@@ -1,9 +1,13 @@
 // The Python module t2t_kernels._C. Importing it registers the CPU operators of this library with
 // torch; what it exports itself is a description of the build.
 
+#include <string>
+
 #include <pybind11/pybind11.h>
 
 #include <torch/headeronly/version.h>
+
+#include "cpu/isa.h"
 
 namespace {
 
@@ -16,9 +20,13 @@ pybind11::dict build_info() {
   return info;
 }
 
+// The instruction set of the CPU kernels in this process; an error where T2T_CPU_ISA names none.
+std::string cpu_isa() { return t2t::kernels().name; }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU kernels and build information of t2t_kernels.";
   module.def("build_info", &build_info, "Compiler, torch and CUDA architectures of this build.");
+  module.def("cpu_isa", &cpu_isa, "Instruction set of the CPU kernels: the CPU's, or T2T_CPU_ISA.");
 }

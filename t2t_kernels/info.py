@@ -27,7 +27,10 @@ def report() -> str:
 
     lines.append("devices")
     devices = [torch.device("cpu")]
-    lines.append(f"  cpu       {platform.machine()}, {torch.get_num_threads()} threads")
+    isa = t2t_kernels._C.cpu_isa() if why_unavailable("cpu") is None else "none"
+    lines.append(
+        f"  cpu       {platform.machine()}, {torch.get_num_threads()} threads, kernels for {isa}"
+    )
     for index in range(torch.cuda.device_count()):
         devices.append(torch.device("cuda", index))
         properties = torch.cuda.get_device_properties(index)
@@ -63,6 +66,6 @@ def _version(package: str) -> str:
 if __name__ == "__main__":
     try:
         print(report())
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"t2t_kernels: {error}", file=sys.stderr)
         sys.exit(2)

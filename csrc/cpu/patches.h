@@ -91,7 +91,7 @@ void gather(const Split& s, const T* image, int64_t token, float* to) {
 
 // Σ f(j) over the vectors of n floats, four of them at a time; see for_vectors.
 template <typename F>
-__attribute__((always_inline)) inline float sum_of(int64_t n, const F& f) {
+__attribute__((always_inline)) inline double sum_of(int64_t n, const F& f) {
   Vec sums[4]{};
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
@@ -100,36 +100,39 @@ __attribute__((always_inline)) inline float sum_of(int64_t n, const F& f) {
   }
   for (; j + kLanes <= n; j += kLanes) sums[0] += f(j, KeepAll{});
   if (j < n) sums[1] += f(j, KeepFirst{n - j});
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return wide_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // Normalises a row: x becomes x̂ = (x − mean)·r, r = 1/√(variance + eps), then x̂·gain + offset where
 // they are not null. Returns r. The mean is taken of the distances from the first element, so that the
-// rows of a flat patch become exactly zero.
+// rows of a flat patch become exactly zero. r is applied as the sum of two floats: its rounding would
+// be common to all elements of a row, where those of the elements average out.
 inline float normalize(float* row, int64_t n, float eps, const float* gain, const float* offset) {
   const Vec first = all(row[0]);
-  const float count = static_cast<float>(n);
-  const Vec mean = all(sum_of(n, [&](int64_t j, auto keep) { return keep(load(row + j) - first); }) / count);
-  const float variance = sum_of(n, [&](int64_t j, auto keep) {
+  const double count = static_cast<double>(n);
+  const auto mean = static_cast<float>(
+      sum_of(n, [&](int64_t j, auto keep) { return keep(load(row + j) - first); }) / count);
+  const double squares = sum_of(n, [&](int64_t j, auto keep) {
     const Vec centred = keep(load(row + j) - first - mean);
     store(row + j, centred);
     return centred * centred;
-  }) / count;
-  const float r = 1.f / __builtin_sqrtf(variance + eps);
+  });
+  const double r = 1 / __builtin_sqrt(squares / count + eps);
+  const auto high = static_cast<float>(r), low = static_cast<float>(r - high);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const Vec x = load(row + j) * r;
-    store(row + j, gain ? x * load(gain + j) + load(offset + j) : x);
+    const Vec x = load(row + j), scaled = x * low + x * high;
+    store(row + j, gain ? scaled * load(gain + j) + load(offset + j) : scaled);
   }
-  return r;
+  return high;
 }
 
 // The gradient of a row before `normalize` from that after it: r (g − mean(g) − x̂·mean(g·x̂)).
 inline void normalize_backward(const float* row, float r, int64_t n, float* grad) {
-  const float count = static_cast<float>(n);
-  const float mean = sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)); }) / count;
-  const float slope = sum_of(n, [&](int64_t j, auto keep) {
-    return keep(load(grad + j)) * keep(load(row + j));
-  }) / count;
+  const double count = static_cast<double>(n);
+  const auto mean = static_cast<float>(
+      sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)); }) / count);
+  const auto slope = static_cast<float>(
+      sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)) * keep(load(row + j)); }) / count);
   for_vectors(n, [&](int64_t j, auto keep) {
     store(grad + j, keep((load(grad + j) - mean - load(row + j) * slope) * r));
   });

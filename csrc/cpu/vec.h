@@ -95,6 +95,17 @@ inline float sum(Vec v) {
   const Vec4 s = fold(v, [](auto a, auto b) { return a + b; });
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
+// The sum without rounding errors of its own.
+inline double wide_sum(Vec v) {
+  typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  typedef double Wide __attribute__((vector_size(kVectorBytes)));
+  Narrow halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const Wide s = __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
+  double total = 0;
+  for (int i = 0; i < kLanes / 2; ++i) total += s[i];
+  return total;
+}
 inline float largest(Vec v) {
   const Vec4 s = fold(v, [](auto a, auto b) { return a > b ? a : b; });
   const float even = s[0] > s[2] ? s[0] : s[2], odd = s[1] > s[3] ? s[1] : s[3];
