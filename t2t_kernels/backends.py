@@ -82,8 +82,12 @@ def _load_cuda() -> str | None:
 
 
 def _load_triton() -> str | None:
-    if torch.version.cuda is None and not INTERPRETED:
-        return f"torch {torch.__version__} is a CPU build"
+    if not INTERPRETED:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a CPU build"
+        # Triton takes half a second and 80 MB to import.
+        if torch.cuda.device_count() == 0:
+            return "there is no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly"
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:
