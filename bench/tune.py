@@ -18,11 +18,19 @@ CANDIDATES = [
     Launch(block_t, warps, stages)
     for block_t, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
 ]
+SOFTMAX_CANDIDATES = [
+    Launch(block_t, warps, stages, block_s)
+    for block_t, warps, stages, block_s in itertools.product(
+        (32, 64, 128), (4, 8), (2, 3), (32, 64, 128)
+    )
+]
 # Which operation and pass each pair of the table serves.
 SERVES = {
     "forward": ("performer_layer", "forward"),
     "backward": ("performer_layer", "full"),
     "attention": ("performer_attention", "full"),
+    "softmax": ("transformer_layer", "forward"),
+    "softmax_backward": ("token_attention", "full"),
 }
 REPETITIONS = 5
 
@@ -67,7 +75,8 @@ def main() -> None:
     ):
         print(f"{field}, {dtype}: {served[0]} {served[1]}")
         runs = calls(*served, dtype)
-        times = {candidate: seconds(field, is_float32, candidate, runs) for candidate in CANDIDATES}
+        candidates = SOFTMAX_CANDIDATES if field.startswith("softmax") else CANDIDATES
+        times = {candidate: seconds(field, is_float32, candidate, runs) for candidate in candidates}
         times = {candidate: time for candidate, time in times.items() if time is not None}
         for candidate, time in sorted(times.items(), key=lambda item: item[1])[:3]:
             print(f"  {candidate}: {time * 1e3:.3f} ms")

@@ -1,7 +1,7 @@
 """What the Triton kernels share: where they run, how they are launched, the matrix product.
 
 Device functions by subject: ``split`` (patches of a map), ``performer`` (random features and their
-attention), ``tail`` (projection, skip, MLP, dropout).
+attention), ``attention`` (softmax attention), ``tail`` (projection, skip, MLP, dropout).
 """
 
 import contextlib
@@ -30,6 +30,8 @@ class Launch(NamedTuple):
     block_t: int
     warps: int
     stages: int
+    # Tokens of a tile that the program walks over, where it attends to tokens.
+    block_s: int = 0
 
 
 class Table(NamedTuple):
@@ -41,6 +43,8 @@ class Table(NamedTuple):
     forward: tuple[Launch, Launch]
     backward: tuple[Launch, Launch]
     attention: tuple[Launch, Launch]
+    softmax: tuple[Launch, Launch]
+    softmax_backward: tuple[Launch, Launch]
 
 
 # By compute capability; `python -m bench.tune` measures the alternatives on the device it runs on.
@@ -50,12 +54,18 @@ TABLES = {
         forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
         backward=(Launch(backward_t, 8, 1), Launch(16, 8, 1)),
         attention=(Launch(16, 4, 2), Launch(16, 4, 2)),
+        softmax=(Launch(128, 8, 3, 64), Launch(block_s, 4, 2, 32)),
+        softmax_backward=(Launch(64, 4, 2, block_s), Launch(32, 4, 2, 32)),
     )
-    for version, slots, backward_t in ((80, 108, 16), (90, 132, 32), (120, 170, 32))
+    for version, slots, backward_t, block_s in (
+        (80, 108, 16, 32),
+        (90, 132, 32, 64),
+        (120, 170, 32, 32),
+    )
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few
 # slots, so that small problems exercise their reuse.
-_INTERPRETER = Table(3, *((Launch(64, 4, 1), Launch(64, 4, 1)) for _ in range(3)))
+_INTERPRETER = Table(3, *[(Launch(64, 4, 1),) * 2] * 3, *[(Launch(128, 4, 1, 512),) * 2] * 2)
 
 
 def table(device: torch.device) -> Table:
@@ -96,6 +106,12 @@ def check_offsets(name: str, *tensors: Tensor) -> None:
                 f"{name} on the triton backend: a tensor of shape {tuple(tensor.shape)} spans more than "
                 "2^31 elements per image"
             )
+
+
+@triton.jit
+def load_vector(p, SIZE: tl.constexpr, SIZE_P: tl.constexpr):
+    o = tl.arange(0, SIZE_P)
+    return tl.load(p + o, mask=o < SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, padded, rounded
+from t2t_kernels._triton import SMALLEST_SIDE, device_guard, dot, load_vector, padded, rounded
 from t2t_kernels.arguments import output_size
+from t2t_kernels.backends import INTERPRETED
 
 # Elements of a block, and bytes of one tap's: 64 adjacent channels of a half type, 32 of float32.
 FLAT_BLOCK, TAP_BYTES = 32, 128
 # Rows × columns of the weight that a packing program moves, rows that an unpacking one sums.
 PACK_ROWS, PACK_COLUMNS = 64, 32
-UNPACK_ROWS = 16
+UNPACK_ROWS = 128 if INTERPRETED else 16
 
 
 class Split(NamedTuple):
@@ -311,6 +312,77 @@ def normalized_patch(
         offset = tl.load(p_norm_bias + j, mask=m_j, other=0.0).to(tl.float32)
         b_u = (b_u - mean[:, None]) * rstd[:, None] * gain[None, :] + offset[None, :]
     return b_u
+
+
+@triton.jit
+def project(
+    p_image,
+    p_packed,
+    p_bias,
+    p_norm_weight,
+    p_norm_bias,
+    o_y,
+    o_x,
+    m_t,
+    mean,
+    rstd,
+    stride_c,
+    stride_h,
+    stride_w,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EMBED: tl.constexpr,
+    EMBED_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """The three thirds of a tile's outputs, v the last; in place of what is not asked for, v."""
+    DTYPE: tl.constexpr = p_image.dtype.element_ty
+    o_e = tl.arange(0, EMBED_P)
+    b_v = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    if p_bias is not None:
+        b_v += load_vector(p_bias + 2 * EMBED, EMBED, EMBED_P)[None, :]
+    b_first = b_v
+    b_second = b_v
+    if FIRST:
+        b_first = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+        if p_bias is not None:
+            b_first += load_vector(p_bias, EMBED, EMBED_P)[None, :]
+    if SECOND:
+        b_second = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+        if p_bias is not None:
+            b_second += load_vector(p_bias + EMBED, EMBED, EMBED_P)[None, :]
+    for i_block in range(0, block_count(CHANNELS, KERNEL, FLAT, BLOCK_J)):
+        b_u = normalized_patch(p_image, p_norm_weight, p_norm_bias, i_block, o_y, o_x, m_t, mean,
+                               rstd, stride_c, stride_h, stride_w, height, width, CHANNELS, KERNEL,
+                               FLAT, BLOCK_J, True)  # fmt: skip
+        b_u = rounded(b_u, DTYPE)
+        o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
+        p_w = p_packed + o_j[:, None] * (3 * EMBED_P) + o_e[None, :]
+        if FIRST:
+            b_first = dot(b_u, tl.load(p_w), b_first)
+        if SECOND:
+            b_second = dot(b_u, tl.load(p_w + EMBED_P), b_second)
+        b_v = dot(b_u, tl.load(p_w + 2 * EMBED_P), b_v)
+    return b_first, b_second, b_v
+
+
+@triton.jit
+def band_limits(i_band, rows_per_band, rows, height, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+                PADDING: tl.constexpr, NEED_X: tl.constexpr):  # fmt: skip
+    """Rows of a band: its tokens' first, first own and end; its pixels' first and end."""
+    own = i_band * rows_per_band
+    end = tl.minimum(own + rows_per_band, rows)
+    # Tokens of earlier rows reach down into this band of pixels.
+    first = tl.maximum(own - (KERNEL - 1) // STRIDE, 0) if NEED_X else own
+    first_pixel_row = tl.maximum(own * STRIDE - PADDING, 0)
+    last_pixel_row = tl.where(end == rows, height, tl.minimum(end * STRIDE - PADDING, height))
+    return first, own, end, first_pixel_row, last_pixel_row
 
 
 @triton.jit

@@ -4,15 +4,22 @@ a = v + dropout(proj(y)); out = a + dropout(W2·gelu(W1·LN(a) + b1) + b2), a ti
 Operands of products are rounded to the map's dtype, as plain PyTorch rounds every intermediate.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from t2t_kernels._triton import dot, rounded
+from t2t_kernels._triton import device_guard, dot, load_vector, padded, rounded
 from t2t_kernels._triton.split import add_to_slot
+from t2t_kernels.backends import INTERPRETED
 
 NORM_EPS = tl.constexpr(1e-5)
 # The dropouts' sites, as in the reference.
 AFTER_PROJ, AFTER_MLP = tl.constexpr(0), tl.constexpr(1)
+# Elements that a program of sum_tail_gradients_kernel adds over the slots.
+SUM_BLOCK = 4096 if INTERPRETED else 256
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _RSQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -29,12 +36,6 @@ def load_matrix(p, ROWS: tl.constexpr, ROWS_P: tl.constexpr, COLUMNS: tl.constex
         return tl.load(p)
     else:
         return tl.load(p, mask=(o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
-
-
-@triton.jit
-def load_vector(p, SIZE: tl.constexpr, SIZE_P: tl.constexpr):
-    o = tl.arange(0, SIZE_P)
-    return tl.load(p + o, mask=o < SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -259,3 +260,22 @@ def sum_tail_gradients_kernel(
     _store_part(p_mlp1_bias, b, o, MLP1_BIAS, 1, HIDDEN, 1, HIDDEN_P)
     _store_part(p_mlp2_weight, b, o, MLP2, EMBED, HIDDEN, EMBED_P, HIDDEN_P)
     _store_part(p_mlp2_bias, b, o, MLP2_BIAS, 1, EMBED, 1, EMBED_P)
+
+
+def sum_tail_gradients(slots: Tensor, tail: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the tail's parameters, in the order of ``tail``, from the slots."""
+    grads = [torch.empty_like(tensor) for tensor in tail]
+    hidden, embed = tail[4].shape
+    with device_guard(slots):
+        sum_tail_gradients_kernel[(triton.cdiv(slots.shape[1], SUM_BLOCK),)](
+            slots,
+            *grads,
+            *slots.shape,
+            EMBED=embed,
+            EMBED_P=padded(embed),
+            HIDDEN=hidden,
+            HIDDEN_P=padded(hidden),
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
+    return grads

@@ -38,12 +38,11 @@ from t2t_kernels._triton.performer import (
     store_sums,
 )
 from t2t_kernels._triton.split import (
-    block_count,
     geometry,
-    normalized_patch,
     output_block,
     pack_weight,
     patch_statistics,
+    project,
     rows_per_band,
     slot_count,
     split_backward_tile,
@@ -55,72 +54,13 @@ from t2t_kernels._triton.tail import (
     AFTER_PROJ,
     NORM_EPS,
     kept,
-    load_vector,
-    sum_tail_gradients_kernel,
+    sum_tail_gradients,
     tail_backward,
     tail_forward,
     tail_output,
     tail_slot_size,
 )
 from t2t_kernels.soft_split_linear.ops import like_map
-
-# Elements that a program of sum_tail_gradients_kernel adds over the slots.
-SUM_BLOCK = 256
-
-
-@triton.jit
-def project(
-    p_image,
-    p_packed,
-    p_kqv_bias,
-    p_norm_weight,
-    p_norm_bias,
-    o_y,
-    o_x,
-    m_t,
-    mean,
-    rstd,
-    stride_c,
-    stride_h,
-    stride_w,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    EMBED: tl.constexpr,
-    EMBED_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    """k, q and v of a tile of tokens; in place of what is not asked for, v."""
-    DTYPE: tl.constexpr = p_image.dtype.element_ty
-    o_e = tl.arange(0, EMBED_P)
-    b_v = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_v += load_vector(p_kqv_bias + 2 * EMBED, EMBED, EMBED_P)[None, :]
-    b_k = b_v
-    b_q = b_v
-    if KEYS:
-        b_k = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-        b_k += load_vector(p_kqv_bias, EMBED, EMBED_P)[None, :]
-    if QUERIES:
-        b_q = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-        b_q += load_vector(p_kqv_bias + EMBED, EMBED, EMBED_P)[None, :]
-    for i_block in range(0, block_count(CHANNELS, KERNEL, FLAT, BLOCK_J)):
-        b_u = normalized_patch(p_image, p_norm_weight, p_norm_bias, i_block, o_y, o_x, m_t, mean,
-                               rstd, stride_c, stride_h, stride_w, height, width, CHANNELS, KERNEL,
-                               FLAT, BLOCK_J, True)  # fmt: skip
-        b_u = rounded(b_u, DTYPE)
-        o_j = i_block * BLOCK_J + tl.arange(0, BLOCK_J)
-        p_w = p_packed + o_j[:, None] * (3 * EMBED_P) + o_e[None, :]
-        if KEYS:
-            b_k = dot(b_u, tl.load(p_w), b_k)
-        if QUERIES:
-            b_q = dot(b_u, tl.load(p_w + EMBED_P), b_q)
-        b_v = dot(b_u, tl.load(p_w + 2 * EMBED_P), b_v)
-    return b_k, b_q, b_v
 
 
 @triton.jit
@@ -707,7 +647,6 @@ def performer_layer_backward(
             mlp_2_bias,
         )
     ]
-    grad_tail = [torch.empty_like(tensor) for tensor in tail]
     grad_x = like_map(x).zero_() if need_x else x.new_empty(0)
     layer = _layer_constants(x, w, mlp_0_weight)
     constants |= layer
@@ -777,16 +716,7 @@ def performer_layer_backward(
                 **flags,
                 **options,
             )
-    with device_guard(x):
-        sum_tail_gradients_kernel[(triton.cdiv(tail_size, SUM_BLOCK),)](
-            tail_slots,
-            *grad_tail,
-            tail_slots.shape[0],
-            tail_size,
-            **{name: layer[name] for name in ("EMBED", "EMBED_P", "HIDDEN", "HIDDEN_P")},
-            BLOCK=SUM_BLOCK,
-            num_warps=4,
-        )
+    grad_tail = sum_tail_gradients(tail_slots, tail)
     grad_weight, grad_bias, grad_norm_weight, grad_norm_bias = unpack_gradient(
         slots, kqv_weight, packed, norm1_weight, norm1_bias, 3, constants
     )

@@ -20,6 +20,7 @@ from t2t_kernels._triton import (
     table,
 )
 from t2t_kernels._triton.split import (
+    band_limits,
     block_count,
     geometry,
     normalized_patch,
@@ -139,20 +140,14 @@ def soft_split_linear_bwd_kernel(
     started = tl.full((), 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i_image = (item // bands).to(tl.int64)
-        first_row = item % bands * rows_per_band
-        last_row = tl.minimum(first_row + rows_per_band, rows)
-        # Tokens of earlier rows reach down into this band of pixels.
-        reach = (KERNEL - 1) // STRIDE if NEED_X else 0
-        first_pixel_row = tl.maximum(first_row * STRIDE - PADDING, 0)
-        last_pixel_row = tl.where(
-            last_row == rows, height, tl.minimum(last_row * STRIDE - PADDING, height)
-        )
+        first_row, own_row, last_row, first_pixel_row, last_pixel_row = band_limits(
+            item % bands, rows_per_band, rows, height, KERNEL, STRIDE, PADDING, NEED_X)  # fmt: skip
         p_image = p_x + i_image * stride_b
         stop = last_row * columns
-        for start in range(tl.maximum(first_row - reach, 0) * columns, stop, BLOCK_T):
+        for start in range(first_row * columns, stop, BLOCK_T):
             o_t = start + tl.arange(0, BLOCK_T)
             m_t = o_t < stop
-            m_own = m_t & (o_t >= first_row * columns)
+            m_own = m_t & (o_t >= own_row * columns)
             o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
             mean = o_y.to(tl.float32)
             rstd = mean

@@ -41,7 +41,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return *ops.token_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-TOKEN_ATTENTION = register_operation("token_attention", kernels=("cpu",))
+TOKEN_ATTENTION = register_operation(
+    "token_attention", kernels=("cpu", "triton"), limits={"triton": {"E": 128}}
+)
 
 declare(
     "token_attention",

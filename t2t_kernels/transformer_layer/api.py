@@ -11,12 +11,15 @@ from t2t_kernels.arguments import (
     check_split,
     rows_of,
 )
-from t2t_kernels.backends import choose, requested
+from t2t_kernels.backends import choose, requested, why_unavailable
 from t2t_kernels.library import operators
 from t2t_kernels.token_attention.api import check_scale
 from t2t_kernels.transformer_layer import reference
 from t2t_kernels.transformer_layer.ops import TRANSFORMER_LAYER
 from t2t_kernels.transformer_layer.params import TransformerLayerParams
+
+if why_unavailable("triton") is None:
+    import t2t_kernels.transformer_layer.triton  # noqa: F401  registers the kernels
 
 
 def transformer_layer(

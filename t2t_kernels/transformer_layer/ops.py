@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import INTERPRETED, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
@@ -55,7 +55,10 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 
 TRANSFORMER_LAYER = register_operation(
-    "transformer_layer", kernels=("cpu",), parts=("soft_split_linear", "token_attention")
+    "transformer_layer",
+    kernels=("cpu", "triton"),
+    parts=("soft_split_linear", "token_attention"),
+    limits={"triton": dict.fromkeys("EM", 128 if INTERPRETED else 64)},
 )
 
 declare(

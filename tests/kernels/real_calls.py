@@ -6,6 +6,8 @@ from t2t_kernels.performer_attention import triton as performer_attention
 from t2t_kernels.soft_split import triton as soft_split
 from t2t_kernels.soft_split_linear import triton as soft_split_linear
 from t2t_kernels.performer_layer import triton as performer_layer
+from t2t_kernels.token_attention import triton as token_attention
+from t2t_kernels.transformer_layer import triton as transformer_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 128
@@ -63,11 +65,34 @@ def performer(layer, dtype):
     performer_layer.performer_layer_backward(y, x, *params, seed, *sums, *numbers, need_x)
 
 
+def softmax(tokens, dtype, embed=64):
+    q, k, v = (tensor(BATCH, tokens, embed, dtype=dtype) for _ in range(3))
+    y, attended, *statistics = token_attention.token_attention(q, k, v, 147**-0.5)
+    attended = y if dtype == torch.float32 else attended
+    token_attention.token_attention_backward(y, q, k, v, attended, *statistics, 147**-0.5)
+
+
+def transformer(layer, dtype):
+    channels, size, split, need_x = LAYERS[layer]
+    x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
+    width = channels * split[0] ** 2
+    shapes = ((width,), (width,), (192, width), (64, 64), *[(64,)] * 3)
+    shapes += ((64, 64), (64,), (64, 64), (64,))
+    params = [tensor(*shape, dtype=dtype) for shape in shapes]
+    numbers = (*split, width**-0.5)
+    y, *saved = transformer_layer.transformer_layer(x, *params, *numbers)
+    transformer_layer.transformer_layer_backward(y, x, *params, *saved, *numbers, need_x)
+
+
 CALLS = {}
 for _name, _dtype in DTYPES.items():
     CALLS[f"soft_split-{_name}"] = lambda dtype=_dtype: splits(dtype)
     CALLS[f"attention-{_name}"] = lambda dtype=_dtype: attention(dtype)
+    CALLS[f"softmax-3136-{_name}"] = lambda dtype=_dtype: softmax(3136, dtype)
+    CALLS[f"softmax-784-{_name}"] = lambda dtype=_dtype: softmax(784, dtype)
+    CALLS[f"softmax-wide-{_name}"] = lambda dtype=_dtype: softmax(784, dtype, embed=128)
     CALLS[f"project-{_name}"] = lambda dtype=_dtype: project(dtype)
     for _layer in LAYERS:
         CALLS[f"{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: projection(layer, dtype)
         CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(layer, dtype)
+        CALLS[f"transformer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: transformer(layer, dtype)

@@ -6,6 +6,7 @@ import torch
 from t2t_kernels import token_attention
 from t2t_kernels.backends import OPERATIONS
 from t2t_kernels.library import operators
+from tests.kernels.meters import work
 from tests.kernels.test_soft_split import name
 from tests.parity import assert_as_accurate
 
@@ -109,6 +110,25 @@ def test_deterministic(backend, device):
     tensors = arguments("usual", 1.0, torch.float32, device)
     first, second = (gradients(tensors, 0.1, backend, torch.float32) for _ in range(2))
     assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+def test_launches_and_allocations(backend, device):
+    """One launch forward and two backward; nothing is larger than the inputs."""
+    if backend != "triton":
+        pytest.skip("counts Triton's launches")
+    torch.use_deterministic_algorithms(False)  # whose poisoning would count
+    from t2t_kernels.token_attention import triton as kernels
+
+    tensors = arguments("usual", 1.0, torch.bfloat16, device)
+    with work() as forward:
+        y, *saved = kernels.token_attention(*tensors, 0.1)
+    assert len(forward.launched) == 1, forward.launched
+    with work() as backward:
+        kernels.token_attention_backward(y, *tensors, *saved, 0.1)
+    assert len(backward.launched) == 2, backward.launched
+    assert len(forward.allocated) == 4 and len(backward.allocated) == 5
+    for tensor in (*forward.allocated, *backward.allocated):
+        assert tensor.numel() <= y.numel(), tensor.shape
 
 
 def test_autocast(backend, device):
