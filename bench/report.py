@@ -82,12 +82,13 @@ def keep(result: dict) -> Path:
 
 def publish(path: Path) -> None:
     """Beside a kept result, write its tables (``.md``) and plots (``.png``)."""
-    from bench import plots  # matplotlib comes with the extra [dev]; the tables do without
-
     result = json.loads(path.read_text())
     text = f"{summary(result)}\n\n## Every row\n\n{every_row(result)}\n"
-    for name in plots.draw(result, path):
-        text += f"\n![{name.stem}]({name.name})\n"
+    path.with_suffix(".md").write_text(text)
+
+    from bench import plots  # needs matplotlib, which the tables can do without
+
+    text += "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in plots.draw(result, path))
     path.with_suffix(".md").write_text(text)
 
 

@@ -108,7 +108,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product of random numbers: what can be reached here."""
     side = {"cuda": 8192, "cpu": 2048}[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    taken = interleave({"product": lambda: a @ b}, CEILING_REPETITIONS, device)
+    taken = interleave({"product": lambda: a @ b}, CEILING_REPETITIONS, device, seconds=0.1)
     return 2 * side**3 / percentiles(taken["product"])[0]
 
 
@@ -117,5 +117,5 @@ def copy_ceiling(device: torch.device) -> float:
     """Bytes per second of a large copy, those read and those written: what can be reached here."""
     size = {"cuda": 2**31, "cpu": 2**28}[device.type]
     a, b = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
-    taken = interleave({"copy": lambda: b.copy_(a)}, CEILING_REPETITIONS, device)
+    taken = interleave({"copy": lambda: b.copy_(a)}, CEILING_REPETITIONS, device, seconds=0.1)
     return 2 * size / percentiles(taken["copy"])[0]
