@@ -145,7 +145,8 @@ def table(lines: list[tuple[str, str]], result: dict | None) -> str:
             if "images_per_second" in row:
                 rate += f" {row['images_per_second']:8.0f} images/s"
             else:
-                rate += f" {row['gb_per_second']:6.0f} GB/s"
+                share = row["gb_per_second"] / row["ceiling_gb_per_second"]
+                rate += f" {row['gb_per_second']:6.0f} GB/s {share:4.0%}"
             text.append(
                 f"{row['name']:<{width}}  {row['speedup_vs_reference']:6.2f}x "
                 f"{1e3 * row['median_seconds']:9.3f} ms {rate}"

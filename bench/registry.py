@@ -12,7 +12,7 @@ import torch
 from bench.rivals import RIVALS, softmax
 from t2t_kernels.backends import OPERATIONS, why_unavailable
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 # Width of a layer, its random features, and width of the last projection (T2T-ViT-14).
 EMBED, FEATURES, CLASS_WIDTH = 64, 32, 384
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

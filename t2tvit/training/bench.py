@@ -122,7 +122,7 @@ def compare(
         cells = []
         for key in models:
             counted = reference if key == "fused" else models[key]
-            flops = flops_per_image(counted, images[:1], name == "training")
+            flops = flops_per_image(counted, images[:2], name == "training")
             cells.append(f"{flops * percentiles(rates[key])[0] / ceiling:.1%}")
         rows.append((f"{name}, MFU", *cells[:2], "", *cells[2:]))
     rows.append(memory_row(models, images, labels, config))
@@ -154,10 +154,10 @@ def rival(name: str, size: tuple[int, int], num_classes: int, channels: int) -> 
         raise InputError(f"--against: {name} with {options}: {error}") from None
 
 
-def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> int:
+def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
     """Operations of the matrix products and convolutions of ``model`` for one image, as it does them.
 
-    2 per multiply-add; with ``training`` those of the backward too. ``images`` is a batch of one.
+    2 per multiply-add; with ``training`` those of the backward too. ``images`` is a batch to count.
     """
     model.train(training)
     # The one attention that is made of products, which the counter knows on every device.
@@ -167,7 +167,7 @@ def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> int:
         else:
             with torch.no_grad():
                 model(images)
-    return counter.get_total_flops()
+    return counter.get_total_flops() / len(images)
 
 
 def memory_row(
