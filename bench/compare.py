@@ -1,8 +1,9 @@
 """``python -m bench.compare A B``: what became slower or hungrier from result A to result B.
 
-A row is slower if the 20th to 80th percentiles of its seconds lie apart, and those of its ratio to the
-reference, taken in turns with it, do so too: a machine that was slower as a whole is no regression, nor is
-a reference that became faster. Rows without a reference of their own go by their seconds.
+A row is slower if the 20th to 80th percentiles of its seconds lie apart, and those of its ratio to
+the reference, taken in turns with it, do so too: a machine that was slower as a whole is no
+regression, nor is a reference that became faster. Rows without a reference of their own go by their
+seconds.
 
 Exit status: 0 none, 1 a regression, 2 files that cannot be compared.
 """
@@ -61,7 +62,9 @@ def regressions(old: dict, new: dict) -> list[str]:
         ValueError: the results are of different devices, or have no row in common.
     """
     if old["device"] != new["device"]:
-        raise ValueError(f"got results of {old['device']} and of {new['device']}, expected one device")
+        raise ValueError(
+            f"got results of {old['device']} and of {new['device']}, expected one device"
+        )
     both = [name for name in old["rows"] if name in new["rows"]]
     if not both:
         raise ValueError("the results have no row in common")

@@ -1,4 +1,4 @@
-"""The options of ``pytest bench/``, its rows, and a table at the end of what each backend gained."""
+"""The options of ``pytest bench/``, its rows, and at the end a table of what was gained."""
 
 import platform
 import time

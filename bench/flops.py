@@ -1,15 +1,15 @@
 """Operations and bytes that a call cannot do without, in closed form.
 
-Operations are those of the matrix products, 2 per multiply-add: what a kernel computes twice, to save
-memory, does not count. Bytes are the compulsory traffic: what goes in is read once, what comes out is
-written once, and nothing between touches memory.
+Operations are those of the matrix products, 2 per multiply-add: what a kernel computes twice, to
+save memory, does not count. Bytes are the compulsory traffic: what goes in is read once, what comes
+out is written once, and nothing between touches memory.
 
 T tokens of n elements, E = 64, m = 32 random features, O outputs, B images.
 """
 
 from dataclasses import dataclass
 
-from bench.registry import CLASS_WIDTH, EMBED, FEATURES, IMAGE, LAYERS, MODULES, Row
+from bench.registry import CLASS_WIDTH, EMBED, FEATURES, LAYERS, MODULES, Row
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""``make gpu-report``: build, check and measure the kernels on this machine's GPU, in under 9 minutes.
+"""``make gpu-report``: build, check and measure the kernels on a GPU, in under 9 minutes.
 
-Every part is a process of its own with a limit of its own, so that one that fails, hangs or breaks the
-GPU's context does not take the others with it. Nothing is downloaded: the Python that runs this has torch
-and the test tools. What is kept goes to one folder: ``result.json``, its tables and plots, and ``log.txt``.
+Every part is a process of its own with a limit of its own, so that one that fails, hangs or breaks
+the GPU's context does not take the others with it. Nothing is downloaded: the Python that runs this
+has torch and the test tools. What is kept goes to one folder: ``result.json``, its tables and
+plots, and ``log.txt``.
 """
 
 import argparse
@@ -33,7 +34,8 @@ UNSET = ("T2T_BACKEND", "TRITON_INTERPRET")
 class Part:
     """A command of this Python and the seconds it may take.
 
-    ``run`` is the benchmark's file that it writes, if any. Parts that are not ``timed`` run at once.
+    ``run`` is the benchmark's file that it writes, if any. Parts that are not ``timed`` run at
+    once.
     """
 
     name: str
@@ -123,10 +125,14 @@ def run(part: Part, end: float) -> tuple[str, str]:
 
 def verdicts(output: str) -> str:
     """What pytest said of its tests, even if it was stopped before its last line."""
-    last = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped).*?) in [\d.]+s.*$", output, re.MULTILINE)
+    last = re.findall(
+        r"^=*\s*(\d+ (?:passed|failed|skipped).*?) in [\d.]+s.*$", output, re.MULTILINE
+    )
     if last:
         return f": {last[-1]}"
-    counts = {word: len(re.findall(rf" {word}\b", output)) for word in ("PASSED", "FAILED", "ERROR")}
+    counts = {
+        word: len(re.findall(rf" {word}\b", output)) for word in ("PASSED", "FAILED", "ERROR")
+    }
     said = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
     return f": {said} by then" if said else ""
 
@@ -161,9 +167,11 @@ def why_not() -> str | None:
     try:
         import torch
     except ImportError as error:
-        return f"{sys.executable} has no torch ({error}); name one that has: make gpu-report PYTHON=..."
+        return f"{sys.executable} has no torch ({error}); name another: make gpu-report PYTHON=..."
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device: this measures a GPU, and there is none"
+        return (
+            f"torch {torch.__version__} sees no CUDA device: this measures a GPU, and there is none"
+        )
     return None
 
 

@@ -16,6 +16,7 @@ from t2t_kernels.measure import peak_allocated
 Step = Callable[[], object]
 # Of the largest batch: what the models' recipes use are multiples of it.
 GRAIN = 8
+MIB = 2**20
 
 
 def launches(step: Step, device: torch.device) -> int:
@@ -65,14 +66,27 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def smaller_batches(batch: int) -> list[int]:
-    """A quarter, a half and all of ``batch``: how memory grows with it."""
-    return sorted({max(1, batch // 4), max(1, batch // 2), batch})
+def memory_figures(
+    row, step: Step, mib: Callable[..., float], device: torch.device, trains: bool, growth: bool
+) -> dict:
+    """Peak allocation of ``step`` on a GPU; elsewhere what is saved for backward, per image.
+
+    Args:
+        mib: called with a row, gives the same in MiB for its whole batch.
+        trains: whether the row has a backward.
+        growth: also for a quarter, a half and all of the batch, as pairs of images and MiB.
+    """
+    if device.type == "cuda":
+        figures = {"peak_mib": peak_allocated(step, device) / MIB}
+    else:
+        figures = {"saved_mib_per_image": mib(row) / row.batch if trains else 0.0}
+    if growth:
+        batches = sorted({max(1, row.batch // 4), max(1, row.batch // 2), row.batch})
+        figures["memory_mib_by_batch"] = [[n, mib(replace(row, batch=n))] for n in batches]
+    return figures
 
 
-def largest_batch(
-    prepare: Callable[..., Step], row, budget: int, device: torch.device
-) -> int:
+def largest_batch(prepare: Callable[..., Step], row, budget: int, device: torch.device) -> int:
     """Images per training step that fit into ``budget`` bytes, a multiple of 8 (or 0).
 
     On a GPU found by trial: the step runs, or runs out of memory. On a CPU extrapolated, from the

@@ -24,8 +24,8 @@ class ParityError(AssertionError):
 def check(row: Row) -> None:
     """Raise a ParityError if a row's result or gradients are worse than twice plain PyTorch's.
 
-    The error is that of the whole tensor, against float64, in the Euclidean norm; what is not finite is
-    wrong. A rival may err ten times as much.
+    The error is that of the whole tensor, against float64, in the Euclidean norm; what is not
+    finite is wrong. A rival may err ten times as much.
     """
     if row.backend == "reference":
         return

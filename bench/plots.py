@@ -82,13 +82,16 @@ def roofline(result: dict) -> Figure | None:
             points,
             [min(top, bandwidth * x) for x in points],
             color=DTYPE_COLORS[dtype],
-            label=f"{dtype}: large product {top:.3g} TFLOP/s, large copy {1e3 * bandwidth:.3g} GB/s",
+            label=f"{dtype}: large product {top:.3g} TFLOP/s, copy {1e3 * bandwidth:.3g} GB/s",
         )
     kinds = list(dict.fromkeys(f"{row['op']}-{row['size']}" for row in rows))
     for row, x in zip(rows, intensities, strict=True):
         kind = f"{row['op']}-{row['size']}"
         axes.plot(
-            x, row["tflops"], MARKERS[kinds.index(kind) % len(MARKERS)], color=DTYPE_COLORS[row["dtype"]]
+            x,
+            row["tflops"],
+            MARKERS[kinds.index(kind) % len(MARKERS)],
+            color=DTYPE_COLORS[row["dtype"]],
         )
     for kind, marker in zip(kinds, MARKERS * 2):
         axes.plot([], [], marker, color=PLAIN_COLOR, label=kind)
@@ -114,7 +117,9 @@ def memory(result: dict) -> Figure | None:
     figure = Figure(figsize=(3.2 * columns, 2.8 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     what = "allocated at the peak" if "peak_mib" in rows[0] else "saved for the backward"
-    figure.suptitle(f"MiB {what} of a training step, {rows[0]['dtype']}: {result['device']}", fontsize=10)
+    figure.suptitle(
+        f"MiB {what} of a training step, {rows[0]['dtype']}: {result['device']}", fontsize=10
+    )
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names):

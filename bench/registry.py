@@ -1,7 +1,7 @@
 """What is measured: operation × size × batch × dtype × pass × backend.
 
-A backend that gains a kernel gains its rows here by itself, from the table of operations; rivals come
-from :mod:`bench.rivals`.
+A backend that gains a kernel gains its rows here by itself, from the table of operations; rivals
+come from :mod:`bench.rivals`.
 """
 
 import itertools
@@ -80,7 +80,7 @@ def sizes(op: str) -> tuple[str, ...]:
 
 
 def batch_of(op: str) -> int:
-    """Images per call: enough to keep the device busy, few enough for the reference's T×T scores."""
+    """Images per call: enough for the device, few enough for the reference's T×T scores."""
     if DEVICE.type == "cpu":
         return 4
     return 32 if op.startswith("t") else 128
@@ -94,9 +94,7 @@ def backends(op: str) -> list[str]:
     return ["reference", *kernels]
 
 
-def rows(
-    batch: int | None = None, compiled: bool = False, smoke: bool = False
-) -> list[Row]:
+def rows(batch: int | None = None, compiled: bool = False, smoke: bool = False) -> list[Row]:
     """Every row that this machine can run.
 
     Args:

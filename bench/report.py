@@ -1,9 +1,9 @@
-"""``python -m bench.report RUN.json ...``: keep a run, with its tables and plots, and show it in the README.
+"""``python -m bench.report RUN.json ...``: keep a run, draw it, and show it in the README.
 
-RUN.json is what ``pytest bench/ --benchmark-json=RUN.json`` wrote; several are one run in parts. What is
-needed of it goes to ``bench/results/<device>/<date>.json``; beside it a Markdown table and the plots, and
-the README's tables, are made from the kept file. Without RUN.json they are made anew from all kept files,
-and with ``--output DIR`` everything goes there and nothing is kept.
+RUN.json is what ``pytest bench/ --benchmark-json=RUN.json`` wrote; several are one run in parts.
+What is needed of it goes to ``bench/results/<device>/<date>.json``; beside it a Markdown table and
+the plots, and the README's tables, are made from the kept file. Without RUN.json they are made anew
+from all kept files, and with ``--output DIR`` everything goes there and nothing is kept.
 """
 
 import argparse
@@ -124,7 +124,9 @@ def memory(row: dict) -> float | None:
 def summary(result: dict) -> str:
     """What the README shows of a result: our rows of full passes, and the models."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    ceilings = ", ".join(f"{name} {value:.3g}" for name, value in result.get("ceilings", {}).items())
+    ceilings = ", ".join(
+        f"{name} {value:.3g}" for name, value in result.get("ceilings", {}).items()
+    )
     lines = [
         f"**{result['device']}**, {versions}, {result['date']}."
         + (f" Ceilings, measured in the same run: {ceilings}." if ceilings else "")
@@ -144,8 +146,18 @@ def summary(result: dict) -> str:
             lines.append(f"| {' | '.join(cells)} | {used:.2f} (reference {before:.2f}) |")
     models = [row for row in rows if "images_per_second" in row]
     if models:
-        fits = {f"{r['largest_batch_gib']:g} GiB, {r['largest_batch_is']}" for r in models if "largest_batch" in r}
-        head = ["model", "images/s", "MFU", "speed-up", "MiB" if "peak_mib" in models[0] else "saved, MiB/image"]
+        fits = {
+            f"{r['largest_batch_gib']:g} GiB, {r['largest_batch_is']}"
+            for r in models
+            if "largest_batch" in r
+        }
+        head = [
+            "model",
+            "images/s",
+            "MFU",
+            "speed-up",
+            "MiB" if "peak_mib" in models[0] else "saved, MiB/image",
+        ]
         head += [f"largest batch in {' / '.join(fits)}"] if fits else []
         lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in models:

@@ -1,7 +1,7 @@
 """What the kernels are measured against, besides the eager reference in the row's own dtype.
 
-A rival is the reference run in another way: under autocast, through torch.compile, with the soft split
-as a convolution, or with one of PyTorch's own softmax attentions.
+A rival is the reference run in another way: under autocast, through torch.compile, with the soft
+split as a convolution, or with one of PyTorch's own softmax attentions.
 """
 
 import contextlib
@@ -169,8 +169,9 @@ RIVALS = {
     ),
     **{
         name: Rival(
-            lambda op, size, dtype, device, name=name: softmax(op)
-            and sdpa_runs(name, dtype, device),
+            lambda op, size, dtype, device, name=name: (
+                softmax(op) and sdpa_runs(name, dtype, device)
+            ),
             with_sdpa(name),
         )
         for name in SDPA

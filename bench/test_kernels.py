@@ -3,17 +3,15 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bench import parity, registry
 from bench.flops import cost
-from bench.measure import launches, peak_memory, smaller_batches
+from bench.measure import MIB, launches, memory_figures, peak_memory
 from bench.registry import DEVICE, DTYPES, MODULES, Row
+from bench.rivals import RIVALS
 from bench.timing import clock, first_call, take_turns
 from bench.workloads import step, workload
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling, peak_allocated, saved_bytes
-
-MIB = 2**20
 
 
 def rows(options) -> list[Row]:
@@ -36,7 +34,9 @@ def test_kernels(benchmark, row: Row, device_name: str):
     seconds = first_call(ours, DEVICE)
     reference = None if row.backend == "reference" else step(replace(row, backend="reference"))
     median = take_turns(benchmark, ours, reference, DEVICE, cold=True)
-    benchmark.extra_info.update(memory(row, ours))
+    trains = row.direction != "forward"
+    growth = row.op in MODULES and row.direction == "full" and row.backend not in RIVALS
+    benchmark.extra_info.update(memory_figures(row, ours, mib, DEVICE, trains, growth))
     if median is None:
         return
     needed = cost(row)
@@ -55,27 +55,9 @@ def test_kernels(benchmark, row: Row, device_name: str):
         benchmark.extra_info["peak_resident_mib"] = peak_memory(step, row, DEVICE) / MIB
 
 
-def memory(row: Row, ours) -> dict:
-    """Peak allocation of the call on a GPU; elsewhere what is saved for backward, per image.
-
-    Of a module's full pass, also the same at several batches: images and MiB.
-    """
-
-    def mib(row: Row) -> float:
-        if DEVICE.type == "cuda":
-            return peak_allocated(step(row), DEVICE) / MIB
-        ready = workload(row)
-        return saved_bytes(ready.forward, ready.leaves) / MIB
-
-    info = {}
+def mib(row: Row) -> float:
+    """Of the row's call: the peak allocation on a GPU, what is saved for backward elsewhere."""
     if DEVICE.type == "cuda":
-        info["peak_mib"] = peak_allocated(ours, DEVICE) / MIB
-    elif row.direction == "forward":
-        info["saved_mib_per_image"] = 0.0
-    else:
-        info["saved_mib_per_image"] = mib(row) / row.batch
-    if row.op in MODULES and row.direction == "full" and row.backend in ("reference", "fused"):
-        info["memory_mib_by_batch"] = [
-            [batch, mib(replace(row, batch=batch))] for batch in smaller_batches(row.batch)
-        ]
-    return info
+        return peak_allocated(step(row), DEVICE) / MIB
+    ready = workload(row)
+    return saved_bytes(ready.forward, ready.leaves) / MIB

@@ -6,15 +6,15 @@ import pytest
 import torch.nn.functional as F
 
 from bench import models
-from bench.measure import largest_batch, launches, peak_memory, smaller_batches
+from bench.measure import MIB, largest_batch, launches, memory_figures, peak_memory
 from bench.models import ModelRow, batch_of, build, config, step
 from bench.registry import DEVICE, DTYPES
 from bench.timing import clock, first_call, take_turns
-from t2t_kernels.measure import matmul_ceiling, peak_allocated, saved_bytes
+from t2t_kernels.measure import matmul_ceiling, saved_bytes
 from t2tvit.training.bench import check_parity, flops_per_image
 from t2tvit.training.engine import precision
 
-MIB, GIB = 2**20, 2**30
+GIB = 2**30
 
 
 def rows(options) -> list[ModelRow]:
@@ -39,12 +39,14 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
     seconds = first_call(ours, DEVICE)
     reference = None if row.backend == row.plain else step(plain)
     median = take_turns(benchmark, ours, reference, DEVICE)
-    benchmark.extra_info.update(memory(row, ours))
+    trains = row.direction == "training"
+    growth = trains and not row.backend.endswith("-compile")
+    benchmark.extra_info.update(memory_figures(row, ours, mib, DEVICE, trains, growth))
     if median is None:
         return
     # Batch normalisation trains on no fewer than two.
     images = batch_of(replace(plain, batch=2))[0]
-    flops = row.batch * flops_per_image(build(plain), images, row.direction == "training")
+    flops = row.batch * flops_per_image(build(plain), images, trains)
     ceiling = matmul_ceiling(DEVICE, DTYPES[row.dtype])
     low, high = benchmark.extra_info["seconds_percentiles_20_80"]
     benchmark.extra_info.update(
@@ -58,10 +60,10 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
     )
     if DEVICE.type == "cuda":
         benchmark.extra_info["launches"] = launches(ours, DEVICE)
-    elif row.direction == "training":
+    elif trains:
         benchmark.extra_info["peak_resident_mib"] = peak_memory(step, row, DEVICE) / MIB
     budget = pytestconfig.option.memory
-    if budget is not None and row.direction == "training":
+    if budget is not None and trains:
         del ours, reference
         benchmark.extra_info.update(
             largest_batch=largest_batch(step, row, int(budget * GIB), DEVICE),
@@ -70,29 +72,11 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
         )
 
 
-def memory(row: ModelRow, ours) -> dict:
-    """Peak of a step on a GPU; elsewhere what is saved for backward, per image.
-
-    Of training, also the same at several batches: images and MiB.
-    """
-
-    def mib(row: ModelRow) -> float:
-        if DEVICE.type == "cuda":
-            return peak_memory(step, row, DEVICE) / MIB
-        model, (images, labels) = build(row).train(), batch_of(row)
-        with precision(config(row), DEVICE):
-            kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
-        return kept / MIB
-
-    info = {}
+def mib(row: ModelRow) -> float:
+    """Of a training step: the peak allocation on a GPU, what is saved for backward elsewhere."""
     if DEVICE.type == "cuda":
-        info["peak_mib"] = peak_allocated(ours, DEVICE) / MIB
-    elif row.direction == "inference":
-        info["saved_mib_per_image"] = 0.0
-    else:
-        info["saved_mib_per_image"] = mib(row) / row.batch
-    if row.direction == "training" and not row.backend.endswith("-compile"):
-        info["memory_mib_by_batch"] = [
-            [batch, mib(replace(row, batch=batch))] for batch in smaller_batches(row.batch)
-        ]
-    return info
+        return peak_memory(step, row, DEVICE) / MIB
+    model, (images, labels) = build(row).train(), batch_of(row)
+    with precision(config(row), DEVICE):
+        kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
+    return kept / MIB

@@ -13,7 +13,7 @@ SECONDS = {"cpu": 0.1, "cuda": 0.02}
 
 
 class Clock:
-    """pytest-benchmark's timer: it advances by what was measured, not by what it took to measure."""
+    """pytest-benchmark's timer: it advances by what was measured in turns."""
 
     now = 0.0
 

@@ -1,7 +1,8 @@
 """``python -m bench.tune``: the launch parameters that are fastest on the GPU it runs on.
 
-Measures the model's layers for every candidate and prints the entries for ``t2t_kernels._triton.TABLES``;
-nothing is tuned in a user's step. Candidates that do not compile, for want of shared memory, drop out.
+Measures the model's layers for every candidate and prints the entries for
+``t2t_kernels._triton.TABLES``; nothing is tuned in a user's step. Candidates that do not compile,
+for want of shared memory, drop out.
 """
 
 import itertools

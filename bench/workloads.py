@@ -31,7 +31,7 @@ from t2tvit.models.t2t_module import T2TModule
 
 # Of the layers in training, as published.
 DROPOUT = 0.1
-# Keys and queries of half of unit rms: where trained models work, and eps does not rule the Performer.
+# Of keys and queries: where trained models work, and eps does not rule the Performer.
 RMS = 0.5
 
 

@@ -1,4 +1,4 @@
-"""How this project measures: speed in turns, memory as autograd keeps it, and what the device can do.
+"""How this project measures: speed in turns, memory as autograd keeps it, ceilings of the device.
 
 Times of functions that are compared come from one process and alternate, so that drift of the
 machine meets all alike; what is reported is the median with the 20th and 80th percentile.
@@ -94,7 +94,7 @@ def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor] = ()) -> 
 
 
 def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call of ``function`` allocates on a GPU at its peak, beyond what is there before."""
+    """Bytes that ``function`` allocates on a GPU at its peak, beyond what is there before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -105,7 +105,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
 
 @functools.lru_cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product of random numbers: what can be reached here."""
+    """Operations per second of a large matrix product: what can be reached here."""
     side = {"cuda": 8192, "cpu": 2048}[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     taken = interleave({"product": lambda: a @ b}, CEILING_REPETITIONS, device, seconds=0.1)

@@ -191,7 +191,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--repetitions", type=int, default=10, metavar="N", help="of each measurement (default: 10)"
     )
     command.add_argument(
-        "--against", nargs="+", default=(), metavar="NAME", help="models of timm to measure beside it"
+        "--against",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="models of timm to measure beside it",
     )
     add_options(command, BENCH_KEYS)
 

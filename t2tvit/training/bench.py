@@ -132,8 +132,8 @@ def compare(
         "the ratio is the median of the ratios of neighbouring turns"
     )
     print(
-        "MFU: the products of the plain model, in its time, over what a large product reaches here, "
-        f"{figure(ceiling / 1e12)} TFLOP/s in {str(dtype).removeprefix('torch.')}"
+        "MFU: the products of the plain model, in its time, over what a large product reaches "
+        f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(dtype).removeprefix('torch.')}"
     )
 
 
@@ -155,7 +155,7 @@ def rival(name: str, size: tuple[int, int], num_classes: int, channels: int) -> 
 
 
 def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
-    """Operations of the matrix products and convolutions of ``model`` for one image, as it does them.
+    """Operations of the products and convolutions that ``model`` does for one image.
 
     2 per multiply-add; with ``training`` those of the backward too. ``images`` is a batch to count.
     """
@@ -173,7 +173,7 @@ def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
 def memory_row(
     models: dict[str, nn.Module], images: Tensor, labels: Tensor, config: RunConfig
 ) -> tuple[str, ...]:
-    """What a step allocates at its peak on a GPU; elsewhere what is saved for backward, per image."""
+    """A step's peak allocation on a GPU; elsewhere what is saved for backward, per image."""
     used = {}
     for key, model in models.items():
         model.train()
@@ -185,7 +185,9 @@ def memory_row(
         with precision(config, images.device):
             kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
         used[key] = kept / MIB / config.batch_size
-    what = "peak allocated, MiB" if images.device.type == "cuda" else "saved for backward, MiB/image"
+    what = (
+        "peak allocated, MiB" if images.device.type == "cuda" else "saved for backward, MiB/image"
+    )
     cells = [f"{value:.3f}" for value in used.values()]
     return (what, *cells[:2], f"{used['fused'] / used['reference']:.2f}×", *cells[2:])
 
@@ -204,7 +206,8 @@ def loader_line(config: RunConfig, world: World) -> str:
     started, seen = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < LOADER_SECONDS:
         seen += len(next(endless)[0])
-    return f"loader of {config.data}, {config.workers} workers, alone: {figure(seen / elapsed)} images/s"
+    rate = figure(seen / elapsed)
+    return f"loader of {config.data}, {config.workers} workers, alone: {rate} images/s"
 
 
 @torch.inference_mode()

@@ -39,7 +39,11 @@ def row(name, backend, speedup=1.0, seconds=1.0, **info):
 @pytest.fixture
 def result():
     layer, model = "performer_layer-L1-B4-bf16-full", "t2t_vit_7-224-B4-bf16-training"
-    speed = {"images_per_second": 4.0, "images_per_second_percentiles_20_80": [3.8, 4.2], "mfu": 0.4}
+    speed = {
+        "images_per_second": 4.0,
+        "images_per_second_percentiles_20_80": [3.8, 4.2],
+        "mfu": 0.4,
+    }
     training = {"pass": "training", **speed, "memory_mib_by_batch": [[1, 9.0], [4, 36.0]]}
     return {
         "device": "A processor, 2 threads",
@@ -72,7 +76,9 @@ def test_the_summary_sets_us_beside_the_best_rival(result):
         "| `performer_layer-L1-B4-bf16-full-cpu` | 2.00× (1.90–2.10) | 1.75× convolution | "
         "4.00 (reference 9.00) |"
     ) in text
-    assert "`t2t_vit_7-224-B4-bf16-training-fused` | 4 (3.8–4.2) | 40.0% | 1.25× (1.19–1.31)" in text
+    assert (
+        "`t2t_vit_7-224-B4-bf16-training-fused` | 4 (3.8–4.2) | 40.0% | 1.25× (1.19–1.31)" in text
+    )
     assert "| 64 |" in text and "largest batch in 16 GiB, extrapolated" in text
     assert "Failed, not timed: `soft_split-L1-B4-bf16-full-cpu`: ParityError" in text
     assert "copy, GB/s 10" in text
@@ -168,7 +174,9 @@ def test_memory_and_failures_are_regressions(compared):
 
     status, out, _ = compared(change)
     assert status == 1
-    assert "more memory: performer_layer-L1-B4-bf16-full-cpu: saved_mib_per_image 4.000 → 4.400" in out
+    assert (
+        "more memory: performer_layer-L1-B4-bf16-full-cpu: saved_mib_per_image 4.000 → 4.400" in out
+    )
     assert "fails now: performer_layer-L1-B4-bf16-full-compile" in out
 
 
