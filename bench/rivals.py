@@ -111,16 +111,16 @@ def compiled(
 @contextlib.contextmanager
 def pytorch_attention(name: str) -> Iterator[None]:
     """The reference's softmax attention is PyTorch's own, by the SDPA backend ``name``."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        heads = (tensor.unsqueeze(1) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
-
     with (
         sdpa_kernel(SDPA[name]),
-        mock.patch.object(token_attention_reference, "token_attention", attend),
+        mock.patch.object(token_attention_reference, "token_attention", scaled_dot_product),
     ):
         yield
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    q, k, v = (tensor.unsqueeze(1) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)
 
 
 def convolution_form(
@@ -144,7 +144,8 @@ def convolution_form(
     window = {"stride": stride, "padding": padding}
     kernel = weight if norm_weight is None else weight * norm_weight
     y = F.conv2d(x, kernel.unflatten(1, (x.shape[1], kernel_size, kernel_size)), **window)
-    y = y.flatten(2).transpose(1, 2)
+    # PyTorch's attentions want a token's channels side by side.
+    y = y.flatten(2).transpose(1, 2).contiguous()
     if norm_weight is None:
         return y if bias is None else y + bias
     moments = torch.stack([x.float().mean(1), x.float().square().mean(1)], 1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,25 @@ def test_a_named_attention_is_the_one_that_runs(monkeypatch):
     workloads.step(replace(row, backend="sdpa-flash"))()
     workloads.step(replace(row, backend="reference"))()
     assert allowed == [False, True]
+
+
+@pytest.mark.parametrize("backend", ["compile", "convolution", "convolution-channels-last"])
+def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
+    """One graph for all calls, with PyTorch's own attention and, where its name says so, convolution."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append({node.target for node in module.graph.nodes})
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    step = workloads.step(Row("transformer_layer", "L1", 1, "fp32", "full", backend))
+    for _ in range(3):
+        step()
+    assert len(graphs) == 1
+    assert F.scaled_dot_product_attention in graphs[0]
+    assert (torch.conv2d in graphs[0]) == (backend != "compile")
+    assert (F.unfold in graphs[0]) == (backend == "compile")
 
 
 def test_a_compiled_rival_is_compiled_and_right():

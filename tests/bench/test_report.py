@@ -158,6 +158,12 @@ def test_slower_beyond_the_noise_is_one(compared):
     assert status == 1 and "slower: performer_layer-L1-B4-bf16-full-cpu: " in out
 
 
+def test_a_slower_plain_pytorch_is_noted(compared):
+    status, out, _ = compared(lambda later: scale(later["rows"][0], "seconds", 1.3))
+    assert status == 0
+    assert "note: plain PyTorch is slower: performer_layer-L1-B4-bf16-full-reference: " in out
+
+
 @pytest.mark.parametrize("factors", [(1.05, 1 / 1.05), (1.3, 1.0), (1.0, 1 / 1.3)])
 def test_noise_a_slower_machine_and_a_faster_reference_are_none(compared, factors):
     def change(later):
