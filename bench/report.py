@@ -122,68 +122,75 @@ def memory(row: dict) -> float | None:
 
 
 def summary(result: dict) -> str:
-    """What the README shows of a result: our rows of full passes, and the models."""
+    """What the README shows of a result: our rows of full passes, the models, what failed."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    ceilings = ", ".join(
-        f"{name} {value:.3g}" for name, value in result.get("ceilings", {}).items()
+    text = f"**{result['device']}**, {versions}, {result['date']}."
+    if "ceilings" in result:
+        ceilings = ", ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items())
+        text += f" Ceilings, measured in the same run: {ceilings}."
+    text += (
+        " Speed-up over the reference: median and 20th to 80th percentile of the ratios of runs "
+        "taken in turns in one process; the best rival's beside it."
     )
-    lines = [
-        f"**{result['device']}**, {versions}, {result['date']}."
-        + (f" Ceilings, measured in the same run: {ceilings}." if ceilings else "")
-        + " Speed-up over the reference: median and 20th to 80th percentile of the ratios of runs "
-        "taken in turns in one process; the best rival's beside it.",
-        "",
-    ]
-    rows = result["rows"]
+    parts = [text, kernel_table(result["rows"]), model_table(result["rows"])]
+    for row in result.get("failed", []):
+        parts.append(f"Failed, not timed: `{row['name']}`: {row['reason']}")
+    return "\n\n".join(filter(None, parts))
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if rows else ""
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """Our rows of full passes, each with its best rival and what the reference takes."""
     plain = {group(row): row for row in rows if row["backend"] in PLAIN}
-    kernels = [r for r in rows if r["pass"] == "full" and r["backend"] in OURS]
-    if kernels:
-        what = "peak, MiB" if "peak_mib" in kernels[0] else "saved for backward, MiB/image"
-        lines += [f"| row | speed-up | best rival | {what} |", "|---|---|---|---|"]
-        for row in kernels:
-            used, before = memory(row), memory(plain[group(row)])
-            cells = (f"`{row['name']}`", ratio(row), best_rival(row, rows))
-            lines.append(f"| {' | '.join(cells)} | {used:.2f} (reference {before:.2f}) |")
-    models = [row for row in rows if "images_per_second" in row]
-    if models:
-        fits = {
-            f"{r['largest_batch_gib']:g} GiB, {r['largest_batch_is']}"
-            for r in models
-            if "largest_batch" in r
-        }
-        head = [
-            "model",
-            "images/s",
-            "MFU",
-            "speed-up",
-            "MiB" if "peak_mib" in models[0] else "saved, MiB/image",
-        ]
-        head += [f"largest batch in {' / '.join(fits)}"] if fits else []
-        lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for row in models:
-            low, high = row["images_per_second_percentiles_20_80"]
-            used = memory(row)
-            cells = [
+    lines, what = [], ""
+    for row in rows:
+        if row["pass"] != "full" or row["backend"] not in OURS:
+            continue
+        what = "peak, MiB" if "peak_mib" in row else "saved for backward, MiB/image"
+        used = f"{memory(row):.2f}"
+        if group(row) in plain:
+            used += f" (reference {memory(plain[group(row)]):.2f})"
+        lines.append((f"`{row['name']}`", ratio(row), best_rival(row, rows), used))
+    return markdown(("row", "speed-up", "best rival", what), lines)
+
+
+def model_table(rows: list[dict]) -> str:
+    """Every row of a model, rivals included."""
+    lines, memories, budgets = [], set(), set()
+    for row in rows:
+        if "images_per_second" not in row:
+            continue
+        low, high = row["images_per_second_percentiles_20_80"]
+        used = memory(row)
+        memories.add("peak, MiB" if "peak_mib" in row else "saved, MiB/image")
+        if "largest_batch" in row:
+            budgets.add(f"{row['largest_batch_gib']:g} GiB, {row['largest_batch_is']}")
+        lines.append(
+            (
                 f"`{row['name']}`",
                 f"{row['images_per_second']:.4g} ({low:.4g}–{high:.4g})",
                 f"{row['mfu']:.1%}",
                 "–" if row["backend"] in PLAIN else ratio(row),
                 "–" if used is None else f"{used:.1f}",
-            ]
-            cells += [str(row.get("largest_batch", "–"))] if fits else []
-            lines.append(f"| {' | '.join(cells)} |")
-    for row in result.get("failed", []):
-        lines += ["", f"Failed, not timed: `{row['name']}`: {row['reason']}"]
-    return "\n".join(lines)
+                str(row.get("largest_batch", "–")),
+            )
+        )
+    budget = f"largest batch in {' / '.join(sorted(budgets))}"
+    head = ("model", "images/s", "MFU", "speed-up", " / ".join(sorted(memories)), budget)
+    if not budgets:
+        head, lines = head[:-1], [cells[:-1] for cells in lines]
+    return markdown(head, lines)
 
 
 def every_row(result: dict) -> str:
     """All figures of all rows that have a time, as Markdown."""
-    lines = [
-        "| row | ms, median (20–80%) | speed-up | TFLOP/s (of ceiling) | GB/s (of ceiling) | MiB | "
-        "launches | first call, s |",
-        "|---" * 8 + "|",
-    ]
+    head = ("row", "ms, median (20–80%)", "speed-up", "TFLOP/s (of ceiling)")
+    head += ("GB/s (of ceiling)", "MiB", "launches", "first call, s")
+    lines = []
 
     def share(row: dict, figure: str) -> str:
         if figure not in row or not row[figure]:
@@ -196,18 +203,19 @@ def every_row(result: dict) -> str:
             continue
         low, high = (1e3 * seconds for seconds in row["seconds_percentiles_20_80"])
         used = memory(row)
-        cells = (
-            f"`{row['name']}`",
-            f"{1e3 * row['median_seconds']:.3f} ({low:.3f}–{high:.3f})",
-            "–" if row["backend"] in PLAIN else ratio(row),
-            share(row, "tflops"),
-            share(row, "gb_per_second"),
-            "–" if used is None else f"{used:.2f}",
-            str(row.get("launches", "–")),
-            f"{row['first_call_seconds']:.2f}",
+        lines.append(
+            (
+                f"`{row['name']}`",
+                f"{1e3 * row['median_seconds']:.3f} ({low:.3f}–{high:.3f})",
+                "–" if row["backend"] in PLAIN else ratio(row),
+                share(row, "tflops"),
+                share(row, "gb_per_second"),
+                "–" if used is None else f"{used:.2f}",
+                str(row.get("launches", "–")),
+                f"{row['first_call_seconds']:.2f}",
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
 def newest() -> list[Path]:

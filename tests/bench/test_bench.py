@@ -185,7 +185,7 @@ def test_a_named_attention_is_the_one_that_runs(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["compile", "convolution", "convolution-channels-last"])
 def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
-    """One graph for all calls, with PyTorch's own attention and, where its name says so, convolution."""
+    """One graph for all calls, with PyTorch's own attention and, if named so, a convolution."""
     graphs = []
 
     def keep(module, inputs):
