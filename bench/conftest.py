@@ -1,7 +1,6 @@
 """The options of ``pytest bench/``, its rows, and at the end a table of what was gained."""
 
 import platform
-import time
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from bench.registry import DEVICE
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling
 
 FAILED = pytest.StashKey[list]()
-STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
@@ -32,18 +30,10 @@ def pytest_addoption(parser):
         metavar="GIB",
         help="also the largest batch that each model trains in so much memory",
     )
-    group.addoption(
-        "--time-limit",
-        type=float,
-        default=float("inf"),
-        metavar="SECONDS",
-        help="skip the rows that have not begun by then",
-    )
 
 
 def pytest_configure(config):
     config.stash[FAILED] = []
-    config.stash[STARTED] = time.monotonic()
     option = config.option
     option.smoke = option.benchmark_disable
     if option.batch is None and option.smoke:
@@ -56,12 +46,6 @@ def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames:
         rows = metafunc.module.rows(metafunc.config.option)
         metafunc.parametrize("row", rows, ids=[row.name for row in rows])
-
-
-def pytest_runtest_setup(item):
-    limit = item.config.option.time_limit
-    if time.monotonic() - item.config.stash[STARTED] > limit:
-        pytest.skip(f"not begun within {limit:.0f} s")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ plots, and ``log.txt``.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -23,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "t2t_kernels").glob("*/api.py"))
 BUDGET, REPORT_SECONDS, FULL_SECONDS = 520, 45, 1800
-# Of a benchmark, which is told when to stop: to start, to finish its last row, to write its file.
-GRACE = 20
+# To write what was measured, once told to stop.
+GRACE = 15
 LINES = 60
 # What would choose other kernels, or none, behind the back of the rows.
 UNSET = ("T2T_BACKEND", "TRITON_INTERPRET")
@@ -91,16 +92,13 @@ def run(part: Part, end: float) -> tuple[str, str]:
     """
     started = time.monotonic()
     seconds = min(part.seconds, end - started)
-    arguments = list(part.arguments)
-    if part.run is not None:
-        arguments += ["--time-limit", f"{seconds - GRACE:.0f}"]
-    if seconds <= (0 if part.run is None else GRACE):
+    if seconds <= 0:
         return "not begun: no time was left", ""
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     environment = {"T2T_WITH_CUDA": "1"} | environment | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, *part.arguments],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -111,16 +109,22 @@ def run(part: Part, end: float) -> tuple[str, str]:
             status = process.wait(seconds)
             ended = "done" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
-            # With its compilers and workers, which are of its session.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             ended = "stopped: its time was up"
+            # pytest then writes what it has measured.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            # Its compilers and workers are of its session.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         taken = time.monotonic() - started
         output.seek(0)
         said = output.read().decode(errors="replace")
     how = f"{ended} in {taken:.0f} s{verdicts(said)}"
     print(f"{part.name}: {how}", flush=True)
-    return how, f"== {part.name}: python {' '.join(arguments)}\n{said}\n"
+    return how, f"== {part.name}: python {' '.join(part.arguments)}\n{said}\n"
 
 
 def verdicts(output: str) -> str:

@@ -47,6 +47,8 @@ def collect(runs: list[Path]) -> dict:
     if len(devices) != 1:
         raise ValueError(f"got runs of {' and of '.join(sorted(devices))}, expected one device")
     first = parts[0]
+    failed = [row for part in parts for row in part["t2t"]["failed"]]
+    names = {row["name"] for row in failed}
     return {
         "device": devices.pop(),
         "date": datetime.datetime.fromisoformat(first["datetime"]).date().isoformat(),
@@ -56,8 +58,10 @@ def collect(runs: list[Path]) -> dict:
             {"name": row["param"], **row["extra_info"]}
             for part in parts
             for row in part["benchmarks"]
+            # Without these, the run was interrupted in the midst of the row.
+            if row["param"] not in names and "tflops" in row["extra_info"]
         ],
-        "failed": [row for part in parts for row in part["t2t"]["failed"]],
+        "failed": failed,
     }
 
 

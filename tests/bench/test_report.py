@@ -207,6 +207,15 @@ def script(name, source, seconds=60, timed=True):
     return gpu_report.Part(name, ("-c", source), seconds, timed=timed)
 
 
+WRITES = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what there is")
+"""
+
+
 def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         gpu_report,
@@ -215,12 +224,16 @@ def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypat
             script("aborts", "import os; os.abort()", timed=False),
             script("hangs", "import time; time.sleep(60)", 1, timed=False),
             script("tests", "print('=== 3 passed, 1 skipped in 0.12s ===')"),
+            script("writes", WRITES, 3),
         ],
     )
     assert gpu_report.measure(tmp_path, False) == 1
     out = capsys.readouterr().out
     assert "aborts: exit status -6" in out and "hangs: stopped: its time was up" in out
     assert "tests: done in" in out and "3 passed, 1 skipped" in out
+    # Told to stop, it has time to write what it has.
+    assert "writes: stopped: its time was up" in out
+    assert "what there is" in (tmp_path / "log.txt").read_text()
     # No row was measured, and the report says so.
     assert "no RUN.json was given" in (tmp_path / "log.txt").read_text()
 
