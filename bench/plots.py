@@ -70,7 +70,7 @@ def roofline(result: dict) -> Figure | None:
     if not rows:
         return None
     bandwidth = result["ceilings"]["copy, GB/s"] / 1e3
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     intensities = [row["flops"] / row["minimum_bytes"] for row in rows]
     left, right = min(intensities) / 3, max(intensities) * 3
@@ -99,7 +99,7 @@ def roofline(result: dict) -> Figure | None:
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"Forward and backward: {result['device']}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

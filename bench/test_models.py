@@ -24,6 +24,8 @@ def rows(options) -> list[ModelRow]:
 @pytest.mark.benchmark(timer=clock)
 def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
     plain = replace(row, backend=row.plain)
+    ours = step(row)
+    seconds, _ = first_call(ours, DEVICE)
     if row.backend != row.plain:
         check_parity(build(row), build(plain), batch_of(row)[0], config(row))
     benchmark.extra_info.update(
@@ -35,8 +37,6 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
         shape=[row.batch, 3, models.SIZE, models.SIZE],
         **{"pass": row.direction},
     )
-    ours = step(row)
-    seconds = first_call(ours, DEVICE)
     reference = None if row.backend == row.plain else step(plain)
     median = take_turns(benchmark, ours, reference, DEVICE)
     trains = row.direction == "training"

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from t2t_kernels.measure import interleave, percentiles
 
+Result = TypeVar("Result")
 REPETITIONS = 9
 # Of one repetition: dozens of a layer's calls on a GPU, one or a few on a CPU.
 SECONDS = {"cpu": 0.1, "cuda": 0.02}
@@ -27,13 +29,13 @@ class Clock:
 clock = Clock()
 
 
-def first_call(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call that has everything to do still: compilation, loading, allocation."""
+def first_call(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds of a call that has everything to do still, compilation too; and what it returns."""
     started = time.perf_counter()
-    step()
+    result = call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, result
 
 
 def take_turns(

@@ -129,10 +129,10 @@ def sabotaged(original, where):
 @pytest.mark.parametrize("where", ["result", "gradient 0"])
 def test_a_sabotaged_kernel_is_refused(where, monkeypatch):
     row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
-    parity.check(row)
+    parity.check(row, parity.results(row))
     monkeypatch.setattr(workloads, "soft_split", sabotaged(workloads.soft_split, where))
     with pytest.raises(parity.ParityError, match=f"{row.name}: {where} is off by"):
-        parity.check(row)
+        parity.check(row, parity.results(row))
 
 
 def test_what_is_not_finite_is_refused():
@@ -205,7 +205,7 @@ def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
 def test_a_compiled_rival_is_compiled_and_right():
     row = Row("soft_split", "L3", 1, "fp32", "full", "compile")
     torch._dynamo.utils.counters.clear()
-    parity.check(row)
+    parity.check(row, parity.results(row))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
