@@ -1,6 +1,8 @@
 # make demo   set up, train on real handwritten digits, show what was learned
 # make test   set up, run all tests
 # Both need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+# make gpu-report   build, check and measure the kernels on a GPU, with a Python that has torch and the
+#                   packages of pyproject.toml's [dev]; nothing is downloaded. OUT_DIR=, PYTHON=, FULL=1
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +11,7 @@ DEMO := runs/demo
 # What the kernels are compiled from: a change of any of these compiles them again.
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test test-abi bench clean
+.PHONY: demo test test-abi bench gpu-report clean
 
 $(VENV)/ready: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -46,6 +48,10 @@ test-abi:
 
 bench: $(VENV)/ready
 	$(BIN)/python -m pytest bench/
+
+OUT_DIR ?= runs/gpu-report
+gpu-report:
+	$(PYTHON) -m bench.gpu_report --output $(OUT_DIR) $(if $(FULL),--full)
 
 clean:
 	rm -rf $(VENV) build *.egg-info t2t_kernels/*.so

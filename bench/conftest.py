@@ -1,4 +1,82 @@
-"""A table at the end of ``pytest bench/`` that says what each backend gained."""
+"""The options of ``pytest bench/``, its rows, and at the end a table of what was gained."""
+
+import platform
+
+import pytest
+import torch
+
+from bench.registry import DEVICE
+from t2t_kernels.measure import copy_ceiling, matmul_ceiling
+
+FAILED = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench/")
+    group.addoption(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images per call (default: what suits the device; 1 with --benchmark-disable)",
+    )
+    group.addoption(
+        "--compiled",
+        action="store_true",
+        help="also the rivals that torch.compile makes: seconds to minutes each to compile",
+    )
+    group.addoption(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="also the largest batch that each model trains in so much memory",
+    )
+
+
+def pytest_configure(config):
+    config.stash[FAILED] = []
+    option = config.option
+    option.smoke = option.benchmark_disable
+    if option.batch is None and option.smoke:
+        option.batch = 1
+    if option.batch is not None and option.batch < 1:
+        raise pytest.UsageError(f"--batch: got {option.batch}, expected at least 1")
+
+
+def pytest_generate_tests(metafunc):
+    if "row" in metafunc.fixturenames:
+        rows = metafunc.module.rows(metafunc.config.option)
+        metafunc.parametrize("row", rows, ids=[row.name for row in rows])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed and hasattr(item, "callspec"):
+        reason = str(call.excinfo.value).strip().partition("\n")[0]
+        row = {"name": item.callspec.id, "reason": f"{call.excinfo.typename}: {reason}"}
+        item.config.stash[FAILED].append(row)
+    return report
+
+
+@pytest.fixture
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    output_json["t2t"] = {
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "ceilings": {
+            "copy, GB/s": copy_ceiling(DEVICE) / 1e9,
+            "float32 products, TFLOP/s": matmul_ceiling(DEVICE, torch.float32) / 1e12,
+            "bfloat16 products, TFLOP/s": matmul_ceiling(DEVICE, torch.bfloat16) / 1e12,
+        },
+        "failed": config.stash[FAILED],
+    }
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,32 +1,25 @@
-"""What is measured: operation × shape × dtype × pass × backend.
+"""What is measured: operation × size × batch × dtype × pass × backend.
 
-A backend that gains a kernel gains its rows here by itself, from the table of operations.
+A backend that gains a kernel gains its rows here by itself, from the table of operations; rivals
+come from :mod:`bench.rivals`.
 """
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from t2t_kernels import (
-    PerformerLayerParams,
-    TransformerLayerParams,
-    performer_attention,
-    performer_layer,
-    soft_split,
-    soft_split_linear,
-    token_attention,
-    transformer_layer,
-)
-from t2t_kernels.backends import BACKENDS, OPERATIONS, why_unavailable
+from bench.rivals import RIVALS, softmax
+from t2t_kernels.backends import OPERATIONS, why_unavailable
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Enough to keep the device busy: images per call.
-BATCH = {"cpu": 4, "cuda": 128}[DEVICE.type]
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+# Width of a layer, its random features, and width of the last projection (T2T-ViT-14).
 EMBED, FEATURES, CLASS_WIDTH = 64, 32, 384
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PASSES = ("forward", "full")
+PASSES = ("forward", "backward", "full")
+# The tokens-to-token module as a whole: its layers' operation.
+MODULES = {"performer_module": "performer_layer", "transformer_module": "transformer_layer"}
+IMAGE = "224"
 
 
 @dataclass(frozen=True)
@@ -65,99 +58,60 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Row:
+    """One measurement. ``size`` is a layer or, for a whole module, the image's side."""
+
     op: str
-    layer: str
+    size: str
+    batch: int
     dtype: str
     direction: str
     backend: str
 
     @property
     def name(self) -> str:
-        return f"{self.op}-{self.layer}-B{BATCH}-{self.dtype}-{self.direction}-{self.backend}"
+        return f"{self.op}-{self.size}-B{self.batch}-{self.dtype}-{self.direction}-{self.backend}"
 
 
-def rows() -> list[Row]:
-    """Every row that this machine can run."""
-    found = []
-    for op, operation in OPERATIONS.items():
-        # The third split is followed by a projection alone.
-        layers = LAYERS if op.startswith("soft_split") else ("L1", "L2")
-        for backend in BACKENDS:
-            if backend not in ("reference", *operation.kernels) or why_unavailable(backend, DEVICE):
-                continue
-            for layer in layers:
-                for dtype in DTYPES:
-                    found += [Row(op, layer, dtype, each, backend) for each in PASSES]
-    return found
+def sizes(op: str) -> tuple[str, ...]:
+    if op in MODULES:
+        return (IMAGE,)
+    # The third split is followed by a projection alone.
+    return tuple(LAYERS) if op.startswith("soft_split") else ("L1", "L2")
 
 
-def workload(
-    row: Row, exact: bool = False
-) -> tuple[Callable[[str], Tensor], list[Tensor], tuple[int, ...]]:
-    """A call of the row's operation by backend, the tensors to differentiate, the input's shape.
+def batch_of(op: str) -> int:
+    """Images per call: enough for the device, few enough for the reference's T×T scores."""
+    if DEVICE.type == "cpu":
+        return 4
+    return 32 if op.startswith("t") else 128
 
-    ``exact`` gives the same numbers, rounded to the row's dtype, as float64.
+
+def backends(op: str) -> list[str]:
+    """The reference and our own backends that run ``op`` here."""
+    if op in MODULES:
+        return ["reference", "fused"]
+    kernels = [name for name in OPERATIONS[op].kernels if why_unavailable(name, DEVICE) is None]
+    return ["reference", *kernels]
+
+
+def rows(batch: int | None = None, compiled: bool = False, smoke: bool = False) -> list[Row]:
+    """Every row that this machine can run.
+
+    Args:
+        batch: images per call; None chooses for the device.
+        compiled: with the rivals that torch.compile makes, of full passes: each takes a while.
+        smoke: without the backward of 3136² scores, which takes seconds on a CPU.
     """
-    torch.manual_seed(0)
-    layer, dtype = LAYERS[row.layer], DTYPES[row.dtype]
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        tensor = (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-        tensor = tensor.double() if exact else tensor
-        return tensor.requires_grad_(row.direction == "full")
-
-    def matrix(outputs: int, inputs: int) -> Tensor:
-        return random(outputs, inputs, scale=inputs**-0.5)
-
-    if row.op in ("performer_attention", "token_attention"):
-        shape = (BATCH, layer.tokens, EMBED)
-        # Half of unit rms: where trained models work, and eps does not yet rule the Performer.
-        k, q, v = (random(*shape, scale=0.5) for _ in range(3))
-        if row.op == "token_attention":
-            scale = layer.width**-0.5
-            return lambda backend: token_attention(q, k, v, scale=scale, backend=backend), [q, k, v], shape
-        w = torch.randn(FEATURES, EMBED, device=DEVICE)
-        return lambda backend: performer_attention(k, q, v, w, backend=backend), [k, q, v], shape
-
-    shape = (BATCH, layer.channels, layer.size, layer.size)
-    x = random(*shape)
-    if row.layer != "L1":
-        # A layer's output is the next one's channels-last map.
-        x = x.detach().to(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
-    # The first layer's map is the image, which asks for no gradient.
-    leaves = [] if row.layer == "L1" and row.op != "soft_split" else [x]
-    if row.op == "soft_split":
-        return lambda backend: soft_split(x, **layer.split, backend=backend), leaves, shape
-
-    norm = [random(layer.width), random(layer.width)]
-    if row.op == "soft_split_linear":
-        outputs = CLASS_WIDTH if row.layer == "L3" else 3 * EMBED
-        parameters = [matrix(outputs, layer.width), random(outputs)]
-        if row.layer != "L3":
-            parameters += norm
-        return (
-            lambda backend: soft_split_linear(x, *parameters, **layer.split, backend=backend),
-            leaves + parameters,
-            shape,
-        )
-    tail = [random(EMBED), random(EMBED), matrix(EMBED, EMBED), random(EMBED), matrix(EMBED, EMBED)]
-    attention = [matrix(EMBED, EMBED), random(EMBED)]
-    if row.op == "performer_layer":
-        w = torch.randn(FEATURES, EMBED, device=DEVICE)
-        kqv = [matrix(3 * EMBED, layer.width), random(3 * EMBED)]
-        params = PerformerLayerParams(w, *norm, *kqv, *attention, *tail, random(EMBED))
-        return (
-            lambda backend: performer_layer(
-                x, params, **layer.split, dropout_p=0.1, seed=0, backend=backend
-            ),
-            leaves + list(params[1:]),
-            shape,
-        )
-    qkv = [matrix(3 * EMBED, layer.width)]
-    params = TransformerLayerParams(*norm, *qkv, *attention, *tail, random(EMBED))
-    scale = layer.width**-0.5
-    return (
-        lambda backend: transformer_layer(x, params, **layer.split, scale=scale, backend=backend),
-        leaves + list(params),
-        shape,
-    )
+    found = []
+    for op in (*OPERATIONS, *MODULES):
+        for size, dtype, direction in itertools.product(sizes(op), DTYPES, PASSES):
+            if smoke and softmax(op) and size != "L2" and direction != "forward":
+                continue
+            names = backends(op)
+            for name, rival in RIVALS.items():
+                wanted = not rival.compiled or (compiled and direction == "full")
+                if wanted and rival.applies(op, size, dtype, DEVICE):
+                    names.append(name)
+            shape = (op, size, batch or batch_of(op), dtype, direction)
+            found += [Row(*shape, name) for name in names]
+    return found

@@ -1,7 +1,8 @@
 """``python -m bench.tune``: the launch parameters that are fastest on the GPU it runs on.
 
-Measures the model's layers for every candidate and prints the entries for ``t2t_kernels._triton.TABLES``;
-nothing is tuned in a user's step. Candidates that do not compile, for want of shared memory, drop out.
+Measures the model's layers for every candidate and prints the entries for
+``t2t_kernels._triton.TABLES``; nothing is tuned in a user's step. Candidates that do not compile,
+for want of shared memory, drop out.
 """
 
 import itertools
@@ -9,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from bench.registry import DEVICE, LAYERS, Row, workload
+from bench.registry import DEVICE, Row, batch_of, sizes
+from bench.workloads import step
 from t2t_kernels import _triton
 from t2t_kernels._triton import Launch
 from t2t_kernels.measure import interleave, percentiles
@@ -35,22 +37,14 @@ SERVES = {
 REPETITIONS = 5
 
 
-def calls(op: str, direction: str, dtype: str) -> list:
-    """The model's calls of ``op``: one per layer, forward alone or with its backward."""
-    found = []
-    for layer in list(LAYERS)[:2]:
-        call, leaves, _ = workload(Row(op, layer, dtype, direction, "triton"))
-
-        def run(call=call, leaves=leaves):
-            y = call("triton")
-            if leaves and y.requires_grad:
-                torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-        found.append(run)
-    return found
+def steps(op: str, direction: str, dtype: str) -> dict:
+    """The model's calls of ``op``, by layer: forward alone or with its backward."""
+    return {
+        size: step(Row(op, size, batch_of(op), dtype, direction, "triton")) for size in sizes(op)
+    }
 
 
-def seconds(field: str, is_float32: int, candidate: Launch, runs: list) -> float | None:
+def seconds(field: str, is_float32: int, candidate: Launch, runs: dict) -> float | None:
     """Median seconds of all ``runs`` with one entry of the table replaced; None if it fails."""
     table = _triton.table(DEVICE)
     pair = list(getattr(table, field))
@@ -58,8 +52,7 @@ def seconds(field: str, is_float32: int, candidate: Launch, runs: list) -> float
     changed = table._replace(**{field: tuple(pair)})
     with mock.patch.object(_triton, "_table_of", lambda capability: changed):
         try:
-            functions = {str(i): run for i, run in enumerate(runs)}
-            taken = interleave(functions, REPETITIONS, DEVICE)
+            taken = interleave(runs, REPETITIONS, DEVICE, cold=True)
         except Exception as error:  # the compiler's own, of many types
             print(f"  {candidate}: {type(error).__name__}")
             return None
@@ -74,7 +67,7 @@ def main() -> None:
         SERVES.items(), enumerate(("bf16", "fp32"))
     ):
         print(f"{field}, {dtype}: {served[0]} {served[1]}")
-        runs = calls(*served, dtype)
+        runs = steps(*served, dtype)
         candidates = SOFTMAX_CANDIDATES if field.startswith("softmax") else CANDIDATES
         times = {candidate: seconds(field, is_float32, candidate, runs) for candidate in candidates}
         times = {candidate: time for candidate, time in times.items() if time is not None}

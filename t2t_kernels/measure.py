@@ -1,9 +1,10 @@
-"""How this project measures: speed in turns, and memory as autograd keeps it.
+"""How this project measures: speed in turns, memory as autograd keeps it, ceilings of the device.
 
 Times of functions that are compared come from one process and alternate, so that drift of the
 machine meets all alike; what is reported is the median with the 20th and 80th percentile.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 SECONDS_PER_REPETITION = 0.3
+CEILING_REPETITIONS = 5
 
 
 def interleave(
@@ -19,29 +21,48 @@ def interleave(
     repetitions: int,
     device: torch.device,
     seconds: float = SECONDS_PER_REPETITION,
+    cold: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, ``repetitions`` of each, measured in turns.
 
-    A repetition calls its function as often as fits into about ``seconds``.
+    A repetition calls its function as often as fits into about ``seconds``; ``cold`` as in
+    :func:`seconds_per_call`.
     """
-
-    def measure(function: Callable[[], object], count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - started) / count
-
     counts = {}
     for name, function in functions.items():
-        measure(function, 2)  # warm-up: compilation, allocation
-        counts[name] = max(1, round(seconds / measure(function, 2)))
+        seconds_per_call(function, 2, device, cold)  # warm-up: compilation, allocation
+        counts[name] = max(1, round(seconds / seconds_per_call(function, 2, device, cold)))
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name, function in functions.items():
-            taken[name].append(measure(function, counts[name]))
+            taken[name].append(seconds_per_call(function, counts[name], device, cold))
     return taken
+
+
+def seconds_per_call(
+    function: Callable[[], object], count: int, device: torch.device, cold: bool = False
+) -> float:
+    """Mean seconds of ``count`` calls; on a GPU by its own clock, from one call's start to its end.
+
+    ``cold`` empties a GPU's L2 cache before every call, so that no call finds its own result there.
+    """
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(count):
+            function()
+        return (time.perf_counter() - started) / count
+    spans = []
+    for _ in range(count):
+        if cold:
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            torch.empty(size, dtype=torch.int8, device=device).zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize(device)
+    return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 / count
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
@@ -70,3 +91,31 @@ def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor] = ()) -> 
         forward()
     others = {tensor.untyped_storage()._cdata for tensor in apart}
     return sum(storage.nbytes() for key, storage in kept.items() if key not in others)
+
+
+def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes that ``function`` allocates on a GPU at its peak, beyond what is there before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@functools.lru_cache
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product: what can be reached here."""
+    side = {"cuda": 8192, "cpu": 2048}[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    taken = interleave({"product": lambda: a @ b}, CEILING_REPETITIONS, device, seconds=0.1)
+    return 2 * side**3 / percentiles(taken["product"])[0]
+
+
+@functools.lru_cache
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes per second of a large copy, those read and those written: what can be reached here."""
+    size = {"cuda": 2**31, "cpu": 2**28}[device.type]
+    a, b = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
+    taken = interleave({"copy": lambda: b.copy_(a)}, CEILING_REPETITIONS, device, seconds=0.1)
+    return 2 * size / percentiles(taken["copy"])[0]

@@ -34,7 +34,7 @@ INFERENCE_KEYS = (
     *("data", "img_size", "workers", "interpolation", "crop_pct", "mean", "std"),
     *(*MODEL_KEYS, "batch_size", "amp", "device"),
 )
-BENCH_KEYS = ("data", "img_size", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
+BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
 CONFIG_HELP = "a YAML file, or a packaged config: digits, imagenet/t2t_vit_14 and so on"
 TRAIN_EPILOG = """
@@ -58,7 +58,8 @@ examples:
 BENCH_EPILOG = """
 examples:
   t2tvit bench --config digits
-  t2tvit bench --model t2t_vit_14 --batch-size 32 --amp bfloat16
+  t2tvit bench --model t2t_vit_14 --data synthetic --batch-size 32 --amp bfloat16 \\
+      --against vit_small_patch16_224 deit_small_patch16_224 resnet50
 """
 
 
@@ -188,6 +189,13 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--run", type=Path, metavar="DIR", help="the model of a training run")
     command.add_argument(
         "--repetitions", type=int, default=10, metavar="N", help="of each measurement (default: 10)"
+    )
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="models of timm to measure beside it",
     )
     add_options(command, BENCH_KEYS)
 

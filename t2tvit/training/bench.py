@@ -1,17 +1,27 @@
-"""``t2tvit bench``: what the kernels save, against plain PyTorch in the same process."""
+"""``t2tvit bench``: what the kernels save, against plain PyTorch and others in the same process."""
 
 import argparse
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import timm.optim
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from t2t_kernels.measure import interleave, percentiles, saved_bytes
-from t2tvit.data.sources import channels_of
-from t2tvit.errors import InputError, RunError
+from t2t_kernels.measure import (
+    interleave,
+    matmul_ceiling,
+    peak_allocated,
+    percentiles,
+    saved_bytes,
+)
+from t2tvit.data.sources import channels_of, open_split
+from t2tvit.errors import InputError, RunError, unknown_name
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
 from t2tvit.training.build import (
@@ -25,11 +35,12 @@ from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
 from t2tvit.training.options import given
-from t2tvit.training.pipeline import size_of
+from t2tvit.training.pipeline import batches, size_of, train_loader
 from t2tvit.training.state import BEST_FILE, read_about
 
 MIB = 2**20
 LARGEST_BATCH = 64  # unless --batch-size says otherwise: a recipe's batch is for many GPUs
+LOADER_SECONDS = 3.0
 
 
 def bench_command(arguments: argparse.Namespace) -> None:
@@ -58,13 +69,19 @@ def bench_command(arguments: argparse.Namespace) -> None:
     world = distributed.start(config.device)
     try:
         if world.is_main:
-            compare(config, num_classes, arguments.repetitions, world)
+            compare(config, num_classes, arguments.repetitions, arguments.against, world)
+            print(loader_line(config, world))
     finally:
         distributed.stop()
 
 
-def compare(config: RunConfig, num_classes: int, repetitions: int, world: World) -> None:
-    """Measure the model of ``config`` with its kernels and without, and print the result."""
+def compare(
+    config: RunConfig, num_classes: int, repetitions: int, against: Sequence[str], world: World
+) -> None:
+    """Measure the model of ``config`` with its kernels and without, and print the result.
+
+    ``against`` are models of timm to measure beside it.
+    """
     channels = channels_of(config.data)
     args = create_args(config, num_classes, channels)
     torch.manual_seed(config.seed)
@@ -72,6 +89,10 @@ def compare(config: RunConfig, num_classes: int, repetitions: int, world: World)
     reference = build_model(config.model, args, "reference").to(world.device)
     reference.load_state_dict(fused.state_dict())
     try_forward(fused, config, channels, world)
+    rivals = {
+        name: rival(name, size_of(config), fused.num_classes, channels).to(world.device)
+        for name in against
+    }
 
     height, width = size_of(config)
     options = "".join(f" {name}={value}" for name, value in config.model_args.items())
@@ -85,7 +106,9 @@ def compare(config: RunConfig, num_classes: int, repetitions: int, world: World)
     images = torch.randn(config.batch_size, channels, height, width, device=world.device)
     labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)
     check_parity(fused, reference, images, config)
-    models = {"reference": reference, "fused": fused}
+    models = {"reference": reference, "fused": fused} | rivals
+    dtype = torch.float32 if config.amp == "none" else getattr(torch, config.amp)
+    ceiling = matmul_ceiling(world.device, dtype)
     rows = []
     for name, make in (("training", training_step), ("inference", inference_step)):
         steps = {key: make(model, images, labels, config) for key, model in models.items()}
@@ -94,31 +117,97 @@ def compare(config: RunConfig, num_classes: int, repetitions: int, world: World)
             key: [config.batch_size / value for value in values] for key, values in seconds.items()
         }
         ratios = [new / old for new, old in zip(rates["fused"], rates["reference"])]
-        rows.append(
-            (
-                f"{name}, images/s",
-                *(spread(rates[key]) for key in models),
-                spread(ratios, "×"),
-            )
-        )
-    saved = {}
-    for key, model in models.items():
-        model.train()
-        with precision(config, images.device):
-            kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
-        saved[key] = kept / MIB / config.batch_size
-    rows.append(
-        (
-            "saved for backward, MiB/image",
-            *(f"{saved[key]:.3f}" for key in models),
-            f"{saved['fused'] / saved['reference']:.2f}×",
-        )
-    )
-    print_table(("", *models, "fused / reference"), rows)
+        cells = [spread(rates[key]) for key in models]
+        rows.append((f"{name}, images/s", *cells[:2], spread(ratios, "×"), *cells[2:]))
+        cells = []
+        for key in models:
+            counted = reference if key == "fused" else models[key]
+            flops = flops_per_image(counted, images[:2], name == "training")
+            cells.append(f"{flops * percentiles(rates[key])[0] / ceiling:.1%}")
+        rows.append((f"{name}, MFU", *cells[:2], "", *cells[2:]))
+    rows.append(memory_row(models, images, labels, config))
+    print_table(("", "reference", "fused", "fused / reference", *rivals), rows)
     print(
         f"median of {repetitions} repetitions, taken in turns, and their 20th to 80th percentile; "
         "the ratio is the median of the ratios of neighbouring turns"
     )
+    print(
+        "MFU: the products of the plain model, in its time, over what a large product reaches "
+        f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(dtype).removeprefix('torch.')}"
+    )
+
+
+def rival(name: str, size: tuple[int, int], num_classes: int, channels: int) -> nn.Module:
+    """A model of timm with new weights.
+
+    Raises:
+        InputError: timm does not know it, or it does not take such images.
+    """
+    if not timm.is_model(name):
+        raise InputError(f"--against: {unknown_name('model of timm', name, timm.list_models())}")
+    options = {"num_classes": num_classes, "in_chans": channels}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = size
+    try:
+        return timm.create_model(name, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"--against: {name} with {options}: {error}") from None
+
+
+def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
+    """Operations of the products and convolutions that ``model`` does for one image.
+
+    2 per multiply-add; with ``training`` those of the backward too. ``images`` is a batch to count.
+    """
+    model.train(training)
+    # The one attention that is made of products, which the counter knows on every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if training:
+            model(images).sum().backward()
+        else:
+            with torch.no_grad():
+                model(images)
+    return counter.get_total_flops() / len(images)
+
+
+def memory_row(
+    models: dict[str, nn.Module], images: Tensor, labels: Tensor, config: RunConfig
+) -> tuple[str, ...]:
+    """A step's peak allocation on a GPU; elsewhere what is saved for backward, per image."""
+    used = {}
+    for key, model in models.items():
+        model.train()
+        if images.device.type == "cuda":
+            step = training_step(model, images, labels, config)
+            step()
+            used[key] = peak_allocated(step, images.device) / MIB
+            continue
+        with precision(config, images.device):
+            kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
+        used[key] = kept / MIB / config.batch_size
+    what = (
+        "peak allocated, MiB" if images.device.type == "cuda" else "saved for backward, MiB/image"
+    )
+    cells = [f"{value:.3f}" for value in used.values()]
+    return (what, *cells[:2], f"{used['fused'] / used['reference']:.2f}×", *cells[2:])
+
+
+def loader_line(config: RunConfig, world: World) -> str:
+    """Images per second of the training data's loader alone, decoding and augmentation included."""
+    try:
+        split = open_split(
+            config.data, "train", img_size=size_of(config), num_classes=config.num_classes
+        )
+        loader = train_loader(split, config, world)
+    except InputError as error:
+        return f"loader of {config.data}: not measured: {error}"
+    endless = itertools.chain.from_iterable(batches(loader) for _ in itertools.count())
+    next(endless)  # the workers' start
+    started, seen = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < LOADER_SECONDS:
+        seen += len(next(endless)[0])
+    rate = figure(seen / elapsed)
+    return f"loader of {config.data}, {config.workers} workers, alone: {rate} images/s"
 
 
 @torch.inference_mode()
@@ -138,7 +227,7 @@ def check_parity(
 
 
 def training_step(
-    model: T2TBackbone, images: Tensor, labels: Tensor, config: RunConfig
+    model: nn.Module, images: Tensor, labels: Tensor, config: RunConfig
 ) -> Callable[[], None]:
     """A function that does one update of ``model``."""
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=0.0)
@@ -155,7 +244,7 @@ def training_step(
 
 
 def inference_step(
-    model: T2TBackbone, images: Tensor, labels: Tensor, config: RunConfig
+    model: nn.Module, images: Tensor, labels: Tensor, config: RunConfig
 ) -> Callable[[], None]:
     """A function that classifies one batch; ``labels`` are not used."""
 

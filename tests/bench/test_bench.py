@@ -1,67 +1,215 @@
 """The machinery of the benchmarks, never a time."""
 
-import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import registry, report, test_kernels
+from bench import flops, models, parity, registry, rivals, workloads
+from bench.measure import bisect, extrapolated, peak_memory
+from bench.registry import LAYERS, Row
 from t2t_kernels.measure import interleave, percentiles, saved_bytes
+from t2t_kernels.soft_split_linear import reference as soft_split_linear_reference
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 
-def test_rows_cover_every_operation_and_the_kernel_of_this_machine():
-    rows = registry.rows()
-    assert {row.op for row in rows} == set(registry.OPERATIONS)
-    assert any(row.op == "soft_split" and row.backend == "cpu" for row in rows) or (
-        registry.DEVICE.type == "cuda"
-    )
+# Rows
+
+
+def test_every_operation_and_kernel_of_this_machine_has_rows():
+    rows = registry.rows(compiled=True)
     assert len({row.name for row in rows}) == len(rows)
+    assert {row.op for row in rows} == {*registry.OPERATIONS, *registry.MODULES}
+    for op, operation in registry.OPERATIONS.items():
+        measured = {row.backend for row in rows if row.op == op}
+        here = {k for k in operation.kernels if not registry.why_unavailable(k, registry.DEVICE)}
+        assert {"reference", *here} == measured - set(rivals.RIVALS)
+    for row in rows:
+        assert row.size in row.name and row.direction in registry.PASSES
 
 
-def test_a_wrong_kernel_is_not_timed():
-    row = next(row for row in registry.rows() if row.op == "soft_split")
-    row = dataclasses.replace(row, backend="sabotaged")
+def test_rivals_have_rows_of_their_own():
+    names = {row.name for row in registry.rows(batch=2, compiled=True)}
+    for name in (
+        "performer_layer-L1-B2-bf16-full-compile",
+        "performer_layer-L1-B2-bf16-full-compile-max-autotune",
+        "performer_layer-L1-B2-fp32-full-convolution",
+        "soft_split_linear-L1-B2-bf16-full-convolution-channels-last",
+        "performer_module-224-B2-bf16-full-autocast",
+        "transformer_layer-L2-B2-fp32-backward-sdpa-math",
+    ):
+        assert name in names
+    # Compiling takes minutes: only who asks for it gets it.
+    assert not any("compile" in row.name for row in registry.rows())
+    assert {row.backend for row in models.rows(1, True, False)} == {
+        *("reference", "fused", "reference-compile", "fused-compile", "eager", "eager-compile")
+    }
+
+
+# What a call needs
+
+
+def references(*directions):
+    rows = registry.rows(batch=1)
+    rows = [row for row in rows if row.backend == "reference" and row.direction in directions]
+    # The second layer's 784² scores have the formula of the first one's 3136².
+    return [row for row in rows if not (rivals.softmax(row.op) and row.size != "L2")]
+
+
+@pytest.mark.parametrize("row", references("forward", "full"), ids=lambda row: row.name)
+def test_operations_are_those_that_torch_counts(row):
+    ready = workloads.workload(row)
+    with FlopCounterMode(display=False) as counter:
+        y = ready.forward()
+        if row.direction == "full":
+            workloads.gradients(ready, y, torch.ones_like(y))
+    counted = counter.get_total_flops()
+    has_norm = row.op == "soft_split_linear" or row.op.endswith(("_layer", "_module"))
+    if row.direction == "full" and row.size in ("L1", "224") and has_norm:
+        # The gradient of the first layer's normalised tokens, which G makes unnecessary.
+        layer = LAYERS["L1"]
+        counted -= 2 * layer.tokens * layer.width * 3 * registry.EMBED
+    assert flops.cost(row).flops == counted
+
+
+@pytest.mark.parametrize("row", references("forward", "full"), ids=lambda row: row.name)
+def test_bytes_are_those_of_what_goes_in_and_out(row):
+    row = replace(row, dtype="bf16")
+    ready = workloads.workload(replace(row, direction="full"))
+    y = ready.forward()
+    learned = sum(leaf.nbytes for leaf in ready.leaves)
+    shapes = {leaf.shape for leaf in ready.leaves}
+    image = 0 if torch.Size(ready.shape) in shapes else 2 * math.prod(ready.shape)
+    features = {"performer_module": 2}.get(row.op, int(row.op.startswith("performer")))
+    features *= 4 * registry.FEATURES * registry.EMBED
+    forward = image + learned + y.nbytes + features
+    # Soft split's backward reads the gradient of its result, and nothing else.
+    into = 0 if row.op == "soft_split" else image + learned + features
+    both = forward + into + y.nbytes + learned
+    assert flops.cost(row).bytes == (forward if row.direction == "forward" else both)
+
+
+def test_flops_per_image_are_the_published_multiply_adds():
+    from t2tvit.models import MODELS
+    from t2tvit.training.bench import flops_per_image
+
+    row = models.ModelRow("t2t_vit_7", 1, "fp32", "training", "reference")
+    model, image = models.build(row), models.batch_of(row)[0]
+    forward, both = (flops_per_image(model, image, training) for training in (False, True))
+    assert forward / 2e9 == pytest.approx(MODELS["t2t_vit_7"].gmacs, abs=0.05)
+    assert 2.9 < both / forward < 3
+
+
+# Parity
+
+
+def sabotaged(original, where):
+    """``original``, wrong by a hundredth in its result or only in its gradient."""
+
+    def call(x, **options):
+        y = original(x, **options)
+        if options["backend"] == "reference":
+            return y
+        return y * 1.01 if where == "result" else y * 1.01 - 0.01 * y.detach()
+
+    return call
+
+
+@pytest.mark.parametrize("where", ["result", "gradient 0"])
+def test_a_sabotaged_kernel_is_refused(where, monkeypatch):
+    row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
+    parity.check(row, parity.results(row))
+    monkeypatch.setattr(workloads, "soft_split", sabotaged(workloads.soft_split, where))
+    with pytest.raises(parity.ParityError, match=f"{row.name}: {where} is off by"):
+        parity.check(row, parity.results(row))
+
+
+def test_what_is_not_finite_is_refused():
+    row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
     exact = torch.ones(3, 4, dtype=torch.float64)
-    plain = exact.to(registry.DTYPES[row.dtype])
-    test_kernels.assert_parity(row, [plain], [plain], [exact])
-    with pytest.raises(AssertionError, match="it is not timed"):
-        test_kernels.assert_parity(row, [plain * 1.05], [plain], [exact])
+    parity.assert_as_accurate(row, [exact.float()], [exact.float()], [exact])
+    with pytest.raises(parity.ParityError, match="not timed"):
+        parity.assert_as_accurate(row, [exact.float() * math.nan], [exact.float()], [exact])
 
 
-def test_a_run_end_to_end(tmp_path, monkeypatch):
-    """One row, as a user would run it; then its way into a table."""
-    out = tmp_path / "run.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
-        + ["-k", "soft_split-L3 and fp32-full", f"--benchmark-json={out}"]
-        + ["--benchmark-max-time=0.05", "--benchmark-min-rounds=1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    info = [row["extra_info"] for row in json.loads(out.read_text())["benchmarks"]]
-    for row in info:
-        memory = {"saved_mib_per_image", "peak_mib"} & set(row)
-        assert {"op", "backend", "device", "dtype", "shape", "pass"} <= set(row)
-        assert len(memory) == 1
-        assert row["speedup_vs_reference"] > 0
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    kept = json.loads(report.keep(out).read_text())
-    assert "soft_split-L3" in report.table(kept)
+def test_layers_are_checked_where_attention_matters():
+    """Keys so large that eps rules would leave no gradient to compare."""
+    row = Row("performer_layer", "L2", 1, "fp32", "full", "reference")
+    result, *gradients = parity.expected(row)[1]
+    assert min(gradient.norm() for gradient in gradients) > 1e-2 * result.norm()
 
 
-def test_readme_table_is_the_one_generated_from_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    assert report.updated(readme) == readme, "run python -m bench.report"
+# Rivals
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_convolution_form_is_the_same_function(norm, channels_last):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, 9, 8), torch.randn(7, 45), torch.randn(7)
+    norms = [torch.randn(45), torch.randn(45)] if norm else [None, None]
+    tensors = [None if t is None else t.double() for t in (x, weight, bias, *norms)]
+    options = dict(kernel_size=3, stride=2, padding=1, eps=1e-5, backend="reference")
+    form = rivals.convolution_form_channels_last if channels_last else rivals.convolution_form
+    expected = soft_split_linear_reference.soft_split_linear(*tensors, **options)
+    # Its scalars are float32 whatever the map's dtype.
+    torch.testing.assert_close(form(*tensors, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_attention_is_the_one_that_runs(monkeypatch):
+    row = Row("transformer_layer", "L2", 1, "fp32", "forward", "sdpa-math")
+    allowed = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*tensors, **options):
+        allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return original(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    workloads.step(row)()
+    workloads.step(replace(row, backend="sdpa-flash"))()
+    workloads.step(replace(row, backend="reference"))()
+    assert allowed == [False, True]
+
+
+@pytest.mark.parametrize("backend", ["compile", "convolution", "convolution-channels-last"])
+def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
+    """One graph for all calls, with PyTorch's own attention and, if named so, a convolution."""
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append({node.target for node in module.graph.nodes})
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    step = workloads.step(Row("transformer_layer", "L1", 1, "fp32", "full", backend))
+    for _ in range(3):
+        step()
+    assert len(graphs) == 1
+    assert F.scaled_dot_product_attention in graphs[0]
+    assert (torch.conv2d in graphs[0]) == (backend != "compile")
+    assert (F.unfold in graphs[0]) == (backend == "compile")
+
+
+def test_a_compiled_rival_is_compiled_and_right():
+    row = Row("soft_split", "L3", 1, "fp32", "full", "compile")
+    torch._dynamo.utils.counters.clear()
+    parity.check(row, parity.results(row))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# Measures
 
 
 def test_saved_bytes_counts_storages_once_and_parameters_not_at_all():
@@ -75,8 +223,98 @@ def test_saved_bytes_counts_storages_once_and_parameters_not_at_all():
 def test_interleave_takes_turns():
     order = []
     functions = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    taken = interleave(functions, 3, torch.device("cpu"), seconds=0.0)
+    taken = interleave(functions, 3, CPU, seconds=0.0)
     assert order[-6:] == ["a", "b"] * 3
     assert {len(values) for values in taken.values()} == {3}
     median, low, high = percentiles([3.0, 1.0, 2.0])
     assert low < median == 2.0 < high
+
+
+def fill(row: Row):
+    """A step that takes 32 MiB an image, and gives them back."""
+    return lambda: torch.ones(row.batch, 2**23).sum()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux records the peak of a process")
+def test_peak_memory_is_that_of_a_fresh_process():
+    row = Row("soft_split", "L3", 4, "fp32", "full", "reference")
+    assert peak_memory(fill, row, CPU) / 2**20 == pytest.approx(4 * 32, abs=16)
+
+
+def test_the_largest_batch_is_found():
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= 203
+
+    assert bisect(fits, 64) == 200 and len(tried) < 12
+    assert bisect(lambda batch: False, 64) == 0
+    # 100 at rest and 50 an image: 1000 are reached with 18 images.
+    assert extrapolated(4, 300, 500, 1000) == 16
+    assert extrapolated(4, 300, 500, 90) == 0
+    with pytest.raises(ValueError, match="no slope"):
+        extrapolated(4, 300, 300, 1000)
+
+
+# A run
+
+
+def run_bench(tmp_path, chosen, *options, **environment):
+    out = tmp_path / "run.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
+        + ["-k", chosen, f"--benchmark-json={out}", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
+    )
+    return done, json.loads(out.read_text()) if out.exists() else None
+
+
+@pytest.fixture(scope="module")
+def sabotaged_run(tmp_path_factory):
+    """One module and one operation, whose kernel is wrong."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "sabotage.py").write_text(
+        "from bench import workloads\n"
+        "from tests.bench.test_bench import sabotaged\n"
+        "workloads.soft_split = sabotaged(workloads.soft_split, 'result')\n"
+    )
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    chosen = "soft_split-L3 and fp32-full or performer_module and bf16-full and not autocast"
+    options = ("--batch=2", "-p", "sabotage")
+    return *run_bench(folder, chosen, *options, PYTHONPATH=path), folder / "run.json"
+
+
+def test_a_wrong_kernel_fails_and_loses_nothing_else(sabotaged_run):
+    done, run, _ = sabotaged_run
+    assert done.returncode == 1, done.stdout + done.stderr
+    wrong = {row["name"] for row in run["t2t"]["failed"]}
+    assert wrong and all(name.startswith("soft_split-L3-B2-fp32-full-") for name in wrong)
+    assert "ParityError" in run["t2t"]["failed"][0]["reason"]
+    timed = {row["param"] for row in run["benchmarks"]}
+    assert "soft_split-L3-B2-fp32-full-reference" in timed and not timed & wrong
+
+
+def test_a_row_has_its_figures(sabotaged_run):
+    for row in sabotaged_run[1]["benchmarks"]:
+        info = row["extra_info"]
+        assert {"op", "backend", "device", "dtype", "shape", "pass"} <= set(info)
+        assert len({"saved_mib_per_image", "peak_mib"} & set(info)) == 1
+        assert info["speedup_vs_reference"] > 0
+        low, high = info["seconds_percentiles_20_80"]
+        # pytest-benchmark's own statistics are of the same runs, taken in turns.
+        assert low <= info["median_seconds"] <= high
+        assert info["median_seconds"] == pytest.approx(row["stats"]["median"])
+        assert 0 <= info["tflops"] and 0 < info["gb_per_second"]
+        assert info["ceiling_tflops"] > 0 and info["ceiling_gb_per_second"] > 0
+        if info["op"] == "performer_module":
+            batches, mib = zip(*info["memory_mib_by_batch"], strict=True)
+            assert batches == (1, 2) and 0 < mib[0] < mib[1]
+
+
+def test_a_bad_option_is_refused(tmp_path):
+    done, run = run_bench(tmp_path, "soft_split-L3", "--batch=0")
+    assert done.returncode == 4 and "--batch: got 0" in done.stderr and run is None

@@ -1,5 +1,6 @@
 """The command line: what each command prints, and its exit status."""
 
+import re
 import subprocess
 import sys
 
@@ -131,6 +132,7 @@ REFUSALS = {
     "top-0": (("predict", "--run", "{run}", "--top-k", "0"), "--top-k: got 0"),
     "plot-nowhere": (("predict", "--run", "{run}", "--plot", "{tmp}/no/x.png"), "cannot write"),
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
+    "unknown-rival": (("bench", "--against", "resnet5000"), "--against: unknown model of timm"),
     "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),
     "bench-no-run": (("bench", "--run", "{tmp}"), "does not exist"),
 }
@@ -266,11 +268,28 @@ def test_predict_without_files_draws_from_the_held_out_images(trained, tmp_path,
 
 
 def test_bench_compares_with_the_reference(trained, capsys):
-    out = succeed(capsys, "bench", "--run", trained, "--repetitions", "2", "--batch-size", "2")
-    rows = [line.split("  ")[0] for line in out.splitlines()]
-    for row in ("training, images/s", "inference, images/s", "saved for backward, MiB/image"):
-        assert row in rows
+    out = succeed(
+        capsys,
+        *("bench", "--run", trained, "--repetitions", "2", "--batch-size", "2"),
+        *("--against", "resnet18"),
+    )
+    lines = out.splitlines()
+    head = next(line.split() for line in lines if "resnet18" in line)
+    assert head == ["reference", "fused", "fused", "/", "reference", "resnet18"]
+    for pass_ in ("training", "inference"):
+        assert any(line.startswith(f"{pass_}, images/s") for line in lines)
+        mfu = next(line.split()[2:] for line in lines if line.startswith(f"{pass_}, MFU"))
+        # Of the reference, ours and the rival.
+        assert len(mfu) == 3 and all(0 < float(share.rstrip("%")) < 200 for share in mfu)
+    assert any(line.startswith("saved for backward, MiB/image") for line in lines)
+    assert re.match(r"loader of imagefolder:\S+, \d+ workers, alone: [\d,.]+ images/s", lines[-1])
     assert "performer_layer" in out
+
+
+def test_bench_says_why_a_loader_is_not_measured(trained, capsys):
+    options = ("--repetitions", "1", "--batch-size", "2", "--data", "imagefolder:gone")
+    out = succeed(capsys, "bench", "--model", "t2t_vit_7", "--img-size", "32", *options)
+    assert "loader of imagefolder:gone: not measured: " in out
 
 
 def test_bench_does_not_time_what_computes_something_else(trained, monkeypatch, capsys):

@@ -1,0 +1,225 @@
+"""``make gpu-report``: build, check and measure the kernels on a GPU, in under 9 minutes.
+
+Every part is a process of its own with a limit of its own, so that one that fails, hangs or breaks
+the GPU's context does not take the others with it. Nothing is downloaded: the Python that runs this
+has torch and the test tools. What is kept goes to one folder: ``result.json``, its tables and
+plots, and ``log.txt``.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OPERATIONS = sorted(path.parent.name for path in (ROOT / "t2t_kernels").glob("*/api.py"))
+BUDGET, REPORT_SECONDS, FULL_SECONDS = 520, 45, 1800
+# To write what was measured, once told to stop.
+GRACE = 15
+LINES = 60
+# What would choose other kernels, or none, behind the back of the rows.
+UNSET = ("T2T_BACKEND", "TRITON_INTERPRET")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of this Python and the seconds it may take.
+
+    ``run`` is the benchmark's file that it writes, if any. Parts that are not ``timed`` run at
+    once.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: int
+    run: Path | None = None
+    timed: bool = True
+
+
+def parts(full: bool, folder: Path) -> list[Part]:
+    """All that is done before the report; ``full`` leaves nothing out and takes its time."""
+
+    def limit(seconds: int) -> int:
+        return FULL_SECONDS if full else seconds
+
+    def benchmark(name: str, file: str, chosen: str, seconds: int, *options: str) -> Part:
+        run = folder / f"run-{name.replace(' ', '-')}.json"
+        arguments = ("-m", "pytest", f"bench/{file}", "-q", "-k", chosen, *options)
+        return Part(name, (*arguments, f"--benchmark-json={run}"), limit(seconds), run)
+
+    found = [
+        Part("build", ("setup.py", "build_ext", "--inplace"), limit(200)),
+        Part("info", ("-m", "t2t_kernels.info"), limit(30)),
+    ]
+    for name in OPERATIONS:
+        tests = ("-m", "pytest", f"tests/kernels/test_{name}.py", "-v", "-k", "not cpu")
+        found.append(Part(f"parity {name}", tests, limit(60), timed=False))
+    # On a GPU half precision is what trains, and layers are what models call; FULL=1 measures all.
+    rows = "" if full else " and bf16 and (full or forward and (layer or module))"
+    for name in (*OPERATIONS, "_module"):
+        what = f"bench {name.replace('_module', 'modules')}"
+        found.append(benchmark(what, "test_kernels.py", f"{name}-{rows}", 50))
+    models = "224" if full else "bf16-training and (t2t_vit_14 or t2t_vit_t_14 or deit)"
+    memory = ("--memory", "24") if full else ()
+    found.append(benchmark("bench models", "test_models.py", models, 60, *memory))
+    rivals = "compile or convolution"
+    if not full:
+        rivals = f"({rivals}) and not autotune and bf16-full and (r_layer or performer_module)"
+    found.append(benchmark("rivals", "test_kernels.py", rivals, 150, "--compiled"))
+    if full:
+        found.append(benchmark("compiled models", "test_models.py", "compile", 60, "--compiled"))
+    return found
+
+
+def run(part: Part, end: float) -> tuple[str, str]:
+    """Run a part until it ends, or its time or that of all parts does.
+
+    Args:
+        end: of all parts, in seconds of ``time.monotonic``.
+
+    Returns:
+        How it went, in a line, and what it wrote.
+    """
+    started = time.monotonic()
+    seconds = min(part.seconds, end - started)
+    if seconds <= 0:
+        return "not begun: no time was left", ""
+    environment = {key: value for key, value in os.environ.items() if key not in UNSET}
+    environment = {"T2T_WITH_CUDA": "1"} | environment | {"PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, *part.arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(seconds)
+            ended = "done" if status == 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            ended = "stopped: its time was up"
+            # pytest then writes what it has measured.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            # Its compilers and workers are of its session.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        taken = time.monotonic() - started
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    how = f"{ended} in {taken:.0f} s{verdicts(said)}"
+    print(f"{part.name}: {how}", flush=True)
+    return how, f"== {part.name}: python {' '.join(part.arguments)}\n{said}\n"
+
+
+def verdicts(output: str) -> str:
+    """What pytest said of its tests, even if it was stopped before its last line."""
+    last = re.findall(
+        r"^=*\s*(\d+ (?:passed|failed|skipped).*?) in [\d.]+s.*$", output, re.MULTILINE
+    )
+    if last:
+        return f": {last[-1]}"
+    counts = {
+        word: len(re.findall(rf" {word}\b", output)) for word in ("PASSED", "FAILED", "ERROR")
+    }
+    said = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
+    return f": {said} by then" if said else ""
+
+
+def table(lines: list[tuple[str, str]], result: dict | None) -> str:
+    """At most 60 lines: how the parts went, then the rows, the failed first."""
+    width = max(len(name) for name, _ in lines)
+    text = [f"{name:<{width}}  {how}" for name, how in lines]
+    if result is not None:
+        text += [f"FAILED {row['name']}: {row['reason']}"[:160] for row in result["failed"][:12]]
+        rows = [row for row in result["rows"] if row["pass"] in ("full", "training")]
+        rows.sort(key=lambda row: row["backend"] == "reference")
+        width = max((len(row["name"]) for row in rows), default=0)
+        for row in rows:
+            rate = f"{row['tflops']:7.2f} TFLOP/s {row['tflops'] / row['ceiling_tflops']:5.1%}"
+            if "images_per_second" in row:
+                rate += f" {row['images_per_second']:8.0f} images/s"
+            else:
+                share = row["gb_per_second"] / row["ceiling_gb_per_second"]
+                rate += f" {row['gb_per_second']:6.0f} GB/s {share:4.0%}"
+            text.append(
+                f"{row['name']:<{width}}  {row['speedup_vs_reference']:6.2f}x "
+                f"{1e3 * row['median_seconds']:9.3f} ms {rate}"
+            )
+    if len(text) > LINES:
+        text = [*text[: LINES - 1], f"... and {len(text) - LINES + 1} more: see result.md"]
+    return "\n".join(text)
+
+
+def why_not() -> str | None:
+    """The reason why nothing can be measured here; None where it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} has no torch ({error}); name another: make gpu-report PYTHON=..."
+    if not torch.cuda.is_available():
+        return (
+            f"torch {torch.__version__} sees no CUDA device: this measures a GPU, and there is none"
+        )
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the report")
+    parser.add_argument("--full", action="store_true", help="every row: hours rather than minutes")
+    arguments = parser.parse_args()
+    reason = why_not()
+    if reason is not None:
+        print(f"gpu-report: {reason}", file=sys.stderr)
+        return 2
+    return measure(arguments.output.resolve(), arguments.full)
+
+
+def measure(folder: Path, full: bool) -> int:
+    """Run all parts, then the report; 0 if all of them went well, else 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (*folder.glob("run-*.json"), *folder.glob("result*")):
+        stale.unlink()
+    end = time.monotonic() + (float("inf") if full else BUDGET - REPORT_SECONDS)
+    chosen = parts(full, folder)
+    lines = []
+    with open(folder / "log.txt", "w") as log:
+
+        def note(group: list[Part], end: float) -> None:
+            with ThreadPoolExecutor(len(group)) as pool:
+                for part, (how, said) in zip(group, pool.map(lambda part: run(part, end), group)):
+                    lines.append((part.name, how))
+                    log.write(said)
+
+        for timed, group in itertools.groupby(chosen, key=lambda part: part.timed):
+            for together in ([part] for part in group) if timed else [list(group)]:
+                note(together, end)
+        runs = [str(part.run) for part in chosen if part.run is not None and part.run.exists()]
+        arguments = ("-m", "bench.report", "--output", str(folder), *runs)
+        note([Part("report", arguments, REPORT_SECONDS)], float("inf"))
+    for path in runs:
+        Path(path).unlink()
+    result = folder / "result.json"
+    print(table(lines, json.loads(result.read_text()) if result.exists() else None))
+    print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return 0 if all(how.startswith("done") for _, how in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

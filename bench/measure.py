@@ -1,0 +1,142 @@
+"""What only the benchmarks measure: launches, peak memory, the largest batch that fits."""
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from t2t_kernels.measure import peak_allocated
+
+Step = Callable[[], object]
+# Of the largest batch: what the models' recipes use are multiples of it.
+GRAIN = 8
+MIB = 2**20
+
+
+def launches(step: Step, device: torch.device) -> int:
+    """Kernels, copies and fills that ``step`` starts on a GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in recorded.events())
+
+
+def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int | None:
+    """Bytes that a step of ``row`` takes at its peak, beyond its inputs; None where nobody can say.
+
+    On a GPU what PyTorch allocates; on a CPU the resident memory of a fresh process, which Linux
+    records.
+
+    Args:
+        prepare: a function of a module, called with ``row``; it makes the step.
+        row: a dataclass with a field ``batch``.
+    """
+    if device.type == "cuda":
+        step = prepare(row)
+        step()
+        return peak_allocated(step, device)
+    if sys.platform != "linux":
+        return None
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_resident, prepare, row, torch.get_num_threads()).result()
+
+
+def _peak_resident(prepare: Callable[..., Step], row, threads: int) -> int:
+    torch.set_num_threads(threads)
+    # The libraries' own buffers, which a first call allocates.
+    prepare(replace(row, batch=1))()
+    step = prepare(row)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(key)
+
+
+def memory_figures(
+    row, step: Step, mib: Callable[..., float], device: torch.device, trains: bool, growth: bool
+) -> dict:
+    """Peak allocation of ``step`` on a GPU; elsewhere what is saved for backward, per image.
+
+    Args:
+        mib: called with a row, gives the same in MiB for its whole batch.
+        trains: whether the row has a backward.
+        growth: also for a quarter, a half and all of the batch, as pairs of images and MiB.
+    """
+    if device.type == "cuda":
+        figures = {"peak_mib": peak_allocated(step, device) / MIB}
+    else:
+        figures = {"saved_mib_per_image": mib(row) / row.batch if trains else 0.0}
+    if growth:
+        batches = sorted({max(1, row.batch // 4), max(1, row.batch // 2), row.batch})
+        figures["memory_mib_by_batch"] = [[n, mib(replace(row, batch=n))] for n in batches]
+    return figures
+
+
+def largest_batch(prepare: Callable[..., Step], row, budget: int, device: torch.device) -> int:
+    """Images per training step that fit into ``budget`` bytes, a multiple of 8 (or 0).
+
+    On a GPU found by trial: the step runs, or runs out of memory. On a CPU extrapolated, from the
+    peaks at two batches and a straight line.
+    """
+    if device.type != "cuda":
+        small, large = (
+            peak_memory(prepare, replace(row, batch=batch), device)
+            for batch in (row.batch, 2 * row.batch)
+        )
+        return extrapolated(row.batch, small, large, budget)
+    total = torch.cuda.get_device_properties(device).total_memory
+
+    def fits(batch: int) -> bool:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+        try:
+            step = prepare(replace(row, batch=batch))
+            for _ in range(2):  # the optimiser's state appears with the first update
+                step()
+            torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            step = None
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return True
+
+    return bisect(fits, row.batch)
+
+
+def extrapolated(batch: int, small: int, large: int, budget: int) -> int:
+    """The batch that takes ``budget``, where ``batch`` takes ``small`` and twice as many ``large``.
+
+    Raises:
+        ValueError: more images take no more memory: there is no line to follow.
+    """
+    per_image = (large - small) / batch
+    if per_image <= 0:
+        raise ValueError(f"{batch} images take {small} bytes, {2 * batch} take {large}: no slope")
+    most = batch + (budget - small) / per_image
+    return max(0, int(most // GRAIN) * GRAIN)
+
+
+def bisect(fits: Callable[[int], bool], start: int) -> int:
+    """The largest multiple of 8 that fits: doubled from ``start`` until none does, then halved."""
+    low, high = 0, max(GRAIN, start // GRAIN * GRAIN)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > GRAIN:
+        middle = (low + high) // (2 * GRAIN) * GRAIN
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,136 @@
+"""The plots of a result: speed-ups, roofline, memory against batch. PNG files beside it."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.report import OURS, PLAIN, group
+
+# Told apart by people of any colour vision.
+OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
+DTYPE_COLORS = {"fp32": "#D55E00", "bf16": "#0072B2"}
+CEILINGS = {"fp32": "float32 products, TFLOP/s", "bf16": "bfloat16 products, TFLOP/s"}
+MARKERS = "osD^vP*X<>hp"
+
+
+def draw(result: dict, path: Path) -> list[Path]:
+    """Every plot that ``result`` has figures for, named after ``path``; the files written."""
+    written = []
+    for name, plot in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
+        figure = plot(result)
+        if figure is not None:
+            file = path.with_name(f"{path.stem}-{name}.png")
+            figure.savefig(file, dpi=100)
+            written.append(file)
+    return written
+
+
+def speedup(result: dict) -> Figure | None:
+    """A bar per row of the full passes: how many times as fast as the reference."""
+    rows = [
+        row
+        for row in result["rows"]
+        if row["pass"] in ("full", "training") and row["backend"] not in PLAIN
+    ]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(group(row) for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(rows) + 0.12 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    position, ticks = 0.0, []
+    for name in names:
+        for row in (row for row in rows if group(row) == name):
+            low, high = row["speedup_percentiles_20_80"]
+            middle = row["speedup_vs_reference"]
+            color = OURS_COLOR if row["backend"] in OURS else RIVAL_COLOR
+            axes.barh(position, middle, height=0.8, color=color)
+            axes.plot([low, high], [position, position], color="black", linewidth=1)
+            ticks.append((position, f"{name}-{row['backend']}"))
+            position += 1
+        position += 0.6
+    axes.axvline(1, color=PLAIN_COLOR, linewidth=1)
+    axes.set_yticks(*zip(*ticks), fontsize=7)
+    axes.set_ylim(position - 0.1, -0.9)
+    axes.set_title(f"Times as fast as the reference (20% to 80%): {result['device']}", fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for color, label in ((OURS_COLOR, "ours"), (RIVAL_COLOR, "rivals")):
+        axes.barh(0, 0, color=color, label=label)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def roofline(result: dict) -> Figure | None:
+    """Each kernel of the full passes as a point under what the device was seen to reach."""
+    rows = [
+        row
+        for row in result["rows"]
+        if row["pass"] == "full" and row["backend"] in OURS and row.get("tflops")
+    ]
+    if not rows:
+        return None
+    bandwidth = result["ceilings"]["copy, GB/s"] / 1e3
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplots()
+    intensities = [row["flops"] / row["minimum_bytes"] for row in rows]
+    left, right = min(intensities) / 3, max(intensities) * 3
+    for dtype in sorted({row["dtype"] for row in rows}):
+        top = result["ceilings"][CEILINGS[dtype]]
+        knee = top / bandwidth
+        points = sorted({left, min(max(knee, left), right), right})
+        axes.plot(
+            points,
+            [min(top, bandwidth * x) for x in points],
+            color=DTYPE_COLORS[dtype],
+            label=f"{dtype}: large product {top:.3g} TFLOP/s, copy {1e3 * bandwidth:.3g} GB/s",
+        )
+    kinds = list(dict.fromkeys(f"{row['op']}-{row['size']}" for row in rows))
+    for row, x in zip(rows, intensities, strict=True):
+        kind = f"{row['op']}-{row['size']}"
+        axes.plot(
+            x,
+            row["tflops"],
+            MARKERS[kinds.index(kind) % len(MARKERS)],
+            color=DTYPE_COLORS[row["dtype"]],
+        )
+    for kind, marker in zip(kinds, MARKERS * 2):
+        axes.plot([], [], marker, color=PLAIN_COLOR, label=kind)
+    axes.set(xscale="log", yscale="log", xlabel="products' operations per compulsory byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"Forward and backward: {result['device']}", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def memory(result: dict) -> Figure | None:
+    """Memory of a training step against images per batch, ours beside plain PyTorch's."""
+    rows = [row for row in result["rows"] if "memory_mib_by_batch" in row]
+    # One dtype says it: the narrower.
+    dtypes = {row["dtype"] for row in rows}
+    rows = [row for row in rows if row["dtype"] == ("bf16" if "bf16" in dtypes else "fp32")]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row["op"] for row in rows))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.8 * lines + 0.4), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    what = "allocated at the peak" if "peak_mib" in rows[0] else "saved for the backward"
+    figure.suptitle(
+        f"MiB {what} of a training step, {rows[0]['dtype']}: {result['device']}", fontsize=10
+    )
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names):
+        for row in (row for row in rows if row["op"] == name):
+            color = OURS_COLOR if row["backend"] in OURS else PLAIN_COLOR
+            batches, mib = zip(*row["memory_mib_by_batch"], strict=True)
+            axes.plot(batches, mib, "o-", color=color, label=row["backend"])
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("images")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    return figure

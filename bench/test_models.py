@@ -1,0 +1,82 @@
+"""Images per second, use of the device and memory of whole models: ours, plain, and timm's."""
+
+from dataclasses import replace
+
+import pytest
+import torch.nn.functional as F
+
+from bench import models
+from bench.measure import MIB, largest_batch, launches, memory_figures, peak_memory
+from bench.models import ModelRow, batch_of, build, config, step
+from bench.registry import DEVICE, DTYPES
+from bench.timing import clock, first_call, take_turns
+from t2t_kernels.measure import matmul_ceiling, saved_bytes
+from t2tvit.training.bench import check_parity, flops_per_image
+from t2tvit.training.engine import precision
+
+GIB = 2**30
+
+
+def rows(options) -> list[ModelRow]:
+    return models.rows(options.batch, options.compiled, options.smoke)
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
+    plain = replace(row, backend=row.plain)
+    ours = step(row)
+    seconds, _ = first_call(ours, DEVICE)
+    if row.backend != row.plain:
+        check_parity(build(row), build(plain), batch_of(row)[0], config(row))
+    benchmark.extra_info.update(
+        op=row.model,
+        size=str(models.SIZE),
+        backend=row.backend,
+        device=device_name,
+        dtype=row.dtype,
+        shape=[row.batch, 3, models.SIZE, models.SIZE],
+        **{"pass": row.direction},
+    )
+    reference = None if row.backend == row.plain else step(plain)
+    median = take_turns(benchmark, ours, reference, DEVICE)
+    trains = row.direction == "training"
+    growth = trains and not row.backend.endswith("-compile")
+    benchmark.extra_info.update(memory_figures(row, ours, mib, DEVICE, trains, growth))
+    if median is None:
+        return
+    # Batch normalisation trains on no fewer than two.
+    images = batch_of(replace(plain, batch=2))[0]
+    flops = row.batch * flops_per_image(build(plain), images, trains)
+    ceiling = matmul_ceiling(DEVICE, DTYPES[row.dtype])
+    low, high = benchmark.extra_info["seconds_percentiles_20_80"]
+    benchmark.extra_info.update(
+        first_call_seconds=seconds,
+        images_per_second=row.batch / median,
+        images_per_second_percentiles_20_80=[row.batch / high, row.batch / low],
+        flops=flops,
+        tflops=flops / median / 1e12,
+        ceiling_tflops=ceiling / 1e12,
+        mfu=flops / median / ceiling,
+    )
+    if DEVICE.type == "cuda":
+        benchmark.extra_info["launches"] = launches(ours, DEVICE)
+    elif trains:
+        benchmark.extra_info["peak_resident_mib"] = peak_memory(step, row, DEVICE) / MIB
+    budget = pytestconfig.option.memory
+    if budget is not None and trains:
+        del ours, reference
+        benchmark.extra_info.update(
+            largest_batch=largest_batch(step, row, int(budget * GIB), DEVICE),
+            largest_batch_gib=budget,
+            largest_batch_is="found by trial" if DEVICE.type == "cuda" else "extrapolated",
+        )
+
+
+def mib(row: ModelRow) -> float:
+    """Of a training step: the peak allocation on a GPU, what is saved for backward elsewhere."""
+    if DEVICE.type == "cuda":
+        return peak_memory(step, row, DEVICE) / MIB
+    model, (images, labels) = build(row).train(), batch_of(row)
+    with precision(config(row), DEVICE):
+        kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
+    return kept / MIB

@@ -1,0 +1,271 @@
+"""From runs to tables, plots and comparisons."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import compare, gpu_report, report
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(name, backend, speedup=1.0, seconds=1.0, **info):
+    return {
+        "name": f"{name}-{backend}",
+        "op": name.split("-")[0],
+        "size": "L1",
+        "backend": backend,
+        "dtype": "bf16",
+        "pass": "full",
+        "median_seconds": seconds,
+        "seconds_percentiles_20_80": [0.95 * seconds, 1.05 * seconds],
+        "speedup_vs_reference": speedup,
+        "speedup_percentiles_20_80": [0.95 * speedup, 1.05 * speedup],
+        "saved_mib_per_image": 4.0,
+        "first_call_seconds": 2.0,
+        "flops": 10**9,
+        "minimum_bytes": 10**7,
+        "tflops": 1e-3 / seconds,
+        "gb_per_second": 1e-2 / seconds,
+        "ceiling_tflops": 0.1,
+        "ceiling_gb_per_second": 10.0,
+        **info,
+    }
+
+
+@pytest.fixture
+def result():
+    layer, model = "performer_layer-L1-B4-bf16-full", "t2t_vit_7-224-B4-bf16-training"
+    speed = {
+        "images_per_second": 4.0,
+        "images_per_second_percentiles_20_80": [3.8, 4.2],
+        "mfu": 0.4,
+    }
+    training = {"pass": "training", **speed, "memory_mib_by_batch": [[1, 9.0], [4, 36.0]]}
+    return {
+        "device": "A processor, 2 threads",
+        "date": "2026-01-02",
+        "versions": {"torch": "2.11"},
+        "ceilings": {
+            "copy, GB/s": 10.0,
+            "float32 products, TFLOP/s": 0.05,
+            "bfloat16 products, TFLOP/s": 0.1,
+        },
+        "rows": [
+            row(layer, "reference", saved_mib_per_image=9.0),
+            row(layer, "cpu", 2.0, 0.5),
+            row(layer, "compile", 1.5, 0.7),
+            row(layer, "convolution", 1.75, 0.6),
+            row(model, "reference", **training),
+            row(model, "fused", 1.25, 0.8, **training, largest_batch=64, largest_batch_gib=16.0,
+                largest_batch_is="extrapolated"),
+        ],
+        "failed": [{"name": "soft_split-L1-B4-bf16-full-cpu", "reason": "ParityError: off by 1"}],
+    }  # fmt: skip
+
+
+# Report
+
+
+def test_the_summary_sets_us_beside_the_best_rival(result):
+    text = report.summary(result)
+    assert (
+        "| `performer_layer-L1-B4-bf16-full-cpu` | 2.00× (1.90–2.10) | 1.75× convolution | "
+        "4.00 (reference 9.00) |"
+    ) in text
+    assert (
+        "`t2t_vit_7-224-B4-bf16-training-fused` | 4 (3.8–4.2) | 40.0% | 1.25× (1.19–1.31)" in text
+    )
+    assert "| 64 |" in text and "largest batch in 16 GiB, extrapolated" in text
+    assert "Failed, not timed: `soft_split-L1-B4-bf16-full-cpu`: ParityError" in text
+    assert "copy, GB/s 10" in text
+    assert report.every_row(result).count("\n") == 1 + len(result["rows"])
+
+
+def test_a_result_is_kept_with_its_tables_and_plots(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path = report.keep(result)
+    assert path == tmp_path / "a-processor-2-threads" / "2026-01-02.json"
+    report.publish(path)
+    text = path.with_suffix(".md").read_text()
+    for plot in ("speedup", "roofline", "memory"):
+        file = path.with_name(f"2026-01-02-{plot}.png")
+        assert file.read_bytes().startswith(b"\x89PNG") and file.name in text
+    assert report.newest() == [path]
+
+
+def test_readme_tables_are_those_generated_from_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    assert report.updated(readme) == readme, "run python -m bench.report"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "FileNotFoundError"),
+        ("{", "expected what pytest bench/ --benchmark-json writes"),
+        ('{"benchmarks": []}', "KeyError: 't2t'"),
+        ('{"benchmarks": [], "t2t": {}}', "IndexError"),
+    ],
+)
+def test_what_is_no_run_is_refused(content, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", "--output", str(tmp_path / "out"), str(path)])
+    assert report.main() == 2
+    assert f"bench.report: {path}" in (err := capsys.readouterr().err) and message in err
+    assert not (tmp_path / "out").exists()
+
+
+# Compare
+
+
+@pytest.fixture
+def compared(result, tmp_path, capsys, monkeypatch):
+    """Compare ``result`` with itself after a change: exit status, output, errors."""
+
+    def run(change=lambda later: None):
+        later = copy.deepcopy(result)
+        change(later)
+        paths = [tmp_path / "a.json", tmp_path / "b.json"]
+        for path, content in zip(paths, (result, later), strict=True):
+            path.write_text(json.dumps(content))
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, paths)])
+        status = compare.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def scale(row, key, factor):
+    row[f"{key}_percentiles_20_80"] = [factor * x for x in row[f"{key}_percentiles_20_80"]]
+
+
+def test_the_same_is_no_regression(compared):
+    assert compared() == (0, "no regression\n", "")
+
+
+def test_slower_beyond_the_noise_is_one(compared):
+    def slower(later):
+        scale(later["rows"][1], "seconds", 1.3)
+        scale(later["rows"][1], "speedup", 1 / 1.3)
+
+    status, out, _ = compared(slower)
+    assert status == 1 and "slower: performer_layer-L1-B4-bf16-full-cpu: " in out
+
+
+def test_a_slower_plain_pytorch_is_noted(compared):
+    status, out, _ = compared(lambda later: scale(later["rows"][0], "seconds", 1.3))
+    assert status == 0
+    assert "note: plain PyTorch is slower: performer_layer-L1-B4-bf16-full-reference: " in out
+
+
+@pytest.mark.parametrize("factors", [(1.05, 1 / 1.05), (1.3, 1.0), (1.0, 1 / 1.3)])
+def test_noise_a_slower_machine_and_a_faster_reference_are_none(compared, factors):
+    def change(later):
+        scale(later["rows"][1], "seconds", factors[0])
+        scale(later["rows"][1], "speedup", factors[1])
+
+    assert compared(change)[0] == 0
+
+
+def test_memory_and_failures_are_regressions(compared):
+    def change(later):
+        later["rows"][1]["saved_mib_per_image"] *= 1.1
+        later["failed"].append({"name": later["rows"].pop(2)["name"], "reason": "ParityError"})
+
+    status, out, _ = compared(change)
+    assert status == 1
+    assert (
+        "more memory: performer_layer-L1-B4-bf16-full-cpu: saved_mib_per_image 4.000 → 4.400" in out
+    )
+    assert "fails now: performer_layer-L1-B4-bf16-full-compile" in out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda later: later.update(device="another"), "expected one device"),
+        (lambda later: later["rows"].clear(), "no row in common"),
+        (lambda later: later.pop("rows"), "KeyError: 'rows'"),
+        (lambda later: later["rows"][0].pop("seconds_percentiles_20_80"), "has no seconds_"),
+    ],
+)
+def test_what_cannot_be_compared_is_status_2(compared, change, message):
+    status, out, err = compared(change)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+# make gpu-report
+
+
+def script(name, source, seconds=60, timed=True):
+    return gpu_report.Part(name, ("-c", source), seconds, timed=timed)
+
+
+WRITES = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what there is")
+"""
+
+
+def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        gpu_report,
+        "parts",
+        lambda full, folder: [
+            script("aborts", "import os; os.abort()", timed=False),
+            script("hangs", "import time; time.sleep(60)", 1, timed=False),
+            script("tests", "print('=== 3 passed, 1 skipped in 0.12s ===')"),
+            script("writes", WRITES, 3),
+        ],
+    )
+    assert gpu_report.measure(tmp_path, False) == 1
+    out = capsys.readouterr().out
+    assert "aborts: exit status -6" in out and "hangs: stopped: its time was up" in out
+    assert "tests: done in" in out and "3 passed, 1 skipped" in out
+    # Told to stop, it has time to write what it has.
+    assert "writes: stopped: its time was up" in out
+    assert "what there is" in (tmp_path / "log.txt").read_text()
+    # No row was measured, and the report says so.
+    assert "no RUN.json was given" in (tmp_path / "log.txt").read_text()
+
+
+def test_no_part_begins_without_time():
+    assert gpu_report.run(script("late", "print()"), 0)[0].startswith("not begun")
+
+
+def test_the_last_table_has_at_most_60_lines(result):
+    lines = [("build", "done in 80 s"), ("parity", "exit status 1 in 9 s: 1 failed, 3 passed")]
+    text = gpu_report.table(lines, result)
+    assert text.splitlines()[0] == "build   done in 80 s"
+    assert "FAILED soft_split-L1-B4-bf16-full-cpu: ParityError" in text
+    result["rows"] *= 30
+    text = gpu_report.table(lines, result).splitlines()
+    assert len(text) == 60 and text[-1].startswith("... and ")
+
+
+def test_every_part_is_a_command_that_exists(tmp_path):
+    for full in (False, True):
+        chosen = gpu_report.parts(full, tmp_path)
+        assert len({part.name for part in chosen}) == len(chosen)
+        files = {word for part in chosen for word in part.arguments if word.endswith(".py")}
+        assert all((ROOT / name).exists() for name in files)
+        for name in gpu_report.OPERATIONS:
+            assert {f"parity {name}", f"bench {name}"} <= {part.name for part in chosen}
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--output", str(tmp_path / "out")])
+    assert gpu_report.main() == 2
+    err = capsys.readouterr().err
+    assert "sees no CUDA device" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
