@@ -86,7 +86,7 @@ def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launc
     entry = pair[dtype == torch.float32]
     if width <= 64:
         return entry
-    return entry._replace(block_t=max(SMALLEST_SIDE, entry.block_t * 64 // width), warps=8)
+    return Launch(max(SMALLEST_SIDE, entry.block_t * 64 // width), warps=8, stages=1)
 
 
 def padded(size: int) -> int:

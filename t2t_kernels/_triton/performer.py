@@ -60,7 +60,7 @@ def add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T: tl.constexp
     """Add a tile of keys and values to the sums under a running maximum."""
     b_k = _within_range(b_k)
     b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
-    b_log = times_transposed(b_k, p_w, b_log, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_log = times_transposed(b_k, p_w, b_log, FEATURES, EMBED)
     b_log -= tl.sum(b_k * b_k, 1)[:, None] * 0.5
     b_log = tl.where(m_t[:, None], b_log, float("-inf"))
     larger = tl.maximum(maximum, tl.max(b_log, 0))
@@ -124,7 +124,7 @@ def attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T: tl.const
     b_q = _within_range(b_q)
     half = tl.sum(b_q * b_q, 1) * 0.5
     b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
-    b_log = times_transposed(b_q, p_w, b_log, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_log = times_transposed(b_q, p_w, b_log, FEATURES, EMBED)
     b_log += _load_features(p_maximum, FEATURES, FEATURES_P)[None, :]
     b_log = tl.where((tl.arange(0, FEATURES_P) < FEATURES)[None, :], b_log, float("-inf"))
     top = tl.max(b_log, 1)
@@ -138,7 +138,7 @@ def attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T: tl.const
         slope = tl.exp(half + log_eps - top)
         divisor += slope
     b_n = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_n = times_matrix(b_f, p_sums, b_n, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_n = times_matrix(b_f, p_sums, b_n, FEATURES, EMBED)
     return b_n / divisor[:, None], b_f, divisor, slope
 
 
@@ -150,10 +150,10 @@ def attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, p_w, p_normalizer, p_su
     b_dn = b_dy / divisor[:, None]
     dd = -tl.sum(b_dn * b_y, 1)
     b_df = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
-    b_df = times_transposed(b_dn, p_sums, b_df, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_df = times_transposed(b_dn, p_sums, b_df, FEATURES, EMBED)
     b_df += dd[:, None] * _load_features(p_normalizer, FEATURES, FEATURES_P)[None, :]
     b_dq = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dq = times_matrix(b_f * b_df, p_w, b_dq, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_dq = times_matrix(b_f * b_df, p_w, b_dq, FEATURES, EMBED)
     return tl.where(tl.abs(b_q) <= _LARGEST, b_dq + b_q * (dd * slope)[:, None], 0.0)
 
 
@@ -164,18 +164,18 @@ def keys_backward(b_k, b_v, m_t, p_w, p_maximum, p_d_sums, BLOCK_T: tl.constexpr
     """Gradients of a tile of keys and values from those of the sums."""
     b_inside = _within_range(b_k)
     b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
-    b_log = times_transposed(b_inside, p_w, b_log, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_log = times_transposed(b_inside, p_w, b_log, FEATURES, EMBED)
     b_log -= (tl.sum(b_inside * b_inside, 1) * 0.5)[:, None]
     b_log -= _load_features(p_maximum, FEATURES, FEATURES_P)[None, :]
     b_phi = tl.exp(tl.where(m_t[:, None], b_log, float("-inf")))
     b_dphi = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
-    b_dphi = times_transposed(b_v, p_d_sums, b_dphi, FEATURES_P, FEATURES_P, EMBED_P, EMBED_P)
+    b_dphi = times_transposed(b_v, p_d_sums, b_dphi, FEATURES_P, EMBED_P)
     b_dphi += tl.load(p_d_sums + FEATURES_P * EMBED_P + tl.arange(0, FEATURES_P))[None, :]
     b_dv = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dv = times_matrix(b_phi, p_d_sums, b_dv, FEATURES_P, FEATURES_P, EMBED_P, EMBED_P)
+    b_dv = times_matrix(b_phi, p_d_sums, b_dv, FEATURES_P, EMBED_P)
     b_dlog = b_phi * b_dphi
     b_dk = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dk = times_matrix(b_dlog, p_w, b_dk, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    b_dk = times_matrix(b_dlog, p_w, b_dk, FEATURES, EMBED)
     return tl.where(tl.abs(b_k) <= _LARGEST, b_dk - b_k * tl.sum(b_dlog, 1)[:, None], 0.0), b_dv
 
 
@@ -192,7 +192,7 @@ def add_gradient_of_sums(p_d_sums, b_dy, b_y, b_f, divisor, started, FEATURES_P:
     dd = tl.sum(b_dn * b_y, 1)
     p_d_normalizer = p_d_sums + FEATURES_P * EMBED_P + tl.arange(0, FEATURES_P)
     add_to_slot(p_d_normalizer, -tl.sum(b_f * dd[:, None], 0), started)
-    add_product(p_d_sums, b_f, b_dn, started, FEATURES_P, EMBED_P)
+    add_product(p_d_sums, b_f, b_dn, started)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def tail_forward(
 ):
     """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
     b_a = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_a = times_transposed(rounded(b_y, DTYPE), p_proj_weight, b_a, EMBED, EMBED_P, EMBED, EMBED_P)
+    b_a = times_transposed(rounded(b_y, DTYPE), p_proj_weight, b_a, EMBED, EMBED)
     b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_a *= b_keep
@@ -81,7 +81,7 @@ def tail_forward(
     b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
     b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
     b_h = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_h = times_transposed(b_z, p_mlp1_weight, b_h, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
+    b_h = times_transposed(b_z, p_mlp1_weight, b_h, HIDDEN, EMBED)
     b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
     return b_a, b_n, rstd, b_z, b_h
 
@@ -107,8 +107,7 @@ def tail_output(
     BLOCK_T: tl.constexpr,
 ):
     b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_o = times_transposed(rounded(gelu(b_h), DTYPE), p_mlp2_weight, b_o, EMBED, EMBED_P, HIDDEN,
-                           HIDDEN_P)  # fmt: skip
+    b_o = times_transposed(rounded(gelu(b_h), DTYPE), p_mlp2_weight, b_o, EMBED, HIDDEN)
     b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_o *= b_keep
@@ -159,17 +158,16 @@ def tail_backward(
         b_do = b_dout * b_keep_mlp
     if ADD:
         _add_vector(p_slot + MLP2 + EMBED_P * HIDDEN_P, tl.sum(b_do, 0), started, EMBED_P)
-        add_product(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P,
-                    HIDDEN_P)  # fmt: skip
+        add_product(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started)
     b_dh = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_dh = times_matrix(rounded(b_do, DTYPE), p_mlp2_weight, b_dh, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
+    b_dh = times_matrix(rounded(b_do, DTYPE), p_mlp2_weight, b_dh, EMBED, HIDDEN)
     b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
     b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
     if ADD:
         _add_vector(p_slot + MLP1_BIAS, tl.sum(b_dh, 0), started, HIDDEN_P)
-        add_product(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P)
+        add_product(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started)
     b_dz = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dz = times_matrix(rounded(b_dh, DTYPE), p_mlp1_weight, b_dz, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
+    b_dz = times_matrix(rounded(b_dh, DTYPE), p_mlp1_weight, b_dz, HIDDEN, EMBED)
     if ADD:
         _add_vector(p_slot + PROJ_BIAS + EMBED_P, tl.sum(b_dz * b_n, 0), started, EMBED_P)
         _add_vector(p_slot + PROJ_BIAS + 2 * EMBED_P, tl.sum(b_dz, 0), started, EMBED_P)
@@ -183,9 +181,9 @@ def tail_backward(
         b_dp = b_da * b_keep_proj
     if ADD:
         _add_vector(p_slot + PROJ_BIAS, tl.sum(b_dp, 0), started, EMBED_P)
-        add_product(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P)  # fmt: skip
+        add_product(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started)
     b_dy = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dy = times_matrix(rounded(b_dp, DTYPE), p_proj_weight, b_dy, EMBED, EMBED_P, EMBED, EMBED_P)
+    b_dy = times_matrix(rounded(b_dp, DTYPE), p_proj_weight, b_dy, EMBED, EMBED)
     return b_da, b_dy
 
 
