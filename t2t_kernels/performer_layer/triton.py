@@ -339,6 +339,7 @@ def performer_layer_bwd_split_kernel(
     p_d_parts,
     p_d_sums,
     p_scratch,
+    p_waiting,
     p_slots,
     p_grad_x,
     grad_stride_b,
@@ -387,7 +388,7 @@ def performer_layer_bwd_split_kernel(
     COLUMNS: tl.constexpr = 3 * EMBED_P
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
-    o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
+    p_wait = p_waiting + tl.program_id(0).to(tl.int64) * (BLOCK_T * EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
@@ -402,10 +403,13 @@ def performer_layer_bwd_split_kernel(
         )
         p_image = p_x + i_image * stride_b
         p_d = p_d_sums + i_image * (FEATURES_P * (EMBED_P + 1))
-        sum_gradients_of_sums(p_d_parts + i_image * chunks * (FEATURES_P * (EMBED_P + 1)), p_d, chunks,
-                              FEATURES_P, EMBED_P)  # fmt: skip
+        start = tl.maximum(first_row - reach, 0) * columns
         stop = last_row * columns
-        for first in tl.range(tl.maximum(first_row - reach, 0) * columns, stop, BLOCK_T, disable_licm=True):
+        for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
+            # Before the loop, it would share its addresses with what follows, and keep them alive.
+            if first == start:
+                sum_gradients_of_sums(p_d_parts + i_image * chunks * (FEATURES_P * (EMBED_P + 1)), p_d,
+                                      chunks, FEATURES_P, EMBED_P)  # fmt: skip
             o_t = first + tl.arange(0, BLOCK_T)
             m_t = o_t < stop
             m_own = m_t & (o_t >= first_row * columns)
@@ -416,12 +420,16 @@ def performer_layer_bwd_split_kernel(
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
                                     True)  # fmt: skip
+            # What is not needed yet, or done, waits in memory; its registers are needed.
+            o_wait = tl.arange(0, BLOCK_T)[:, None] * EMBED_P + tl.arange(0, EMBED_P)[None, :]
+            tl.store(p_wait + o_wait, b_q)
             b_dk, b_dv = keys_backward(b_k, b_v, m_t, p_w, p_maximum + i_image * FEATURES, p_d, BLOCK_T,
                                        FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-            # What is done waits in the scratch row; its registers are needed.
+            o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
             tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv, DTYPE))
             tl.debug_barrier()
+            b_q = tl.load(p_wait + o_wait)
             b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum + i_image * FEATURES,
                                               p_normalizer + i_image * FEATURES,
                                               p_sums + i_image * (FEATURES * EMBED), log_eps, BLOCK_T,
@@ -550,6 +558,8 @@ def performer_layer(
             BLOCK_T=how.block_t,
             num_warps=how.warps,
             num_stages=how.stages,
+            # Left to itself, the assembler spills to fit one block more.
+            maxnreg=255,
         )
         performer_layer_queries_kernel[grid](
             x,
@@ -653,6 +663,7 @@ def performer_layer_backward(
         d_parts = x.new_empty((batch * chunks, d_size), dtype=torch.float32)
         d_sums = x.new_empty((batch, d_size), dtype=torch.float32)
         scratch = x.new_empty((slots.shape[0], how.block_t, packed.shape[1]))
+        waiting = x.new_empty((slots.shape[0], how.block_t, layer["EMBED_P"]), dtype=torch.float32)
         common = (grad, x, packed, kqv_bias, norm1_weight, norm1_bias, w, *tail[:-1], seed)
         common += (maximum, normalizer, sums, d_parts)
         numbers = (log_eps_term(eps, w.shape[0]), *_dropout(dropout_p))
@@ -676,6 +687,7 @@ def performer_layer_backward(
                 *common,
                 d_sums,
                 scratch,
+                waiting,
                 slots,
                 grad_x,
                 *grad.stride(),
