@@ -586,6 +586,7 @@ def performer_layer(
             HAS_DROPOUT=dropout_p > 0,
             num_warps=how.warps,
             num_stages=how.stages,
+            maxnreg=255,
         )
     return out, maximum, normalizer, sums
 
