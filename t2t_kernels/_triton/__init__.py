@@ -82,9 +82,11 @@ def _table_of(capability: tuple[int, int]) -> Table:
 
 
 def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launch:
-    """The pair's entry for ``dtype``; tokens are ``width`` wide, and wider ones make shorter tiles."""
+    """The pair's entry for ``dtype``; tokens ``width`` > 64 wide make shorter tiles of more threads."""
     entry = pair[dtype == torch.float32]
-    return entry._replace(block_t=max(SMALLEST_SIDE, entry.block_t * 64 // max(64, width)))
+    if width <= 64:
+        return entry
+    return Launch(max(SMALLEST_SIDE, entry.block_t * 64 // width), warps=8, stages=1)
 
 
 def padded(size: int) -> int:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from t2t_kernels._triton import dot, rounded
+from t2t_kernels._triton.matrix import add_product, times_matrix, times_transposed
+from t2t_kernels._triton.split import add_to_slot
 
 # Tokens whose sums one program takes: the partial sums of a chunk are a few kilobytes.
 CHUNK = 512
@@ -40,20 +42,8 @@ def store_rows(p, b, o_t, m_t, EMBED: tl.constexpr, EMBED_P: tl.constexpr):
 
 
 @triton.jit
-def load_features(p_w, FEATURES: tl.constexpr, FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
-                  EMBED_P: tl.constexpr):  # fmt: skip
-    o_m = tl.arange(0, FEATURES_P)
-    return load_rows(p_w, o_m, o_m < FEATURES, EMBED, 1, EMBED, EMBED_P)
-
-
-@triton.jit
 def _within_range(b):
     return tl.minimum(tl.maximum(b, -_LARGEST), _LARGEST)
-
-
-@triton.jit
-def _products(b_z, b_w, BLOCK_T: tl.constexpr, FEATURES_P: tl.constexpr):
-    return dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
 
 
 @triton.jit
@@ -64,11 +54,14 @@ def _times_column(b, column, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T: tl.constexpr,
-             FEATURES_P: tl.constexpr):  # fmt: skip
+def add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T: tl.constexpr,
+             FEATURES: tl.constexpr, FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
+             EMBED_P: tl.constexpr):  # fmt: skip
     """Add a tile of keys and values to the sums under a running maximum."""
     b_k = _within_range(b_k)
-    b_log = _products(b_k, b_w, BLOCK_T, FEATURES_P) - tl.sum(b_k * b_k, 1)[:, None] * 0.5
+    b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
+    b_log = times_transposed(b_k, p_w, b_log, FEATURES, EMBED)
+    b_log -= tl.sum(b_k * b_k, 1)[:, None] * 0.5
     b_log = tl.where(m_t[:, None], b_log, float("-inf"))
     larger = tl.maximum(maximum, tl.max(b_log, 0))
     shrink = tl.exp(maximum - larger)
@@ -89,95 +82,134 @@ def store_sums(p_maximum, p_normalizer, p_sums, maximum, normalizer, sums, FEATU
 
 
 @triton.jit
-def load_sums(p_maximum, p_normalizer, p_sums, FEATURES: tl.constexpr, FEATURES_P: tl.constexpr,
-              EMBED: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
+def _load_features(p, FEATURES: tl.constexpr, FEATURES_P: tl.constexpr):
+    """A number per feature, 0 beyond them."""
+    o_m = tl.arange(0, FEATURES_P)
+    return tl.load(p + o_m, mask=o_m < FEATURES, other=0.0)
+
+
+@triton.jit
+def merge_sums(p_part_maximum, p_part_normalizer, p_part_sums, p_maximum, p_normalizer, p_sums, chunks,
+               FEATURES: tl.constexpr, FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
+               EMBED_P: tl.constexpr):  # fmt: skip
+    """The sums of an image from those of its chunks, one after the other.
+
+    Each of the image's programs does so and writes the same numbers, so that it can read its own.
+    """
     o_m = tl.arange(0, FEATURES_P)
     m_m = o_m < FEATURES
-    maximum = tl.load(p_maximum + o_m, mask=m_m, other=0.0)
-    normalizer = tl.load(p_normalizer + o_m, mask=m_m, other=0.0)
-    return maximum, normalizer, load_rows(p_sums, o_m, m_m, EMBED, 1, EMBED, EMBED_P)
-
-
-@triton.jit
-def merge_sums(p_maximum, p_normalizer, p_sums, chunks, FEATURES: tl.constexpr,
-               FEATURES_P: tl.constexpr, EMBED: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
-    """The sums of an image from those of its chunks, one after the other."""
-    maximum, normalizer, sums = load_sums(p_maximum, p_normalizer, p_sums, FEATURES, FEATURES_P,
-                                          EMBED, EMBED_P)  # fmt: skip
-    for i in range(1, chunks):
-        other, other_normalizer, other_sums = load_sums(
-            p_maximum + i * FEATURES, p_normalizer + i * FEATURES, p_sums + i * FEATURES * EMBED,
-            FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+    maximum = tl.full([FEATURES_P], float("-inf"), tl.float32)
+    normalizer = tl.zeros([FEATURES_P], tl.float32)
+    sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
+    for i in range(0, chunks):
+        other = tl.load(p_part_maximum + i * FEATURES + o_m, mask=m_m, other=0.0)
         larger = tl.maximum(maximum, other)
         shrink = tl.exp(maximum - larger)
-        shrink_other = tl.exp(other - larger)
-        normalizer = normalizer * shrink + other_normalizer * shrink_other
-        sums = sums * shrink[:, None] + other_sums * shrink_other[:, None]
+        grow = tl.exp(other - larger)
+        other = tl.load(p_part_normalizer + i * FEATURES + o_m, mask=m_m, other=0.0)
+        normalizer = normalizer * shrink + other * grow
+        b_other = load_rows(p_part_sums + i * FEATURES * EMBED, o_m, m_m, EMBED, 1, EMBED, EMBED_P)
+        sums = sums * shrink[:, None] + b_other * grow[:, None]
         maximum = larger
-    return maximum, normalizer, sums
+    store_sums(p_maximum, p_normalizer, p_sums, maximum, normalizer, sums, FEATURES, FEATURES_P, EMBED,
+               EMBED_P)  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit
-def attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T: tl.constexpr, FEATURES: tl.constexpr,
-           FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr, HAS_EPS: tl.constexpr):  # fmt: skip
+def attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T: tl.constexpr,
+           FEATURES: tl.constexpr, FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
+           EMBED_P: tl.constexpr, HAS_EPS: tl.constexpr):  # fmt: skip
     """y = N / D of a tile of queries; also their features f, D, and the derivative of D by |q|²/2."""
     b_q = _within_range(b_q)
     half = tl.sum(b_q * b_q, 1) * 0.5
-    m_m = tl.arange(0, FEATURES_P) < FEATURES
-    b_log = _products(b_q, b_w, BLOCK_T, FEATURES_P) + maximum[None, :]
-    b_log = tl.where(m_m[None, :], b_log, float("-inf"))
+    b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
+    b_log = times_transposed(b_q, p_w, b_log, FEATURES, EMBED)
+    b_log += _load_features(p_maximum, FEATURES, FEATURES_P)[None, :]
+    b_log = tl.where((tl.arange(0, FEATURES_P) < FEATURES)[None, :], b_log, float("-inf"))
     top = tl.max(b_log, 1)
     if HAS_EPS:
         # The eps term, eps·m·exp(|q|²/2) beside these features, is one more exponent.
         top = tl.maximum(top, half + log_eps)
     b_f = tl.exp(b_log - top[:, None])
-    divisor = _times_column(b_f, normalizer, BLOCK_T)
+    divisor = _times_column(b_f, _load_features(p_normalizer, FEATURES, FEATURES_P), BLOCK_T)
     slope = half * 0.0
     if HAS_EPS:
         slope = tl.exp(half + log_eps - top)
         divisor += slope
-    b_n = dot(b_f, sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
+    b_n = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_n = times_matrix(b_f, p_sums, b_n, FEATURES, EMBED)
     return b_n / divisor[:, None], b_f, divisor, slope
 
 
 @triton.jit
-def attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer, sums,
-                    BLOCK_T: tl.constexpr, FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
-    """Gradient of the queries, and of N and D, of which the sums' gradients are made."""
+def attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, p_w, p_normalizer, p_sums,
+                    BLOCK_T: tl.constexpr, FEATURES: tl.constexpr, FEATURES_P: tl.constexpr,
+                    EMBED: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
+    """Gradient of a tile of queries."""
     b_dn = b_dy / divisor[:, None]
     dd = -tl.sum(b_dn * b_y, 1)
-    b_df = dot(b_dn, tl.trans(sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
-    b_dlog = b_f * (b_df + dd[:, None] * normalizer[None, :])
-    b_dq = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
-    b_dq = tl.where(tl.abs(b_q) <= _LARGEST, b_dq + b_q * (dd * slope)[:, None], 0.0)
-    return b_dq, b_dn, dd
+    b_df = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
+    b_df = times_transposed(b_dn, p_sums, b_df, FEATURES, EMBED)
+    b_df += dd[:, None] * _load_features(p_normalizer, FEATURES, FEATURES_P)[None, :]
+    b_dq = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_dq = times_matrix(b_f * b_df, p_w, b_dq, FEATURES, EMBED)
+    return tl.where(tl.abs(b_q) <= _LARGEST, b_dq + b_q * (dd * slope)[:, None], 0.0)
 
 
 @triton.jit
-def keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T: tl.constexpr,
-                  FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr):  # fmt: skip
+def keys_backward(b_k, b_v, m_t, p_w, p_maximum, p_d_sums, BLOCK_T: tl.constexpr,
+                  FEATURES: tl.constexpr, FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
+                  EMBED_P: tl.constexpr):  # fmt: skip
     """Gradients of a tile of keys and values from those of the sums."""
     b_inside = _within_range(b_k)
-    half = tl.sum(b_inside * b_inside, 1) * 0.5
-    b_log = _products(b_inside, b_w, BLOCK_T, FEATURES_P) - half[:, None]
-    b_phi = tl.exp(tl.where(m_t[:, None], b_log - maximum[None, :], float("-inf")))
-    b_dphi = dot(b_v, tl.trans(d_sums), tl.zeros([BLOCK_T, FEATURES_P], tl.float32))
-    b_dlog = b_phi * (b_dphi + d_normalizer[None, :])
-    b_dk = dot(b_dlog, b_w, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
-    b_dk = tl.where(tl.abs(b_k) <= _LARGEST, b_dk - b_k * tl.sum(b_dlog, 1)[:, None], 0.0)
-    return b_dk, dot(b_phi, d_sums, tl.zeros([BLOCK_T, EMBED_P], tl.float32))
+    b_log = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
+    b_log = times_transposed(b_inside, p_w, b_log, FEATURES, EMBED)
+    b_log -= (tl.sum(b_inside * b_inside, 1) * 0.5)[:, None]
+    b_log -= _load_features(p_maximum, FEATURES, FEATURES_P)[None, :]
+    b_phi = tl.exp(tl.where(m_t[:, None], b_log, float("-inf")))
+    b_dphi = tl.zeros([BLOCK_T, FEATURES_P], tl.float32)
+    b_dphi = times_transposed(b_v, p_d_sums, b_dphi, FEATURES_P, EMBED_P)
+    b_dphi += tl.load(p_d_sums + FEATURES_P * EMBED_P + tl.arange(0, FEATURES_P))[None, :]
+    b_dv = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_dv = times_matrix(b_phi, p_d_sums, b_dv, FEATURES_P, EMBED_P)
+    b_dlog = b_phi * b_dphi
+    b_dk = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_dk = times_matrix(b_dlog, p_w, b_dk, FEATURES, EMBED)
+    return tl.where(tl.abs(b_k) <= _LARGEST, b_dk - b_k * tl.sum(b_dlog, 1)[:, None], 0.0), b_dv
+
+
+def gradient_of_sums_size(features_p: int, embed_p: int) -> int:
+    """Floats of the gradients of S, then of Z."""
+    return features_p * (embed_p + 1)
 
 
 @triton.jit
-def load_gradient_of_sums(p_d_normalizer, p_d_sums, chunks, FEATURES: tl.constexpr,
-                          FEATURES_P: tl.constexpr, EMBED: tl.constexpr,
-                          EMBED_P: tl.constexpr):  # fmt: skip
-    """The sums' gradients of an image from those of its chunks, one after the other."""
-    o_m = tl.arange(0, FEATURES_P)
-    m_m = o_m < FEATURES
-    d_normalizer = tl.zeros([FEATURES_P], tl.float32)
-    d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
+def add_gradient_of_sums(p_d_sums, b_dy, b_y, b_f, divisor, started, FEATURES_P: tl.constexpr,
+                         EMBED_P: tl.constexpr):  # fmt: skip
+    """Add a tile of queries' part to the gradients of S and Z."""
+    b_dn = b_dy / divisor[:, None]
+    dd = tl.sum(b_dn * b_y, 1)
+    p_d_normalizer = p_d_sums + FEATURES_P * EMBED_P + tl.arange(0, FEATURES_P)
+    add_to_slot(p_d_normalizer, -tl.sum(b_f * dd[:, None], 0), started)
+    add_product(p_d_sums, b_f, b_dn, started)
+
+
+@triton.jit
+def sum_gradients_of_sums(p_parts, p_d_sums, chunks, FEATURES_P: tl.constexpr, EMBED_P: tl.constexpr):
+    """The gradients of an image's S and Z from those of its chunks, one after the other.
+
+    Each of the image's programs does so and writes the same numbers, so that it can read its own.
+    """
+    SIZE: tl.constexpr = FEATURES_P * EMBED_P
+    o = tl.arange(0, SIZE)
+    o_m = SIZE + tl.arange(0, FEATURES_P)
+    b = tl.zeros([SIZE], tl.float32)
+    b_m = tl.zeros([FEATURES_P], tl.float32)
     for i in range(0, chunks):
-        d_normalizer += tl.load(p_d_normalizer + i * FEATURES + o_m, mask=m_m, other=0.0)
-        d_sums += load_rows(p_d_sums + i * FEATURES * EMBED, o_m, m_m, EMBED, 1, EMBED, EMBED_P)
-    return d_normalizer, d_sums
+        p = p_parts + i * (SIZE + FEATURES_P)
+        b += tl.load(p + o)
+        b_m += tl.load(p + o_m)
+    tl.store(p_d_sums + o, b)
+    tl.store(p_d_sums + o_m, b_m)
+    tl.debug_barrier()

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import device_guard, dot, load_vector, padded, rounded
+from t2t_kernels._triton import device_guard, load_vector, padded, rounded
+from t2t_kernels._triton.matrix import add_product, times_matrix, times_transposed
 from t2t_kernels._triton.split import add_to_slot
 from t2t_kernels.backends import INTERPRETED
 
@@ -23,19 +24,6 @@ SUM_BLOCK = 4096 if INTERPRETED else 256
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _RSQRT_2PI = tl.constexpr(0.3989422804014327)
-
-
-@triton.jit
-def load_matrix(p, ROWS: tl.constexpr, ROWS_P: tl.constexpr, COLUMNS: tl.constexpr,
-                COLUMNS_P: tl.constexpr):  # fmt: skip
-    o_r = tl.arange(0, ROWS_P)
-    o_c = tl.arange(0, COLUMNS_P)
-    p = p + o_r[:, None] * COLUMNS + o_c[None, :]
-    # Masks that are always true still take registers.
-    if ROWS == ROWS_P and COLUMNS == COLUMNS_P:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=(o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -81,8 +69,8 @@ def tail_forward(
     BLOCK_T: tl.constexpr,
 ):
     """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
-    b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
-    b_a = dot(rounded(b_y, DTYPE), tl.trans(b_w), tl.zeros([BLOCK_T, EMBED_P], tl.float32))
+    b_a = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
+    b_a = times_transposed(rounded(b_y, DTYPE), p_proj_weight, b_a, EMBED, EMBED)
     b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_a *= b_keep
@@ -92,8 +80,8 @@ def tail_forward(
     b_n = b_n * rstd[:, None]
     b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
     b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
-    b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
-    b_h = dot(b_z, tl.trans(b_w), tl.zeros([BLOCK_T, HIDDEN_P], tl.float32))
+    b_h = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
+    b_h = times_transposed(b_z, p_mlp1_weight, b_h, HIDDEN, EMBED)
     b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
     return b_a, b_n, rstd, b_z, b_h
 
@@ -118,19 +106,12 @@ def tail_output(
     HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
     b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_o = dot(rounded(gelu(b_h), DTYPE), tl.trans(b_w), b_o)
+    b_o = times_transposed(rounded(gelu(b_h), DTYPE), p_mlp2_weight, b_o, EMBED, HIDDEN)
     b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
     if HAS_DROPOUT:
         b_o *= b_keep
     return b_a + b_o
-
-
-@triton.jit
-def _add_matrix(p, b_left, b_right, started, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32))
-    add_to_slot(p + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], b, started)
 
 
 @triton.jit
@@ -177,19 +158,16 @@ def tail_backward(
         b_do = b_dout * b_keep_mlp
     if ADD:
         _add_vector(p_slot + MLP2 + EMBED_P * HIDDEN_P, tl.sum(b_do, 0), started, EMBED_P)
-        _add_matrix(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started, EMBED_P,
-                    HIDDEN_P)  # fmt: skip
-    b_w = load_matrix(p_mlp2_weight, EMBED, EMBED_P, HIDDEN, HIDDEN_P)
+        add_product(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started)
     b_dh = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_dh = dot(rounded(b_do, DTYPE), b_w, b_dh)
+    b_dh = times_matrix(rounded(b_do, DTYPE), p_mlp2_weight, b_dh, EMBED, HIDDEN)
     b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
     b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
     if ADD:
         _add_vector(p_slot + MLP1_BIAS, tl.sum(b_dh, 0), started, HIDDEN_P)
-        _add_matrix(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started, HIDDEN_P, EMBED_P)
-    b_w = load_matrix(p_mlp1_weight, HIDDEN, HIDDEN_P, EMBED, EMBED_P)
+        add_product(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started)
     b_dz = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dz = dot(rounded(b_dh, DTYPE), b_w, b_dz)
+    b_dz = times_matrix(rounded(b_dh, DTYPE), p_mlp1_weight, b_dz, HIDDEN, EMBED)
     if ADD:
         _add_vector(p_slot + PROJ_BIAS + EMBED_P, tl.sum(b_dz * b_n, 0), started, EMBED_P)
         _add_vector(p_slot + PROJ_BIAS + 2 * EMBED_P, tl.sum(b_dz, 0), started, EMBED_P)
@@ -203,10 +181,10 @@ def tail_backward(
         b_dp = b_da * b_keep_proj
     if ADD:
         _add_vector(p_slot + PROJ_BIAS, tl.sum(b_dp, 0), started, EMBED_P)
-        _add_matrix(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started, EMBED_P, EMBED_P)  # fmt: skip
-    b_w = load_matrix(p_proj_weight, EMBED, EMBED_P, EMBED, EMBED_P)
+        add_product(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started)
     b_dy = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    return b_da, dot(rounded(b_dp, DTYPE), b_w, b_dy)
+    b_dy = times_matrix(rounded(b_dp, DTYPE), p_proj_weight, b_dy, EMBED, EMBED)
+    return b_da, b_dy
 
 
 def tail_slot_size(embed_p: int, hidden_p: int) -> int:

@@ -9,29 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import (
-    IMPL_DEVICES,
-    check_offsets,
-    device_guard,
-    dot,
-    launch,
-    padded,
-    table,
-)
+from t2t_kernels._triton import IMPL_DEVICES, check_offsets, device_guard, launch, padded, table
 from t2t_kernels._triton.performer import (
     CHUNK,
+    add_gradient_of_sums,
     add_keys,
     attend,
     attend_backward,
+    gradient_of_sums_size,
     keys_backward,
-    load_features,
-    load_gradient_of_sums,
     load_rows,
-    load_sums,
     log_eps_term,
     merge_sums,
     store_rows,
     store_sums,
+    sum_gradients_of_sums,
 )
 
 
@@ -61,17 +53,17 @@ def performer_attention_keys_kernel(
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
     start = tl.program_id(0) % chunks * CHUNK
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    stop = tl.minimum(start + CHUNK, tokens)
     maximum = tl.full([FEATURES_P], float("-inf"), tl.float32)
     normalizer = tl.zeros([FEATURES_P], tl.float32)
     sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
-    for first in range(start, tl.minimum(start + CHUNK, tokens), BLOCK_T):
+    for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_k = load_rows(p_k + i_image * k_stride_b, o_t, m_t, k_stride_t, k_stride_e, EMBED, EMBED_P)
         b_v = load_rows(p_v + i_image * v_stride_b, o_t, m_t, v_stride_t, v_stride_e, EMBED, EMBED_P)
-        maximum, normalizer, sums = add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T,
-                                             FEATURES_P)  # fmt: skip
+        maximum, normalizer, sums = add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T,
+                                             FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
     store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
                p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
@@ -104,22 +96,21 @@ def performer_attention_queries_kernel(
 ):
     i_image = (tl.program_id(0) // chunks).to(tl.int64)
     i_chunk = tl.program_id(0) % chunks
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    p_maximum += i_image * FEATURES
+    p_normalizer += i_image * FEATURES
+    p_sums += i_image * (FEATURES * EMBED)
     i_part = i_image * chunks
-    maximum, normalizer, sums = merge_sums(
-        p_part_maximum + i_part * FEATURES, p_part_normalizer + i_part * FEATURES,
-        p_part_sums + i_part * (FEATURES * EMBED), chunks, FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    if i_chunk == 0:
-        store_sums(p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-                   p_sums + i_image * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES,
-                   FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+    merge_sums(p_part_maximum + i_part * FEATURES, p_part_normalizer + i_part * FEATURES,
+               p_part_sums + i_part * (FEATURES * EMBED), p_maximum, p_normalizer, p_sums, chunks,
+               FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
     start = i_chunk * CHUNK
-    for first in range(start, tl.minimum(start + CHUNK, tokens), BLOCK_T):
+    stop = tl.minimum(start + CHUNK, tokens)
+    for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_q = load_rows(p_q + i_image * stride_b, o_t, m_t, stride_t, stride_e, EMBED, EMBED_P)
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
+        b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T,
+                                          FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
         store_rows(p_y + i_image * tokens * EMBED, b_y, o_t, m_t, EMBED, EMBED_P)
 
 
@@ -132,8 +123,7 @@ def performer_attention_bwd_queries_kernel(
     p_normalizer,
     p_sums,
     p_dq,
-    p_d_normalizer,
-    p_d_sums,
+    p_d_parts,
     grad_stride_b,
     grad_stride_t,
     grad_stride_e,
@@ -154,28 +144,25 @@ def performer_attention_bwd_queries_kernel(
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
     start = tl.program_id(0) % chunks * CHUNK
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
-    maximum, normalizer, sums = load_sums(
-        p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-        p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    d_normalizer = tl.zeros([FEATURES_P], tl.float32)
-    d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
-    for first in range(start, tl.minimum(start + CHUNK, tokens), BLOCK_T):
+    stop = tl.minimum(start + CHUNK, tokens)
+    p_maximum += i_image * FEATURES
+    p_normalizer += i_image * FEATURES
+    p_sums += i_image * (FEATURES * EMBED)
+    p_part = p_d_parts + i_part * (FEATURES_P * (EMBED_P + 1))
+    for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_q = load_rows(p_q + i_image * stride_b, o_t, m_t, stride_t, stride_e, EMBED, EMBED_P)
         b_dy = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t, grad_stride_e,
                          EMBED, EMBED_P)  # fmt: skip
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
-        b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer, sums,
-                                         BLOCK_T, FEATURES_P, EMBED_P)  # fmt: skip
+        b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T,
+                                          FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
+        add_gradient_of_sums(p_part, b_dy, b_y, b_f, divisor, first - start, FEATURES_P, EMBED_P)
+        b_dq = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, p_w, p_normalizer, p_sums, BLOCK_T,
+                               FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         store_rows(p_dq + i_image * tokens * EMBED, b_dq, o_t, m_t, EMBED, EMBED_P)
-        d_normalizer += tl.sum(b_f * dd[:, None], 0)
-        d_sums = dot(tl.trans(b_f), b_dn, d_sums)
-    o_m = tl.arange(0, FEATURES_P)
-    tl.store(p_d_normalizer + i_part * FEATURES + o_m, d_normalizer, mask=o_m < FEATURES)
-    store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, o_m < FEATURES, EMBED, EMBED_P)
+        # The next tile adds to what other threads of this one stored.
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -184,7 +171,7 @@ def performer_attention_bwd_keys_kernel(
     p_v,
     p_w,
     p_maximum,
-    p_d_normalizer,
+    p_d_parts,
     p_d_sums,
     p_dk,
     p_dv,
@@ -205,20 +192,18 @@ def performer_attention_bwd_keys_kernel(
 ):
     i_image = (tl.program_id(0) // chunks).to(tl.int64)
     start = tl.program_id(0) % chunks * CHUNK
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
-    o_m = tl.arange(0, FEATURES_P)
-    maximum = tl.load(p_maximum + i_image * FEATURES + o_m, mask=o_m < FEATURES, other=0.0)
-    i_part = i_image * chunks
-    d_normalizer, d_sums = load_gradient_of_sums(
-        p_d_normalizer + i_part * FEATURES, p_d_sums + i_part * (FEATURES * EMBED), chunks, FEATURES,
-        FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    for first in range(start, tl.minimum(start + CHUNK, tokens), BLOCK_T):
+    stop = tl.minimum(start + CHUNK, tokens)
+    p_maximum += i_image * FEATURES
+    p_d_sums += i_image * (FEATURES_P * (EMBED_P + 1))
+    sum_gradients_of_sums(p_d_parts + i_image * chunks * (FEATURES_P * (EMBED_P + 1)), p_d_sums, chunks,
+                          FEATURES_P, EMBED_P)  # fmt: skip
+    for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_k = load_rows(p_k + i_image * k_stride_b, o_t, m_t, k_stride_t, k_stride_e, EMBED, EMBED_P)
         b_v = load_rows(p_v + i_image * v_stride_b, o_t, m_t, v_stride_t, v_stride_e, EMBED, EMBED_P)
-        b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
-                                   FEATURES_P, EMBED_P)  # fmt: skip
+        b_dk, b_dv = keys_backward(b_k, b_v, m_t, p_w, p_maximum, p_d_sums, BLOCK_T, FEATURES,
+                                   FEATURES_P, EMBED, EMBED_P)  # fmt: skip
         store_rows(p_dk + i_image * tokens * EMBED, b_dk, o_t, m_t, EMBED, EMBED_P)
         store_rows(p_dv + i_image * tokens * EMBED, b_dv, o_t, m_t, EMBED, EMBED_P)
 
@@ -292,13 +277,13 @@ def performer_attention_backward(
     check_offsets("performer_attention", grad, k, q, v)
     chunks, constants, options = _shape(v, w)
     batch, tokens, embed = v.shape
-    features = w.shape[0]
     w = w.contiguous()
     dk, dq, dv = (v.new_empty((batch, tokens, embed)) for _ in range(3))
     if batch == 0:
         return dk, dq, dv
-    d_normalizer = v.new_empty((batch * chunks, features), dtype=torch.float32)
-    d_sums = v.new_empty((batch * chunks, features, embed), dtype=torch.float32)
+    size = gradient_of_sums_size(constants["FEATURES_P"], constants["EMBED_P"])
+    d_parts = v.new_empty((batch * chunks, size), dtype=torch.float32)
+    d_sums = v.new_empty((batch, size), dtype=torch.float32)
     grid = (batch * chunks,)
     with device_guard(v):
         performer_attention_bwd_queries_kernel[grid](
@@ -309,8 +294,7 @@ def performer_attention_backward(
             normalizer,
             sums,
             dq,
-            d_normalizer,
-            d_sums,
+            d_parts,
             *grad.stride(),
             *q.stride(),
             tokens,
@@ -325,7 +309,7 @@ def performer_attention_backward(
             v,
             w,
             maximum,
-            d_normalizer,
+            d_parts,
             d_sums,
             dk,
             dv,

@@ -24,18 +24,18 @@ from t2t_kernels._triton import (
 )
 from t2t_kernels._triton.performer import (
     CHUNK,
+    add_gradient_of_sums,
     add_keys,
     attend,
     attend_backward,
+    gradient_of_sums_size,
     keys_backward,
-    load_features,
-    load_gradient_of_sums,
     load_rows,
-    load_sums,
     log_eps_term,
     merge_sums,
     store_rows,
     store_sums,
+    sum_gradients_of_sums,
 )
 from t2t_kernels._triton.split import (
     geometry,
@@ -100,11 +100,10 @@ def performer_layer_keys_kernel(
     p_image = p_x + i_part // chunks * stride_b
     start = tl.program_id(0) % chunks * CHUNK
     stop = tl.minimum(start + CHUNK, rows * columns)
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
     maximum = tl.full([FEATURES_P], float("-inf"), tl.float32)
     normalizer = tl.zeros([FEATURES_P], tl.float32)
     sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
-    for first in range(start, stop, BLOCK_T):
+    for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < stop
         o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
@@ -114,8 +113,8 @@ def performer_layer_keys_kernel(
                                 m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                 CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
                                 False)  # fmt: skip
-        maximum, normalizer, sums = add_keys(b_k, b_v, m_t, b_w, maximum, normalizer, sums, BLOCK_T,
-                                             FEATURES_P)  # fmt: skip
+        maximum, normalizer, sums = add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T,
+                                             FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
     store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
                p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
@@ -179,17 +178,15 @@ def performer_layer_queries_kernel(
     i_chunk = tl.program_id(0) % chunks
     tokens = rows * columns
     p_image = p_x + i_image * stride_b
-    b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
+    p_maximum += i_image * FEATURES
+    p_normalizer += i_image * FEATURES
+    p_sums += i_image * (FEATURES * EMBED)
     i_part = i_image * chunks
-    maximum, normalizer, sums = merge_sums(
-        p_part_maximum + i_part * FEATURES, p_part_normalizer + i_part * FEATURES,
-        p_part_sums + i_part * (FEATURES * EMBED), chunks, FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    if i_chunk == 0:
-        store_sums(p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-                   p_sums + i_image * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES,
-                   FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+    merge_sums(p_part_maximum + i_part * FEATURES, p_part_normalizer + i_part * FEATURES,
+               p_part_sums + i_part * (FEATURES * EMBED), p_maximum, p_normalizer, p_sums, chunks,
+               FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
     stop = tl.minimum(i_chunk * CHUNK + CHUNK, tokens)
-    for first in range(i_chunk * CHUNK, stop, BLOCK_T):
+    for first in tl.range(i_chunk * CHUNK, stop, BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < stop
         o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
@@ -199,8 +196,8 @@ def performer_layer_queries_kernel(
                                 m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                 CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
                                 True)  # fmt: skip
-        b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T, FEATURES,
-                                          FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
+        b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum, p_normalizer, p_sums, log_eps, BLOCK_T,
+                                          FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
         b_keep = b_v
         if HAS_DROPOUT:
             element = (i_image * tokens + o_t) * EMBED
@@ -236,8 +233,7 @@ def performer_layer_bwd_tail_kernel(
     p_maximum,
     p_normalizer,
     p_sums,
-    p_d_normalizer,
-    p_d_sums,
+    p_d_parts,
     p_slots,
     grad_stride_b,
     grad_stride_t,
@@ -278,14 +274,13 @@ def performer_layer_bwd_tail_kernel(
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image = (item // chunks).to(tl.int64)
         p_image = p_x + i_image * stride_b
-        d_normalizer = tl.zeros([FEATURES_P], tl.float32)
-        d_sums = tl.zeros([FEATURES_P, EMBED_P], tl.float32)
+        p_part = p_d_parts + (i_image * chunks + item % chunks) * (FEATURES_P * (EMBED_P + 1))
         start = item % chunks * CHUNK
         stop = tl.minimum(start + CHUNK, tokens)
-        for first in range(start, stop, BLOCK_T):
+        for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
             o_t = first + tl.arange(0, BLOCK_T)
             m_t = o_t < stop
             o_y, o_x = token_corners(o_t, columns, STRIDE, PADDING)
@@ -295,13 +290,10 @@ def performer_layer_bwd_tail_kernel(
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, False,
                                     True)  # fmt: skip
-            # Loaded again for each tile: kept, they would cost more registers than there are.
-            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
-            maximum, normalizer, sums = load_sums(
-                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T,
-                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
+            b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum + i_image * FEATURES,
+                                              p_normalizer + i_image * FEATURES,
+                                              p_sums + i_image * (FEATURES * EMBED), log_eps, BLOCK_T,
+                                              FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
             if HAS_DROPOUT:
@@ -319,16 +311,9 @@ def performer_layer_bwd_tail_kernel(
                 p_norm2_weight, p_mlp1_weight, p_mlp2_weight, p_slot, started, DTYPE, HAS_DROPOUT,
                 EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, True)  # fmt: skip
             started = tl.full((), 1, tl.int32)
-            b_dn = b_dy / divisor[:, None]
-            d_normalizer -= tl.sum(b_f * tl.sum(b_dn * b_y, 1)[:, None], 0)
-            d_sums = dot(tl.trans(b_f), b_dn, d_sums)
+            add_gradient_of_sums(p_part, b_dy, b_y, b_f, divisor, first - start, FEATURES_P, EMBED_P)
             # The next tile adds to what other threads of this one stored.
             tl.debug_barrier()
-        o_m = tl.arange(0, FEATURES_P)
-        m_m = o_m < FEATURES
-        i_part = i_image * chunks + item % chunks
-        tl.store(p_d_normalizer + i_part * FEATURES + o_m, d_normalizer, mask=m_m)
-        store_rows(p_d_sums + i_part * (FEATURES * EMBED), d_sums, o_m, m_m, EMBED, EMBED_P)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -351,9 +336,10 @@ def performer_layer_bwd_split_kernel(
     p_maximum,
     p_normalizer,
     p_sums,
-    p_d_normalizer,
+    p_d_parts,
     p_d_sums,
     p_scratch,
+    p_waiting,
     p_slots,
     p_grad_x,
     grad_stride_b,
@@ -402,10 +388,10 @@ def performer_layer_bwd_split_kernel(
     COLUMNS: tl.constexpr = 3 * EMBED_P
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
-    o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
+    p_wait = p_waiting + tl.program_id(0).to(tl.int64) * (BLOCK_T * EMBED_P)
     tokens = rows * columns
     started = tl.full((), 0, tl.int32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image = (item // bands).to(tl.int64)
         first_row = item % bands * rows_per_band
         last_row = tl.minimum(first_row + rows_per_band, rows)
@@ -416,12 +402,14 @@ def performer_layer_bwd_split_kernel(
             last_row == rows, height, tl.minimum(last_row * STRIDE - PADDING, height)
         )
         p_image = p_x + i_image * stride_b
-        i_part = i_image * chunks
-        d_normalizer, d_sums = load_gradient_of_sums(
-            p_d_normalizer + i_part * FEATURES, p_d_sums + i_part * (FEATURES * EMBED), chunks,
-            FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+        p_d = p_d_sums + i_image * (FEATURES_P * (EMBED_P + 1))
+        start = tl.maximum(first_row - reach, 0) * columns
         stop = last_row * columns
-        for first in range(tl.maximum(first_row - reach, 0) * columns, stop, BLOCK_T):
+        for first in tl.range(start, stop, BLOCK_T, disable_licm=True):
+            # Before the loop, it would share its addresses with what follows, and keep them alive.
+            if first == start:
+                sum_gradients_of_sums(p_d_parts + i_image * chunks * (FEATURES_P * (EMBED_P + 1)), p_d,
+                                      chunks, FEATURES_P, EMBED_P)  # fmt: skip
             o_t = first + tl.arange(0, BLOCK_T)
             m_t = o_t < stop
             m_own = m_t & (o_t >= first_row * columns)
@@ -432,19 +420,20 @@ def performer_layer_bwd_split_kernel(
                                     o_x, m_t, mean, rstd, stride_c, stride_h, stride_w, height, width,
                                     CHANNELS, KERNEL, FLAT, BLOCK_J, EMBED, EMBED_P, BLOCK_T, True,
                                     True)  # fmt: skip
-            # Loaded again for each tile: kept, they would cost more registers than there are.
-            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
-            maximum, normalizer, sums = load_sums(
-                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-            b_dk, b_dv = keys_backward(b_k, b_v, m_t, b_w, maximum, d_normalizer, d_sums, BLOCK_T,
-                                       FEATURES_P, EMBED_P)  # fmt: skip
-            # What is done waits in the scratch row; its registers are needed.
+            # What is not needed yet, or done, waits in memory; its registers are needed.
+            o_wait = tl.arange(0, BLOCK_T)[:, None] * EMBED_P + tl.arange(0, EMBED_P)[None, :]
+            tl.store(p_wait + o_wait, b_q)
+            b_dk, b_dv = keys_backward(b_k, b_v, m_t, p_w, p_maximum + i_image * FEATURES, p_d, BLOCK_T,
+                                       FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
+            o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
             tl.store(p_tile + o_tile, rounded(b_dk, DTYPE))
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv, DTYPE))
             tl.debug_barrier()
-            b_y, b_f, divisor, slope = attend(b_q, b_w, maximum, normalizer, sums, log_eps, BLOCK_T,
-                                              FEATURES, FEATURES_P, EMBED_P, HAS_EPS)  # fmt: skip
+            b_q = tl.load(p_wait + o_wait)
+            b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum + i_image * FEATURES,
+                                              p_normalizer + i_image * FEATURES,
+                                              p_sums + i_image * (FEATURES * EMBED), log_eps, BLOCK_T,
+                                              FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
             b_keep_mlp = b_v
             if HAS_DROPOUT:
@@ -463,12 +452,10 @@ def performer_layer_bwd_split_kernel(
                 EMBED, EMBED_P, HIDDEN, HIDDEN_P, BLOCK_T, False)  # fmt: skip
             b_dv = tl.load(p_tile + o_tile + 2 * EMBED_P).to(tl.float32)
             tl.store(p_tile + o_tile + 2 * EMBED_P, rounded(b_dv + b_da, DTYPE))
-            b_w = load_features(p_w, FEATURES, FEATURES_P, EMBED, EMBED_P)
-            maximum, normalizer, sums = load_sums(
-                p_maximum + i_image * FEATURES, p_normalizer + i_image * FEATURES,
-                p_sums + i_image * (FEATURES * EMBED), FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-            b_dq, b_dn, dd = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, b_w, normalizer,
-                                             sums, BLOCK_T, FEATURES_P, EMBED_P)  # fmt: skip
+            b_dq = attend_backward(b_dy, b_y, b_q, b_f, divisor, slope, p_w,
+                                   p_normalizer + i_image * FEATURES,
+                                   p_sums + i_image * (FEATURES * EMBED), BLOCK_T, FEATURES, FEATURES_P,
+                                   EMBED, EMBED_P)  # fmt: skip
             tl.store(p_tile + o_tile + EMBED_P, rounded(b_dq, DTYPE))
             # The rows are read back by other threads than stored them.
             tl.debug_barrier()
@@ -571,6 +558,8 @@ def performer_layer(
             BLOCK_T=how.block_t,
             num_warps=how.warps,
             num_stages=how.stages,
+            # Left to itself, the assembler spills to fit one block more.
+            maxnreg=255,
         )
         performer_layer_queries_kernel[grid](
             x,
@@ -597,6 +586,7 @@ def performer_layer(
             HAS_DROPOUT=dropout_p > 0,
             num_warps=how.warps,
             num_stages=how.stages,
+            maxnreg=255,
         )
     return out, maximum, normalizer, sums
 
@@ -630,7 +620,7 @@ def performer_layer_backward(
 ) -> tuple[Tensor, ...]:
     check_offsets("performer_layer", x, grad)
     split, constants = geometry(x, kernel_size, stride, padding)
-    batch, (features, embed) = x.shape[0], w.shape
+    batch, embed = x.shape[0], w.shape[1]
     w, norm1_weight, norm1_bias, kqv_bias = (
         tensor.contiguous() for tensor in (w, norm1_weight, norm1_bias, kqv_bias)
     )
@@ -670,11 +660,13 @@ def performer_layer_backward(
         tail_slots.zero_()
         slots.zero_()
     else:
-        d_normalizer = x.new_empty((batch * chunks, features), dtype=torch.float32)
-        d_sums = x.new_empty((batch * chunks, features, embed), dtype=torch.float32)
+        d_size = gradient_of_sums_size(layer["FEATURES_P"], layer["EMBED_P"])
+        d_parts = x.new_empty((batch * chunks, d_size), dtype=torch.float32)
+        d_sums = x.new_empty((batch, d_size), dtype=torch.float32)
         scratch = x.new_empty((slots.shape[0], how.block_t, packed.shape[1]))
+        waiting = x.new_empty((slots.shape[0], how.block_t, layer["EMBED_P"]), dtype=torch.float32)
         common = (grad, x, packed, kqv_bias, norm1_weight, norm1_bias, w, *tail[:-1], seed)
-        common += (maximum, normalizer, sums, d_normalizer, d_sums)
+        common += (maximum, normalizer, sums, d_parts)
         numbers = (log_eps_term(eps, w.shape[0]), *_dropout(dropout_p))
         flags = {"HAS_EPS": eps > 0, "HAS_DROPOUT": dropout_p > 0}
         with device_guard(x):
@@ -694,7 +686,9 @@ def performer_layer_backward(
             )
             performer_layer_bwd_split_kernel[(slots.shape[0],)](
                 *common,
+                d_sums,
                 scratch,
+                waiting,
                 slots,
                 grad_x,
                 *grad.stride(),

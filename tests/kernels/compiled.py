@@ -6,17 +6,16 @@ reports, as JSON. It needs a process outside of Triton's interpreter.
 """
 
 import contextlib
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from unittest import mock
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import t2t_kernels  # noqa: F401  registers every launcher's operators
@@ -36,9 +35,10 @@ def recorded(capability: int):
     """The launches inside the block, as (kernel, arguments by name, options)."""
     launches = []
 
-    def run(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
+    def run(self, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **kwargs):
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append((self, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+        launches.append((self, arguments, options))
 
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
@@ -70,18 +70,14 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> d
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-        log = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+    # The log of the assembly that would run; one repeated here would not have Triton's options.
+    with (
+        mock.patch.object(knobs.nvidia, "dump_ptxas_log", True),
+        mock.patch.object(knobs.compilation, "always_compile", True),
+        contextlib.redirect_stdout(io.StringIO()) as output,
+    ):
+        compiled = triton.compile(source, target=target, options=options)
+    log, ptx = output.getvalue(), compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
         "warps": options["num_warps"],

@@ -186,7 +186,8 @@ def test_compile(backend, device):
 
 
 def test_launches_and_allocations(backend, device):
-    """At most 3 launches forward and 6 backward; nothing per token but the result and gradients."""
+    """At most 3 launches forward, 6 backward, 5 without the map's gradient; nothing per token but the
+    result and gradients."""
     if backend != "triton":
         pytest.skip("counts Triton's launches")
     torch.use_deterministic_algorithms(False)  # whose poisoning would count
@@ -203,10 +204,13 @@ def test_launches_and_allocations(backend, device):
             y, *tensors, seed, *sums, *split, 1e-8, 0.1, True
         )
     assert len(backward.launched) <= 6, backward.launched
+    with work() as without_x:
+        kernels.performer_layer_backward(y, *tensors, seed, *sums, *split, 1e-8, 0.1, False)
+    assert len(without_x.launched) <= 5, without_x.launched
     tokens = y.shape[1]
     results = {tensor.data_ptr() for tensor in (y, *grads)}
     assert len(forward.allocated) > 4, "the meter sees too little"
-    for tensor in (*forward.allocated, *backward.allocated):
+    for tensor in (*forward.allocated, *backward.allocated, *without_x.allocated):
         assert tensor.data_ptr() in results or tokens not in tensor.shape, tensor.shape
 
 

@@ -24,8 +24,27 @@ pytestmark = [
 
 # Bytes of shared memory that a block may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-# Bytes that the largest kernel spills yet; it may not spill more.
-KNOWN_SPILLS = {80: 400, 90: 64, 120: 48}
+# Bytes that a thread may yet spill, stores and loads: no kernel but these at E = 64, and any at 128.
+FEW = 64
+SPILLS_FEW = ("performer_layer_bwd_split_kernel",)
+# The model's calls in bfloat16 on every architecture, in the other dtypes on one each.
+CALLS = [
+    *(
+        (capability, f"{call}-bf16")
+        for capability in SHARED
+        for call in ("project", "attention", "performer-layer1", "performer-layer2", "performer-wide")
+        + ("softmax-3136", "transformer-layer2")
+    ),
+    (80, "performer-layer1-fp32"),
+    (90, "performer-layer2-fp32"),
+    (90, "performer-layer1-fp16"),
+    (120, "performer-layer2-fp16"),
+    (80, "attention-fp32"),
+    (120, "attention-wide-fp32"),
+    (120, "project-fp16"),
+    (90, "softmax-784-fp32"),
+    (80, "transformer-layer1-fp16"),
+]
 ROOT = __file__.rsplit("/tests/", 1)[0]
 
 
@@ -55,18 +74,13 @@ def test_soft_split(capability):
         assert figures["widest_store"] == bits, f"{kernel}: {figures}"
 
 
-@pytest.mark.parametrize(
-    "call",
-    ["project-bf16", "attention-bf16", "performer-layer1-bf16", "performer-layer2-bf16", "performer-layer2-fp32"]
-    + ["softmax-3136-bf16", "softmax-784-fp32", "transformer-layer1-fp16", "transformer-layer2-bf16"],
-)
-@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize(("capability", "call"), CALLS)
 def test_fused_kernels(capability, call):
     results = compiled(capability, call)
     assert len(results) >= 3
     for kernel, figures in results.items():
         name = kernel.split("/")[1]
-        most = KNOWN_SPILLS[capability] if name == "performer_layer_bwd_split_kernel" else 0
+        most = FEW if name in SPILLS_FEW or "-wide-" in call else 0
         assert figures["spills"] <= most, f"{kernel}: {figures}"
         assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
         product = name.startswith(("soft_split_linear", "performer", "token_attention", "transformer"))
