@@ -3,9 +3,9 @@
 import torch
 
 from t2t_kernels.performer_attention import triton as performer_attention
+from t2t_kernels.performer_layer import triton as performer_layer
 from t2t_kernels.soft_split import triton as soft_split
 from t2t_kernels.soft_split_linear import triton as soft_split_linear
-from t2t_kernels.performer_layer import triton as performer_layer
 from t2t_kernels.token_attention import triton as token_attention
 from t2t_kernels.transformer_layer import triton as transformer_layer
 
@@ -75,12 +75,12 @@ def softmax(tokens, dtype, embed=64):
     token_attention.token_attention_backward(y, q, k, v, attended, *statistics, 147**-0.5)
 
 
-def transformer(layer, dtype):
+def transformer(layer, dtype, embed=64, hidden=64):
     channels, size, split, need_x = LAYERS[layer]
     x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
     width = channels * split[0] ** 2
-    shapes = ((width,), (width,), (192, width), (64, 64), *[(64,)] * 3)
-    shapes += ((64, 64), (64,), (64, 64), (64,))
+    shapes = ((width,), (width,), (3 * embed, width), (embed, embed), *[(embed,)] * 3)
+    shapes += ((hidden, embed), (hidden,), (embed, hidden), (embed,))
     params = [tensor(*shape, dtype=dtype) for shape in shapes]
     numbers = (*split, width**-0.5)
     y, *saved = transformer_layer.transformer_layer(x, *params, *numbers)
@@ -100,4 +100,5 @@ for _name, _dtype in DTYPES.items():
         CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(layer, dtype)
         CALLS[f"transformer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: transformer(layer, dtype)
     CALLS[f"attention-wide-{_name}"] = lambda dtype=_dtype: attention(dtype, *WIDE[:2])
+    CALLS[f"transformer-wide-{_name}"] = lambda dtype=_dtype: transformer("layer2", dtype, 128, 128)
     CALLS[f"performer-wide-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *WIDE)
