@@ -20,6 +20,8 @@ COMPILER = [
     "-fPIC",
     # The kernels look at the same shared memory as elements and as vectors, as they may in CUDA.
     "-fno-strict-aliasing",
+    # Threads are left and resumed by longjmp, which its checks would forbid.
+    "-U_FORTIFY_SOURCE",
     # Several such libraries live in one process; each keeps its own runtime.
     "-fvisibility=hidden",
     # simt.cpp reports it, in place of the sanitiser's library.

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 #define __host__
@@ -13,6 +15,7 @@
 // A block runs alone, on one thread of the CPU: a thread-local variable is the block's own.
 #define __shared__ thread_local
 #define __syncthreads() simt::barrier(__LINE__)
+#define __syncwarp() simt::together(simt::only_wait, nullptr)
 
 using std::max;
 using std::min;
@@ -22,6 +25,12 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -29,6 +38,10 @@ struct alignas(16) uint4 {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned __int128>(a) * b >> 64;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -49,10 +62,42 @@ namespace simt {
 // Suspends the calling thread until all threads of its block wait at the same line.
 void barrier(int line);
 
+// What the lanes of a warp do together; it is given the operands of all 32 of them.
+using Collective = void (*)(void* const* of_lanes);
+
+// Suspends the calling thread until all lanes of its warp are here, and does it once for all.
+void together(Collective collective, void* operands);
+inline void only_wait(void* const*) {}
+
+// Fails the launch if 16 bytes cannot be accessed there.
+void expect_aligned(const void* p);
+
+// A copy of 16 bytes, or of zeros, that arrives when its group is waited for.
+void copy_later(void* to, const void* from, bool inside);
+void commit_copies();
+void wait_for_copies(size_t groups_left);
+
 // Runs `thread` for every thread of the grid, block after block.
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 }  // namespace simt
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  struct Operands {
+    T given, taken;
+    int distance;
+  } own = {value, value, distance};
+  simt::together(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          auto* lane = static_cast<Operands*>(lanes[i]);
+          lane->taken = static_cast<Operands*>(lanes[i ^ lane->distance])->given;
+        }
+      },
+      &own);
+  return own.taken;
+}
 
 template <typename... Params, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
