@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU and reports what a GPU would let pass or crash on.
 //
 // The threads of a block are fibers. One runs until it waits at a barrier, or for the other lanes of
-// its warp; those that can run on do so in another random order. So work that needs a barrier which
-// is not there finds its input missing: shared memory starts out as 0xFF bytes, which are NaN in
+// its warp. The lanes that can run on do so in a random order, and so do the warps, each of them as far
+// as it can: nothing but a barrier keeps one from being far ahead of another. So work that needs a
+// barrier which is not there finds its input missing: shared memory starts out as 0xFF bytes, which are NaN in
 // every floating type, and asynchronous copies arrive when they are waited for and not before. Errors
 // are reported for threads that miss a barrier others wait at, for lanes that miss what their warp
 // does together, for writes beyond the shared memory that was asked for, for accesses not aligned to
@@ -20,6 +21,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <span>
 #include <string>
@@ -161,22 +163,33 @@ bool pass_barrier() {
   return true;
 }
 
+// Runs the lanes of a warp for as long as any can.
+void run_warp(size_t warp) {
+  std::vector<Fiber*> order;
+  for (;;) {
+    order.clear();
+    for (size_t i = warp * kLanes; i < std::min((warp + 1) * kLanes, block_threads()); ++i) {
+      if (fibers[i]->state == State::kReady) order.push_back(fibers[i].get());
+    }
+    if (order.empty()) return;
+    std::shuffle(order.begin(), order.end(), random_order);
+    for (Fiber* fiber : order) {
+      resume(*fiber);
+      if (!failure.empty()) return;
+    }
+  }
+}
+
 // Until all threads are done or one has failed.
 void run_block(size_t dynamic_bytes) {
   start_fibers();
-  std::vector<Fiber*> order;
+  std::vector<size_t> warps(arrived.size());
+  std::iota(warps.begin(), warps.end(), 0);
   do {
-    for (;;) {
-      order.clear();
-      for (size_t i = 0; i < block_threads(); ++i) {
-        if (fibers[i]->state == State::kReady) order.push_back(fibers[i].get());
-      }
-      if (order.empty()) break;
-      std::shuffle(order.begin(), order.end(), random_order);
-      for (Fiber* fiber : order) {
-        resume(*fiber);
-        if (!failure.empty()) return;
-      }
+    std::shuffle(warps.begin(), warps.end(), random_order);
+    for (size_t warp : warps) {
+      run_warp(warp);
+      if (!failure.empty()) return;
     }
   } while (pass_barrier());
   if (!failure.empty()) return;
