@@ -47,6 +47,12 @@ class DeviceScope {
   template <typename Params>
   void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads,
               size_t shared_bytes, const Params& params) const {
+    if (shared_bytes > 48 * 1024) {
+      // More than every block may have without asking.
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            name);
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);

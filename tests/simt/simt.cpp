@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -30,9 +31,10 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// What a block gets without asking for more, and as much again to see what is written beyond.
-constexpr size_t kMostSharedBytes = 48 * 1024;
-thread_local uint4 dynamic_shared[2 * kMostSharedBytes / sizeof(uint4)];
+// What a block gets without asking for more, what every GPU has for one that asks, and room to see what
+// is written beyond.
+constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
+thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
 
 namespace simt {
 namespace {
@@ -64,6 +66,7 @@ struct Fiber {
 };
 
 std::mutex one_launch;
+std::map<const void*, size_t> allowed_shared;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<size_t> arrived;  // lanes of each warp that wait for the others
@@ -257,13 +260,22 @@ void wait_for_copies(size_t groups_left) {
   }
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> guard(one_launch);
+  if (bytes > kMostSharedBytes) return last_error = cudaErrorInvalidValue;
+  allowed_shared[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> guard(one_launch);
   const dim3& grid = config.gridDim;
   const dim3& block = config.blockDim;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7FFFFFFF || grid.y > 65535 ||
       grid.z > 65535 || block.x < 1 || block.y < 1 || block.z < 1 || block.z > 64 ||
-      uint64_t(block.x) * block.y * block.z > 1024 || config.dynamicSmemBytes > kMostSharedBytes) {
+      uint64_t(block.x) * block.y * block.z > 1024 ||
+      config.dynamicSmemBytes > std::max(kSharedBytes, allowed_shared[kernel])) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
@@ -303,6 +315,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorLaunchFailure:

@@ -45,10 +45,12 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32;
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -77,8 +79,12 @@ void copy_later(void* to, const void* from, bool inside);
 void commit_copies();
 void wait_for_copies(size_t groups_left);
 
-// Runs `thread` for every thread of the grid, block after block.
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+// Lets `kernel` have more shared memory than it may without asking, as far as a GPU goes.
+cudaError_t allow_shared(const void* kernel, size_t bytes);
+
+// Runs `thread` of `kernel` for every thread of the grid, block after block.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread);
 
 }  // namespace simt
 
@@ -102,7 +108,13 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
 template <typename... Params, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Arguments&... arguments) {
-  return simt::launch(*config, [&] { kernel(arguments...); });
+  return simt::launch(*config, reinterpret_cast<const void*>(kernel),
+                      [&] { kernel(arguments...); });
+}
+
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  return simt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 // The reason of the latest cudaErrorLaunchFailure is part of its text.
