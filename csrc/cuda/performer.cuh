@@ -268,7 +268,7 @@ struct Attended {
   float slope[2];    // the derivative of D by |q|²/2
 };
 
-// y of the queries in a tile; their features go to a tile of their own.
+// y of the queries in a tile; their features go to a tile, which may be the same.
 __device__ inline Attended attend(const Features& w, const KeySums& keys, const float* queries,
                                   float* features) {
   Attended result;
@@ -313,6 +313,8 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
     result.slope[i] = expf(half[i] + w.log_eps - top[i]);
     result.inverse[i] = 1.f / (sum_of_row(divisor[i]) + result.slope[i]);
   }
+  // The queries have been multiplied by all lanes.
+  __syncwarp();
   keep_sums(logs, features, kTilePitch);
   __syncwarp();
   result.y.clear();

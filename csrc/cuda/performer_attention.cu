@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesPa
   if (tile >= p.images * p.tiles) return;
   const int64_t image = tile / p.tiles;
   const int first = static_cast<int>(tile - image * p.tiles) * kRows;
-  float* queries = reinterpret_cast<float*>(dynamic_shared) + warp_index() * 2 * kTileFloats;
+  float* queries = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kTileFloats;
   load_rows<T>(p.queries, image, first, p.tokens, p.w.embed, true, queries);
   __syncwarp();
   const KeySums keys = {p.maximum + image * p.w.count, p.normalizer + image * p.w.count,
                         p.packed + image * p.w.packed_floats(), nullptr};
-  const Attended attended = attend(p.w, keys, queries, queries + kTileFloats);
+  const Attended attended = attend(p.w, keys, queries, queries);
   store_rows(attended.y, static_cast<T*>(p.y) + (image * p.tokens + first) * p.w.embed,
              p.tokens - first, p.w.embed, p.w.embed, p.vectors);
 }
@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
     queries.vectors = rows_are_vectors<T>(embed);
     device.launch("performer_attention_queries", queries_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * tiles, kWarps))), kWarps * kLanes,
-                  kWarps * 2 * kTileFloats * sizeof(float), queries);
+                  kWarps * kTileFloats * sizeof(float), queries);
   });
   return {y, maximum, normalizer, sums};
 }

@@ -211,7 +211,7 @@ constexpr int kKeysBytes = (2 * kTileFloats + kRows * kFeaturePitch + kGroup) * 
 
 // blockIdx.y: 32 features.
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kLanes) keys_kernel(const KeysParams p) {
+__global__ void __launch_bounds__(kWarps* kLanes) layer_keys_kernel(const KeysParams p) {
   const int64_t part = int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index();
   if (part >= p.projection.images * p.chunks) return;
   const int64_t image = part / p.chunks;
@@ -247,10 +247,10 @@ struct QueriesParams {
   bool vectors;  // of out
 };
 
-constexpr int kQueriesBytes = 2 * kTileFloats * sizeof(float);
+constexpr int kQueriesBytes = kTileFloats * sizeof(float);
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesParams p) {
+__global__ void __launch_bounds__(kWarps* kLanes, 2) layer_queries_kernel(const QueriesParams p) {
   const Projection& projection = p.projection;
   const Tail& t = p.tail;
   const int64_t tile = int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index();
@@ -269,9 +269,10 @@ __global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesPa
   __syncwarp();
   const KeySums keys = {p.maximum + image * p.w.count, p.normalizer + image * p.w.count,
                         p.packed + image * p.w.packed_floats(), nullptr};
-  const Attended attended = attend(p.w, keys, queries, queries + kTileFloats);
+  const Attended attended = attend(p.w, keys, queries, queries);
 
-  // a = v + dropout(proj(y)).
+  // a = v + dropout(proj(y)). The features have been multiplied by all lanes.
+  __syncwarp();
   keep_rounded(attended.y, operand);
   __syncwarp();
   Wide a = times(operand, t.proj, t.embed_depth(), t.embed);
@@ -304,9 +305,11 @@ __global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesPa
              t.embed, t.embed, p.vectors);
 }
 
-// A block's share in the gradients of the tail: three matrices of 64 × 64 (outputs × inputs), then
-// vectors of 64.
+// A block's share in the gradients of the tail: three matrices of 64 × 64 (outputs × inputs), each
+// thread's elements a block's threads apart, then vectors of 64. Kept in registers it would leave too
+// few for the rest; in this order a warp adds to it 128 bytes at a time, in the L2 cache.
 struct TailSlot {
+  static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kProj = 0, kMlpIn = 1, kMlpOut = 2;
   static constexpr int kMatrix = kWidest * kWidest;
   static constexpr int kProjBias = 3 * kMatrix, kNormGain = kProjBias + kWidest,
@@ -352,12 +355,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
   T* kept_y = reinterpret_cast<T*>(shared);
   auto* kept_norm = reinterpret_cast<float*>(kept_y + kRows * kPitch);
 
-  // A warp has 16 rows of each matrix, a thread one column of each vector: of the first operand the
-  // first 64 threads, of the second the others.
-  OuterSums<1, kWidest / 8> matrices[3];
+  // A warp has 16 rows of each matrix, a thread one column of each vector: of the left operand the
+  // first 64 threads, of the right one the others.
+  float* slot = p.slots + int64_t(blockIdx.x) * TailSlot::kFloats;
   float columns[4] = {};
-#pragma unroll
-  for (int i = 0; i < 3; ++i) matrices[i].clear();
   const auto column_sum = [&](const T* tile) {
     float total = 0.f;
     for (int row = 0; row < kWarps * kRows; ++row) {
@@ -365,8 +366,16 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
     }
     return total;
   };
-  const auto outer = [&](OuterSums<1, kWidest / 8>& sums, const T* second) {
-    multiply_tokens(sums, lefts + warp_index() * 16, kPitch, second, kPitch, kWarps * kRows);
+  const auto add_product = [&](int matrix, bool first) {
+    OuterSums<1, kWidest / 8> sums;
+    sums.clear();
+    multiply_tokens(sums, lefts + warp_index() * 16, kPitch, rights, kPitch, kWarps * kRows);
+    float* at = slot + matrix * TailSlot::kMatrix + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kWidest / 2; ++i) {
+      const float sum = sums.at[0][i / 4][i / 2 % 2][i % 2];
+      at[i * TailSlot::kThreads] = first ? sum : at[i * TailSlot::kThreads] + sum;
+    }
   };
 
   const int64_t groups = (projection.tokens + kWarps * kRows - 1) / (kWarps * kRows);
@@ -385,8 +394,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
       __syncwarp();
       const KeySums keys = {p.maximum + image * p.w.count, p.normalizer + image * p.w.count,
                             p.packed + image * p.w.packed_floats(), nullptr};
-      const Attended attended = attend(p.w, keys, queries, queries + kTileFloats);
-      // The attention's tiles have been multiplied by all lanes.
+      const Attended attended = attend(p.w, keys, queries, queries);
+      // The features have been multiplied by all lanes.
       __syncwarp();
       keep_rounded(attended.y, kept_y);
       __syncwarp();
@@ -418,7 +427,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
       keep_rounded(activated, right);
     }
     __syncthreads();
-    outer(matrices[TailSlot::kMlpOut], rights);
+    add_product(TailSlot::kMlpOut, item == blockIdx.x);
     columns[0] += column_sum(lefts);
     Wide grad_hidden = times(left, t.mlp_out_t, t.embed_depth(), t.hidden);
     __syncthreads();
@@ -438,7 +447,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
       keep_rounded(normalized, right);
     }
     __syncthreads();
-    outer(matrices[TailSlot::kMlpIn], rights);
+    add_product(TailSlot::kMlpIn, item == blockIdx.x);
     columns[1] += column_sum(lefts);
     Wide grad = times(left, t.mlp_in_t, t.hidden_depth(), t.embed);
     __syncthreads();
@@ -497,27 +506,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
       keep_rounded(y, right);
     }
     __syncthreads();
-    outer(matrices[TailSlot::kProj], rights);
+    add_product(TailSlot::kProj, item == blockIdx.x);
     columns[3] += column_sum(lefts);
     const Wide grad_y = times(left, t.proj_t, t.embed_depth(), t.embed);
     store_rows(grad_y, grad_kqv + kQuery * t.embed, left_tokens, t.embed, 3 * t.embed, vectors);
     __syncthreads();
   }
 
-  float* slot = p.slots + int64_t(blockIdx.x) * TailSlot::kFloats;
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-#pragma unroll
-    for (int j = 0; j < kWidest / 8; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_index() * 16 + matrices[i].row(0, half);
-        *reinterpret_cast<float2*>(slot + i * TailSlot::kMatrix + row * kWidest +
-                                   matrices[i].column(j)) = {matrices[i].at[0][j][half][0],
-                                                             matrices[i].at[0][j][half][1]};
-      }
-    }
-  }
   const int column = threadIdx.x % kWidest;
   if (threadIdx.x < kWidest) {
     slot[TailSlot::kMlpOutBias + column] = columns[0];
@@ -544,24 +539,27 @@ __global__ void __launch_bounds__(kFinishThreads) tail_finish_kernel(const TailF
   if (at >= TailSlot::kFloats) return;
   float total = 0.f;
   for (int i = 0; i < p.slot_count; ++i) total += p.slots[int64_t(i) * TailSlot::kFloats + at];
-  const auto store = [&](void* to, int first, int rows, int columns) {
-    const int row = (at - first) / kWidest, column = (at - first) % kWidest;
-    if (at >= first && row < rows && column < columns) {
+  const auto store = [&](void* to, int row, int column, int rows, int columns) {
+    if (row < rows && column < columns) {
       static_cast<T*>(to)[row * columns + column] = static_cast<T>(total);
     }
   };
-  if (at < TailSlot::kMatrix) {
-    store(p.proj, 0, p.embed, p.embed);
-  } else if (at < 2 * TailSlot::kMatrix) {
-    store(p.mlp_in, TailSlot::kMatrix, p.hidden, p.embed);
-  } else if (at < 3 * TailSlot::kMatrix) {
-    store(p.mlp_out, 2 * TailSlot::kMatrix, p.embed, p.hidden);
+  if (at < 3 * TailSlot::kMatrix) {
+    // Element i of a thread's OuterSums<1, 8>.
+    const int i = at % TailSlot::kMatrix / TailSlot::kThreads, thread = at % TailSlot::kThreads;
+    const int row = thread / kLanes * 16 + i / 2 % 2 * 8 + thread % kLanes / 4;
+    const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+    const int matrix = at / TailSlot::kMatrix;
+    if (matrix == TailSlot::kProj) store(p.proj, row, column, p.embed, p.embed);
+    if (matrix == TailSlot::kMlpIn) store(p.mlp_in, row, column, p.hidden, p.embed);
+    if (matrix == TailSlot::kMlpOut) store(p.mlp_out, row, column, p.embed, p.hidden);
   } else {
-    store(p.proj_bias, TailSlot::kProjBias, 1, p.embed);
-    store(p.norm_gain, TailSlot::kNormGain, 1, p.embed);
-    store(p.norm_offset, TailSlot::kNormOffset, 1, p.embed);
-    store(p.mlp_in_bias, TailSlot::kMlpInBias, 1, p.hidden);
-    store(p.mlp_out_bias, TailSlot::kMlpOutBias, 1, p.embed);
+    const int column = at % kWidest, vector = at - column;
+    if (vector == TailSlot::kProjBias) store(p.proj_bias, 0, column, 1, p.embed);
+    if (vector == TailSlot::kNormGain) store(p.norm_gain, 0, column, 1, p.embed);
+    if (vector == TailSlot::kNormOffset) store(p.norm_offset, 0, column, 1, p.embed);
+    if (vector == TailSlot::kMlpInBias) store(p.mlp_in_bias, 0, column, 1, p.hidden);
+    if (vector == TailSlot::kMlpOutBias) store(p.mlp_out_bias, 0, column, 1, p.embed);
   }
 }
 
@@ -578,7 +576,7 @@ struct QueriesBackwardParams {
 // Each warp takes 16 of a block's 32 tokens; the gradients of the sums are then shared out the other
 // way, by features.
 template <typename T>
-__global__ void __launch_bounds__(kGradientWarps* kLanes) queries_backward_kernel(
+__global__ void __launch_bounds__(kGradientWarps* kLanes) layer_queries_backward_kernel(
     const QueriesBackwardParams p) {
   const Projection& projection = p.projection;
   const int64_t image = blockIdx.x / p.chunks;
@@ -635,7 +633,7 @@ struct KeysBackwardParams {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kLanes) keys_backward_kernel(const KeysBackwardParams p) {
+__global__ void __launch_bounds__(kWarps* kLanes, 2) layer_keys_backward_kernel(const KeysBackwardParams p) {
   const Projection& projection = p.projection;
   const int64_t tile = int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index();
   if (tile >= projection.images * projection.tiles) return;
@@ -854,7 +852,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     keys.chunk = static_cast<int>(chunk);
     keys.chunks = static_cast<int>(chunks);
     keys.parts = parts.parts();
-    device.launch("performer_layer_keys", keys_kernel<T>,
+    device.launch("performer_layer_keys", layer_keys_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * chunks, warps)),
                        static_cast<unsigned>(f.groups())),
                   warps * kLanes, warps * keys.warp_bytes, keys);
@@ -871,7 +869,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     queries.packed = floats_of(packed);
     queries.out = out.mutable_data_ptr();
     queries.vectors = f.embed % Vec<T>::size == 0;
-    device.launch("performer_layer_queries", queries_kernel<T>,
+    device.launch("performer_layer_queries", layer_queries_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * tiles, warps))), warps * kLanes,
                   warps * queries.warp_bytes, queries);
   });
@@ -961,7 +959,7 @@ Gradients performer_layer_backward(
       queries.chunk = static_cast<int>(chunk);
       queries.chunks = static_cast<int>(chunks);
       queries.parts = parts.parts();
-      device.launch("performer_layer_queries_backward", queries_backward_kernel<T>,
+      device.launch("performer_layer_queries_backward", layer_queries_backward_kernel<T>,
                     dim3(static_cast<unsigned>(images * chunks)), kGradientWarps * kLanes,
                     shared_tiles + kGradientWarps * queries.warp_bytes, queries);
       launch_combine<false>({f, parts.parts(), queries.chunks, images, nullptr,
@@ -971,14 +969,15 @@ Gradients performer_layer_backward(
 
       KeysBackwardParams keys = {};
       warps = kWarps;
-      keys.projection = layer.in_shared<T>(warps, kQueriesBytes, 0, keys.warp_bytes, true);
+      keys.projection =
+          layer.in_shared<T>(warps, 2 * kQueriesBytes, 0, keys.warp_bytes, true);
       keys.w = f;
       keys.maximum = tail.maximum;
       keys.normalizer = floats_of(of_normalizer);
       keys.packed = floats_of(of_packed);
       keys.packed_t = floats_of(of_packed_t);
       keys.grad_kqv = tail.grad_kqv;
-      device.launch("performer_layer_keys_backward", keys_backward_kernel<T>,
+      device.launch("performer_layer_keys_backward", layer_keys_backward_kernel<T>,
                     dim3(static_cast<unsigned>(divide_up(images * tiles, warps))), warps * kLanes,
                     warps * keys.warp_bytes, keys);
     }
