@@ -2,12 +2,11 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-
-#include <torch/headeronly/util/Exception.h>
 
 namespace t2t {
 
@@ -22,14 +21,13 @@ struct Geometry {
   __host__ __device__ int token_width() const { return channels * kernel * kernel; }
 };
 
-inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                       int64_t kernel, int64_t stride, int64_t padding) {
+inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels, int64_t height,
+                              int64_t width, int64_t kernel, int64_t stride, int64_t padding) {
   constexpr int64_t largest = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest,
-                  name, ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel,
-                  name, ": a map of ", height, "x", width, " is smaller than the kernel ",
-                  kernel);
+  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest, name,
+                  ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
+  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
+                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
   // Within an image, pixels, tokens and the elements of a token are counted in 32 bits.
   STD_TORCH_CHECK(
       std::max(height, width) + 2 * padding <= largest && channels <= largest / (kernel * kernel),

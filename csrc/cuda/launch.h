@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,8 +44,8 @@ class DeviceScope {
 
   // Launches without waiting; throws if the launch itself was refused.
   template <typename Params>
-  void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads,
-              size_t shared_bytes, const Params& params) const {
+  void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
+              const Params& params) const {
     if (shared_bytes > 48 * 1024) {
       // More than every block may have without asking.
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,8 +1,8 @@
 // Matrix products of a warp.
 //
 // Half types go to the matrix unit. float32 stays on the ordinary one: three TF32 products would be
-// faster, but the errors that they add are those of hardware which no test here has seen. Both leave
-// their sums in the same lanes, so that what follows a product is written once.
+// faster, but the errors that they add are those of hardware which no test here has seen. Both
+// leave their sums in the same lanes, so that what follows a product is written once.
 //
 // Weights do not pass through shared memory: every block multiplies by the same ones, so that they
 // lie in the caches, and packed in the order of the fragments a lane loads them 16 bytes at a time.
@@ -23,23 +23,23 @@ constexpr int kLanes = 32;
 constexpr int kRows = 16;
 // Columns of a product that share a fragment's loads.
 constexpr int kGroup = 32;
-// float32 is summed in pieces of this depth, whose sums are then added: one long sum would have several
-// times the rounding errors of plain PyTorch's.
+// float32 is summed in pieces of this depth, whose sums are then added: one long sum would have
+// several times the rounding errors of plain PyTorch's.
 constexpr int kShortSum = 64;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ inline int lane_index() { return threadIdx.x % kLanes; }
 __device__ inline int warp_index() { return threadIdx.x / kLanes; }
 
-// Elements from a row of shared memory to the next, such that 16 bytes of eight rows that follow one
-// another lie in different banks.
+// Elements from a row of shared memory to the next, such that 16 bytes of eight rows that follow
+// one another lie in different banks.
 template <typename T>
 __host__ __device__ constexpr int padded_row(int elements) {
   return (elements + 15) / 16 * 16 + Vec<T>::size;
 }
 
-// Sums of a product by packed weights: 16 rows, kGroups·32 columns. A lane holds of rows g and g + 8
-// eight adjacent columns 8t … 8t + 7 of each group.
+// Sums of a product by packed weights: 16 rows, kGroups·32 columns. A lane holds of rows g and g +
+// 8 eight adjacent columns 8t … 8t + 7 of each group.
 template <int kGroups>
 struct Sums {
   float at[kGroups][2][8];
@@ -55,8 +55,8 @@ struct Sums {
 __device__ inline int sum_row(int half) { return lane_index() / 4 + 8 * half; }
 __device__ inline int sum_column(int group) { return group * kGroup + lane_index() % 4 * 8; }
 
-// sums += A·B of the first `groups` groups. A (16 × depth) lies in shared memory, B is packed; from a
-// group of it to the next are `group_stride` elements. `depth` is a multiple of 16.
+// sums += A·B of the first `groups` groups. A (16 × depth) lies in shared memory, B is packed; from
+// a group of it to the next are `group_stride` elements. `depth` is a multiple of 16.
 template <int kGroups, typename T>
 __device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
                          int64_t group_stride, int depth, int groups) {
@@ -75,8 +75,8 @@ __device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* pa
 #pragma unroll
           for (int group = 0; group < kGroups; ++group) {
             if (group >= groups) break;
-            const auto* b = reinterpret_cast<const Vec<float>*>(
-                packed + group * group_stride + (k + i) * kGroup + lane % 4 * 8);
+            const auto* b = reinterpret_cast<const Vec<float>*>(packed + group * group_stride +
+                                                                (k + i) * kGroup + lane % 4 * 8);
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
               part.at[group][0][e] += upper.at[i] * b[e / 4].at[e % 4];
@@ -127,8 +127,8 @@ __host__ __device__ int packed_offset(int k, int column) {
   }
 }
 
-// Sums of a product of two matrices that both lie in shared memory, a row per token: (Aᵀ·B), 16·kTall
-// rows by 8·kWide columns.
+// Sums of a product of two matrices that both lie in shared memory, a row per token: (Aᵀ·B),
+// 16·kTall rows by 8·kWide columns.
 template <int kTall, int kWide>
 struct OuterSums {
   float at[kTall][kWide][2][2];
@@ -160,8 +160,7 @@ __device__ void multiply_tokens(OuterSums<kTall, kWide>& sums, const T* a, int a
       for (int i = 0; i < 2 * kTall; ++i) left[i / 2][i % 2] = a[k * a_pitch + i * 8 + lane / 4];
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        const auto right =
-            *reinterpret_cast<const float2*>(b + k * b_pitch + j * 8 + lane % 4 * 2);
+        const auto right = *reinterpret_cast<const float2*>(b + k * b_pitch + j * 8 + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 2 * kTall; ++i) {
           part.at[i / 2][j][i % 2][0] += left[i / 2][i % 2] * right.x;

@@ -1,21 +1,22 @@
 // Tokens of a map as rows of shared memory: gathered, and normalised.
 //
-// With a multiple of 16 channels a token's elements are ordered by tap, then channel: a channels-last
-// map holds the channels of a tap side by side, and they are copied 16 bytes at a time, without
-// passing through registers. With any other number, an image's three above all, they are in the
-// token's own order (channel, row, column) and are loaded one by one.
+// With a multiple of 16 channels a token's elements are ordered by tap, then channel: a
+// channels-last map holds the channels of a tap side by side, and they are copied 16 bytes at a
+// time, without passing through registers. With any other number, an image's three above all, they
+// are in the token's own order (channel, row, column) and are loaded one by one.
 #pragma once
 
-#include <optional>
-
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 #include "geometry.h"
 #include "mma.cuh"
 
 namespace t2t {
 
-// Division by a number known only at launch, exact for all of 32 bits (Lemire, Kaser and Kurz, 2019).
+// Division by a number known only at launch, exact for all of 32 bits (Lemire, Kaser and Kurz,
+// 2019).
 struct Divisor {
   uint32_t divisor;
   uint64_t factor;  // 0 for a divisor of 1
@@ -86,8 +87,8 @@ struct Share {
 };
 __device__ inline Share share_of_warp() { return {lane_index(), kLanes, 0, 1}; }
 
-// Elements first … first + count of the tokens at `corners`, zero beyond the token's width. `count` is
-// a multiple of 16. Ends with copies under way that the caller has to wait for.
+// Elements first … first + count of the tokens at `corners`, zero beyond the token's width. `count`
+// is a multiple of 16. Ends with copies under way that the caller has to wait for.
 template <int kTokens, typename T>
 __device__ void load_patches(const Patches& p, const Corner* corners, int first, int count, T* tile,
                              int pitch, Share share, Share share_of_elements) {
@@ -134,8 +135,8 @@ __device__ void load_patches(const Patches& p, const Corner* corners, int first,
   }
 }
 
-// Mean and squared deviations of a token's elements, merged chunk by chunk (Chan, Golub and LeVeque):
-// a flat token must come out as exactly its mean and zero. Two lanes share a row.
+// Mean and squared deviations of a token's elements, merged chunk by chunk (Chan, Golub and
+// LeVeque): a flat token must come out as exactly its mean and zero. Two lanes share a row.
 struct Moments {
   float seen = 0.f, mean = 0.f, squares = 0.f;
 
@@ -171,9 +172,7 @@ struct Moments {
   }
 
   // Mean and 1/√(variance + eps).
-  __device__ float2 finish(float eps) const {
-    return {mean, 1.f / sqrtf(squares / seen + eps)};
-  }
+  __device__ float2 finish(float eps) const { return {mean, 1.f / sqrtf(squares / seen + eps)}; }
 };
 
 // The norm's parameters in the tokens' own order.
@@ -216,8 +215,8 @@ __device__ void normalize(const Patches& p, const Norm& norm, const float2* mome
   }
 }
 
-// A warp's tile of 16 tokens. All of a token is kept where shared memory allows; else it is loaded in
-// chunks, once for the moments and once more for every use.
+// A warp's tile of 16 tokens. All of a token is kept where shared memory allows; else it is loaded
+// in chunks, once for the moments and once more for every use.
 template <typename T>
 struct TokenTile {
   Corner* corners;
@@ -249,8 +248,8 @@ struct TokenTile {
     __syncwarp();
   }
 
-  // Tokens first_token … of all images; with a norm also their moments. The first chunk is loaded if
-  // it is the only one.
+  // Tokens first_token … of all images; with a norm also their moments. The first chunk is loaded
+  // if it is the only one.
   __device__ void start(const Patches& p, bool norm, float eps, int64_t first_token) {
     const int lane = lane_index();
     __syncwarp();
@@ -268,12 +267,15 @@ struct TokenTile {
     __syncwarp();
   }
 
-  // The chunk that begins at `first`, ready to be multiplied. A whole token is normalised only once.
-  __device__ void ready(const Patches& p, bool normalized, const Norm& norm, int first, bool again) {
+  // The chunk that begins at `first`, ready to be multiplied. A whole token is normalised only
+  // once.
+  __device__ void ready(const Patches& p, bool normalized, const Norm& norm, int first,
+                        bool again) {
     if (whole(p) && again) return;
     if (!whole(p)) load(p, first);
     if (normalized) {
-      normalize<kRows>(p, norm, moments, first, columns(p, first), elements, pitch, share_of_warp());
+      normalize<kRows>(p, norm, moments, first, columns(p, first), elements, pitch,
+                       share_of_warp());
     }
     __syncwarp();
   }

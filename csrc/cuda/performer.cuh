@@ -1,5 +1,5 @@
-// Performer attention on tiles of 16 tokens, finite for every finite input and in float32 whatever the
-// tensors' type: an exponent's absolute error is a feature's relative one.
+// Performer attention on tiles of 16 tokens, finite for every finite input and in float32 whatever
+// the tensors' type: an exponent's absolute error is a feature's relative one.
 //
 // With log-features a = w·k − |k|²/2 of the keys and b = w·q of the queries, the maxima
 // c_i = max_s a_si and g_t = max_i (b_ti + c_i) leave the exponentials:
@@ -8,11 +8,11 @@
 // g_t is at least h_t, so that D_t is finite and at least 1.
 #pragma once
 
-#include <cmath>
-#include <optional>
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
 
 #include "pack.cuh"
 
@@ -107,7 +107,7 @@ __device__ void load_sums(const Rows& rows, int64_t image, int first, int tokens
     const int count = token < tokens ? embed - column : 0;
     const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
                   token * rows.token_stride + column * rows.element_stride;
-    float(&values)[8] = to.at[i / 2][i % 2];
+    float (&values)[8] = to.at[i / 2][i % 2];
     if (rows.element_stride == 1) {
       load_eight(values, at, count, rows.vectors);
     } else {
@@ -227,7 +227,8 @@ struct RunningSums {
     const int lane = lane_index();
     float larger = maximum;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) larger = fmaxf(larger, features[row * kFeaturePitch + lane]);
+    for (int row = 0; row < kRows; ++row)
+      larger = fmaxf(larger, features[row * kFeaturePitch + lane]);
     float total = 0.f;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -331,12 +332,13 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
 __device__ inline void take_sums(const float* tile, Sums<kWidestGroups>& to) {
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    load_eight(to.at[i / 2][i % 2], tile + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8, true);
+    load_eight(to.at[i / 2][i % 2], tile + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8,
+               true);
   }
 }
 
-// Gradient of z from that of its features' logs. z is in `tile`, which is overwritten; `factor` is the
-// gradient of |z|²/2. Where z is out of range the clamp passes no gradient.
+// Gradient of z from that of its features' logs. z is in `tile`, which is overwritten; `factor` is
+// the gradient of |z|²/2. Where z is out of range the clamp passes no gradient.
 __device__ inline Sums<kWidestGroups> input_gradient(const Features& w,
                                                      const Sums<kWidestGroups>& log_gradients,
                                                      const float (&factor)[2], float* tile) {
@@ -355,8 +357,9 @@ __device__ inline Sums<kWidestGroups> input_gradient(const Features& w,
   return result;
 }
 
-// Gradient of the queries in a tile, which is overwritten, from that of y. What the gradients of the
-// sums are made of stays: the features, the gradient of N = y·D in `kept_grads`, and that of D by row.
+// Gradient of the queries in a tile, which is overwritten, from that of y. What the gradients of
+// the sums are made of stays: the features, the gradient of N = y·D in `kept_grads`, and that of D
+// by row.
 __device__ inline Sums<kWidestGroups> attend_backward(const Features& w, const KeySums& keys,
                                                       const Attended& attended,
                                                       Sums<kWidestGroups>& grads, float* queries,
@@ -522,7 +525,8 @@ __global__ void __launch_bounds__(kCombineWarps* kLanes) combine_kernel(const Co
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int column = lane_index() + j * kLanes;
-    if (p.sums && feature < p.w.count && column < p.w.embed) p.sums[at * p.w.embed + column] = sums[j];
+    if (p.sums && feature < p.w.count && column < p.w.embed)
+      p.sums[at * p.w.embed + column] = sums[j];
     if (p.packed && feature < p.w.depth() && j < p.w.embed_groups()) {
       p.packed[image * p.w.packed_floats() + (j * p.w.depth() + feature) * kGroup + lane_index()] =
           sums[j];
@@ -566,8 +570,8 @@ class PackedFeatures {
  public:
   PackedFeatures(const char* name, const torch::stable::Tensor& w, double eps, bool backward,
                  const DeviceScope& device)
-      : floats_(torch::stable::contiguous(
-            torch::stable::to(w, torch::headeronly::ScalarType::Float))) {
+      : floats_(
+            torch::stable::contiguous(torch::stable::to(w, torch::headeronly::ScalarType::Float))) {
     const int count = static_cast<int>(w.size(0)), embed = static_cast<int>(w.size(1));
     STD_TORCH_CHECK(count >= 1 && embed >= 1 && count <= kWidest && embed <= kWidest, name,
                     ": expected 1 to ", kWidest, " features and embeddings, got ", count, " and ",

@@ -7,14 +7,14 @@
 // Everything is float32 (see performer.cuh), hence no matrix unit; a token costs 2·4·E·m operations
 // forward and reads 6 bytes an element in a half type, so that arithmetic is the limit.
 
-#include <algorithm>
-#include <cmath>
-#include <tuple>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
 
 #include "performer.cuh"
 
@@ -100,11 +100,11 @@ struct QueriesBackwardParams {
 
 constexpr int kQueriesBackwardFloats = kGradientWarps * (3 * kTileFloats + kRows);
 
-// Each warp takes 16 of a block's 32 tokens; the gradients of the sums are then shared out the other
-// way, by features.
+// Each warp takes 16 of a block's 32 tokens; the gradients of the sums are then shared out the
+// other way, by features.
 template <typename T>
-__global__ void __launch_bounds__(kGradientWarps* kLanes) queries_backward_kernel(
-    const QueriesBackwardParams p) {
+__global__ void __launch_bounds__(kGradientWarps* kLanes)
+    queries_backward_kernel(const QueriesBackwardParams p) {
   const int64_t image = blockIdx.x / p.chunks;
   const int first = blockIdx.x % p.chunks * p.chunk;
   auto* all_features = reinterpret_cast<float*>(dynamic_shared);
@@ -183,8 +183,8 @@ void check(const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w) {
                   ": more than 2^31 tokens");
 }
 
-// Tiles of an image that a warp, or block, takes, such that about twelve warps of each multiprocessor
-// have work: the fewer the parts, the cheaper to combine.
+// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
+// multiprocessor have work: the fewer the parts, the cheaper to combine.
 int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
   return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
 }
@@ -194,8 +194,8 @@ bool rows_are_vectors(int64_t embed) {
   return embed % Vec<T>::size == 0;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor q, Tensor v, Tensor w,
-                                                               double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor q, Tensor v,
+                                                               Tensor w, double eps) {
   check(k, q, v, w);
   const DeviceScope device(v);
   const int64_t images = v.size(0), tokens = v.size(1), embed = v.size(2), count = w.size(0);
@@ -226,8 +226,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
                   dim3(static_cast<unsigned>(divide_up(images * chunks, kWarps)),
                        static_cast<unsigned>(f.groups())),
                   kWarps * kLanes, kWarps * kKeysFloats * sizeof(float), keys);
-    CombineParams combine = {f, parts.parts(), keys.chunks, images, floats_of(maximum),
-                             floats_of(normalizer), floats_of(sums), floats_of(packed), nullptr};
+    CombineParams combine = {f,
+                             parts.parts(),
+                             keys.chunks,
+                             images,
+                             floats_of(maximum),
+                             floats_of(normalizer),
+                             floats_of(sums),
+                             floats_of(packed),
+                             nullptr};
     launch_combine<true>(combine, device);
     QueriesParams queries = {};
     queries.w = f;
@@ -293,10 +300,10 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
     device.launch("performer_attention_queries_backward", queries_backward_kernel<T>,
                   dim3(static_cast<unsigned>(images * chunks)), kGradientWarps * kLanes,
                   kQueriesBackwardFloats * sizeof(float), queries);
-    launch_combine<false>({f, parts.parts(), queries.chunks, images, nullptr,
-                           floats_of(of_normalizer), nullptr, floats_of(of_packed),
-                           floats_of(of_packed_t)},
-                          device);
+    launch_combine<false>(
+        {f, parts.parts(), queries.chunks, images, nullptr, floats_of(of_normalizer), nullptr,
+         floats_of(of_packed), floats_of(of_packed_t)},
+        device);
     KeysBackwardParams keys = {};
     keys.w = f;
     keys.keys = rows_of<T>(k);

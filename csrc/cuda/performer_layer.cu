@@ -1,29 +1,30 @@
 // The Performer layer on CUDA: soft split, norm, projection to k, q and v, attention, tail.
 //
 // Forward, two passes over the patches: warps make k and v of their tokens and the sums over keys;
-// then, with an image's sums combined, q and v, the attention and the tail, 16 tokens a warp. Making
-// q and v a second time costs less than writing and reading them, and no token reaches memory but the
-// layer's own result.
+// then, with an image's sums combined, q and v, the attention and the tail, 16 tokens a warp.
+// Making q and v a second time costs less than writing and reading them, and no token reaches
+// memory but the layer's own result.
 //
-// Backward, three such passes lead to the gradient of k, q and v, the only memory per token, and what
-// remains is the backward of soft_split_linear:
-//   tail      forward again up to the MLP, then back through the tail: the gradient of y (to q's place),
+// Backward, three such passes lead to the gradient of k, q and v, the only memory per token, and
+// what remains is the backward of soft_split_linear:
+//   tail      forward again up to the MLP, then back through the tail: the gradient of y (to q's
+//   place),
 //             that of the skip (to v's), and a slot of the tail's own gradients per block
 //   queries   that of y becomes that of q, and parts of those of the sums
 //   keys      that of k, and the rest of that of v
 // Operands of the tail's products are rounded to the map's type, as plain PyTorch rounds every
 // intermediate; the attention is float32 (see performer.cuh).
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "patches.cuh"
 #include "performer.cuh"
@@ -79,7 +80,8 @@ __device__ void project(const Projection& p, void* shared, int64_t image, int fi
       const int column = sum_column(j / 2);
       const int count = first + sum_row(j % 2) < p.tokens ? p.embed - column : 0;
       float bias[8];
-      load_eight(bias, static_cast<const T*>(p.bias) + sections[i] * p.embed + column, count, false);
+      load_eight(bias, static_cast<const T*>(p.bias) + sections[i] * p.embed + column, count,
+                 false);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         float& value = to[i].at[j / 2][j % 2][e];
@@ -306,8 +308,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) layer_queries_kernel(const 
 }
 
 // A block's share in the gradients of the tail: three matrices of 64 × 64 (outputs × inputs), each
-// thread's elements a block's threads apart, then vectors of 64. Kept in registers it would leave too
-// few for the rest; in this order a warp adds to it 128 bytes at a time, in the L2 cache.
+// thread's elements a block's threads apart, then vectors of 64. Kept in registers it would leave
+// too few for the rest; in this order a warp adds to it 128 bytes at a time, in the L2 cache.
 struct TailSlot {
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kProj = 0, kMlpIn = 1, kMlpOut = 2;
@@ -340,8 +342,8 @@ __host__ __device__ constexpr int tail_bytes() {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
-    const TailBackwardParams p) {
+__global__ void __launch_bounds__(kWarps* kLanes, 2)
+    tail_backward_kernel(const TailBackwardParams p) {
   constexpr int kPitch = padded_row<T>(kWidest);
   const Projection& projection = p.projection;
   const Tail& t = p.tail;
@@ -349,8 +351,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
   T* rights = lefts + tail_operand_elements<T>();
   T* left = lefts + warp_index() * kRows * kPitch;
   T* right = rights + warp_index() * kRows * kPitch;
-  char* shared = reinterpret_cast<char*>(rights + tail_operand_elements<T>()) +
-                 warp_index() * p.warp_bytes;
+  char* shared =
+      reinterpret_cast<char*>(rights + tail_operand_elements<T>()) + warp_index() * p.warp_bytes;
   auto* queries = reinterpret_cast<float*>(shared);
   T* kept_y = reinterpret_cast<T*>(shared);
   auto* kept_norm = reinterpret_cast<float*>(kept_y + kRows * kPitch);
@@ -381,8 +383,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
   const int64_t groups = (projection.tokens + kWarps * kRows - 1) / (kWarps * kRows);
   for (int64_t item = blockIdx.x; item < projection.images * groups; item += gridDim.x) {
     const int64_t image = item / groups;
-    const int first = static_cast<int>(item - image * groups) * kWarps * kRows +
-                      warp_index() * kRows;
+    const int first =
+        static_cast<int>(item - image * groups) * kWarps * kRows + warp_index() * kRows;
     const int64_t first_token = image * projection.tokens + first;
     Wide hidden;
     float rstd[2];
@@ -483,8 +485,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) tail_backward_kernel(
       for (int i = 0; i < 16 * kWidestGroups; ++i) {
         const int half = i / 8 % 2;
         float& value = grad.at[i / 16][half][i % 8];
-        value = (value - mean[half] -
-                 normalized.at[i / 16][half][i % 8] * mean_of_product[half]) * rstd[half] +
+        value = (value - mean[half] - normalized.at[i / 16][half][i % 8] * mean_of_product[half]) *
+                    rstd[half] +
                 skip.at[i / 16][half][i % 8];
       }
     }
@@ -573,11 +575,11 @@ struct QueriesBackwardParams {
   int warp_bytes;
 };
 
-// Each warp takes 16 of a block's 32 tokens; the gradients of the sums are then shared out the other
-// way, by features.
+// Each warp takes 16 of a block's 32 tokens; the gradients of the sums are then shared out the
+// other way, by features.
 template <typename T>
-__global__ void __launch_bounds__(kGradientWarps* kLanes) layer_queries_backward_kernel(
-    const QueriesBackwardParams p) {
+__global__ void __launch_bounds__(kGradientWarps* kLanes)
+    layer_queries_backward_kernel(const QueriesBackwardParams p) {
   const Projection& projection = p.projection;
   const int64_t image = blockIdx.x / p.chunks;
   const int begin = blockIdx.x % p.chunks * p.chunk;
@@ -586,8 +588,8 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes) layer_queries_backward
   float* of_normalizer = all_grads + kGradientWarps * kTileFloats;
   float* features = all_features + warp_index() * kTileFloats;
   float* grads = all_grads + warp_index() * kTileFloats;
-  char* shared = reinterpret_cast<char*>(of_normalizer + kGradientWarps * kRows) +
-                 warp_index() * p.warp_bytes;
+  char* shared =
+      reinterpret_cast<char*>(of_normalizer + kGradientWarps * kRows) + warp_index() * p.warp_bytes;
   auto* queries = reinterpret_cast<float*>(shared);
   const KeySums keys = {p.maximum + image * p.w.count, p.normalizer + image * p.w.count,
                         p.packed + image * p.w.packed_floats(),
@@ -633,7 +635,8 @@ struct KeysBackwardParams {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) layer_keys_backward_kernel(const KeysBackwardParams p) {
+__global__ void __launch_bounds__(kWarps* kLanes, 2)
+    layer_keys_backward_kernel(const KeysBackwardParams p) {
   const Projection& projection = p.projection;
   const int64_t tile = int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index();
   if (tile >= projection.images * projection.tiles) return;
@@ -659,11 +662,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) layer_keys_backward_kernel(
   const int64_t row = 3 * p.w.embed;
   const bool vectors = p.w.embed % Vec<T>::size == 0;
   T* to = static_cast<T*>(p.grad_kqv) + (image * projection.tokens + first) * row;
-  store_rows(grad_keys, to + kKey * p.w.embed, projection.tokens - first, p.w.embed, row,
-             vectors);
+  store_rows(grad_keys, to + kKey * p.w.embed, projection.tokens - first, p.w.embed, row, vectors);
   Wide skip;
-  load_sums<T>({static_cast<const T*>(p.grad_kqv) + kValue * p.w.embed, projection.tokens * row, row,
-                1, vectors},
+  load_sums<T>({static_cast<const T*>(p.grad_kqv) + kValue * p.w.embed, projection.tokens * row,
+                row, 1, vectors},
                image, first, projection.tokens, p.w.embed, skip);
   add(grad_values, skip);
   store_rows(grad_values, to + kValue * p.w.embed, projection.tokens - first, p.w.embed, row,
@@ -691,9 +693,9 @@ class Layer {
                     " hidden units, got ", hidden);
     STD_TORCH_CHECK(map_.batch * map_.rows * map_.columns <= std::numeric_limits<int>::max(), kName,
                     ": more than 2^31 tokens");
-    STD_TORCH_CHECK(dropout_p == 0 || (seed && seed->scalar_type() == ScalarType::Long &&
-                                       seed->numel() == 1),
-                    kName, ": seed must be an int64 tensor of one element");
+    STD_TORCH_CHECK(
+        dropout_p == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+        kName, ": seed must be an int64 tensor of one element");
     const auto checked = [&](const char* argument, const Tensor& tensor,
                              std::initializer_list<int64_t> shape) -> const void* {
       bool same = tensor.dim() == static_cast<int64_t>(shape.size()) &&
@@ -814,8 +816,8 @@ class Layer {
   std::vector<Tensor> kept_;
 };
 
-// Tiles of an image that a warp, or block, takes, such that about twelve warps of each multiprocessor
-// have work: the fewer the parts, the cheaper to combine.
+// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
+// multiprocessor have work: the fewer the parts, the cheaper to combine.
 int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
   return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
 }
@@ -879,12 +881,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor, Tensor>;
 
-Gradients performer_layer_backward(
-    Tensor grad, Tensor x, Tensor w, Tensor norm1_weight, Tensor norm1_bias, Tensor kqv_weight,
-    Tensor kqv_bias, Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias,
-    Tensor mlp_0_weight, Tensor mlp_0_bias, Tensor mlp_2_weight, Tensor mlp_2_bias,
-    std::optional<Tensor> seed, Tensor maximum, Tensor normalizer, Tensor sums, int64_t kernel_size,
-    int64_t stride, int64_t padding, double eps, double dropout_p, bool need_x) {
+Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1_weight,
+                                   Tensor norm1_bias, Tensor kqv_weight, Tensor kqv_bias,
+                                   Tensor proj_weight, Tensor proj_bias, Tensor norm2_weight,
+                                   Tensor norm2_bias, Tensor mlp_0_weight, Tensor mlp_0_bias,
+                                   Tensor mlp_2_weight, Tensor mlp_2_bias,
+                                   std::optional<Tensor> seed, Tensor maximum, Tensor normalizer,
+                                   Tensor sums, int64_t kernel_size, int64_t stride,
+                                   int64_t padding, double eps, double dropout_p, bool need_x) {
   const Layer layer(x, w, norm1_weight, norm1_bias, kqv_weight, kqv_bias,
                     {proj_weight, proj_bias, norm2_weight, norm2_bias, mlp_0_weight, mlp_0_bias,
                      mlp_2_weight, mlp_2_bias},
@@ -929,8 +933,8 @@ Gradients performer_layer_backward(
       TailBackwardParams tail = {};
       int warps = kWarps;
       const int operands = 2 * tail_operand_elements<T>() * static_cast<int>(sizeof(T));
-      tail.projection = layer.in_shared<T>(warps, std::max(kQueriesBytes, tail_bytes<T>()), operands,
-                                           tail.warp_bytes, false);
+      tail.projection = layer.in_shared<T>(warps, std::max(kQueriesBytes, tail_bytes<T>()),
+                                           operands, tail.warp_bytes, false);
       tail.w = f;
       tail.tail = layer.tail;
       tail.maximum = floats_of(maximum);
@@ -947,9 +951,8 @@ Gradients performer_layer_backward(
       warps = kGradientWarps;
       const int shared_tiles =
           kGradientWarps * (2 * kTileFloats + kRows) * static_cast<int>(sizeof(float));
-      queries.projection =
-          layer.in_shared<T>(warps, kTileFloats * static_cast<int>(sizeof(float)), shared_tiles,
-                             queries.warp_bytes, false);
+      queries.projection = layer.in_shared<T>(warps, kTileFloats * static_cast<int>(sizeof(float)),
+                                              shared_tiles, queries.warp_bytes, false);
       queries.w = f;
       queries.maximum = tail.maximum;
       queries.normalizer = tail.normalizer;
@@ -962,15 +965,14 @@ Gradients performer_layer_backward(
       device.launch("performer_layer_queries_backward", layer_queries_backward_kernel<T>,
                     dim3(static_cast<unsigned>(images * chunks)), kGradientWarps * kLanes,
                     shared_tiles + kGradientWarps * queries.warp_bytes, queries);
-      launch_combine<false>({f, parts.parts(), queries.chunks, images, nullptr,
-                             floats_of(of_normalizer), nullptr, floats_of(of_packed),
-                             floats_of(of_packed_t)},
-                            device);
+      launch_combine<false>(
+          {f, parts.parts(), queries.chunks, images, nullptr, floats_of(of_normalizer), nullptr,
+           floats_of(of_packed), floats_of(of_packed_t)},
+          device);
 
       KeysBackwardParams keys = {};
       warps = kWarps;
-      keys.projection =
-          layer.in_shared<T>(warps, 2 * kQueriesBytes, 0, keys.warp_bytes, true);
+      keys.projection = layer.in_shared<T>(warps, 2 * kQueriesBytes, 0, keys.warp_bytes, true);
       keys.w = f;
       keys.maximum = tail.maximum;
       keys.normalizer = floats_of(of_normalizer);
@@ -981,18 +983,13 @@ Gradients performer_layer_backward(
                     dim3(static_cast<unsigned>(divide_up(images * tiles, warps))), warps * kLanes,
                     warps * keys.warp_bytes, keys);
     }
-    TailFinishParams finish = {floats_of(slot_memory),
-                               static_cast<int>(slots),
-                               static_cast<int>(embed),
-                               static_cast<int>(hidden),
-                               grad_proj.mutable_data_ptr(),
-                               grad_proj_bias.mutable_data_ptr(),
-                               grad_gain.mutable_data_ptr(),
-                               grad_offset.mutable_data_ptr(),
-                               grad_mlp_in.mutable_data_ptr(),
-                               grad_mlp_in_bias.mutable_data_ptr(),
-                               grad_mlp_out.mutable_data_ptr(),
-                               grad_mlp_out_bias.mutable_data_ptr()};
+    TailFinishParams finish = {
+        floats_of(slot_memory),          static_cast<int>(slots),
+        static_cast<int>(embed),         static_cast<int>(hidden),
+        grad_proj.mutable_data_ptr(),    grad_proj_bias.mutable_data_ptr(),
+        grad_gain.mutable_data_ptr(),    grad_offset.mutable_data_ptr(),
+        grad_mlp_in.mutable_data_ptr(),  grad_mlp_in_bias.mutable_data_ptr(),
+        grad_mlp_out.mutable_data_ptr(), grad_mlp_out_bias.mutable_data_ptr()};
     device.launch("performer_layer_tail_finish", tail_finish_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(TailSlot::kFloats, kFinishThreads))),
                   kFinishThreads, 0, finish);
@@ -1000,9 +997,9 @@ Gradients performer_layer_backward(
   auto [grad_x, grad_kqv_weight, grad_kqv_bias, grad_norm_weight, grad_norm_bias] =
       soft_split_linear_backward(grad_kqv, x, kqv_weight, norm1_weight, norm1_bias, kernel_size,
                                  stride, padding, kNormEps, need_x);
-  return {grad_x,      grad_norm_weight, grad_norm_bias,   grad_kqv_weight, grad_kqv_bias,
-          grad_proj,   grad_proj_bias,   grad_gain,        grad_offset,     grad_mlp_in,
-          grad_mlp_in_bias, grad_mlp_out, grad_mlp_out_bias};
+  return {grad_x,           grad_norm_weight, grad_norm_bias,   grad_kqv_weight, grad_kqv_bias,
+          grad_proj,        grad_proj_bias,   grad_gain,        grad_offset,     grad_mlp_in,
+          grad_mlp_in_bias, grad_mlp_out,     grad_mlp_out_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(t2t_cuda, T2T_DISPATCH_KEY, m) {

@@ -10,12 +10,11 @@
 #else
 
 #include <cuda_runtime.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <type_traits>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 namespace t2t {
 
@@ -41,8 +40,8 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Four 8×8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8, and receives of each
-// matrix columns 2t and 2t + 1 of row g.
+// Four 8×8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8, and receives of
+// each matrix columns 2t and 2t + 1 of row g.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

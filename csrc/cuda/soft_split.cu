@@ -381,7 +381,8 @@ void launch_split(SplitParams p, const DeviceScope& device) {
 Tensor soft_split(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, "soft_split: x must have 4 dimensions, got ", x.dim());
   SplitParams p = {};
-  p.map = make_geometry("soft_split", x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride, padding);
+  p.map = make_geometry("soft_split", x.size(0), x.size(1), x.size(2), x.size(3), kernel_size,
+                        stride, padding);
   const DeviceScope device(x);
   Tensor tokens = torch::stable::new_empty(
       x, {p.map.batch, int64_t(p.map.rows) * p.map.columns, p.map.token_width()});
@@ -469,7 +470,8 @@ Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t k
                   grad.dim());
   const int64_t channels = grad.size(2) / std::max<int64_t>(1, kernel_size * kernel_size);
   GatherParams p = {};
-  p.map = make_geometry("soft_split", grad.size(0), channels, height, width, kernel_size, stride, padding);
+  p.map = make_geometry("soft_split", grad.size(0), channels, height, width, kernel_size, stride,
+                        padding);
   STD_TORCH_CHECK(
       grad.size(1) == int64_t(p.map.rows) * p.map.columns && grad.size(2) == p.map.token_width(),
       "soft_split_backward: expected a grad of ", int64_t(p.map.rows) * p.map.columns,

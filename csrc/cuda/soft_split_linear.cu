@@ -1,33 +1,34 @@
 // Soft split, LayerNorm and Linear on CUDA: an implicit matrix product over patches.
 //
 // Forward, a warp works alone on 16 tokens: it gathers them into its part of shared memory, takes
-// their moments, normalises them in place and multiplies them by the weight. No token reaches memory
-// and no warp waits for another.
+// their moments, normalises them in place and multiplies them by the weight. No token reaches
+// memory and no warp waits for another.
 //
 // Backward, four kernels:
-//   scalars           mean, 1/σ and the norm's two means m1 = Σ g/n and m2 = Σ g·û/n of every token,
+//   scalars           mean, 1/σ and the norm's two means m1 = Σ g/n and m2 = Σ g·û/n of every
+//   token,
 //                     g = γ∘(Wᵀ·dy), û the patch before gain and offset; m2 = dy·(W·(γ∘û))/n, the
 //                     forward's product once more
-//   weight_gradient   G = Σ û·dyᵀ and Σ dy; a block keeps 64 × 192 of G in registers and runs over a
+//   weight_gradient   G = Σ û·dyᵀ and Σ dy; a block keeps 64 × 192 of G in registers and runs over
+//   a
 //                     share of the tokens, into a slot of its own
 //   finish            adds the slots in their order: dW = γ∘G + β·Σdyᵀ, dγ = Σ W∘G, dβ = W·Σdy
 //   map_gradient      every pixel gathers: dx = Σ over the tokens that cover it of
 //                     r·(γ∘(Wᵀ·dy) − m1 − û·m2). Pixels whose row and column leave the same
-//                     remainders by the stride are covered by the same taps, and are the rows of one
-//                     product per tap
-
-#include "soft_split_linear.h"
-
-#include <algorithm>
-#include <vector>
+//                     remainders by the stride are covered by the same taps, and are the rows of
+//                     one product per tap
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "pack.cuh"
 #include "patches.cuh"
+#include "soft_split_linear.h"
 
 namespace t2t {
 namespace {
@@ -42,8 +43,8 @@ constexpr int kSharedBytes = 48 * 1024;
 // Four warps of 16 tokens fit with a layer-1 token of a half type (147 elements), two with one of
 // layer 2 (576).
 constexpr int kMostWarps = 4;
-// 192 outputs, k, q and v of a layer, are one round: 96 registers of sums. float32 has its short sums
-// beside them.
+// 192 outputs, k, q and v of a layer, are one round: 96 registers of sums. float32 has its short
+// sums beside them.
 template <typename T>
 constexpr int kRoundGroups = std::is_same_v<T, float> ? 3 : 6;
 
@@ -67,9 +68,9 @@ template <typename T, bool kScalars>
 __global__ void __launch_bounds__(kMostWarps* kLanes, 3) project_kernel(const ProjectParams p) {
   const int warps = blockDim.x / kLanes;
   const int64_t first_token = (int64_t(blockIdx.x) * warps + warp_index()) * kRows;
-  TokenTile<T> tile(reinterpret_cast<char*>(dynamic_shared) +
-                        warp_index() * TokenTile<T>::bytes(p.chunk),
-                    p.chunk);
+  TokenTile<T> tile(
+      reinterpret_cast<char*>(dynamic_shared) + warp_index() * TokenTile<T>::bytes(p.chunk),
+      p.chunk);
   if (first_token >= p.tokens) return;
   tile.start(p.patches, p.normalized, p.norm.eps, first_token);
 
@@ -79,8 +80,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, 3) project_kernel(const Pr
   const bool products = !kScalars || p.gain_sums != nullptr;
   for (int round = blockIdx.y; round < rounds && products; round += gridDim.y) {
     const int groups = min(kGroups, p.groups - round * kGroups);
-    const T* packed = static_cast<const T*>(p.packed) +
-                      int64_t(round) * kGroups * p.depth * kGroup;
+    const T* packed = static_cast<const T*>(p.packed) + int64_t(round) * kGroups * p.depth * kGroup;
     Sums<kGroups> sums;
     sums.clear();
     for (int first = 0; first < p.depth; first += p.chunk) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, 3) project_kernel(const Pr
       for (int half = 0; half < 2; ++half) {
         const int64_t token = first_token + sum_row(half);
         if (token >= p.tokens) continue;
-        float(&values)[8] = sums.at[group][half];
+        float (&values)[8] = sums.at[group][half];
         if constexpr (kScalars) {
           float grad[8];
           load_eight(grad, static_cast<const T*>(p.grad) + token * p.outputs + column, count,
@@ -179,14 +179,14 @@ struct WeightGradientParams {
 
 template <typename T>
 __host__ __device__ constexpr int gradient_tile_bytes() {
-  return kGradientTokens * (sizeof(Corner) + sizeof(float2) +
-                            sizeof(T) * (padded_row<T>(kGradientElements) +
-                                         padded_row<T>(kGradientOutputs<T>)));
+  return kGradientTokens *
+         (sizeof(Corner) + sizeof(float2) +
+          sizeof(T) * (padded_row<T>(kGradientElements) + padded_row<T>(kGradientOutputs<T>)));
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGradientThreads) weight_gradient_kernel(
-    const WeightGradientParams p) {
+__global__ void __launch_bounds__(kGradientThreads)
+    weight_gradient_kernel(const WeightGradientParams p) {
   constexpr int V = Vec<T>::size;
   constexpr int kOutputs = kGradientOutputs<T>;
   constexpr int kPatchPitch = padded_row<T>(kGradientElements);
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kGradientThreads) weight_gradient_kernel(
   }
 
   const int64_t columns = int64_t(gridDim.y) * kOutputs;
-  float* slot = p.slots + first_output +
-                blockIdx.z * (1 + int64_t(gridDim.x) * kGradientElements) * columns;
+  float* slot =
+      p.slots + first_output + blockIdx.z * (1 + int64_t(gridDim.x) * kGradientElements) * columns;
   if (blockIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -362,8 +362,8 @@ struct MapGradientParams {
   int64_t x_strides[4], grad_x_strides[4];
   int outputs, depth, groups, rounds;
   int rows_of_classes, columns_of_classes;
-  int tiles;             // of a class
-  bool vectors;          // rows of grad begin at multiples of 16 bytes
+  int tiles;     // of a class
+  bool vectors;  // rows of grad begin at multiples of 16 bytes
   bool x_vectors, grad_x_vectors;
 };
 
@@ -380,7 +380,8 @@ __host__ __device__ constexpr int map_warp_bytes() {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMapWarps* kLanes) map_gradient_kernel(const MapGradientParams p) {
+__global__ void __launch_bounds__(kMapWarps* kLanes)
+    map_gradient_kernel(const MapGradientParams p) {
   constexpr int kDepth = kMapDepthBytes / sizeof(T);
   constexpr int kPitch = padded_row<T>(kDepth);
   constexpr int V = Vec<T>::size;
@@ -397,8 +398,7 @@ __global__ void __launch_bounds__(kMapWarps* kLanes) map_gradient_kernel(const M
   const int width = (map.width - first_x + map.stride - 1) / map.stride;
   const int first_ky = (first_y + map.padding) % map.stride;
   const int first_kx = (first_x + map.padding) % map.stride;
-  const int64_t first_pixel =
-      (int64_t(blockIdx.x % p.tiles) * kMapWarps + warp_index()) * kRows;
+  const int64_t first_pixel = (int64_t(blockIdx.x % p.tiles) * kMapWarps + warp_index()) * kRows;
   const int64_t pixel_count = map.batch * height * width;
   if (first_pixel >= pixel_count) return;
   if (lane < kRows) {
@@ -489,9 +489,9 @@ __global__ void __launch_bounds__(kMapWarps* kLanes) map_gradient_kernel(const M
       const int first = (step - tap * chunks) * kDepth;
       const int ky = first_ky + tap / taps_wide * map.stride;
       const int kx = first_kx + tap % taps_wide * map.stride;
-      const T* packed = static_cast<const T*>(p.packed) +
-                        (int64_t(ky * map.kernel + kx) * p.groups + round * kMapGroups) * p.depth *
-                            kGroup;
+      const T* packed =
+          static_cast<const T*>(p.packed) +
+          (int64_t(ky * map.kernel + kx) * p.groups + round * kMapGroups) * p.depth * kGroup;
       multiply(of_tap, stages + step % 2 * kRows * kPitch, kPitch, packed + first * kGroup,
                int64_t(p.depth) * kGroup, min(kDepth, p.depth - first), groups);
       // The next loads overwrite what was multiplied.
@@ -511,8 +511,8 @@ __global__ void __launch_bounds__(kMapWarps* kLanes) map_gradient_kernel(const M
             if (p.scalars) {
               const int channel = first_channel + sum_column(group) + e;
               if (channel >= map.channels) continue;
-              const float gain = static_cast<float>(static_cast<const T*>(
-                  p.gain)[(channel * map.kernel + ky) * map.kernel + kx]);
+              const float gain = static_cast<float>(
+                  static_cast<const T*>(p.gain)[(channel * map.kernel + ky) * map.kernel + kx]);
               const float normalized = (x[group][half][e] - scalars.x) * scalars.y;
               grad = scalars.y * (grad * gain - scalars.z - normalized * scalars.w);
             }
@@ -644,7 +644,8 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
     const Tensor packed = packed_weight<T>(p.patches, weight, device);
     p.packed = packed.const_data_ptr();
     p.normalized = norm_weight.has_value();
-    if (norm_weight) p.norm = {norm_weight->const_data_ptr(), norm_bias->const_data_ptr(), float(eps)};
+    if (norm_weight)
+      p.norm = {norm_weight->const_data_ptr(), norm_bias->const_data_ptr(), float(eps)};
     if (bias) p.bias = bias->const_data_ptr();
     p.y = y.mutable_data_ptr();
     p.outputs = static_cast<int>(outputs);
@@ -703,8 +704,9 @@ void weight_gradients(const Patches& patches, const Tensor& grad, const Tensor& 
   f.slot_row = wide * kGradientOutputs<T>;
   f.slot_size = (1 + tall * kGradientElements) * f.slot_row;
   const int64_t steps = divide_up(p.tokens, kGradientTokens);
-  const int64_t most = std::min({divide_up(device.enough_blocks(), 8 * tall * wide),
-                                 divide_up(steps, 16), std::max<int64_t>(1, (1 << 26) / f.slot_size)});
+  const int64_t most =
+      std::min({divide_up(device.enough_blocks(), 8 * tall * wide), divide_up(steps, 16),
+                std::max<int64_t>(1, (1 << 26) / f.slot_size)});
   p.tokens_per_slot = divide_up(steps, std::max<int64_t>(1, most)) * kGradientTokens;
   const int64_t slots = p.tokens == 0 ? 0 : divide_up(p.tokens, p.tokens_per_slot);
   f.slot_count = static_cast<int>(slots);
@@ -720,8 +722,8 @@ void weight_gradients(const Patches& patches, const Tensor& grad, const Tensor& 
   f.slots = p.slots;
   f.outputs = p.outputs;
   f.weight = weight.const_data_ptr();
-  device.launch("soft_split_linear_finish", finish_kernel<T>,
-                dim3(grid_size(patches.width() + 1)), kFinishThreads, 0, f);
+  device.launch("soft_split_linear_finish", finish_kernel<T>, dim3(grid_size(patches.width() + 1)),
+                kFinishThreads, 0, f);
 }
 
 template <typename T>
@@ -747,8 +749,7 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
   pack.column_stride = area;
   pack.batch_stride = 1;
   pack.groups = pack.groups_per_section = p.groups;
-  Tensor packed =
-      torch::stable::new_empty(weight, {area * packed_size(p.outputs, p.groups)});
+  Tensor packed = torch::stable::new_empty(weight, {area * packed_size(p.outputs, p.groups)});
   pack.to = packed.mutable_data_ptr();
   launch_pack<T>(pack, area, device);
 
@@ -764,8 +765,8 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
   }
   p.vectors = rows_are_vectors<T>(p.grad, p.outputs);
   p.x_vectors = patches.vectors;
-  p.grad_x_vectors = map.channels > 1 && grad_x.stride(1) == 1 &&
-                     rows_are_vectors<T>(p.grad_x, map.channels);
+  p.grad_x_vectors =
+      map.channels > 1 && grad_x.stride(1) == 1 && rows_are_vectors<T>(p.grad_x, map.channels);
   p.rows_of_classes = std::min(map.stride, map.height);
   p.columns_of_classes = std::min(map.stride, map.width);
   const int64_t largest =
@@ -782,8 +783,8 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
     Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias, int64_t kernel_size, int64_t stride, int64_t padding, double eps,
-    bool need_x) {
+    std::optional<Tensor> norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
+    double eps, bool need_x) {
   const Geometry map = geometry_of(x, kernel_size, stride, padding);
   const int64_t width = map.token_width(), tokens = int64_t(map.rows) * map.columns;
   STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");

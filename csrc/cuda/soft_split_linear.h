@@ -1,11 +1,11 @@
 // The backward of soft split + LayerNorm + Linear, which that of a whole layer ends with.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 #include <optional>
 #include <tuple>
-
-#include <torch/csrc/stable/tensor.h>
 
 namespace t2t {
 

@@ -58,7 +58,9 @@ def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -
         return library
 
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-        units = [(source, Path(folder) / f"{source.stem}.o") for source in (*sources, HERE / "simt.cpp")]
+        units = [
+            (source, Path(folder) / f"{source.stem}.o") for source in (*sources, HERE / "simt.cpp")
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             list(compilers.map(lambda unit: _run("-x", "c++", "-c", unit[0], "-o", unit[1]), units))
         # Renamed when complete: another process may build the same.

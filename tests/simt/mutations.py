@@ -15,16 +15,16 @@ NAMESPACE = "t2t_mutated"
 def build_mutated(
     host_cache: Path,
     folder: Path,
-    source: str,
+    sources: Sequence[str],
     slips: Sequence[tuple[str, str, str]],
     operators: Sequence[str],
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """Build a copy of ``source`` that holds all slips, one of which can be chosen: compiled once.
+    """Build a copy of ``sources`` that holds all slips, one of which can be chosen: compiled once.
 
     Args:
         host_cache: where libraries are kept.
         folder: an empty one, for the copy.
-        source: name of a file in ``csrc/cuda``.
+        sources: names of files in ``csrc/cuda``.
         slips: (file, what it says, what a slip would make of it). A statement is dropped if the slip
             is empty, an expression replaced.
         operators: those that the source registers. They appear in ``torch.ops.t2t_mutated``.
@@ -37,14 +37,21 @@ def build_mutated(
     for i, (file, original, slip) in enumerate(slips):
         assert texts[file].count(original) == 1, f"{original!r} is not in {file} exactly once"
         choice = f"(mutation == {i} ? ({slip}) : ({original}))"
-        texts[file] = texts[file].replace(original, choice if slip else f"if (mutation != {i}) {original}")
-    texts[source] = texts[source].replace("LIBRARY_IMPL(t2t_cuda,", f"LIBRARY_IMPL({NAMESPACE},")
-    declaration = 'extern "C" { inline __attribute__((visibility("default"))) int mutation = -1; }\n'
+        texts[file] = texts[file].replace(
+            original, choice if slip else f"if (mutation != {i}) {original}"
+        )
+    for source in sources:
+        texts[source] = texts[source].replace(
+            "LIBRARY_IMPL(t2t_cuda,", f"LIBRARY_IMPL({NAMESPACE},"
+        )
+    declaration = (
+        'extern "C" { inline __attribute__((visibility("default"))) int mutation = -1; }\n'
+    )
     texts["vec.cuh"] = texts["vec.cuh"].replace("namespace t2t {", declaration + "namespace t2t {")
     for file, text in texts.items():
         (folder / file).write_text(text)
 
-    library = build_host_library(host_cache, [folder / source])
+    library = build_host_library(host_cache, [folder / source for source in sources])
     torch.ops.load_library(library)
     declared = torch.library.Library(NAMESPACE, "DEF")
     for operator in operators:

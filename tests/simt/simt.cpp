@@ -1,16 +1,16 @@
 // Runs CUDA kernels on the CPU and reports what a GPU would let pass or crash on.
 //
-// The threads of a block are fibers. One runs until it waits at a barrier, or for the other lanes of
-// its warp. The lanes that can run on do so in a random order, and so do the warps, each of them as far
-// as it can: nothing but a barrier keeps one from being far ahead of another. So work that needs a
-// barrier which is not there finds its input missing: shared memory starts out as 0xFF bytes, which are NaN in
-// every floating type, and asynchronous copies arrive when they are waited for and not before. Errors
-// are reported for threads that miss a barrier others wait at, for lanes that miss what their warp
-// does together, for writes beyond the shared memory that was asked for, for accesses not aligned to
-// their type, and for launches beyond a GPU's limits.
+// The threads of a block are fibers. One runs until it waits at a barrier, or for the other lanes
+// of its warp. The lanes that can run on do so in a random order, and so do the warps, each of them
+// as far as it can: nothing but a barrier keeps one from being far ahead of another. So work that
+// needs a barrier which is not there finds its input missing: shared memory starts out as 0xFF
+// bytes, which are NaN in every floating type, and asynchronous copies arrive when they are waited
+// for and not before. Errors are reported for threads that miss a barrier others wait at, for lanes
+// that miss what their warp does together, for writes beyond the shared memory that was asked for,
+// for accesses not aligned to their type, and for launches beyond a GPU's limits.
 
 #include <cuda_runtime.h>
-
+#include <dlfcn.h>
 #include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -31,8 +31,8 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// What a block gets without asking for more, what every GPU has for one that asks, and room to see what
-// is written beyond.
+// What a block gets without asking for more, what every GPU has for one that asks, and room to see
+// what is written beyond.
 constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
 thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
 
@@ -67,6 +67,8 @@ struct Fiber {
 
 std::mutex one_launch;
 std::map<const void*, size_t> allowed_shared;
+bool only_record = false;
+std::string recorded;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<size_t> arrived;  // lanes of each warp that wait for the others
@@ -255,7 +257,8 @@ void commit_copies() { running->copies.emplace_back(); }
 void wait_for_copies(size_t groups_left) {
   auto& groups = running->copies;
   while (groups.size() - 1 > groups_left) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    for (const Copy& copy : groups.front())
+      std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
     groups.erase(groups.begin());
   }
 }
@@ -277,6 +280,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
       uint64_t(block.x) * block.y * block.z > 1024 ||
       config.dynamicSmemBytes > std::max(kSharedBytes, allowed_shared[kernel])) {
     return last_error = cudaErrorInvalidConfiguration;
+  }
+  if (only_record) {
+    Dl_info library;
+    dladdr(reinterpret_cast<const void*>(&launch), &library);
+    const auto offset =
+        static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+    recorded += std::to_string(offset) + " " + std::to_string(block.x * block.y * block.z) + " " +
+                std::to_string(config.dynamicSmemBytes) + "\n";
+    return cudaSuccess;
   }
   gridDim = grid;
   blockDim = block;
@@ -305,8 +317,8 @@ extern "C" void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t) {
     uint32_t line, column;
   };
   const auto& location = *static_cast<const Location*>(data);
-  simt::failure = std::string("misaligned access at ") + location.file + ":" +
-                  std::to_string(location.line);
+  simt::failure =
+      std::string("misaligned access at ") + location.file + ":" + std::to_string(location.line);
   if (simt::running == nullptr) std::abort();
   simt::suspend();
 }
@@ -337,4 +349,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 // Fixes the order in which threads run from the next block on.
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) {
   simt::random_order.seed(seed);
+}
+
+// From here on kernels are not run, but recorded: a line with the kernel's place in this library,
+// the threads of a block and its bytes of dynamic shared memory. Returns what was recorded so far.
+extern "C" __attribute__((visibility("default"))) const char* simt_record(bool record) {
+  static std::string result;
+  simt::only_record = record;
+  result = std::exchange(simt::recorded, {});
+  return result.c_str();
 }

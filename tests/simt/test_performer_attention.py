@@ -38,20 +38,40 @@ PERFORMER, ATTENTION = "performer.cuh", "performer_attention.cu"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     "keys-not-limited": (PERFORMER, "limit ? within_range(values[e]) : values[e]", "values[e]"),
-    "tokens-beyond-the-last-count": (PERFORMER, "sum_row(half) >= tokens", "sum_row(half) > tokens"),
+    "tokens-beyond-the-last-count": (
+        PERFORMER,
+        "sum_row(half) >= tokens",
+        "sum_row(half) > tokens",
+    ),
     "half-of-the-square-missing": (PERFORMER, "x.at[j] * x.at[j]", "x.at[j]"),
     "sums-not-shrunk": (PERFORMER, "shrink[sums.row(i / 2, i % 2)]", "1.f"),
-    "features-before-they-are-there": (PERFORMER, "__syncwarp();\n    const int lane = lane_index();", ""),
-    "shrink-before-it-is-there": (PERFORMER, "__syncwarp();\n#pragma unroll\n    for (int i = 0; i < 4; ++i)", ""),
+    "features-before-they-are-there": (
+        PERFORMER,
+        "__syncwarp();\n    const int lane = lane_index();",
+        "",
+    ),
+    "shrink-before-it-is-there": (
+        PERFORMER,
+        "__syncwarp();\n#pragma unroll\n    for (int i = 0; i < 4; ++i)",
+        "",
+    ),
     "maximum-of-another-feature": (
         PERFORMER,
         "feature < w.count ? keys.maximum[feature] : -INFINITY",
         "feature < w.count ? keys.maximum[feature ^ 1] : -INFINITY",
     ),
     "top-of-one-lane": (PERFORMER, "top[i] = largest_of_row(top[i]);", ""),
-    "eps-forgotten": (PERFORMER, "sum_of_row(divisor[i]) + result.slope[i]", "sum_of_row(divisor[i])"),
+    "eps-forgotten": (
+        PERFORMER,
+        "sum_of_row(divisor[i]) + result.slope[i]",
+        "sum_of_row(divisor[i])",
+    ),
     "products-before-features": (PERFORMER, "__syncwarp();\n  result.y.clear();", ""),
-    "products-before-gradients": (PERFORMER, "__syncwarp();\n  Sums<kWidestGroups> log_gradients;", ""),
+    "products-before-gradients": (
+        PERFORMER,
+        "__syncwarp();\n  Sums<kWidestGroups> log_gradients;",
+        "",
+    ),
     "products-before-log-gradients": (PERFORMER, "__syncwarp();\n  result.clear();", ""),
     "tiles-overwritten": (PERFORMER, "__syncwarp();\n  keep_sums(features, value_tile", ""),
     "slope-forgotten": (
@@ -72,7 +92,7 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     choose, end = build_mutated(
         host_cache,
         tmp_path_factory.mktemp("mutated"),
-        "performer_attention.cu",
+        ["performer_attention.cu"],
         list(SLIPS.values()),
         ["performer_attention", "performer_attention_backward"],
     )

@@ -311,7 +311,7 @@ def mutate(host_cache, tmp_path_factory):
     choose, end = build_mutated(
         host_cache,
         tmp_path_factory.mktemp("mutated"),
-        "soft_split.cu",
+        ["soft_split.cu"],
         [*barriers, *SLIPS.values()],
         ["soft_split", "soft_split_backward"],
     )

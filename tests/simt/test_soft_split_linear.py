@@ -45,7 +45,9 @@ def test_parity(case, dtype):
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_threads(host_cache, seed):
     ctypes.CDLL(build_host_library(host_cache)).simt_seed(ctypes.c_uint64(seed))
-    tensors = arguments((2, 16, 7, 9), (3, 2, 1), 70, True, True, torch.float16, torch.device("cpu"))
+    tensors = arguments(
+        (2, 16, 7, 9), (3, 2, 1), 70, True, True, torch.float16, torch.device("cpu")
+    )
     assert_parity(tensors, (3, 2, 1), "cuda", nhwc)
 
 
@@ -57,14 +59,26 @@ SLIPS = {
         "",
     ),
     "products-before-all-lanes-normalised": ("patches.cuh", "__syncwarp();\n  }\n};", ""),
-    "moments-of-one-element-too-few": ("patches.cuh", "unit * V + e < count", "unit * V + e + 1 < count"),
+    "moments-of-one-element-too-few": (
+        "patches.cuh",
+        "unit * V + e < count",
+        "unit * V + e + 1 < count",
+    ),
     "zeros-below-the-map-missing": (
         "patches.cuh",
         "static_cast<unsigned>(p.map.height)",
         "static_cast<unsigned>(p.map.height + 1)",
     ),
-    "elements-in-the-wrong-order": ("patches.cuh", "p.by_tap ? rest : quotient", "p.by_tap ? rest : rest"),
-    "gain-of-another-element": ("patches.cuh", "exists ? p.own(element) : 0", "exists ? element : 0"),
+    "elements-in-the-wrong-order": (
+        "patches.cuh",
+        "p.by_tap ? rest : quotient",
+        "p.by_tap ? rest : rest",
+    ),
+    "gain-of-another-element": (
+        "patches.cuh",
+        "exists ? p.own(element) : 0",
+        "exists ? element : 0",
+    ),
     "rows-of-a-fragment-swapped": (
         "mma.cuh",
         "lane % 16 * pitch + lane / 16 * 8",
@@ -75,8 +89,16 @@ SLIPS = {
         "lane % 16 * pitch + lane / 16 * 8",
         "lane % 16 * pitch + (1 - lane / 16) * 8",
     ),
-    "columns-dealt-otherwise": ("mma.cuh", "column / 8 * 2 + column % 2", "column / 8 + column % 2 * 4"),
-    "tokens-of-a-fragment-swapped": ("mma.cuh", "lane % 8 + lane / 16 * 8", "lane % 8 + lane / 8 % 2 * 8"),
+    "columns-dealt-otherwise": (
+        "mma.cuh",
+        "column / 8 * 2 + column % 2",
+        "column / 8 + column % 2 * 4",
+    ),
+    "tokens-of-a-fragment-swapped": (
+        "mma.cuh",
+        "lane % 8 + lane / 16 * 8",
+        "lane % 8 + lane / 8 % 2 * 8",
+    ),
     "bias-of-the-last-outputs-missing": ("soft_split_linear.cu", "if (p.bias) {", ""),
     "mean-not-summed-over-lanes": (
         "soft_split_linear.cu",
@@ -98,8 +120,16 @@ SLIPS = {
         "token < end ? token : p.tokens",
         "token + 1 < end ? token : p.tokens",
     ),
-    "slot-left-out": ("soft_split_linear.cu", "slot < p.slot_count", "slot < p.slot_count - (slot > 0)"),
-    "parts-added-before-they-are-there": ("soft_split_linear.cu", "__syncthreads();\n  if (threadIdx.x == 0)", ""),
+    "slot-left-out": (
+        "soft_split_linear.cu",
+        "slot < p.slot_count",
+        "slot < p.slot_count - (slot > 0)",
+    ),
+    "parts-added-before-they-are-there": (
+        "soft_split_linear.cu",
+        "__syncthreads();\n  if (threadIdx.x == 0)",
+        "",
+    ),
     "stage-not-waited-for": (
         "soft_split_linear.cu",
         "wait_for_copies<1>();\n      __syncwarp();",
@@ -107,7 +137,11 @@ SLIPS = {
     ),
     "stage-overwritten": ("soft_split_linear.cu", "__syncwarp();\n      if (step - tap", ""),
     "token-row-too-far": ("soft_split_linear.cu", "token_row < map.rows", "token_row <= map.rows"),
-    "taps-of-another-class": ("soft_split_linear.cu", "(first_y + map.padding) % map.stride", "first_y % map.stride"),
+    "taps-of-another-class": (
+        "soft_split_linear.cu",
+        "(first_y + map.padding) % map.stride",
+        "first_y % map.stride",
+    ),
 }
 
 
@@ -116,7 +150,7 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     choose, end = build_mutated(
         host_cache,
         tmp_path_factory.mktemp("mutated"),
-        "soft_split_linear.cu",
+        ["soft_split_linear.cu"],
         list(SLIPS.values()),
         ["soft_split_linear", "soft_split_linear_backward"],
     )
@@ -134,7 +168,9 @@ def results(ops, dtype):
         y = ops.soft_split_linear(layout(x), weight, bias, *norm, *split, 1e-5)
         yield y
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        yield from ops.soft_split_linear_backward(grad, layout(x), weight, *norm, *split, 1e-5, True)
+        yield from ops.soft_split_linear_backward(
+            grad, layout(x), weight, *norm, *split, 1e-5, True
+        )
 
 
 def differs(dtype):

@@ -2,11 +2,10 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
-#include <cstring>
-
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include <cstring>
 
 namespace t2t {
 
