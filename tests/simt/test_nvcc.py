@@ -39,11 +39,18 @@ def kernels(compiled):
         ("12split_kernelI", ["ld.global", "st.shared", "ld.shared", "st.global"]),
         ("gather_kernelI.*Lb1E", ["ld.global", "st.shared", "st.global"]),
         ("gather_kernelI.*Lb0E", ["st.global"]),
-        ("project_kernelI.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
+        ("project_kernelIN3c10.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
         ("map_gradient_kernelI", ["ld.global", "st.global"]),
-        ("layer_queries_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
+        ("layer_queries_kernelIN3c10", ["ld.global", "ld.shared", "st.shared", "st.global"]),
     ],
-    ids=["split", "gather-staged", "gather-in-place", "project", "map-gradient", "layer-queries"],
+    ids=[
+        "split",
+        "gather-staged",
+        "gather-in-place",
+        "project-half",
+        "map-gradient",
+        "layer-queries-half",
+    ],
 )
 def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
     """nvcc falls back to narrow accesses, silently, where it cannot see that they are aligned."""
