@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 // The tests compile these sources as plain C++ too: the operators then take CPU tensors, and a
 // cuda_runtime.h of the tests' own runs the kernels' threads on the CPU.
@@ -42,8 +44,14 @@ class DeviceScope {
 
   // Launches without waiting; throws if the launch itself was refused.
   template <typename Params>
-  void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads,
-              size_t shared_bytes, const Params& params) const {
+  void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
+              const Params& params) const {
+    if (shared_bytes > 48 * 1024) {
+      // More than every block may have without asking.
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            name);
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
@@ -66,5 +74,22 @@ class DeviceScope {
 #endif
   cudaStream_t stream_ = nullptr;
 };
+
+// Calls `run` with a zero of the type that the kernels have for a tensor's elements.
+template <typename Run>
+void with_element_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Float:
+      return run(float());
+    case ScalarType::BFloat16:
+      return run(torch::headeronly::BFloat16());
+    case ScalarType::Half:
+      return run(torch::headeronly::Half());
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(type));
+  }
+}
 
 }  // namespace t2t

@@ -23,6 +23,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "geometry.h"
 #include "launch.h"
 #include "vec.cuh"
 
@@ -41,15 +42,6 @@ constexpr int64_t kSharedBytes = 32 * 1024;
 constexpr int kSplitThreads = 192;
 // At 64 registers a thread, four such blocks fill a multiprocessor's register file.
 constexpr int kGatherThreads = 256;
-
-struct Geometry {
-  int64_t batch;
-  int channels, height, width;  // of the map
-  int rows, columns;            // of the grid of tokens
-  int kernel, stride, padding;
-
-  __host__ __device__ int token_width() const { return channels * kernel * kernel; }
-};
 
 struct SplitParams {
   Geometry map;
@@ -337,8 +329,6 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
   }
 }
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A row of blocks for the tiles of an image, and as many rows as keep the device busy; where there
 // are more images, a block takes several.
 dim3 grid_of(int64_t tiles, int64_t batch, int enough_blocks) {
@@ -346,33 +336,6 @@ dim3 grid_of(int64_t tiles, int64_t batch, int enough_blocks) {
   const int64_t images_per_block = divide_up(batch * tiles, enough_blocks);
   return dim3(static_cast<unsigned>(tiles),
               static_cast<unsigned>(divide_up(batch, images_per_block)));
-}
-
-Geometry make_geometry(int64_t batch, int64_t channels, int64_t height, int64_t width,
-                       int64_t kernel, int64_t stride, int64_t padding) {
-  constexpr int64_t largest = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest,
-                  "soft_split: kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel,
-                  "soft_split: a map of ", height, "x", width, " is smaller than the kernel ",
-                  kernel);
-  // Within an image, pixels, tokens and the elements of a token are counted in 32 bits.
-  STD_TORCH_CHECK(
-      std::max(height, width) + 2 * padding <= largest && channels <= largest / (kernel * kernel),
-      "soft_split: ", channels, " channels of ", height, "x", width, " with kernel_size ", kernel,
-      " and padding ", padding, " are too large");
-  Geometry map = {};
-  map.batch = batch;
-  map.channels = static_cast<int>(channels);
-  map.height = static_cast<int>(height);
-  map.width = static_cast<int>(width);
-  map.kernel = static_cast<int>(kernel);
-  // There is one token only from a stride of the padded map's size on.
-  map.stride = static_cast<int>(std::min(stride, std::max(height, width) + 2 * padding));
-  map.padding = static_cast<int>(padding);
-  map.rows = static_cast<int>((height + 2 * padding - kernel) / stride + 1);
-  map.columns = static_cast<int>((width + 2 * padding - kernel) / stride + 1);
-  return map;
 }
 
 // The largest tile whose patch and tokens fit into shared memory; its bytes are the return value.
@@ -418,7 +381,8 @@ void launch_split(SplitParams p, const DeviceScope& device) {
 Tensor soft_split(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, "soft_split: x must have 4 dimensions, got ", x.dim());
   SplitParams p = {};
-  p.map = make_geometry(x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride, padding);
+  p.map = make_geometry("soft_split", x.size(0), x.size(1), x.size(2), x.size(3), kernel_size,
+                        stride, padding);
   const DeviceScope device(x);
   Tensor tokens = torch::stable::new_empty(
       x, {p.map.batch, int64_t(p.map.rows) * p.map.columns, p.map.token_width()});
@@ -506,7 +470,8 @@ Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t k
                   grad.dim());
   const int64_t channels = grad.size(2) / std::max<int64_t>(1, kernel_size * kernel_size);
   GatherParams p = {};
-  p.map = make_geometry(grad.size(0), channels, height, width, kernel_size, stride, padding);
+  p.map = make_geometry("soft_split", grad.size(0), channels, height, width, kernel_size, stride,
+                        padding);
   STD_TORCH_CHECK(
       grad.size(1) == int64_t(p.map.rows) * p.map.columns && grad.size(2) == p.map.token_width(),
       "soft_split_backward: expected a grad of ", int64_t(p.map.rows) * p.map.columns,

@@ -40,7 +40,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 
 PERFORMER_ATTENTION = register_operation(
-    "performer_attention", kernels=("cpu", "triton"), limits={"triton": {"E": 128, "m": 128}}
+    "performer_attention",
+    kernels=("cpu", "triton", "cuda"),
+    limits={"triton": {"E": 128, "m": 128}, "cuda": {"E": 64, "m": 64}},
 )
 
 declare(

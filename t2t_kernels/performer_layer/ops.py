@@ -57,9 +57,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 PERFORMER_LAYER = register_operation(
     "performer_layer",
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
     parts=("soft_split_linear", "performer_attention"),
-    limits={"triton": dict.fromkeys("EmM", 128)},
+    limits={"triton": dict.fromkeys("EmM", 128), "cuda": dict.fromkeys("EmM", 64)},
 )
 
 declare(

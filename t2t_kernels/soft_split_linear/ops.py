@@ -58,7 +58,7 @@ def _backward(ops, ctx, grad: Tensor):
 
 
 SOFT_SPLIT_LINEAR = register_operation(
-    "soft_split_linear", kernels=("cpu", "triton"), parts=("soft_split",)
+    "soft_split_linear", kernels=("cpu", "triton", "cuda"), parts=("soft_split",)
 )
 
 declare(

@@ -81,6 +81,8 @@ def assert_parity(tensors, split, backend, layout=contiguous, **options):
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_parity(backend, device, case, dtype):
+    if CASES[case][2][0] > OPERATIONS["performer_layer"].limits.get(backend, {}).get("E", 128):
+        pytest.skip("wider than its kernel takes")
     tensors, split = arguments(case, dtype, device)
     # With a single token, eps is all that the gradients of k and q come from; with 64 channels and
     # more, the usual one turns the attention off and leaves one exponent's rounding.

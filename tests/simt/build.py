@@ -3,7 +3,9 @@
 import hashlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,10 +18,11 @@ COMPILER = [
     *os.environ.get("CXX", "c++").split(),
     "-std=c++20",
     "-O1",
-    "-shared",
     "-fPIC",
     # The kernels look at the same shared memory as elements and as vectors, as they may in CUDA.
     "-fno-strict-aliasing",
+    # Threads are left and resumed by longjmp, which its checks would forbid.
+    "-U_FORTIFY_SOURCE",
     # Several such libraries live in one process; each keeps its own runtime.
     "-fvisibility=hidden",
     # simt.cpp reports it, in place of the sanitiser's library.
@@ -29,7 +32,7 @@ COMPILER = [
     f"-I{HERE / 'include'}",
     f"-isystem{TORCH / 'include'}",
 ]
-LINKER = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
+LINKER = ["-shared", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
 
 
 def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -> Path:
@@ -54,12 +57,21 @@ def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -
     if library.exists():
         return library
 
-    # Renamed when complete: another process may build the same.
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    files = [str(path) for path in (*sources, HERE / "simt.cpp")]
-    command = [*COMPILER, "-x", "c++", *files, "-x", "none", *LINKER, "-o", str(unfinished)]
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+        units = [
+            (source, Path(folder) / f"{source.stem}.o") for source in (*sources, HERE / "simt.cpp")
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            list(compilers.map(lambda unit: _run("-x", "c++", "-c", unit[0], "-o", unit[1]), units))
+        # Renamed when complete: another process may build the same.
+        unfinished = Path(folder) / "library.so"
+        _run(*(object for _, object in units), *LINKER, "-o", unfinished)
+        unfinished.replace(library)
+    return library
+
+
+def _run(*arguments: str | Path) -> None:
+    command = [*COMPILER, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-    unfinished.replace(library)
-    return library

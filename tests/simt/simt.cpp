@@ -1,21 +1,28 @@
 // Runs CUDA kernels on the CPU and reports what a GPU would let pass or crash on.
 //
-// The threads of a block are fibers. One runs until it waits at a barrier; when all wait, they run
-// on in another random order. So work that needs a barrier which is not there finds its input
-// missing: shared memory starts out as 0xFF bytes, which are NaN in every floating type. Errors are
-// reported for threads that miss a barrier others wait at, for writes beyond the shared memory that
-// was asked for, for accesses not aligned to their type, and for launches beyond a GPU's limits.
+// The threads of a block are fibers. One runs until it waits at a barrier, or for the other lanes
+// of its warp. The lanes that can run on do so in a random order, and so do the warps, each of them
+// as far as it can: nothing but a barrier keeps one from being far ahead of another. So work that
+// needs a barrier which is not there finds its input missing: shared memory starts out as 0xFF
+// bytes, which are NaN in every floating type, and asynchronous copies arrive when they are waited
+// for and not before. Errors are reported for threads that miss a barrier others wait at, for lanes
+// that miss what their warp does together, for writes beyond the shared memory that was asked for,
+// for accesses not aligned to their type, and for launches beyond a GPU's limits.
 
 #include <cuda_runtime.h>
-
+#include <dlfcn.h>
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <span>
 #include <string>
@@ -24,9 +31,10 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// What a block gets without asking for more, and as much again to see what is written beyond.
-constexpr size_t kMostSharedBytes = 48 * 1024;
-thread_local uint4 dynamic_shared[2 * kMostSharedBytes / sizeof(uint4)];
+// What a block gets without asking for more, what every GPU has for one that asks, and room to see
+// what is written beyond.
+constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
+thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
 
 namespace simt {
 namespace {
@@ -34,31 +42,66 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned char kPoison = 0xFF;
 
+constexpr size_t kLanes = 32;
+
+enum class State { kReady, kAtBarrier, kWithWarp, kDone };
+
+struct Copy {
+  void* to;
+  std::array<unsigned char, 16> bytes;
+};
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t entry;
+  jmp_buf context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   dim3 index;
-  bool done;
+  size_t number;
+  bool started;
+  State state;
   int line;  // of the barrier it waits at
+  Collective collective;
+  void* operands;
+  std::vector<std::vector<Copy>> copies;  // under way, the group that is still open last
 };
 
 std::mutex one_launch;
+std::map<const void*, size_t> allowed_shared;
+bool only_record = false;
+std::string recorded;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Fiber>> fibers;
-ucontext_t scheduler;
+std::vector<size_t> arrived;  // lanes of each warp that wait for the others
+jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* thread_body;
 std::string failure;
 std::string failure_text;
 cudaError_t last_error = cudaSuccess;
 
-void suspend() { swapcontext(&running->context, &scheduler); }
+// Without the system calls of swapcontext, which would be most of the time.
+void suspend() {
+  if (_setjmp(running->context) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  running = &fiber;
+  threadIdx = fiber.index;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.context, 1);
+    fiber.started = true;
+    setcontext(&fiber.entry);
+  }
+  running = nullptr;
+}
 
 void fiber_main() {
   (*thread_body)();
-  running->done = true;
+  running->state = State::kDone;
   suspend();
 }
+
+size_t block_threads() { return size_t(blockDim.x) * blockDim.y * blockDim.z; }
 
 // All __shared__ variables of this library: its thread-local storage, as no others are in it.
 std::span<unsigned char> shared_memory() {
@@ -83,52 +126,78 @@ std::span<unsigned char> shared_memory() {
 }
 
 void start_fibers() {
-  const size_t threads = size_t(blockDim.x) * blockDim.y * blockDim.z;
-  while (fibers.size() < threads) {
+  while (fibers.size() < block_threads()) {
     fibers.push_back(std::make_unique<Fiber>());
-    getcontext(&fibers.back()->context);
+    getcontext(&fibers.back()->entry);
   }
-  for (size_t i = 0; i < threads; ++i) {
+  arrived.assign((block_threads() + kLanes - 1) / kLanes, 0);
+  for (size_t i = 0; i < block_threads(); ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned row = i / blockDim.x;
     fiber.index = dim3(i % blockDim.x, row % blockDim.y, row / blockDim.y);
-    fiber.done = false;
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    fiber.number = i;
+    fiber.started = false;
+    fiber.state = State::kReady;
+    fiber.copies.assign(1, {});
+    fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+    fiber.entry.uc_stack.ss_size = kStackBytes;
+    fiber.entry.uc_link = nullptr;
+    makecontext(&fiber.entry, fiber_main, 0);
   }
 }
 
-// From barrier to barrier, until all threads are done or one has failed.
-void run_block(size_t dynamic_bytes) {
-  start_fibers();
-  std::vector<Fiber*> order;
-  for (size_t i = 0; i < size_t(blockDim.x) * blockDim.y * blockDim.z; ++i) {
-    order.push_back(fibers[i].get());
+// When no thread can run: lets all of them pass their barrier, or reports what keeps them from it.
+// Returns whether any are left.
+bool pass_barrier() {
+  const std::span<const std::unique_ptr<Fiber>> threads(fibers.data(), block_threads());
+  const Fiber& first = *threads[0];
+  for (const auto& fiber : threads) {
+    if (fiber->state == State::kWithWarp) {
+      failure = "lanes wait for others of their warp, which are elsewhere";
+    } else if (fiber->state != first.state) {
+      const int line = (fiber->state == State::kDone ? first : *fiber).line;
+      failure = "threads exited while others wait at the barrier in line " + std::to_string(line);
+    } else if (fiber->state == State::kAtBarrier && fiber->line != first.line) {
+      failure = "threads wait at different barriers, in lines " + std::to_string(fiber->line) +
+                " and " + std::to_string(first.line);
+    }
+    if (!failure.empty()) return false;
   }
-  do {
+  if (first.state == State::kDone) return false;
+  for (const auto& fiber : threads) fiber->state = State::kReady;
+  return true;
+}
+
+// Runs the lanes of a warp for as long as any can.
+void run_warp(size_t warp) {
+  std::vector<Fiber*> order;
+  for (;;) {
+    order.clear();
+    for (size_t i = warp * kLanes; i < std::min((warp + 1) * kLanes, block_threads()); ++i) {
+      if (fibers[i]->state == State::kReady) order.push_back(fibers[i].get());
+    }
+    if (order.empty()) return;
     std::shuffle(order.begin(), order.end(), random_order);
     for (Fiber* fiber : order) {
-      running = fiber;
-      threadIdx = fiber->index;
-      swapcontext(&scheduler, &fiber->context);
-      running = nullptr;
+      resume(*fiber);
       if (!failure.empty()) return;
     }
-    for (const Fiber* fiber : order) {
-      if (fiber->done != order[0]->done) {
-        const int line = (fiber->done ? order[0] : fiber)->line;
-        failure = "threads exited while others wait at the barrier in line " + std::to_string(line);
-        return;
-      }
-      if (!fiber->done && fiber->line != order[0]->line) {
-        failure = "threads wait at different barriers, in lines " + std::to_string(fiber->line) +
-                  " and " + std::to_string(order[0]->line);
-        return;
-      }
+  }
+}
+
+// Until all threads are done or one has failed.
+void run_block(size_t dynamic_bytes) {
+  start_fibers();
+  std::vector<size_t> warps(arrived.size());
+  std::iota(warps.begin(), warps.end(), 0);
+  do {
+    std::shuffle(warps.begin(), warps.end(), random_order);
+    for (size_t warp : warps) {
+      run_warp(warp);
+      if (!failure.empty()) return;
     }
-  } while (!order[0]->done);
+  } while (pass_barrier());
+  if (!failure.empty()) return;
 
   const auto* bytes = reinterpret_cast<const unsigned char*>(dynamic_shared);
   for (size_t i = dynamic_bytes; i < sizeof(dynamic_shared); ++i) {
@@ -144,17 +213,82 @@ void run_block(size_t dynamic_bytes) {
 
 void barrier(int line) {
   running->line = line;
+  running->state = State::kAtBarrier;
   suspend();
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+void together(Collective collective, void* operands) {
+  const size_t warp = running->number / kLanes;
+  running->collective = collective;
+  running->operands = operands;
+  if (++arrived[warp] < kLanes) {
+    running->state = State::kWithWarp;
+    suspend();
+    return;
+  }
+  arrived[warp] = 0;
+  void* of_lanes[kLanes];
+  for (size_t i = 0; i < kLanes; ++i) {
+    Fiber& lane = *fibers[warp * kLanes + i];
+    if (lane.collective != collective) {
+      failure = "lanes of a warp do different things together";
+      suspend();
+    }
+    of_lanes[i] = lane.operands;
+    lane.state = State::kReady;
+  }
+  collective(of_lanes);
+}
+
+void expect_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return;
+  failure = "an instruction of 16 bytes at an address that is not aligned to them";
+  suspend();
+}
+
+void copy_later(void* to, const void* from, bool inside) {
+  Copy copy = {to, {}};
+  if (inside) std::memcpy(copy.bytes.data(), from, copy.bytes.size());
+  running->copies.back().push_back(copy);
+}
+
+void commit_copies() { running->copies.emplace_back(); }
+
+void wait_for_copies(size_t groups_left) {
+  auto& groups = running->copies;
+  while (groups.size() - 1 > groups_left) {
+    for (const Copy& copy : groups.front())
+      std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    groups.erase(groups.begin());
+  }
+}
+
+cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> guard(one_launch);
+  if (bytes > kMostSharedBytes) return last_error = cudaErrorInvalidValue;
+  allowed_shared[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> guard(one_launch);
   const dim3& grid = config.gridDim;
   const dim3& block = config.blockDim;
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7FFFFFFF || grid.y > 65535 ||
       grid.z > 65535 || block.x < 1 || block.y < 1 || block.z < 1 || block.z > 64 ||
-      uint64_t(block.x) * block.y * block.z > 1024 || config.dynamicSmemBytes > kMostSharedBytes) {
+      uint64_t(block.x) * block.y * block.z > 1024 ||
+      config.dynamicSmemBytes > std::max(kSharedBytes, allowed_shared[kernel])) {
     return last_error = cudaErrorInvalidConfiguration;
+  }
+  if (only_record) {
+    Dl_info library;
+    dladdr(reinterpret_cast<const void*>(&launch), &library);
+    const auto offset =
+        static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
+    recorded += std::to_string(offset) + " " + std::to_string(block.x * block.y * block.z) + " " +
+                std::to_string(config.dynamicSmemBytes) + "\n";
+    return cudaSuccess;
   }
   gridDim = grid;
   blockDim = block;
@@ -183,8 +317,8 @@ extern "C" void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t) {
     uint32_t line, column;
   };
   const auto& location = *static_cast<const Location*>(data);
-  simt::failure = std::string("misaligned access at ") + location.file + ":" +
-                  std::to_string(location.line);
+  simt::failure =
+      std::string("misaligned access at ") + location.file + ":" + std::to_string(location.line);
   if (simt::running == nullptr) std::abort();
   simt::suspend();
 }
@@ -193,6 +327,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorLaunchFailure:
@@ -213,4 +349,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 // Fixes the order in which threads run from the next block on.
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) {
   simt::random_order.seed(seed);
+}
+
+// From here on kernels are not run, but recorded: a line with the kernel's place in this library,
+// the threads of a block and its bytes of dynamic shared memory. Returns what was recorded so far.
+extern "C" __attribute__((visibility("default"))) const char* simt_record(bool record) {
+  static std::string result;
+  simt::only_record = record;
+  result = std::exchange(simt::recorded, {});
+  return result.c_str();
 }

@@ -1,46 +1,56 @@
 """What running on the CPU cannot show: that nvcc makes of the source what was meant."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from torch.utils import cpp_extension
 
-from tests.simt.build import CUDA_SOURCES, TORCH
+from tests.simt import report
 
-NVCC = shutil.which("nvcc") or cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda.md"
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """The PTX of every kernel by name, compiled with warnings and register spills as errors."""
-    if not NVCC:
+def compiled(host_cache):
+    """Compiled for every architecture with warnings and register spills as errors."""
+    if not report.NVCC:
         pytest.skip("nvcc was not found")
-    folder = tmp_path_factory.mktemp("nvcc")
-    for source in CUDA_SOURCES.glob("*.cu"):
-        command = [
-            *(NVCC, "-c", source, "-O3", "-std=c++20", "-o", folder / "object.o"),
-            *("-gencode", "arch=compute_90a,code=sm_90a", "--keep", "--keep-dir", folder),
-            *("-Werror", "all-warnings", "-Xptxas", "--warn-on-spills", "-Xcompiler", "-Wall"),
-            *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
-            *("-isystem", TORCH / "include"),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, f"nvcc {source.name}:\n{result.stderr}"
-    text = "".join(path.read_text() for path in folder.glob("*.ptx"))
+    return report.compile_all(host_cache)
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled):
+    """The PTX of every kernel by name, for Hopper."""
+    text = "".join(
+        path.read_text()
+        for (_, architecture), folder in compiled.items()
+        if architecture == "90a"
+        for path in folder.glob("*.ptx")
+    )
     return dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.visible|\.weak|\.entry|\Z)", text, re.DOTALL))
 
 
 @pytest.mark.parametrize(
     ("kernel", "accesses"),
     [
-        ("split_kernelI", ["ld.global", "st.shared", "ld.shared", "st.global"]),
+        ("12split_kernelI", ["ld.global", "st.shared", "ld.shared", "st.global"]),
         ("gather_kernelI.*Lb1E", ["ld.global", "st.shared", "st.global"]),
         ("gather_kernelI.*Lb0E", ["st.global"]),
+        ("project_kernelIN3c10.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
+        ("map_gradient_kernelI", ["ld.global", "st.global"]),
+        ("layer_queries_kernelIN3c10", ["ld.global", "ld.shared", "st.shared", "st.global"]),
     ],
-    ids=["split", "gather-staged", "gather-in-place"],
+    ids=[
+        "split",
+        "gather-staged",
+        "gather-in-place",
+        "project-half",
+        "map-gradient",
+        "layer-queries-half",
+    ],
 )
 def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
     """nvcc falls back to narrow accesses, silently, where it cannot see that they are aligned."""
@@ -50,3 +60,60 @@ def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
         for access in accesses:
             wide = rf"{access}(\.wb)?\.v4\.[ufb]32"
             assert re.search(wide, ptx), f"{name} has no {access} of 16 bytes"
+
+
+def cuobjdump():
+    """The toolkit's, or the one that comes with Triton."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+# Instructions of the machine code by kernel: the matrix unit for half types and not for float32,
+# whose products are ordinary; asynchronous copies wherever patches or gradients are gathered.
+MATRIX = [
+    "project",
+    "weight_gradient",
+    "map_gradient",
+    "layer_keys",
+    "layer_queries",
+    "tail_backward",
+]
+ASYNCHRONOUS = [*MATRIX, "layer_queries_backward", "layer_keys_backward"]
+
+
+@pytest.mark.parametrize("architecture", report.ARCHITECTURES)
+def test_machine_code(compiled, architecture):
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump was not found")
+    seen = set()
+    for (source, compiled_for), folder in compiled.items():
+        if compiled_for != architecture:
+            continue
+        command = [cuobjdump(), "-sass", folder / "object.o"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", text, re.DOTALL):
+            kernel = re.search(r"\d([a-z_]+)_kernelI(\w*)", name)
+            if kernel is None:
+                continue
+            half = "Half" in kernel[2] or "BFloat16" in kernel[2]
+            if kernel[1] in MATRIX:
+                assert ("HMMA" in code) == half, f"{name} of {source}"
+                seen.add((kernel[1], half))
+            else:
+                assert "HMMA" not in code or kernel[1] in ASYNCHRONOUS, f"{name} of {source}"
+            if kernel[1] in ASYNCHRONOUS:
+                assert "LDGSTS" in code, f"{name} of {source} copies nothing asynchronously"
+    assert seen == {(kernel, half) for kernel in MATRIX for half in (False, True)}
+
+
+def test_table_is_what_the_compiler_reports(compiled, cuda_on_host, host_cache):
+    """docs/cuda.md; ``python -m tests.simt.report`` prints what belongs there."""
+    document = DOCUMENT.read_text()
+    version = re.search(r"nvcc (\d+\.\d+)", document)[1]
+    if report.release() != version:
+        pytest.skip(f"the table is of nvcc {version}, this is {report.release()}")
+    assert report.table(host_cache) in document, "run python -m tests.simt.report"

@@ -10,6 +10,7 @@ from tests.simt.build import HERE, build_host_library
 
 # In the order of planted.cu.
 FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned", "shared"]
+FAULTS += ["no-wait", "no-lane", "copy-misaligned"]
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +55,40 @@ def test_fault_is_reported(run_planted, fault, expected):
 
 def test_too_many_threads_are_refused(run_planted):
     assert run_planted("none", threads=1025)[1] == "invalid configuration argument"
+
+
+@pytest.fixture(scope="module")
+def run_warp(host_cache):
+    """Runs planted.cu's warp; returns whether every element was right, and the runtime's message."""
+    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library.run_warp.restype = ctypes.c_char_p
+
+    def run(fault: str) -> tuple[bool, str]:
+        values = torch.arange(128.0)
+        expected = values.view(16, 2, 4).flip(1).flatten()
+        address = ctypes.c_void_p(values.data_ptr())
+        message = library.run_warp(address, FAULTS.index(fault)).decode()
+        return torch.equal(values, expected), message
+
+    return run
+
+
+def test_runs_a_correct_warp(run_warp):
+    assert run_warp("none") == (True, "no error")
+
+
+def test_copies_arrive_at_their_wait(run_warp):
+    assert run_warp("no-wait") == (False, "no error")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("no-lane", "lanes wait for others of their warp"),
+        ("copy-misaligned", "an instruction of 16 bytes at an address that is not aligned"),
+    ],
+)
+def test_fault_of_a_warp_is_reported(run_warp, fault, expected):
+    _, message = run_warp(fault)
+    assert expected in message
+    assert run_warp("none") == (True, "no error"), "the next launch has to be as new"

@@ -5,7 +5,6 @@ implementation treats differently.
 """
 
 import ctypes
-import shutil
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 import t2t_kernels  # noqa: F401  declares the operators
 from tests.simt.build import CUDA_SOURCES, build_host_library
+from tests.simt.mutations import build_mutated
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -294,54 +294,29 @@ SLIPS = {
         "(at - map.kernel) / map.stride",
     ),
 }
-BARRIER = "__syncthreads();"
-MUTATIONS = [f"barrier-{i}-dropped" for i in range(4)] + list(SLIPS)
+BARRIERS = 4
+MUTATIONS = [f"barrier-{i}-dropped" for i in range(BARRIERS)] + list(SLIPS)
 
 
 @pytest.fixture(scope="module")
 def mutate(host_cache, tmp_path_factory):
-    """Chooses a mutation of a second copy of the kernels, by its place in MUTATIONS, -1 for none.
-
-    All of them are in one library, which saves compiling it for each.
-    """
-    folder = tmp_path_factory.mktemp("mutated")
-    shutil.copytree(CUDA_SOURCES, folder, dirs_exist_ok=True)
-    texts = {path.name: path.read_text() for path in folder.iterdir()}
-
-    def replace(file, old, new):
-        assert texts[file].count(old) == 1, f"{old!r} is not in {file} exactly once"
-        texts[file] = texts[file].replace(old, new)
-
-    kernels = texts["soft_split.cu"].split(BARRIER)
-    assert len(kernels) == 5, "MUTATIONS is to name every barrier"
-    texts["soft_split.cu"] = kernels[0] + "".join(
-        f"if (mutation != {i}) {BARRIER}{text}" for i, text in enumerate(kernels[1:])
+    """Chooses a mutation of a second copy of the kernels, by its place in MUTATIONS, -1 for none."""
+    text = (CUDA_SOURCES / "soft_split.cu").read_text()
+    barrier = "__syncthreads();"
+    parts = text.split(barrier)
+    assert len(parts) == 1 + BARRIERS, "MUTATIONS is to name every barrier"
+    # Each with as much of what follows as tells it from the others.
+    following = [barrier + part[:120] for part in parts[1:]]
+    barriers = [("soft_split.cu", statement, "") for statement in following]
+    choose, end = build_mutated(
+        host_cache,
+        tmp_path_factory.mktemp("mutated"),
+        ["soft_split.cu"],
+        [*barriers, *SLIPS.values()],
+        ["soft_split", "soft_split_backward"],
     )
-    for i, (file, original, slip) in enumerate(SLIPS.values(), start=4):
-        replace(file, original, f"(mutation == {i} ? ({slip}) : ({original}))")
-    replace("soft_split.cu", "LIBRARY_IMPL(t2t_cuda,", "LIBRARY_IMPL(t2t_mutated,")
-    replace(
-        "vec.cuh",
-        "namespace t2t {",
-        'extern "C" { inline __attribute__((visibility("default"))) int mutation = -1; }\n'
-        "namespace t2t {",
-    )
-    for file, text in texts.items():
-        (folder / file).write_text(text)
-
-    library = build_host_library(host_cache, [folder / "soft_split.cu"])
-    torch.ops.load_library(library)
-    declared = torch.library.Library("t2t_mutated", "DEF")
-    for operator in ("soft_split", "soft_split_backward"):
-        schema = str(getattr(torch.ops.t2t_cuda, operator).default._schema)
-        declared.define(schema.removeprefix("t2t_cuda::"))
-    chosen = ctypes.c_int.in_dll(ctypes.CDLL(library), "mutation")
-
-    def choose(index):
-        chosen.value = index
-
     yield choose
-    declared._destroy()
+    end()
 
 
 def check_mutated():

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 #define __host__
@@ -13,6 +15,7 @@
 // A block runs alone, on one thread of the CPU: a thread-local variable is the block's own.
 #define __shared__ thread_local
 #define __syncthreads() simt::barrier(__LINE__)
+#define __syncwarp() simt::together(simt::only_wait, nullptr)
 
 using std::max;
 using std::min;
@@ -22,6 +25,12 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -29,13 +38,19 @@ struct alignas(16) uint4 {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned __int128>(a) * b >> 64;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -49,15 +64,57 @@ namespace simt {
 // Suspends the calling thread until all threads of its block wait at the same line.
 void barrier(int line);
 
-// Runs `thread` for every thread of the grid, block after block.
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+// What the lanes of a warp do together; it is given the operands of all 32 of them.
+using Collective = void (*)(void* const* of_lanes);
+
+// Suspends the calling thread until all lanes of its warp are here, and does it once for all.
+void together(Collective collective, void* operands);
+inline void only_wait(void* const*) {}
+
+// Fails the launch if 16 bytes cannot be accessed there.
+void expect_aligned(const void* p);
+
+// A copy of 16 bytes, or of zeros, that arrives when its group is waited for.
+void copy_later(void* to, const void* from, bool inside);
+void commit_copies();
+void wait_for_copies(size_t groups_left);
+
+// Lets `kernel` have more shared memory than it may without asking, as far as a GPU goes.
+cudaError_t allow_shared(const void* kernel, size_t bytes);
+
+// Runs `thread` of `kernel` for every thread of the grid, block after block.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread);
 
 }  // namespace simt
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  struct Operands {
+    T given, taken;
+    int distance;
+  } own = {value, value, distance};
+  simt::together(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          auto* lane = static_cast<Operands*>(lanes[i]);
+          lane->taken = static_cast<Operands*>(lanes[i ^ lane->distance])->given;
+        }
+      },
+      &own);
+  return own.taken;
+}
 
 template <typename... Params, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Arguments&... arguments) {
-  return simt::launch(*config, [&] { kernel(arguments...); });
+  return simt::launch(*config, reinterpret_cast<const void*>(kernel),
+                      [&] { kernel(arguments...); });
+}
+
+template <typename... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  return simt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 // The reason of the latest cudaErrorLaunchFailure is part of its text.

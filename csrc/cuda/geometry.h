@@ -1,0 +1,50 @@
+// A map and the grid of tokens over it.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace t2t {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Geometry {
+  int64_t batch;
+  int channels, height, width;  // of the map
+  int rows, columns;            // of the grid of tokens
+  int kernel, stride, padding;
+
+  __host__ __device__ int token_width() const { return channels * kernel * kernel; }
+};
+
+inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels, int64_t height,
+                              int64_t width, int64_t kernel, int64_t stride, int64_t padding) {
+  constexpr int64_t largest = std::numeric_limits<int>::max();
+  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest, name,
+                  ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
+  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
+                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  // Within an image, pixels, tokens and the elements of a token are counted in 32 bits.
+  STD_TORCH_CHECK(
+      std::max(height, width) + 2 * padding <= largest && channels <= largest / (kernel * kernel),
+      name, ": ", channels, " channels of ", height, "x", width, " with kernel_size ", kernel,
+      " and padding ", padding, " are too large");
+  Geometry map = {};
+  map.batch = batch;
+  map.channels = static_cast<int>(channels);
+  map.height = static_cast<int>(height);
+  map.width = static_cast<int>(width);
+  map.kernel = static_cast<int>(kernel);
+  // There is one token only from a stride of the padded map's size on.
+  map.stride = static_cast<int>(std::min(stride, std::max(height, width) + 2 * padding));
+  map.padding = static_cast<int>(padding);
+  map.rows = static_cast<int>((height + 2 * padding - kernel) / stride + 1);
+  map.columns = static_cast<int>((width + 2 * padding - kernel) / stride + 1);
+  return map;
+}
+
+}  // namespace t2t

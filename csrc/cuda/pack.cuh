@@ -1,0 +1,57 @@
+// Weights in the order in which `multiply` loads them.
+#pragma once
+
+#include "geometry.h"
+#include "launch.h"
+#include "mma.cuh"
+
+namespace t2t {
+
+// A matrix B (depth × columns) in memory. Row k begins at k / inner · outer_stride +
+// k % inner · inner_stride. The columns are equal sections, each of which begins a group when
+// packed.
+struct PackParams {
+  const void* from;
+  void* to;
+  int64_t batch_stride, outer_stride, inner_stride, column_stride;
+  int depth, inner, columns, section;
+  int padded_depth, groups, groups_per_section;
+};
+
+constexpr int kPackThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackParams p) {
+  const int64_t element = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+  const int column = element % kGroup;
+  const int k = element / kGroup % p.padded_depth;
+  const int group = element / kGroup / p.padded_depth;
+  if (group >= p.groups) return;
+  const int in_section = group % p.groups_per_section * kGroup + column;
+  const int at = group / p.groups_per_section * p.section + in_section;
+  T value = T(0.f);
+  if (k < p.depth && in_section < p.section && at < p.columns) {
+    value =
+        static_cast<const T*>(p.from)[blockIdx.y * p.batch_stride + k / p.inner * p.outer_stride +
+                                      k % p.inner * p.inner_stride + at * p.column_stride];
+  }
+  const int64_t size = int64_t(p.padded_depth) * kGroup;
+  static_cast<T*>(
+      p.to)[(int64_t(blockIdx.y) * p.groups + group) * size + packed_offset<T>(k, column)] = value;
+}
+
+// Elements of a packed matrix.
+inline int64_t packed_size(int64_t depth, int64_t groups) {
+  return divide_up(depth, 16) * 16 * groups * kGroup;
+}
+
+template <typename T>
+void launch_pack(PackParams p, int batches, const DeviceScope& device) {
+  const int64_t blocks = divide_up(packed_size(p.depth, p.groups), kPackThreads);
+  p.padded_depth = static_cast<int>(divide_up(p.depth, 16) * 16);
+  device.launch("pack", pack_kernel<T>,
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batches)), kPackThreads,
+                0, p);
+}
+
+}  // namespace t2t

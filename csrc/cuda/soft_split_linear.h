@@ -1,0 +1,22 @@
+// The backward of soft split + LayerNorm + Linear, which that of a whole layer ends with.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace t2t {
+
+// Gradients of the map (empty unless `need_x`), weight, bias, and the norm's parameters (empty
+// without a norm) from that of the result.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor, torch::stable::Tensor>
+soft_split_linear_backward(torch::stable::Tensor grad, torch::stable::Tensor x,
+                           torch::stable::Tensor weight,
+                           std::optional<torch::stable::Tensor> norm_weight,
+                           std::optional<torch::stable::Tensor> norm_bias, int64_t kernel_size,
+                           int64_t stride, int64_t padding, double eps, bool need_x);
+
+}  // namespace t2t

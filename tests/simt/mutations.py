@@ -1,0 +1,65 @@
+"""Copies of the CUDA source with slips in them, each of which a test has to notice."""
+
+import ctypes
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tests.simt.build import CUDA_SOURCES, build_host_library
+
+NAMESPACE = "t2t_mutated"
+
+
+def build_mutated(
+    host_cache: Path,
+    folder: Path,
+    sources: Sequence[str],
+    slips: Sequence[tuple[str, str, str]],
+    operators: Sequence[str],
+) -> tuple[Callable[[int], None], Callable[[], None]]:
+    """Build a copy of ``sources`` that holds all slips, one of which can be chosen: compiled once.
+
+    Args:
+        host_cache: where libraries are kept.
+        folder: an empty one, for the copy.
+        sources: names of files in ``csrc/cuda``.
+        slips: (file, what it says, what a slip would make of it). A statement is dropped if the slip
+            is empty, an expression replaced.
+        operators: those that the source registers. They appear in ``torch.ops.t2t_mutated``.
+
+    Returns:
+        A function that chooses a slip by its index, −1 for none, and one that ends the namespace.
+    """
+    shutil.copytree(CUDA_SOURCES, folder, dirs_exist_ok=True)
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    for i, (file, original, slip) in enumerate(slips):
+        assert texts[file].count(original) == 1, f"{original!r} is not in {file} exactly once"
+        choice = f"(mutation == {i} ? ({slip}) : ({original}))"
+        texts[file] = texts[file].replace(
+            original, choice if slip else f"if (mutation != {i}) {original}"
+        )
+    for source in sources:
+        texts[source] = texts[source].replace(
+            "LIBRARY_IMPL(t2t_cuda,", f"LIBRARY_IMPL({NAMESPACE},"
+        )
+    declaration = (
+        'extern "C" { inline __attribute__((visibility("default"))) int mutation = -1; }\n'
+    )
+    texts["vec.cuh"] = texts["vec.cuh"].replace("namespace t2t {", declaration + "namespace t2t {")
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+
+    library = build_host_library(host_cache, [folder / source for source in sources])
+    torch.ops.load_library(library)
+    declared = torch.library.Library(NAMESPACE, "DEF")
+    for operator in operators:
+        schema = str(getattr(torch.ops.t2t_cuda, operator).default._schema)
+        declared.define(schema.removeprefix("t2t_cuda::"))
+    chosen = ctypes.c_int.in_dll(ctypes.CDLL(library), "mutation")
+
+    def choose(index: int) -> None:
+        chosen.value = index
+
+    return choose, declared._destroy

@@ -1,0 +1,211 @@
+"""What nvcc makes of the kernels, and what a multiprocessor can hold of them.
+
+``python -m tests.simt.report`` prints the table of ``docs/cuda.md``. Registers and static shared memory
+are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
+without running them.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+import t2t_kernels  # noqa: F401  declares the operators
+from tests.simt.build import CUDA_SOURCES, TORCH, build_host_library
+
+NVCC = shutil.which("nvcc") or cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc")
+# Per architecture: KiB of shared memory and threads of a multiprocessor. All have 65,536 registers.
+ARCHITECTURES = {"80": (164, 2048), "90a": (228, 2048), "120": (100, 1536)}
+REGISTERS, WARP = 65536, 32
+OPTIONS = [
+    *("-O3", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+    *("-Werror", "all-warnings", "-Xptxas", "--warn-on-spills", "-Xptxas", "-v"),
+    *("-Xcompiler", "-Wall", "-isystem", str(TORCH / "include")),
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def release() -> str:
+    """The version of nvcc, on which the figures depend."""
+    said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
+
+
+def kernel_of(demangled: str) -> str | None:
+    found = re.search(
+        r"(\w+_kernel(?:<[^()]*>)?)\(", demangled.replace("(anonymous namespace)::", "")
+    )
+    return found and found[1].replace("c10::", "")
+
+
+def compile_all(cache: Path, architectures=tuple(ARCHITECTURES)) -> dict[tuple[str, str], Path]:
+    """Per source and architecture a folder with ``object.o``, the PTX and ptxas's ``log``.
+
+    Raises:
+        RuntimeError: nvcc warned, failed, or had to spill registers.
+    """
+    digest = hashlib.sha256(repr((OPTIONS, release(), torch.__version__)).encode())
+    for path in sorted(CUDA_SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+
+    def one(unit: tuple[Path, str]) -> Path:
+        source, architecture = unit
+        folder = cache / f"nvcc-{source.stem}-{architecture}-{digest.hexdigest()[:16]}"
+        if folder.exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            command = [
+                *(NVCC, "-c", source, *OPTIONS, "-o", Path(unfinished, "object.o")),
+                *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
+                *("--keep", "--keep-dir", unfinished),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"nvcc {source.name} for {architecture}:\n{done.stderr}")
+            Path(unfinished, "log").write_text(done.stderr)
+            with contextlib.suppress(OSError):  # another process was first
+                shutil.copytree(unfinished, folder)
+        return folder
+
+    units = [(s, a) for a in architectures for s in sorted(CUDA_SOURCES.glob("*.cu"))]
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        folders = list(compilers.map(one, units))
+    return {(source.stem, architecture): f for (source, architecture), f in zip(units, folders)}
+
+
+def resources(folders: dict[tuple[str, str], Path]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers and bytes of static shared memory by kernel and architecture."""
+    result = {}
+    for (_, architecture), folder in folders.items():
+        log = subprocess.run(
+            ["c++filt"],
+            input=(folder / "log").read_text(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for entry in log.split("Compiling entry function")[1:]:
+            registers = int(re.search(r"Used (\d+) registers", entry)[1])
+            shared = re.search(r"(\d+) bytes smem", entry)
+            result[kernel_of(entry), architecture] = (registers, int(shared[1]) if shared else 0)
+    return result
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's warps that can be resident at a time."""
+    shared_kib, most_threads = ARCHITECTURES[architecture]
+    warps = -(-threads // WARP)
+    by_registers = REGISTERS // (-(-registers * WARP // 256) * 256) // warps
+    # Each block takes 1 KiB for the system.
+    by_shared = shared_kib * 1024 // (-(-(shared + 1024) // 128) * 128)
+    blocks = min(
+        by_registers, by_shared, most_threads // WARP // warps, 32 if most_threads > 1536 else 24
+    )
+    return blocks * warps / (most_threads // WARP)
+
+
+def call_soft_split(ops, x, dtype):
+    tokens = ops.soft_split(x, 7, 4, 2)
+    ops.soft_split_backward(tokens, 224, 224, 7, 4, 2, True)
+
+
+def call_project(ops, x, dtype):
+    weight, bias = torch.zeros(384, 576, dtype=dtype), torch.zeros(384, dtype=dtype)
+    y = ops.soft_split_linear(x, weight, bias, None, None, 3, 2, 1, 1e-5)
+    ops.soft_split_linear_backward(y, x, weight, None, None, 3, 2, 1, 1e-5, True)
+
+
+def call_attention(ops, x, dtype):
+    k = torch.zeros(2, 784, 64, dtype=dtype)
+    y, *sums = ops.performer_attention(k, k, k, torch.zeros(32, 64), 1e-8)
+    ops.performer_attention_backward(y, k, k, k, torch.zeros(32, 64), *sums, 1e-8)
+
+
+def call_layer(ops, x, dtype, kernel_size=3, stride=2, padding=1):
+    width = x.shape[1] * kernel_size**2
+    shapes = ((width,), (width,), (192, width), (192,), (64, 64), (64,), (64,), (64,))
+    shapes += ((64, 64), (64,), (64, 64), (64,))
+    params = [torch.zeros(32, 64), *(torch.zeros(shape, dtype=dtype) for shape in shapes)]
+    rest = (kernel_size, stride, padding, 1e-8, 0.1)
+    seed = torch.zeros(1, dtype=torch.int64)
+    y, *sums = ops.performer_layer(x, *params, seed, *rest)
+    need_x = x.shape[1] > 3
+    ops.performer_layer_backward(y, x, *params, seed, *sums, *rest, need_x)
+
+
+def call_first_layer(ops, x, dtype):
+    call_layer(ops, x, dtype, 7, 4, 2)
+
+
+# A call of a training step at 224×224 pixels: its map, and what it calls.
+CALLS = {
+    "soft split": ((2, 3, 224, 224), call_soft_split),
+    "project": ((2, 64, 28, 28), call_project),
+    "attention": ((2, 3, 8, 8), call_attention),
+    "layer 1": ((2, 3, 224, 224), call_first_layer),
+    "layer 2": ((2, 64, 56, 56), call_layer),
+}
+
+
+def launches(cache: Path) -> list[tuple[str, str, int, int]]:
+    """Call, kernel, threads and bytes of dynamic shared memory of every launch of the real calls."""
+    path = build_host_library(cache)
+    torch.ops.load_library(path)
+    record = ctypes.CDLL(path).simt_record
+    record.restype = ctypes.c_char_p
+    symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+    kernels = {
+        int(line.split()[0], 16): kernel_of(line)
+        for line in symbols.splitlines()
+        if "_kernel<" in line
+    }
+    result = []
+    for dtype_name, dtype in DTYPES.items():
+        for name, (shape, call) in CALLS.items():
+            x = torch.zeros(shape, dtype=dtype)
+            if shape[1] > 3:
+                x = x.contiguous(memory_format=torch.channels_last)
+            record(ctypes.c_bool(True))
+            try:
+                call(torch.ops.t2t_cuda, x, dtype)
+            finally:
+                lines = record(ctypes.c_bool(False)).decode().splitlines()
+            for line in lines:
+                offset, threads, shared = map(int, line.split())
+                entry = (f"{name}, {dtype_name}", kernels[offset], threads, shared)
+                if entry not in result:
+                    result.append(entry)
+    return result
+
+
+def table(cache: Path) -> str:
+    """Markdown: registers and occupancy of every kernel that the real calls launch."""
+    figures = resources(compile_all(cache))
+    rows = [
+        f"| call | kernel | threads | shared KiB | sm_{' | sm_'.join(ARCHITECTURES)} |",
+        "|---|---|---|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for call, kernel, threads, dynamic in launches(cache):
+        cells = []
+        for architecture in ARCHITECTURES:
+            registers, static = figures[kernel, architecture]
+            share = occupancy(architecture, threads, registers, static + dynamic)
+            cells.append(f"{registers} / {share:.0%}")
+        shared = (static + dynamic) / 1024
+        rows.append(f"| {call} | `{kernel}` | {threads} | {shared:.1f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())))

@@ -1,0 +1,152 @@
+"""performer_layer's CUDA source, run on the CPU: its own paths, and slips of each kernel."""
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.kernels import test_performer_layer
+from tests.kernels.test_performer_layer import assert_parity
+from tests.kernels.test_reference import performer_params
+from tests.simt.build import build_host_library
+from tests.simt.mutations import build_mutated
+from tests.simt.test_soft_split import name
+
+pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+
+# Map, kernel_size, stride, padding, and E, m, M, each for a path of the kernels.
+CASES = {
+    "widest": ((1, 16, 9, 8), (3, 2, 1), (64, 64, 64)),
+    "several-tiles-of-a-warp": ((3, 3, 10, 11), (3, 1, 1), (24, 40, 8)),
+    "token-larger-than-shared-memory": ((1, 64, 6, 6), (5, 2, 2), (16, 8, 24)),
+    "one-of-each": ((2, 3, 5, 4), (3, 2, 1), (1, 1, 1)),
+}
+
+
+def arguments(case, dtype):
+    shape, split, sizes = CASES[case]
+    torch.manual_seed(len(case))
+    params = performer_params(shape[1] * split[0] ** 2, *sizes, dtype=torch.float32)
+    params.w.mul_((sizes[1] / sizes[0]) ** 0.5)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    return [tensor.to(dtype) for tensor in (x, *params)], split
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case, dtype):
+    tensors, split = arguments(case, dtype)
+    layout = test_performer_layer.channels_last
+    assert_parity(tensors, split, "cuda", layout, dropout_p=0.1, seed=3, eps=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_order_of_threads(host_cache, seed):
+    ctypes.CDLL(build_host_library(host_cache)).simt_seed(ctypes.c_uint64(seed))
+    tensors, split = arguments("widest", torch.bfloat16)
+    assert_parity(tensors, split, "cuda", dropout_p=0.1, seed=3)
+
+
+def test_an_image_does_not_touch_another():
+    """Tiles reach beyond the last token of an image, into the next one."""
+    tensors, split = arguments("several-tiles-of-a-warp", torch.bfloat16)
+    numbers = (*split, 1e-3, 0.0)
+    alone, *_ = torch.ops.t2t_cuda.performer_layer(*tensors, None, *numbers)
+    tensors[0][1] = torch.nan
+    beside, *_ = torch.ops.t2t_cuda.performer_layer(*tensors, None, *numbers)
+    assert torch.equal(alone[[0, 2]], beside[[0, 2]])
+
+
+LAYER, PHILOX = "performer_layer.cu", "philox.cuh"
+# A statement that a slip drops, or an expression and what a slip would make of it.
+SLIPS = {
+    "tile-overwritten": (LAYER, "__syncwarp();\n}\n\n__device__ inline void limit", ""),
+    "keys-before-they-are-there": (LAYER, "__syncwarp();\n    running.add", ""),
+    "features-overwritten": (LAYER, "__syncwarp();\n  keep_rounded(attended.y, operand);", ""),
+    "y-before-it-is-there": (LAYER, "__syncwarp();\n  Wide a = times", ""),
+    "dropout-of-another-token": (
+        LAYER,
+        "token * t.embed + sum_column(i / 2)",
+        "token * t.embed",
+    ),
+    "skip-forgotten": (LAYER, "add(a, made[1]);\n\n", ""),
+    "features-overwritten-backward": (
+        LAYER,
+        "__syncwarp();\n      keep_rounded(attended.y, kept_y);",
+        "",
+    ),
+    "hidden-before-the-norm": (LAYER, "__syncwarp();\n      hidden = times", ""),
+    "operands-before-they-are-there": (
+        LAYER,
+        "__syncthreads();\n    add_product(TailSlot::kMlpOut",
+        "",
+    ),
+    "operands-overwritten": (LAYER, "__syncthreads();\n\n    // mlp_in:", ""),
+    "operands-before-they-are-there-2": (
+        LAYER,
+        "__syncthreads();\n    add_product(TailSlot::kMlpIn",
+        "",
+    ),
+    "operands-overwritten-2": (LAYER, "__syncthreads();\n\n    // The norm:", ""),
+    "columns-before-they-are-there": (LAYER, "__syncthreads();\n    columns[2]", ""),
+    "columns-overwritten": (
+        LAYER,
+        "__syncthreads();\n    scale_and_shift<T>(grad, t.norm_gain",
+        "",
+    ),
+    "operands-before-they-are-there-3": (
+        LAYER,
+        "__syncthreads();\n    add_product(TailSlot::kProj",
+        "",
+    ),
+    "operands-overwritten-3": (LAYER, "__syncthreads();\n  }\n\n  const int column", ""),
+    "slot-not-added-to": (LAYER, "first ? sum : at[i * TailSlot::kThreads] + sum", "sum"),
+    "slot-left-out": (LAYER, "i < p.slot_count", "i < p.slot_count - (i > 0)"),
+    "sums-before-they-are-there": (LAYER, "__syncthreads();\n    sums.add", ""),
+    "sums-overwritten": (LAYER, "__syncthreads();\n  }\n  sums.store", ""),
+    "skip-of-the-values-forgotten": (LAYER, "add(grad_values, skip);", ""),
+    "one-round-less": (PHILOX, "round < 10", "round < 9"),
+}
+
+
+@pytest.fixture(scope="module")
+def mutate(cuda_on_host, host_cache, tmp_path_factory):
+    choose, end = build_mutated(
+        host_cache,
+        tmp_path_factory.mktemp("mutated"),
+        ["performer_layer.cu", "soft_split_linear.cu"],
+        list(SLIPS.values()),
+        ["performer_layer", "performer_layer_backward"],
+    )
+    yield choose
+    end()
+
+
+def results(ops, dtype):
+    """Of both operators, on a map that takes every kernel through most of its paths."""
+    tensors, split = arguments("several-tiles-of-a-warp", dtype)
+    seed, numbers = torch.tensor([5]), (*split, 1e-3, 0.25)
+    y, *sums = ops.performer_layer(*tensors, seed, *numbers)
+    yield from (y, *sums)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+    yield from ops.performer_layer_backward(grad, *tensors, seed, *sums, *numbers, True)
+
+
+def differs(dtype):
+    try:
+        mutated = list(results(torch.ops.t2t_mutated, dtype))
+    except RuntimeError as error:
+        return "launch failure" in str(error)
+    return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_no_slip_changes_nothing(mutate, dtype):
+    mutate(-1)
+    assert not differs(dtype)
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slip_is_noticed(mutate, slip):
+    mutate(list(SLIPS).index(slip))
+    assert differs(torch.float32) or differs(torch.bfloat16)
