@@ -53,6 +53,14 @@ def device(backend):
     return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler(request):
+    """Tests compile the same functions with other backends and dtypes, more than a process may."""
+    yield
+    if "compile" in request.node.name or "opcheck" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def poisoned():
     """Fresh memory holds NaN, so that an element nobody wrote cannot look like an answer."""
