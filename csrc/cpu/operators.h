@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -81,14 +82,25 @@ inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shap
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
 
+// Checks the sizes of a soft split. The bounds keep the products of two of them from overflowing.
+inline void check_split(const char* name, int64_t channels, int64_t height, int64_t width,
+                        int64_t kernel, int64_t stride, int64_t padding) {
+  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
+  constexpr int64_t largest_step = std::numeric_limits<int16_t>::max();
+  STD_TORCH_CHECK(kernel >= 1 && kernel <= largest_step && stride >= 1 && stride <= largest_step &&
+                      padding >= 0 && padding <= largest_step,
+                  name, ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
+  STD_TORCH_CHECK(channels <= largest / (kernel * kernel) && height <= largest && width <= largest,
+                  name, ": ", channels, " channels of ", height, "x", width, " are too many");
+  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
+                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+}
+
 inline Split make_split(const char* name, const Tensor& x, int64_t kernel, int64_t stride,
                         int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, name, ": x must have 4 dimensions, has ", x.dim());
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0, name, ": kernel_size ", kernel,
-                  ", stride ", stride, ", padding ", padding);
   const int64_t height = x.size(2), width = x.size(3);
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
-                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  check_split(name, x.size(1), height, width, kernel, stride, padding);
   return {x.size(0), x.size(1), height, width,
           {x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
           (height + 2 * padding - kernel) / stride + 1,

@@ -4,15 +4,8 @@
 // thread owns whole rows of the result (of tokens forward, of pixels backward), hence no atomics and
 // the same sums for any number of threads. Strides are taken as they come: no layout is copied first.
 
-#include <algorithm>
-#include <cstdint>
-#include <limits>
-#include <vector>
+#include "operators.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -32,15 +25,7 @@ struct Geometry {
 Geometry make_geometry(
     int64_t batch, int64_t channels, int64_t height, int64_t width,
     int64_t kernel, int64_t stride, int64_t padding) {
-  // Bounds on the single sizes keep the products of two of them from overflowing.
-  constexpr int64_t largest = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(kernel >= 1 && kernel <= 32767 && stride >= 1 && stride <= largest &&
-                      padding >= 0 && padding <= largest,
-                  "soft_split: kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
-  STD_TORCH_CHECK(channels <= largest / (kernel * kernel) && height <= largest && width <= largest,
-                  "soft_split: ", channels, " channels of ", height, "x", width, " are too many");
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel,
-                  "soft_split: a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  t2t::check_split("soft_split", channels, height, width, kernel, stride, padding);
   return {batch, channels, height, width,
           (height + 2 * padding - kernel) / stride + 1,
           (width + 2 * padding - kernel) / stride + 1, kernel, stride, padding};

@@ -63,9 +63,11 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Of a NaN and a number, the second argument.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec clamp(Vec v, float low, float high) { return min(max(v, all(low)), all(high)); }
+// NaN stays NaN.
+inline Vec clamp(Vec v, float low, float high) { return min(all(high), max(all(low), v)); }
 
 // Lanes below n as they are, zero elsewhere.
 inline Vec first_lanes(Vec v, int64_t n) {

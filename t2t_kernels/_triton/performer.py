@@ -43,7 +43,8 @@ def store_rows(p, b, o_t, m_t, EMBED: tl.constexpr, EMBED_P: tl.constexpr):
 
 @triton.jit
 def _within_range(b):
-    return tl.minimum(tl.maximum(b, -_LARGEST), _LARGEST)
+    b = tl.maximum(b, -_LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(b, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

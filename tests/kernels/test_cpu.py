@@ -16,6 +16,7 @@ from tests.kernels import (
     test_token_attention,
     test_transformer_layer,
 )
+from tests.kernels.test_reference import performer_params, transformer_params
 
 pytestmark = pytest.mark.skipif(
     why_unavailable("cpu") is not None, reason=str(why_unavailable("cpu"))
@@ -179,6 +180,10 @@ def test_operators_check_what_would_read_out_of_bounds():
     ):
         with pytest.raises(RuntimeError, match="soft_split_linear"):
             ops.soft_split_linear(*arguments)
+    with pytest.raises(RuntimeError, match="soft_split: kernel_size 3, stride 1, padding 2147483645"):
+        ops.soft_split(x, 3, 1, 2**31 - 3)
+    with pytest.raises(RuntimeError, match="soft_split_linear: kernel_size 4294967296"):
+        ops.soft_split_linear(x, weight[:, :0], None, None, None, 2**32, 1, 2**31, 1e-5)
     with pytest.raises(RuntimeError, match="soft_split_linear: grad"):
         ops.soft_split_linear_backward(
             torch.randn(1, 15, 4), x, weight, None, None, 3, 2, 1, 1e-5, True
@@ -190,3 +195,41 @@ def test_operators_check_what_would_read_out_of_bounds():
         ops.token_attention(k[:, :4], k, k, 1.0)
     y = soft_split_linear(x, weight, kernel_size=3, stride=2, padding=1, backend="cpu")
     assert y.shape == (1, 16, 4)
+
+
+def operator_calls():
+    """Every fused operator, forward and backward, with arguments that it takes."""
+    ops, split = torch.ops.t2t_cpu, (3, 2, 1)
+    x, w, seed = torch.randn(2, 3, 7, 8), torch.randn(3, 6), torch.tensor([3])
+    k, q, v = torch.randn(3, 2, 16, 6)
+    performer = performer_params(27, 6, 3, 7, dtype=torch.float32)
+    transformer = transformer_params(27, 6, 7, dtype=torch.float32)
+    weight, norm = torch.randn(6, 27), torch.randn(27)
+    yield "soft_split_linear", (x, weight, weight[:, 0], norm, norm, *split, 1e-5)
+    yield "soft_split_linear_backward", (v, x, weight, norm, norm, *split, 1e-5, True)
+    _, *saved = ops.performer_attention(k, q, v, w, 1e-8)
+    yield "performer_attention", (k, q, v, w, 1e-8)
+    yield "performer_attention_backward", (v, k, q, v, w, *saved, 1e-8)
+    y, _, *saved = ops.token_attention(q, k, v, 0.3)
+    yield "token_attention", (q, k, v, 0.3)
+    yield "token_attention_backward", (v, q, k, v, y, *saved, 0.3)
+    _, *saved = ops.performer_layer(x, *performer, seed, *split, 1e-8, 0.1)
+    yield "performer_layer", (x, *performer, seed, *split, 1e-8, 0.1)
+    yield "performer_layer_backward", (v, x, *performer, seed, *saved, *split, 1e-8, 0.1, True)
+    _, *saved = ops.transformer_layer(x, *transformer, *split, 0.3)
+    yield "transformer_layer", (x, *transformer, *split, 0.3)
+    yield "transformer_layer_backward", (v, x, *transformer, *saved, *split, 0.3, True)
+
+
+def test_operators_refuse_every_tensor_that_is_too_small():
+    for operator, arguments in operator_calls():
+        call = getattr(torch.ops.t2t_cpu, operator)
+        call(*arguments)
+        for i, tensor in enumerate(arguments):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            dim = min(1, tensor.dim() - 1)
+            smaller = tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+            with pytest.raises(RuntimeError, match=operator.removesuffix("_backward") + ": "):
+                call(*arguments[:i], smaller, *arguments[i + 1 :])
+                pytest.fail(f"{operator} takes argument {i} of shape {tuple(smaller.shape)}")

@@ -103,6 +103,18 @@ def test_finite_for_every_finite_input(backend, device, dtype, size, eps):
         assert grad.isfinite().all(), f"gradient of {what}"
 
 
+@pytest.mark.parametrize("which", ["k", "q", "v"])
+def test_nan_is_not_clamped_away(backend, device, which):
+    """What a NaN reaches is NaN: a diverged training must not look like a finite one."""
+    torch.manual_seed(3)
+    tensors = {name: torch.randn(1, 70, 8, device=device) for name in "kqv"}
+    tensors[which][0, 40, 3] = float("nan")
+    w = torch.randn(5, 8, device=device)
+    ours, plain = (performer_attention(**tensors, w=w, backend=b) for b in (backend, "reference"))
+    assert plain.isnan().any()
+    assert torch.equal(ours.isnan(), plain.isnan())
+
+
 def test_views(backend, device):
     """k, q and v as a linear layer's chunks, the gradient as a sum's."""
     kqv = torch.randn(2, 20, 48, device=device, requires_grad=True)
