@@ -219,15 +219,15 @@ inline Vec exp(Vec x) {
   return x == x ? (x > kHigh ? all(__builtin_inff()) : result) : x;
 }
 
-// The same for x up to rounding at most 0, with e^−87 for everything below −87; NaN stays NaN.
+// The same for x up to rounding at most 0, with zero for everything below −87; NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
   constexpr float kRound = 12582912.f;
-  const Vec bounded = max(all(-87.f), x);
-  const Vec shifted = bounded * 1.44269504f + kRound;
+  const Vec shifted = x * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
-  const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
   const Vec p = exp_of_remainder(r);
-  return p * bits<Vec>((bits<Ints>(shifted) - bits<int32_t>(kRound) + 127) << 23);
+  const Vec result = p * bits<Vec>((bits<Ints>(shifted) - bits<int32_t>(kRound) + 127) << 23);
+  return x < -87.f ? Vec{} : result;
 }
 
 // The standard normal distribution: its density φ(x) and its integral Φ(x) from −∞, so that
