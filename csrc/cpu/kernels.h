@@ -374,15 +374,18 @@ void round_tile(Tile x, int64_t rows) {
   }
 }
 
-// y·dy by the same instructions in the same order as the products that make v·dy: where a query attends
-// to one key, the two then cancel exactly.
+// y·dy, added up in the order of the products that make v·dy: where a query attends to one key, the two
+// then cancel exactly. Of a pair, the CPU takes the second element first.
+template <typename E>
 inline void delta_of(Tile y, Tile grad, int64_t rows, float* delta) {
+  constexpr int64_t kSum = kSegment<E> * kDepth<E>;
   for (int64_t i = 0; i < rows; ++i) {
     Vec total{};
-    for (int64_t j = 0; j < y.row; j += kSegment<float>) {
+    for (int64_t j = 0; j < y.row; j += kSum) {
       Vec part{};
-      for (int64_t e = j; e < least(j + kSegment<float>, y.row); ++e) {
-        part += all(grad[i][e]) * load(y[i] + e);  // the first lane counts
+      for (int64_t e = j; e < least(j + kSum, y.row); ++e) {
+        const int64_t at = e ^ (kDepth<E> - 1);
+        part += all(grad[i][at]) * load(y[i] + at);  // the first lane counts
       }
       total = j == 0 ? part : part + total;
     }
@@ -397,7 +400,7 @@ void softmax_delta(const Softmax& s, Rows attended, Rows grad, float* delta, Ran
   for_tiles(range, [&](int64_t token, int64_t rows) {
     load_tile<float>(attended, token, rows, s.embed, m.y);
     load_tile<T>(grad, token, rows, s.embed, m.grad);
-    delta_of(m.y, m.grad, rows, delta + token);
+    delta_of<Element<T>>(m.y, m.grad, rows, delta + token);
   });
 }
 
@@ -513,7 +516,7 @@ void transformer_tail_backward(const Projection& p, const Softmax& s, const Tail
     tail_backward<Element<T>>(t, token, rows, m.y, v, sums, m.tail, m.grad_y);
     // As the products will take it: D cancels against what they make of it.
     round_tile<T>(m.grad_y, rows);
-    delta_of(m.y, m.grad_y, rows, delta + token);
+    delta_of<Element<T>>(m.y, m.grad_y, rows, delta + token);
     std::memcpy(grad_y + token * embed, m.grad_y.p, rows * embed * sizeof(float));
     std::memcpy(grad_v + token * embed, m.tail.grad.p, rows * embed * sizeof(float));
   });

@@ -73,12 +73,14 @@ def test_parity_in_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_no_gradient_where_each_query_attends_to_one_key():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_gradient_where_each_query_attends_to_one_key(dtype):
     """The other keys are e^−87 and more below it: exactly nothing of them is left."""
     torch.manual_seed(5)
     k, v = torch.randn(2, 2, 40, 64)
     k = 30 * k / k.norm(dim=-1, keepdim=True)
-    ours = test_token_attention.gradients([k, k, v], 1.0, "cpu", torch.float32)
+    k, v = k.to(dtype), v.to(dtype)
+    ours = test_token_attention.gradients([k, k, v], 1.0, "cpu", dtype)
     assert torch.equal(ours["y"], v)
     assert ours["q"].count_nonzero() == ours["k"].count_nonzero() == 0
 
