@@ -66,7 +66,10 @@ Rows rows_of(const torch::stable::Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), vectors};
 }
 
-__device__ inline float within_range(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
+// NaN stays NaN.
+__device__ inline float within_range(float x) {
+  return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x;
+}
 
 // Tokens first … of an image, as floats, zero beyond `tokens` and `embed`; keys and queries are
 // brought within range.
