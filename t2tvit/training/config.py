@@ -177,6 +177,16 @@ class RunConfig:
         maximum=1,
     )
 
+    checkpoint_minutes: float = key(
+        "run",
+        10.0,
+        "the training state is written after each epoch, and when this long has passed since; "
+        "0: after every update",
+        minimum=0,
+    )
+    keep_checkpoints: int = key(
+        "run", 2, "training states to keep; a damaged one gives way to the one before", minimum=1
+    )
     seed: int = key(
         "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1
     )

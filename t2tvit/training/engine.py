@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
@@ -15,7 +16,7 @@ from t2tvit.errors import NonFiniteLoss
 from t2tvit.models import T2TBackbone
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, min_over_ranks, sum_over_ranks
-from t2tvit.training.pipeline import Data, Normalize, batches
+from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
 from t2tvit.training.progress import Progress
 from t2tvit.training.state import TrainState
 
@@ -44,9 +45,16 @@ def mixing(config: RunConfig, num_classes: int) -> Mixup | None:
 
 
 def train_epoch(
-    state: TrainState, data: Data, config: RunConfig, world: World, progress: Progress
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    world: World,
+    progress: Progress,
+    after_step: Callable[[TrainState], None],
 ) -> dict[str, float]:
-    """Train for one epoch.
+    """Train to the end of the epoch, from its step ``state.step`` on.
+
+    ``after_step`` is called where ``state`` is whole, and what it raises ends the epoch.
 
     Returns:
         ``train_loss`` and ``images_per_second`` over all ranks, ``lr`` of the last update.
@@ -58,12 +66,12 @@ def train_epoch(
     loss_function = LabelSmoothingCrossEntropy(config.smoothing)
     if mix is not None:
         loss_function = SoftTargetCrossEntropy()
-    data.train.sampler.set_epoch(state.epochs_done)
+    begin_epoch(data.train, state.epochs_done, state.step)
     state.network.train()
-    started, seen = time.perf_counter(), 0
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    started, before = time.perf_counter(), state.images
+    total = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
     first_bad = torch.full((), math.inf, device=world.device)
-    for step, (images, labels) in enumerate(batches(data.train), start=1):
+    for images, labels in batches(data.train):
         state.scheduler.step_update(state.updates)
         images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
         if mix is not None:
@@ -72,20 +80,24 @@ def train_epoch(
             loss = loss_function(state.network(images), targets)
         update(state, loss, config.clip_grad)
         state.updates += 1
-        total += loss.detach() * len(labels)
+        state.step += 1
+        total = total + loss.detach() * len(labels)
+        state.loss_sum = total
+        state.images += len(labels)
         first_bad = first_bad.minimum(
-            torch.where(torch.isfinite(loss.detach()), math.inf, float(step))
+            torch.where(torch.isfinite(loss.detach()), math.inf, float(state.step))
         )
-        seen += len(labels)
-        if step % CHECK_EVERY == 0 or step == len(data.train):
+        if state.step % CHECK_EVERY == 0 or state.step == len(data.train):
             check_finite(min_over_ranks(world, first_bad), state)
-            elapsed = time.perf_counter() - started
-            rate = seen * world.size / elapsed
-            progress.show(step, f"loss {total.item() / seen:.3f}, {rate:,.0f} images/s")
-    sums = sum_over_ranks(world, torch.stack([total, total.new_tensor(seen)]))
+            rate = (state.images - before) * world.size / (time.perf_counter() - started)
+            mean = total.item() / state.images
+            progress.show(state.step, f"loss {mean:.3f}, {rate:,.0f} images/s")
+        after_step(state)
+    sums = torch.stack([total, total.new_tensor(state.images), total.new_tensor(before)])
+    loss_sum, images, before = sum_over_ranks(world, sums).tolist()
     return {
-        "train_loss": (sums[0] / sums[1]).item(),
-        "images_per_second": sums[1].item() / (time.perf_counter() - started),
+        "train_loss": loss_sum / images,
+        "images_per_second": (images - before) / (time.perf_counter() - started),
         "lr": max(group["lr"] for group in state.optimizer.param_groups),
     }
 

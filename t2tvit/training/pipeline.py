@@ -1,6 +1,8 @@
 """From PIL images to normalised batches: workers deliver uint8, the device does the rest."""
 
+import itertools
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,13 +16,22 @@ from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+from t2tvit.training.keeper import STOP_SIGNALS
+from t2tvit.training.state import drawing_from
 
 
 class TransformedImages(Dataset):
-    """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``."""
+    """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``.
 
-    def __init__(self, split: Split, transform, label_map: list[int] | None = None):
+    What ``transform`` draws follows from ``seed``, ``epoch`` and the image alone: neither the
+    number of workers nor an interruption changes it.
+    """
+
+    def __init__(
+        self, split: Split, transform, label_map: list[int] | None = None, seed: int = 0
+    ):
         self.images, self.transform, self.label_map = split.images, transform, label_map
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,7 +40,17 @@ class TransformedImages(Dataset):
         image, label = self.images[index]
         if self.label_map is not None:
             label = self.label_map[label]
-        return self.transform(image), label
+        with drawing_from(self.seed, self.epoch, index):
+            return self.transform(image), label
+
+
+class EpochSampler(DistributedSampler):
+    """This rank's shuffled indices of an epoch, without the first ``start``."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.start, None)
 
 
 class Normalize:
@@ -155,7 +176,7 @@ def statistics(
 
 
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
-    """Shuffled batches of ``batch_size / world.size``; call ``loader.sampler.set_epoch`` first.
+    """Shuffled batches of ``batch_size / world.size``; call :func:`begin_epoch` first.
 
     The ranks' batches together are those of a single process with the same seed.
     """
@@ -175,8 +196,8 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
             "an even number; change it or set both to 0"
         )
     mean, _ = statistics(config, split.mean, split.std)
-    dataset = TransformedImages(split, train_transform(config, mean))
-    sampler = DistributedSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
+    dataset = TransformedImages(split, train_transform(config, mean), seed=config.seed)
+    sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
     return DataLoader(
         dataset,
         batch_size=config.batch_size // world.size,
@@ -184,7 +205,22 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
+        worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # or beginning an epoch again would draw from the run's
     )
+
+
+def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
+    """Let ``loader`` of :func:`train_loader` go on after ``step`` batches of ``epoch``."""
+    loader.dataset.epoch = epoch
+    loader.sampler.set_epoch(epoch)
+    loader.sampler.start = step * loader.batch_size
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """A signal to the process group is the main process's, which still needs its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_loader(
@@ -200,6 +236,7 @@ def eval_loader(
         batch_size=math.ceil(config.batch_size / world.size),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
     )
 
 

@@ -56,7 +56,7 @@ def silent(steps):
 
 def one_epoch(state, data, config):
     with silent(len(data.train)) as progress:
-        return train_epoch(state, data, config, WORLD, progress)
+        return train_epoch(state, data, config, WORLD, progress, lambda state: None)
 
 
 def test_an_epoch_is_what_a_plain_loop_computes():

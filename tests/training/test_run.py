@@ -13,32 +13,12 @@ from t2tvit.cli import main
 from t2tvit.training import run
 from t2tvit.training.config import resolve
 from t2tvit.training.state import read_about
-from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
+from tests.training.compare import assert_equal, without_times
+from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
 
 def train(output, *options) -> int:
     return main(["train", *TINY, "--output", str(output), *options])
-
-
-def assert_equal(first, second, place="state"):
-    """Bit-identical tensors, and equal everything else."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), place
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for key in first:
-            assert_equal(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), place
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{place}.{index}")
-    else:
-        assert first == second, place
-
-
-def without_times(history):
-    times = ("seconds", "images_per_second")
-    return [{key: row[key] for key in row if key not in times} for row in history]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +30,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_writes_what_it_says_and_nothing_else(finished):
-    files = {"best.safetensors", "last.safetensors", "state.pt", "config.yaml", "run.json"}
+    files = {"best.safetensors", "last.safetensors", "config.yaml", "run.json"}
+    files |= {"state-00002-00000000.safetensors", "state-00003-00000000.safetensors"}
     files |= {"metrics.jsonl", "curves.png"}
     assert {path.name for path in finished.iterdir()} == files
     assert [path.name for path in finished.parent.iterdir()] == ["run"]
@@ -166,12 +147,12 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, mo
 
 
 def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
-    before = (finished / "state.pt").read_bytes()
+    before = newest(finished).read_bytes()
     output = tmp_path / "longer"
     options = ["--resume", str(finished), "--epochs", "4", "--output", str(output)]
     assert main(["train", *options]) == 0
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
-    assert (finished / "state.pt").read_bytes() == before
+    assert newest(finished).read_bytes() == before
     assert "epochs    4 instead of 3: another cosine from here" in capsys.readouterr().out
     best = max(metrics_of(output), key=lambda row: (row["top1"], row["epoch"]))
     assert read_about(output / "best.safetensors").epoch == best["epoch"]
@@ -180,8 +161,9 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
 def test_a_finished_run_moves_to_another_folder_whole(tmp_path, finished, capsys):
     output = tmp_path / "moved"
     assert main(["train", "--resume", str(finished), "--output", str(output)]) == 0
-    assert {path.name for path in output.iterdir()} == {path.name for path in finished.iterdir()}
-    for name in ("best.safetensors", "last.safetensors", "state.pt"):
+    missing = {path.name for path in finished.iterdir()} - {path.name for path in output.iterdir()}
+    assert missing == {"state-00002-00000000.safetensors"}
+    for name in ("best.safetensors", "last.safetensors", newest(finished).name):
         assert (output / name).read_bytes() == (finished / name).read_bytes()
     (output / "best.safetensors").unlink()
     line = refused(capsys, "--resume", str(output), "--output", str(tmp_path / "third"))
@@ -228,11 +210,11 @@ def test_outputs_that_cannot_be_used(tmp_path, finished, capsys):
 
 def test_states_that_cannot_be_resumed(tmp_path, finished, capsys):
     assert "does not exist" in refused(capsys, "--resume", str(tmp_path / "gone"))
-    state = tmp_path / "state.pt"
-    state.write_bytes((finished / "state.pt").read_bytes()[:5000])
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(newest(finished).read_bytes()[:5000])
     assert "is damaged" in refused(capsys, "--resume", str(state))
-    torch.save({"weights": torch.ones(2)}, state)
-    assert "is no training state" in refused(capsys, "--resume", str(state))
+    weights = str(finished / "last.safetensors")
+    assert "is no training state" in refused(capsys, "--resume", weights)
 
 
 def test_training_starts_from_given_weights(tmp_path, finished):
@@ -280,9 +262,9 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
     """No file may grow beyond the weights', which stops the larger training state."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    before = (output / "state.pt").read_bytes()
+    before = {path: path.read_bytes() for path in output.glob("state-*")}
     limit = (output / "last.safetensors").stat().st_size + 1000
-    assert limit < len(before)
+    assert all(limit < len(content) for content in before.values())
     code = (
         "import resource, sys; from t2tvit.cli import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
@@ -291,9 +273,9 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    line = f"t2tvit: error: cannot write {output}/state.pt: File too large; what it held before"
-    assert done.stderr == line + " is intact\n"
-    assert (output / "state.pt").read_bytes() == before
+    line = f"t2tvit: error: cannot write {output}/state-00004-00000000.safetensors: "
+    assert done.stderr == line + "File too large\n"
+    assert {path: path.read_bytes() for path in output.glob("state-*")} == before
     assert not list(output.glob(".*"))
 
 
