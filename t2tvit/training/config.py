@@ -65,6 +65,13 @@ class RunConfig:
         "data", 224, "side of the square input, or height and width, in pixels", minimum=16
     )
     workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0)
+    max_unreadable: int = key(
+        "data",
+        10,
+        "training images that may be missing or damaged before the run ends; each is named, and "
+        "the next image takes its place. Held-out images must all be readable",
+        minimum=0,
+    )
     interpolation: str = key(
         "data", "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
     )
@@ -153,6 +160,14 @@ class RunConfig:
         "bfloat16",
         "autocast dtype; float16 scales the loss",
         choices=("bfloat16", "float16", "none"),
+    )
+
+    max_skipped: int = key(
+        "optimisation",
+        20,
+        "updates in a row that are skipped for a loss or gradient that is not finite, before the "
+        "run ends and keeps the batch",
+        minimum=0,
     )
 
     epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, gather, min_over_ranks
+from t2tvit.training.distributed import World, gather, min_over_ranks, on_main
 from t2tvit.training.state import TrainState, read_tensors, rng_state, write_tensors
 
 STATE_FILES = "state-*.safetensors"
@@ -92,19 +92,26 @@ class Keeper:
         """Write the state as the newest file and remove the oldest beyond ``keep_checkpoints``."""
         ranks = gather(
             self.world,
-            {"rng": rng_state(), "loss_sum": float(state.loss_sum), "images": state.images},
+            {
+                "rng": rng_state(),
+                "loss_sum": float(state.loss_sum),
+                "images": state.images,
+                "unreadable": sorted(state.unreadable),
+            },
         )
-        if self.world.is_main:
-            content = {
-                "state": state.state_dict(),
-                "ranks": ranks,
-                "config": vars(self.config),
-                "class_names": self.class_names,
-            }
-            write_state(state_path(self.output, state), content)
-            for path in states_in(self.output)[self.config.keep_checkpoints :]:
-                path.unlink()
+        on_main(self.world, lambda: self._write(state, ranks))
         self.saved = time.monotonic()
+
+    def _write(self, state: TrainState, ranks: list[dict]) -> None:
+        content = {
+            "state": state.state_dict(),
+            "ranks": ranks,
+            "config": vars(self.config),
+            "class_names": self.class_names,
+        }
+        write_state(state_path(self.output, state), content)
+        for path in states_in(self.output)[self.config.keep_checkpoints :]:
+            path.unlink()
 
 
 def state_path(output: Path, state: TrainState) -> Path:

@@ -44,6 +44,19 @@ class TransformedImages(Dataset):
             return self.transform(image), label
 
 
+class TrainingImages(TransformedImages):
+    """The same, with why the image could not be read, or no text: the next one stands for it."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        problem = ""
+        for offset in range(len(self)):
+            try:
+                return *super().__getitem__((index + offset) % len(self)), problem
+            except InputError as error:
+                problem = problem or str(error)
+        raise InputError(f"none of the {len(self):,} training images can be read: {problem}")
+
+
 class EpochSampler(DistributedSampler):
     """This rank's shuffled indices of an epoch, without the first ``start``."""
 
@@ -196,7 +209,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
             "an even number; change it or set both to 0"
         )
     mean, _ = statistics(config, split.mean, split.std)
-    dataset = TransformedImages(split, train_transform(config, mean), seed=config.seed)
+    dataset = TrainingImages(split, train_transform(config, mean), seed=config.seed)
     sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
     return DataLoader(
         dataset,
@@ -215,6 +228,13 @@ def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
     loader.dataset.epoch = epoch
     loader.sampler.set_epoch(epoch)
     loader.sampler.start = step * loader.batch_size
+
+
+def batch_indices(loader: DataLoader, step: int) -> list[int]:
+    """Which images batch ``step`` (from 0) of the epoch at hand has on this rank."""
+    start = step * loader.batch_size
+    order = DistributedSampler.__iter__(loader.sampler)
+    return list(itertools.islice(order, start, start + loader.batch_size))
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -240,7 +260,7 @@ def eval_loader(
     )
 
 
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(loader: DataLoader) -> Iterator[list]:
     """The loader's batches; an InputError arrives without its worker's traceback."""
     try:
         yield from loader

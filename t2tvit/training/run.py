@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import t2tvit
 from t2tvit.data.sources import Split
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, NonFiniteLoss
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
 from t2tvit.training.build import (
@@ -38,6 +38,7 @@ from t2tvit.training.keeper import (
     find_state,
     read_state,
     set_aside,
+    write_state,
 )
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import Data, open_data
@@ -62,7 +63,7 @@ from t2tvit.training.state import (
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {
     *("data", "epochs", "workers", "device", "fused_kernels"),
-    *("checkpoint_minutes", "keep_checkpoints"),
+    *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
 }
 CURVES_EVERY = 60  # seconds
 SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
@@ -74,7 +75,7 @@ def train(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: something the user can mend.
         BackendUnavailable: the backend asked for cannot run.
-        RunError: the loss is not finite or the disk is full; the last checkpoint is intact.
+        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
     """
     place = find_place(arguments.output, arguments.resume)
     config = choose_config(arguments.config, given(arguments), place)
@@ -205,11 +206,10 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         metrics = one_epoch(state, data, config, epochs, world, keeper)
         state.end_epoch(metrics)
         is_best = best_epoch(state.history) is metrics
-        if world.is_main:
-            about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
-            if is_best:
-                save_weights(state.evaluated_model, output / BEST_FILE, about)
-            save_weights(state.evaluated_model, output / LAST_FILE, about)
+        about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
+        for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
+            weights = (state.evaluated_model, output / name, about)
+            on_main(world, lambda: save_weights(*weights))
         keeper.save(state)
         if world.is_main:
             write_metrics(output / METRICS_FILE, state.history)
@@ -234,7 +234,13 @@ def one_epoch(
     """Train and evaluate once; the metrics that METRICS_FILE gets."""
     epoch, started = state.epochs_done + 1, time.perf_counter()
     with Progress(f"epoch {epoch}/{epochs}", len(data.train), world) as progress:
-        metrics = train_epoch(state, data, config, world, progress, keeper.after_step)
+        try:
+            metrics = train_epoch(state, data, config, world, progress, keeper.after_step)
+        except NonFiniteLoss as error:
+            path = keeper.output / f"not_finite-{world.rank}.safetensors"
+            write_state(path, error.batch | {"model": state.model.state_dict()})
+            text = f"{error}. Each rank's batch is kept with the weights as {path.name} and so on"
+            raise NonFiniteLoss(text, error.batch) from None
     metrics |= evaluate(state.evaluated_model, data.held_out, data.normalize, config, world)
     return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
@@ -291,11 +297,13 @@ def restore(
     ranks = resumed["ranks"]
     if len(ranks) == world.size:
         state.loss_sum, state.images = ranks[world.rank]["loss_sum"], ranks[world.rank]["images"]
+        state.unreadable = set(ranks[world.rank]["unreadable"])
         set_rng_state(ranks[world.rank]["rng"])
         return
     if world.is_main:
         state.loss_sum = sum(rank["loss_sum"] for rank in ranks)
         state.images = sum(rank["images"] for rank in ranks)
+    state.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
     say(
         world,
         f"the run had {len(ranks)} processes and now has {world.size}: random numbers "

@@ -33,7 +33,8 @@ class TrainState:
     """Everything that an update changes. The schedule follows from ``updates`` alone.
 
     ``step`` batches of the epoch at hand are done; ``loss_sum`` over their ``images`` is this
-    rank's, all else is the same on every rank.
+    rank's, as is ``unreadable``, what is wrong with images; all else is the same on every rank.
+    ``skipped`` counts the epoch's updates that were not made.
     """
 
     model: nn.Module
@@ -47,6 +48,9 @@ class TrainState:
     step: int = 0
     loss_sum: torch.Tensor | float = 0.0
     images: int = 0
+    unreadable: set[str] = field(default_factory=set)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     history: list[dict] = field(default_factory=list)
 
     @property
@@ -63,6 +67,8 @@ class TrainState:
             "updates": self.updates,
             "epochs_done": self.epochs_done,
             "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "history": self.history,
         }
 
@@ -76,11 +82,12 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.updates, self.epochs_done = state["updates"], state["epochs_done"]
         self.step, self.history = state["step"], state["history"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
     def end_epoch(self, metrics: dict) -> None:
         """Count the epoch at hand as done."""
         self.epochs_done += 1
-        self.step, self.loss_sum, self.images = 0, 0.0, 0
+        self.step, self.loss_sum, self.images, self.skipped = 0, 0.0, 0, 0
         self.history.append(metrics)
 
 

@@ -1,18 +1,23 @@
 """A run from end to end: what it writes, how it resumes, what it refuses."""
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.training import run
 from t2tvit.training.config import resolve
-from t2tvit.training.state import read_about
+from t2tvit.training.keeper import read_state
+from t2tvit.training.state import read_about, set_rng_state
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
@@ -250,11 +255,56 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(run, "one_epoch", poisoned)
     assert train(output, "--epochs", "3") == 1
     line = capsys.readouterr().err
-    assert "the loss is not finite at step 1 of epoch 2" in line and line.count("\n") == 1
+    assert "the loss is not finite at step 5 of epoch 2" in line and line.count("\n") == 1
     assert "the last checkpoint is intact" in line
     state = state_of(output)["state"]
     assert state["epochs_done"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
+
+    kept = read_state(output / "not_finite-0.safetensors")
+    about = read_about(output / "last.safetensors")
+    model = t2tvit.create_model(about.model, **about.create_args)
+    model.load_state_dict(kept["model"])
+    set_rng_state(kept["rng"])
+    assert not model.train()(kept["images"]).isfinite().all()
+    assert kept["targets"].shape == (8, 6) and len(kept["indices"]) == 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder with three training images that are cut short."""
+    random = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("ant", "bee")):
+        place = tmp_path / "images" / split / name
+        place.mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.jpg")
+            if split == "train" and name == "bee" and number < 3:
+                path = place / f"{number}.jpg"
+                path.write_bytes(path.read_bytes()[:300])
+    return tmp_path / "images"
+
+
+def test_unreadable_images_are_named_counted_and_skipped_up_to_a_limit(tmp_path, folder, capsys):
+    options = ("--data", f"imagefolder:{folder}", "--num-classes", "2", "--epochs", "3")
+    assert train(tmp_path / "run", *options, "--max-unreadable", "3") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 3  # each once, not once in each epoch
+    for number in range(3):
+        path = folder / "train" / "bee" / f"{number}.jpg"
+        assert sum(f"image {path} cannot be read" in line for line in warnings) == 1
+    assert [row["unreadable_images"] for row in metrics_of(tmp_path / "run")] == [3, 3, 3]
+    assert train(tmp_path / "second", *options, "--max-unreadable", "2") == 2
+    line = capsys.readouterr().err
+    assert "3 training images cannot be read, the last: image" in line and line.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_an_output_that_may_not_be_written_to_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    line = refused(capsys, *TINY, "--epochs", "3", "--output", str(tmp_path / "run"))
+    assert "Permission denied" in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
