@@ -18,4 +18,11 @@ class RunError(RuntimeError):
 
 
 class NonFiniteLoss(RunError):
-    """Training broke down: the loss is infinite or not a number. The message says where."""
+    """Training broke down: losses or gradients stayed infinite or not a number.
+
+    ``batch`` holds what brings it about: this rank's inputs, targets, indices and generators.
+    """
+
+    def __init__(self, message: str, batch: dict):
+        super().__init__(message)
+        self.batch = batch

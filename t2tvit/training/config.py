@@ -65,6 +65,13 @@ class RunConfig:
         "data", 224, "side of the square input, or height and width, in pixels", minimum=16
     )
     workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0)
+    max_unreadable: int = key(
+        "data",
+        10,
+        "training images that may be missing or damaged before the run ends; each is named, and "
+        "the next image takes its place. Held-out images must all be readable",
+        minimum=0,
+    )
     interpolation: str = key(
         "data", "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
     )
@@ -155,6 +162,14 @@ class RunConfig:
         choices=("bfloat16", "float16", "none"),
     )
 
+    max_skipped: int = key(
+        "optimisation",
+        20,
+        "updates in a row that are skipped for a loss or gradient that is not finite, before the "
+        "run ends and keeps the batch",
+        minimum=0,
+    )
+
     epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)
     warmup_epochs: int = key("schedule", 10, "epochs of linear warm-up", minimum=0)
     warmup_lr: float = key("schedule", 1e-6, "learning rate at the first update", minimum=0)
@@ -177,6 +192,16 @@ class RunConfig:
         maximum=1,
     )
 
+    checkpoint_minutes: float = key(
+        "run",
+        10.0,
+        "the training state is written after each epoch, and when this long has passed since; "
+        "0: after every update",
+        minimum=0,
+    )
+    keep_checkpoints: int = key(
+        "run", 2, "training states to keep; a damaged one gives way to the one before", minimum=1
+    )
     seed: int = key(
         "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1
     )

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from t2tvit.errors import NonFiniteLoss
+from t2tvit.errors import NonFiniteLoss, OneRankError
 from t2tvit.models import T2TBackbone
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, min_over_ranks, sum_over_ranks
-from t2tvit.training.pipeline import Data, Normalize, batches
-from t2tvit.training.progress import Progress
-from t2tvit.training.state import TrainState
+from t2tvit.training.distributed import World, gather, sum_over_ranks
+from t2tvit.training.pipeline import Data, Normalize, batch_indices, batches, begin_epoch
+from t2tvit.training.progress import Progress, say
+from t2tvit.training.state import TrainState, rng_state
 
 # How often the loss is read from the device: each time waits for all work queued there.
 CHECK_EVERY = 10
@@ -44,73 +45,140 @@ def mixing(config: RunConfig, num_classes: int) -> Mixup | None:
 
 
 def train_epoch(
-    state: TrainState, data: Data, config: RunConfig, world: World, progress: Progress
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    world: World,
+    progress: Progress,
+    after_step: Callable[[TrainState], None],
 ) -> dict[str, float]:
-    """Train for one epoch.
+    """Train to the end of the epoch, from its step ``state.step`` on.
+
+    ``after_step`` is called where ``state`` is whole, and what it raises ends the epoch.
 
     Returns:
-        ``train_loss`` and ``images_per_second`` over all ranks, ``lr`` of the last update.
+        ``train_loss`` and ``images_per_second`` over all ranks, ``lr`` of the last update,
+        ``skipped_updates``, for which the loss or gradient was not finite, and
+        ``unreadable_images``, found so far.
 
     Raises:
-        NonFiniteLoss: the message names the step.
+        NonFiniteLoss: more than ``config.max_skipped`` updates in a row had to be skipped.
+        OneRankError: too many images cannot be read.
     """
     mix = mixing(config, state.model.num_classes)
     loss_function = LabelSmoothingCrossEntropy(config.smoothing)
     if mix is not None:
         loss_function = SoftTargetCrossEntropy()
-    data.train.sampler.set_epoch(state.epochs_done)
+    begin_epoch(data.train, state.epochs_done, state.step)
     state.network.train()
-    started, seen = time.perf_counter(), 0
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    first_bad = torch.full((), math.inf, device=world.device)
-    for step, (images, labels) in enumerate(batches(data.train), start=1):
+    started, before = time.perf_counter(), state.images
+    total = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
+    for images, labels, problems in batches(data.train):
+        note_unreadable(state, problems, config, world)
         state.scheduler.step_update(state.updates)
         images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
         if mix is not None:
             images, targets = mix(images, targets)
+        generators = rng_state()
         with precision(config, world.device):
             loss = loss_function(state.network(images), targets)
-        update(state, loss, config.clip_grad)
+        if update(state, loss, config.clip_grad):
+            state.skipped_in_a_row = 0
+            total = total + loss.detach() * len(labels)
+            state.loss_sum = total
+            state.images += len(labels)
+        else:
+            batch = {"images": images, "targets": targets, "rng": generators}
+            batch["indices"] = batch_indices(data.train, state.step)
+            report_skipped(state, loss.item(), batch, config, len(data.train), world)
         state.updates += 1
-        total += loss.detach() * len(labels)
-        first_bad = first_bad.minimum(
-            torch.where(torch.isfinite(loss.detach()), math.inf, float(step))
-        )
-        seen += len(labels)
-        if step % CHECK_EVERY == 0 or step == len(data.train):
-            check_finite(min_over_ranks(world, first_bad), state)
-            elapsed = time.perf_counter() - started
-            rate = seen * world.size / elapsed
-            progress.show(step, f"loss {total.item() / seen:.3f}, {rate:,.0f} images/s")
-    sums = sum_over_ranks(world, torch.stack([total, total.new_tensor(seen)]))
+        state.step += 1
+        if state.step % CHECK_EVERY == 0 or state.step == len(data.train):
+            rate = (state.images - before) * world.size / (time.perf_counter() - started)
+            mean = total.item() / max(state.images, 1)
+            progress.show(state.step, f"loss {mean:.3f}, {rate:,.0f} images/s")
+        after_step(state)
+    sums = torch.stack([total, total.new_tensor(state.images), total.new_tensor(before)])
+    loss_sum, images, before = sum_over_ranks(world, sums).tolist()
     return {
-        "train_loss": (sums[0] / sums[1]).item(),
-        "images_per_second": sums[1].item() / (time.perf_counter() - started),
+        "train_loss": loss_sum / images,
+        "images_per_second": (images - before) / (time.perf_counter() - started),
         "lr": max(group["lr"] for group in state.optimizer.param_groups),
+        "skipped_updates": state.skipped,
+        "unreadable_images": len(set().union(*gather(world, state.unreadable))),
     }
 
 
-def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> None:
-    """Backward pass, optimiser step and average."""
+def note_unreadable(
+    state: TrainState, problems: list[str], config: RunConfig, world: World
+) -> None:
+    """Name the images that could not be read, each once.
+
+    Raises:
+        OneRankError: more than ``config.max_unreadable`` have been found on this rank.
+    """
+    for problem in filter(None, problems):
+        if problem in state.unreadable:
+            continue
+        state.unreadable.add(problem)
+        if len(state.unreadable) > config.max_unreadable:
+            raise OneRankError(
+                f"{len(state.unreadable)} training images cannot be read, the last: {problem}; or "
+                "raise --max-unreadable"
+            )
+        print(f"warning   process {world.rank}: {problem}; the next takes its place", flush=True)
+
+
+def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> bool:
+    """Backward pass, optimiser step and average; False, and no step, if anything is not finite.
+
+    Every rank returns the same.
+    """
     state.optimizer.zero_grad()
-    state.scaler.scale(loss).backward()
+    # A loss that is not finite on one rank so reaches the gradients, which all ranks share.
+    state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+    state.scaler.unscale_(state.optimizer)
+    parameters = [value for value in state.model.parameters() if value.grad is not None]
+    norm = nn.utils.get_total_norm([value.grad for value in parameters])
     if clip_grad is not None:
-        state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
-    state.scaler.step(state.optimizer)
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    is_finite = norm.isfinite().item()
+    if is_finite:
+        state.scaler.step(state.optimizer)
     state.scaler.update()
-    if state.ema is not None:
+    if is_finite and state.ema is not None:
         state.ema.update(state.model, step=state.updates + 1)
+    return is_finite
 
 
-def check_finite(first_bad: Tensor, state: TrainState) -> None:
-    step = first_bad.item()
-    if step < math.inf:
+def report_skipped(
+    state: TrainState, loss: float, batch: dict, config: RunConfig, steps: int, world: World
+) -> None:
+    """Count the skipped update of ``batch`` and say whose it was.
+
+    Raises:
+        NonFiniteLoss: it is one too many.
+    """
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    where = f"step {state.step + 1} of epoch {state.epochs_done + 1}"
+    ranks = gather(world, (loss, batch["indices"]))
+    bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
+    what = "the loss is not finite" if bad else "the gradient is not finite"
+    whose = "; ".join(
+        f"rank {rank}: loss {value}, training images {' '.join(map(str, indices))}"
+        for rank, (value, indices) in (bad or dict(enumerate(ranks))).items()
+    )
+    if state.skipped_in_a_row > config.max_skipped or state.skipped == steps:
         kept = "; the last checkpoint is intact" if state.epochs_done > 0 else ""
         raise NonFiniteLoss(
-            f"the loss is not finite at step {step:.0f} of epoch {state.epochs_done + 1}{kept}. "
-            "Lower --lr, set --clip-grad, or use --amp bfloat16 or none"
+            f"{what} at {where}, the {state.skipped_in_a_row}. in a row ({whose}){kept}. "
+            "Lower --lr, set --clip-grad, or use --amp bfloat16 or none",
+            batch,
         )
+    # A loss scale that is too large is found so, and is no fault of the batch.
+    if bad or not state.scaler.is_enabled():
+        say(world, f"warning   {what} at {where} ({whose}); update skipped")
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """From PIL images to normalised batches: workers deliver uint8, the device does the rest."""
 
+import itertools
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,13 +16,22 @@ from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+from t2tvit.training.keeper import STOP_SIGNALS
+from t2tvit.training.state import drawing_from
 
 
 class TransformedImages(Dataset):
-    """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``."""
+    """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``.
 
-    def __init__(self, split: Split, transform, label_map: list[int] | None = None):
+    What ``transform`` draws follows from ``seed``, ``epoch`` and the image alone: neither the
+    number of workers nor an interruption changes it.
+    """
+
+    def __init__(
+        self, split: Split, transform, label_map: list[int] | None = None, seed: int = 0
+    ):
         self.images, self.transform, self.label_map = split.images, transform, label_map
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,7 +40,30 @@ class TransformedImages(Dataset):
         image, label = self.images[index]
         if self.label_map is not None:
             label = self.label_map[label]
-        return self.transform(image), label
+        with drawing_from(self.seed, self.epoch, index):
+            return self.transform(image), label
+
+
+class TrainingImages(TransformedImages):
+    """The same, with why the image could not be read, or no text: the next one stands for it."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        problem = ""
+        for offset in range(len(self)):
+            try:
+                return *super().__getitem__((index + offset) % len(self)), problem
+            except InputError as error:
+                problem = problem or str(error)
+        raise InputError(f"none of the {len(self):,} training images can be read: {problem}")
+
+
+class EpochSampler(DistributedSampler):
+    """This rank's shuffled indices of an epoch, without the first ``start``."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.start, None)
 
 
 class Normalize:
@@ -155,7 +189,7 @@ def statistics(
 
 
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
-    """Shuffled batches of ``batch_size / world.size``; call ``loader.sampler.set_epoch`` first.
+    """Shuffled batches of ``batch_size / world.size``; call :func:`begin_epoch` first.
 
     The ranks' batches together are those of a single process with the same seed.
     """
@@ -175,8 +209,8 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
             "an even number; change it or set both to 0"
         )
     mean, _ = statistics(config, split.mean, split.std)
-    dataset = TransformedImages(split, train_transform(config, mean))
-    sampler = DistributedSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
+    dataset = TrainingImages(split, train_transform(config, mean), seed=config.seed)
+    sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
     return DataLoader(
         dataset,
         batch_size=config.batch_size // world.size,
@@ -184,7 +218,29 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
+        worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # or beginning an epoch again would draw from the run's
     )
+
+
+def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
+    """Let ``loader`` of :func:`train_loader` go on after ``step`` batches of ``epoch``."""
+    loader.dataset.epoch = epoch
+    loader.sampler.set_epoch(epoch)
+    loader.sampler.start = step * loader.batch_size
+
+
+def batch_indices(loader: DataLoader, step: int) -> list[int]:
+    """Which images batch ``step`` (from 0) of the epoch at hand has on this rank."""
+    start = step * loader.batch_size
+    order = DistributedSampler.__iter__(loader.sampler)
+    return list(itertools.islice(order, start, start + loader.batch_size))
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """A signal to the process group is the main process's, which still needs its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_loader(
@@ -200,10 +256,11 @@ def eval_loader(
         batch_size=math.ceil(config.batch_size / world.size),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
     )
 
 
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(loader: DataLoader) -> Iterator[list]:
     """The loader's batches; an InputError arrives without its worker's traceback."""
     try:
         yield from loader

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import t2tvit
 from t2tvit.data.sources import Split
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, NonFiniteLoss
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
 from t2tvit.training.build import (
@@ -29,8 +29,17 @@ from t2tvit.training.build import (
     try_forward,
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve, write_yaml
-from t2tvit.training.distributed import World, gather, on_main
+from t2tvit.training.distributed import World, on_main
 from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.keeper import (
+    Keeper,
+    Signals,
+    Stopped,
+    find_state,
+    read_state,
+    set_aside,
+    write_state,
+)
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import Data, open_data
 from t2tvit.training.plots import draw_curves
@@ -43,12 +52,8 @@ from t2tvit.training.state import (
     LAST_FILE,
     METRICS_FILE,
     RUN_FILE,
-    STATE_FILE,
     TrainState,
     Weights,
-    read_state,
-    rng_state,
-    save_state,
     save_weights,
     seed_everything,
     set_rng_state,
@@ -56,7 +61,10 @@ from t2tvit.training.state import (
 )
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
-MAY_CHANGE = {"data", "epochs", "workers", "device", "fused_kernels"}
+MAY_CHANGE = {
+    *("data", "epochs", "workers", "device", "fused_kernels"),
+    *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
+}
 CURVES_EVERY = 60  # seconds
 SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
 
@@ -67,17 +75,19 @@ def train(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: something the user can mend.
         BackendUnavailable: the backend asked for cannot run.
-        RunError: the loss is not finite or the disk is full; the last checkpoint is intact.
+        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
     """
     place = find_place(arguments.output, arguments.resume)
     config = choose_config(arguments.config, given(arguments), place)
     world = distributed.start(config.device)
+    go_on = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
     try:
-        run(config, place, world)
+        with Signals() as signals:
+            run(config, place, world, signals)
+    except Stopped:
+        say(world, f"stopped by a signal; all that was done is kept. Go on with: {go_on}")
     except KeyboardInterrupt:
-        if world.is_main:
-            command = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
-            print(f"\ninterrupted; every finished epoch is kept. Go on with: {command}", flush=True)
+        say(world, f"\ninterrupted; the last checkpoint is kept. Go on with: {go_on}")
         raise
     finally:
         distributed.stop()
@@ -85,11 +95,15 @@ def train(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run writes, what ``--resume`` said, and the state file to go on from, if any."""
+    """Where a run writes, what ``--resume`` said, and the state file to go on from, if any.
+
+    ``damaged`` says why newer states cannot be read.
+    """
 
     output: Path
     resume: str | None
     state_path: Path | None
+    damaged: list[str]
 
     @property
     def moves(self) -> bool:
@@ -100,15 +114,19 @@ class Place:
 
 def find_place(output: Path | None, resume: str | None) -> Place:
     """What ``--output`` and ``--resume`` mean."""
-    state_path = None
+    path, damaged = None, []
     if resume is not None and resume != "auto":
-        state_path = Path(resume) / STATE_FILE if Path(resume).is_dir() else Path(resume)
-    if output is None and state_path is None:
+        path = Path(resume)
+        output = output or (path if path.is_dir() else path.parent)
+        if not path.is_file():
+            path, damaged = find_state(path)
+            if path is None:
+                raise InputError(f"--resume: {resume} does not exist or holds no training state")
+    if output is None:
         raise InputError("--output: none given; name the folder that the run may write to")
-    output = state_path.parent if output is None else output
-    if resume == "auto" and (output / STATE_FILE).exists():
-        state_path = output / STATE_FILE
-    return Place(output, resume, state_path)
+    if resume == "auto":
+        path, damaged = find_state(output)
+    return Place(output, resume, path, damaged)
 
 
 def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
@@ -136,7 +154,7 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     return config
 
 
-def run(config: RunConfig, place: Place, world: World) -> None:
+def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None:
     """Train to the last epoch of ``config``, writing only into ``place.output``."""
     output = place.output
     on_main(world, lambda: check_output(place))
@@ -161,12 +179,18 @@ def run(config: RunConfig, place: Place, world: World) -> None:
                 f"{state.epochs_done}; raise --epochs"
             )
 
-    on_main(world, lambda: claim(place))
+    on_main(world, lambda: claim(place, state.epochs_done))
     on_main(world, lambda: record_start(config, output, state, data, world))
     for line in opening_lines(config, data, model, epochs, world):
         say(world, line)
-    if state.epochs_done > 0:
-        say(world, f"resumed   {place.state_path}, after epoch {state.epochs_done}")
+    for reason in place.damaged:
+        say(world, f"warning   {reason}: going on from {place.state_path} instead")
+    if place.state_path is not None:
+        say(
+            world,
+            f"resumed   {place.state_path}, after {state.epochs_done} epochs and {state.step} "
+            "updates",
+        )
         if resumed["config"]["epochs"] != config.epochs:
             before = resumed["config"]["epochs"]
             say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
@@ -176,21 +200,18 @@ def run(config: RunConfig, place: Place, world: World) -> None:
         class_names=data.split.class_names,
         config=asdict(config) | {"mean": data.mean, "std": data.std},
     )
+    keeper = Keeper(output, config, data.split.class_names, world, signals)
     drawn = time.perf_counter()
     while state.epochs_done < epochs:
-        metrics = one_epoch(state, data, config, epochs, world)
-        state.epochs_done += 1
-        state.history.append(metrics)
+        metrics = one_epoch(state, data, config, epochs, world, keeper)
+        state.end_epoch(metrics)
         is_best = best_epoch(state.history) is metrics
-        generators = gather(world, rng_state())
+        about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
+        for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
+            weights = (state.evaluated_model, output / name, about)
+            on_main(world, lambda: save_weights(*weights))
+        keeper.save(state)
         if world.is_main:
-            about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
-            if is_best:
-                save_weights(state.evaluated_model, output / BEST_FILE, about)
-            save_weights(state.evaluated_model, output / LAST_FILE, about)
-            save_state(
-                output / STATE_FILE, state, generators, asdict(config), data.split.class_names
-            )
             write_metrics(output / METRICS_FILE, state.history)
             if time.perf_counter() - drawn > CURVES_EVERY:
                 draw_curves(state.history, output / CURVES_FILE)
@@ -207,11 +228,19 @@ def run(config: RunConfig, place: Place, world: World) -> None:
     )
 
 
-def one_epoch(state: TrainState, data: Data, config: RunConfig, epochs: int, world: World) -> dict:
+def one_epoch(
+    state: TrainState, data: Data, config: RunConfig, epochs: int, world: World, keeper: Keeper
+) -> dict:
     """Train and evaluate once; the metrics that METRICS_FILE gets."""
     epoch, started = state.epochs_done + 1, time.perf_counter()
     with Progress(f"epoch {epoch}/{epochs}", len(data.train), world) as progress:
-        metrics = train_epoch(state, data, config, world, progress)
+        try:
+            metrics = train_epoch(state, data, config, world, progress, keeper.after_step)
+        except NonFiniteLoss as error:
+            path = keeper.output / f"not_finite-{world.rank}.safetensors"
+            write_state(path, error.batch | {"model": state.model.state_dict()})
+            text = f"{error}. Each rank's batch is kept with the weights as {path.name} and so on"
+            raise NonFiniteLoss(text, error.batch) from None
     metrics |= evaluate(state.evaluated_model, data.held_out, data.normalize, config, world)
     return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
@@ -265,12 +294,19 @@ def restore(
     if resumed["class_names"] != split.class_names:
         raise InputError("data: its classes are not those of the run to resume")
     state.load_state_dict(resumed["state"])
-    if len(resumed["rng"]) == world.size:
-        set_rng_state(resumed["rng"][world.rank])
+    ranks = resumed["ranks"]
+    if len(ranks) == world.size:
+        state.loss_sum, state.images = ranks[world.rank]["loss_sum"], ranks[world.rank]["images"]
+        state.unreadable = set(ranks[world.rank]["unreadable"])
+        set_rng_state(ranks[world.rank]["rng"])
         return
+    if world.is_main:
+        state.loss_sum = sum(rank["loss_sum"] for rank in ranks)
+        state.images = sum(rank["images"] for rank in ranks)
+    state.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
     say(
         world,
-        f"the run had {len(resumed['rng'])} processes and now has {world.size}: random numbers "
+        f"the run had {len(ranks)} processes and now has {world.size}: random numbers "
         "start afresh, so it will not end bit-identical to an uninterrupted one",
     )
     seed_everything(config.seed + world.rank + 1000 * state.epochs_done)
@@ -296,23 +332,27 @@ def check_output(place: Place) -> None:
         )
 
 
-def claim(place: Place) -> None:
+def claim(place: Place, epochs_done: int) -> None:
     """Make the output folder, with what a run from another folder has kept there."""
     output = place.output
     kept = {}
     if place.moves:
         source = place.state_path.parent
         try:
-            kept = {name: (source / name).read_bytes() for name in (BEST_FILE, LAST_FILE)}
-            kept[STATE_FILE] = place.state_path.read_bytes()
+            names = (BEST_FILE, LAST_FILE) if epochs_done else ()
+            kept = {name: (source / name).read_bytes() for name in (*names, place.state_path.name)}
         except OSError as error:
             raise InputError(f"--resume: cannot read {error.filename}: {error.strerror}") from None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+    for leftover in output.glob(".*.writing"):  # of a run that was killed
+        leftover.unlink()
     for name, content in kept.items():
         write_atomically(output / name, content)
+    if place.state_path is not None:
+        set_aside(output / place.state_path.name)
 
 
 def record_start(
@@ -326,6 +366,7 @@ def record_start(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "epochs_done": state.epochs_done,
+        "step": state.step,
         "world_size": world.size,
         "device": describe_device(world.device),
         "versions": versions(),

@@ -1,10 +1,11 @@
 """What a run must not lose: its state, the weights for use, and how they reach the disk."""
 
 import contextlib
-import io
+import hashlib
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from torch import nn
 
 from t2tvit.errors import InputError, RunError
 
-STATE_FILE = "state.pt"
 BEST_FILE = "best.safetensors"
 LAST_FILE = "last.safetensors"
 CONFIG_FILE = "config.yaml"
@@ -30,7 +30,12 @@ METADATA_KEY = "t2tvit"
 
 @dataclass
 class TrainState:
-    """Everything that an update changes. The schedule follows from ``updates`` alone."""
+    """Everything that an update changes. The schedule follows from ``updates`` alone.
+
+    ``step`` batches of the epoch at hand are done; ``loss_sum`` over their ``images`` is this
+    rank's, as is ``unreadable``, what is wrong with images; all else is the same on every rank.
+    ``skipped`` counts the epoch's updates that were not made.
+    """
 
     model: nn.Module
     network: nn.Module  # the model, wrapped where many ranks train it
@@ -40,6 +45,12 @@ class TrainState:
     scaler: torch.amp.GradScaler
     updates: int = 0
     epochs_done: int = 0
+    step: int = 0
+    loss_sum: torch.Tensor | float = 0.0
+    images: int = 0
+    unreadable: set[str] = field(default_factory=set)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     history: list[dict] = field(default_factory=list)
 
     @property
@@ -55,6 +66,9 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
             "epochs_done": self.epochs_done,
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "history": self.history,
         }
 
@@ -62,10 +76,19 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Parameters are numbered, and JSON's keys are text.
+        moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.scaler.load_state_dict(state["scaler"])
         self.updates, self.epochs_done = state["updates"], state["epochs_done"]
-        self.history = state["history"]
+        self.step, self.history = state["step"], state["history"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+    def end_epoch(self, metrics: dict) -> None:
+        """Count the epoch at hand as done."""
+        self.epochs_done += 1
+        self.step, self.loss_sum, self.images, self.skipped = 0, 0.0, 0, 0
+        self.history.append(metrics)
 
 
 @dataclass(frozen=True)
@@ -86,7 +109,7 @@ class Weights:
 def save_weights(model: nn.Module, path: Path, about: Weights) -> None:
     """Write a self-describing .safetensors file that ``t2tvit.load_checkpoint`` reads."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, save(tensors, {METADATA_KEY: json.dumps(asdict(about))}))
+    write_tensors(path, tensors, METADATA_KEY, asdict(about))
 
 
 def read_about(path: Path) -> Weights | None:
@@ -100,50 +123,50 @@ def read_about(path: Path) -> Weights | None:
     if path.suffix != ".safetensors":
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return Weights(**json.loads(metadata[METADATA_KEY])) if METADATA_KEY in metadata else None
+        about, _ = read_tensors(path, METADATA_KEY)
+        return None if about is None else Weights(**about)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); use another one") from None
 
 
-def save_state(
-    path: Path, state: TrainState, rng: list[dict], config: dict, class_names: list[str]
-) -> None:
-    """Write all that resuming needs; ``rng`` is :func:`rng_state` of every rank."""
-    content = {
-        "state": state.state_dict(),
-        "rng": rng,
-        "config": config,
-        "class_names": class_names,
-    }
-    # In memory first: torch.save hides a full disk behind an error of its own.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def read_state(path: Path) -> dict:
-    """The content of :func:`save_state`; nothing in the file is executed.
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, content: object) -> None:
+    """Write a .safetensors file whose metadata has ``content`` and a checksum of all under ``key``.
 
     Raises:
-        InputError: the file is missing, damaged, or no training state.
+        RunError: the disk is full, or the folder not to be written to.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; is it the output of a run?") from None
-    except Exception as error:  # a damaged file fails in many ways
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"training state {path} is damaged ({reason}); start again with another --output"
-        ) from None
-    if (
-        not isinstance(content, dict)
-        or not {"state", "rng", "config", "class_names"} <= content.keys()
-    ):
-        raise InputError(f"{path} is no training state; --resume takes a run's {STATE_FILE}")
-    return content
+    text = json.dumps(content)
+    # One entry: safetensors writes several in any order, and equal runs should give equal files.
+    metadata = {key: json.dumps({"sha256": digest(tensors, text), "content": text})}
+    # In memory first, so that a full disk is met where it is reported.
+    write_atomically(path, save(tensors, metadata))
+
+
+def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.Tensor]]:
+    """The content and tensors of :func:`write_tensors`; None and nothing from another's file.
+
+    Raises:
+        FileNotFoundError, SafetensorError, ValueError: the file is missing or damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if key not in metadata:
+            return None, {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    stored = json.loads(metadata[key])
+    if stored["sha256"] != digest(tensors, stored["content"]):
+        raise ValueError("its checksum is not that of its content")
+    return json.loads(stored["content"]), tensors
+
+
+def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
+    """SHA-256 of ``text`` and of every tensor's name, dtype, shape and bytes."""
+    result = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        result.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        result.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
 
 
 def rng_state() -> dict:
@@ -175,6 +198,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def drawing_from(*entropy: int) -> Iterator[None]:
+    """Draw on the CPU from generators that ``entropy`` seeds; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
     """Replace ``path`` as a whole: a crash leaves the old file or the new one, nothing between.
 
@@ -188,6 +227,9 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # or a power cut could undo the renaming
+        os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

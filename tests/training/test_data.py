@@ -233,6 +233,28 @@ def test_a_damaged_image_is_named_without_a_traceback(folder, workers, damage):
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_image_that_cannot_be_read_gives_way_to_the_next(folder, workers):
+    split = open_split(f"imagefolder:{folder}", "train")
+    for name in ("ant/2.png", "bee/0.png"):
+        path = folder / "train" / name
+        path.unlink() if name == "ant/2.png" else path.write_bytes(path.read_bytes()[:200])
+    config = RunConfig(img_size=32, workers=workers, batch_size=6)
+    ((images, labels, problems),) = batches(train_loader(split, config, ALONE))
+    assert images.shape == (6, 3, 32, 32)
+    assert sorted(labels.tolist()) == [0, 0, 1, 1, 1, 1]
+    missing, damaged = sorted(filter(None, problems))
+    assert "ant/2.png does not exist" in missing and "bee/0.png cannot be read" in damaged
+
+
+def test_a_folder_without_a_readable_image_is_refused(folder):
+    for path in folder.glob("train/*/*"):
+        path.write_bytes(b"no image")
+    config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
+    with pytest.raises(InputError, match="none of the 6 training images can be read: image .*ant"):
+        open_data(config, ALONE)
+
+
 def test_a_decoder_s_own_error_is_the_image_s(folder, monkeypatch):
     path = folder / "val" / "bee" / "1.png"
 
@@ -334,7 +356,7 @@ def test_the_ranks_batches_are_a_single_process_s():
     def labels(rank, size):
         loader = train_loader(split, config, World(rank, size, CPU))
         loader.sampler.set_epoch(3)
-        return [batch.tolist() for _, batch in loader]
+        return [batch.tolist() for _, batch, _ in loader]
 
     whole, first, second = labels(0, 1), labels(0, 2), labels(1, 2)
     assert len(whole) == 2  # the incomplete third batch is left out

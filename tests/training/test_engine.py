@@ -56,7 +56,7 @@ def silent(steps):
 
 def one_epoch(state, data, config):
     with silent(len(data.train)) as progress:
-        return train_epoch(state, data, config, WORLD, progress)
+        return train_epoch(state, data, config, WORLD, progress, lambda state: None)
 
 
 def test_an_epoch_is_what_a_plain_loop_computes():
@@ -73,7 +73,7 @@ def test_an_epoch_is_what_a_plain_loop_computes():
     seed_everything(1)
     data.train.sampler.set_epoch(0)
     losses, updates, total = [], 0, 4 * len(data.train)
-    for images, labels in data.train:
+    for images, labels, _ in data.train:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * updates / total))).item()
         rate = CONFIG.min_lr + (CONFIG.lr - CONFIG.min_lr) * cosine
         loss = F.cross_entropy(plain(data.normalize(images)), labels)
@@ -118,20 +118,61 @@ def test_the_average_warms_up_towards_its_decay():
     torch.testing.assert_close(state.ema.module.head.bias, (first + model.head.bias) / 2)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_loss_that_is_not_finite_is_reported_with_its_step(step):
-    data = open_data(CONFIG, WORLD)
+def poisoned(config, *steps):
+    """A state and data whose loss is not finite at ``steps``."""
+    seed_everything(0)
+    data = open_data(config, WORLD)
     model = Linear(6)
-    state, _ = build_state(model, CONFIG, len(data.train), WORLD)
+    state, _ = build_state(model, config, len(data.train), WORLD)
     calls = []
 
     def poison(module, inputs, output):
         calls.append(1)
-        return output * torch.inf if len(calls) == step else output
+        return output * torch.inf if len(calls) in steps else output
 
     model.register_forward_hook(poison)
-    with pytest.raises(NonFiniteLoss, match=f"not finite at step {step} of epoch 1\\. Lower"):
-        one_epoch(state, data, CONFIG)
+    return state, data
+
+
+@pytest.mark.parametrize("amp", ["none", "float16"])
+def test_a_loss_that_is_not_finite_skips_its_update_and_is_reported(amp, capsys):
+    config = replace(CONFIG, amp=amp, ema_decay=0.5)
+    state, data = poisoned(config, 1, 2, 3)
+    before = state.model.head.weight.detach().clone()
+    metrics = one_epoch(state, data, config)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    data.train.sampler.set_epoch(0)
+    order = list(data.train.sampler)
+    for step, line in enumerate(lines):
+        assert f"not finite at step {step + 1} of epoch 1 (rank 0: loss nan" in line
+        indices = " ".join(map(str, order[8 * step : 8 * step + 8]))
+        assert f"training images {indices})" in line
+    assert len(lines) == metrics["skipped_updates"] == 3
+    assert (state.updates, state.images, state.skipped_in_a_row) == (4, 8, 0)
+    # One update was made, by the schedule's fourth learning rate.
+    assert not torch.equal(state.model.head.weight, before)
+    assert state.model.head.weight.isfinite().all() and metrics["train_loss"] < 10
+
+
+def test_a_gradient_that_is_not_finite_skips_its_update():
+    state, data = poisoned(CONFIG)
+    before = state.model.head.weight.detach().clone()
+    state.model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+    config = replace(CONFIG, clip_grad=1.0)
+    with pytest.raises(NonFiniteLoss, match=r"the gradient is not finite at .* \(rank 0: loss \d"):
+        one_epoch(state, data, config)
+    assert torch.equal(state.model.head.weight, before)
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run_with_their_batch():
+    config = replace(CONFIG, max_skipped=1)
+    state, data = poisoned(config, 1, 3, 4)
+    match = "not finite at step 4 of epoch 1, the 2. in a row .*Lower --lr"
+    with pytest.raises(NonFiniteLoss, match=match) as caught:
+        one_epoch(state, data, config)
+    batch = caught.value.batch
+    again = torch.stack([data.train.dataset[index][0] for index in batch["indices"]])
+    assert torch.equal(batch["images"], data.augment(again))
 
 
 @pytest.mark.parametrize("classes", [3, 6])

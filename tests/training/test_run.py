@@ -1,44 +1,29 @@
 """A run from end to end: what it writes, how it resumes, what it refuses."""
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.training import run
 from t2tvit.training.config import resolve
-from t2tvit.training.state import read_about
-from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
+from t2tvit.training.keeper import read_state
+from t2tvit.training.state import read_about, set_rng_state
+from tests.training.compare import assert_equal, without_times
+from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
 
 def train(output, *options) -> int:
     return main(["train", *TINY, "--output", str(output), *options])
-
-
-def assert_equal(first, second, place="state"):
-    """Bit-identical tensors, and equal everything else."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), place
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for key in first:
-            assert_equal(first[key], second[key], f"{place}.{key}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), place
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{place}.{index}")
-    else:
-        assert first == second, place
-
-
-def without_times(history):
-    times = ("seconds", "images_per_second")
-    return [{key: row[key] for key in row if key not in times} for row in history]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +35,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_writes_what_it_says_and_nothing_else(finished):
-    files = {"best.safetensors", "last.safetensors", "state.pt", "config.yaml", "run.json"}
+    files = {"best.safetensors", "last.safetensors", "config.yaml", "run.json"}
+    files |= {"state-00002-00000000.safetensors", "state-00003-00000000.safetensors"}
     files |= {"metrics.jsonl", "curves.png"}
     assert {path.name for path in finished.iterdir()} == files
     assert [path.name for path in finished.parent.iterdir()] == ["run"]
@@ -166,12 +152,12 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, mo
 
 
 def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
-    before = (finished / "state.pt").read_bytes()
+    before = newest(finished).read_bytes()
     output = tmp_path / "longer"
     options = ["--resume", str(finished), "--epochs", "4", "--output", str(output)]
     assert main(["train", *options]) == 0
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
-    assert (finished / "state.pt").read_bytes() == before
+    assert newest(finished).read_bytes() == before
     assert "epochs    4 instead of 3: another cosine from here" in capsys.readouterr().out
     best = max(metrics_of(output), key=lambda row: (row["top1"], row["epoch"]))
     assert read_about(output / "best.safetensors").epoch == best["epoch"]
@@ -180,8 +166,9 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
 def test_a_finished_run_moves_to_another_folder_whole(tmp_path, finished, capsys):
     output = tmp_path / "moved"
     assert main(["train", "--resume", str(finished), "--output", str(output)]) == 0
-    assert {path.name for path in output.iterdir()} == {path.name for path in finished.iterdir()}
-    for name in ("best.safetensors", "last.safetensors", "state.pt"):
+    missing = {path.name for path in finished.iterdir()} - {path.name for path in output.iterdir()}
+    assert missing == {"state-00002-00000000.safetensors"}
+    for name in ("best.safetensors", "last.safetensors", newest(finished).name):
         assert (output / name).read_bytes() == (finished / name).read_bytes()
     (output / "best.safetensors").unlink()
     line = refused(capsys, "--resume", str(output), "--output", str(tmp_path / "third"))
@@ -228,11 +215,11 @@ def test_outputs_that_cannot_be_used(tmp_path, finished, capsys):
 
 def test_states_that_cannot_be_resumed(tmp_path, finished, capsys):
     assert "does not exist" in refused(capsys, "--resume", str(tmp_path / "gone"))
-    state = tmp_path / "state.pt"
-    state.write_bytes((finished / "state.pt").read_bytes()[:5000])
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(newest(finished).read_bytes()[:5000])
     assert "is damaged" in refused(capsys, "--resume", str(state))
-    torch.save({"weights": torch.ones(2)}, state)
-    assert "is no training state" in refused(capsys, "--resume", str(state))
+    weights = str(finished / "last.safetensors")
+    assert "is no training state" in refused(capsys, "--resume", weights)
 
 
 def test_training_starts_from_given_weights(tmp_path, finished):
@@ -268,11 +255,56 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(run, "one_epoch", poisoned)
     assert train(output, "--epochs", "3") == 1
     line = capsys.readouterr().err
-    assert "the loss is not finite at step 1 of epoch 2" in line and line.count("\n") == 1
+    assert "the loss is not finite at step 5 of epoch 2" in line and line.count("\n") == 1
     assert "the last checkpoint is intact" in line
     state = state_of(output)["state"]
     assert state["epochs_done"] == 1
     assert all(value.isfinite().all() for value in state["model"].values())
+
+    kept = read_state(output / "not_finite-0.safetensors")
+    about = read_about(output / "last.safetensors")
+    model = t2tvit.create_model(about.model, **about.create_args)
+    model.load_state_dict(kept["model"])
+    set_rng_state(kept["rng"])
+    assert not model.train()(kept["images"]).isfinite().all()
+    assert kept["targets"].shape == (8, 6) and len(kept["indices"]) == 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder with three training images that are cut short."""
+    random = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("ant", "bee")):
+        place = tmp_path / "images" / split / name
+        place.mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.jpg")
+            if split == "train" and name == "bee" and number < 3:
+                path = place / f"{number}.jpg"
+                path.write_bytes(path.read_bytes()[:300])
+    return tmp_path / "images"
+
+
+def test_unreadable_images_are_named_counted_and_skipped_up_to_a_limit(tmp_path, folder, capsys):
+    options = ("--data", f"imagefolder:{folder}", "--num-classes", "2", "--epochs", "3")
+    assert train(tmp_path / "run", *options, "--max-unreadable", "3") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 3  # each once, not once in each epoch
+    for number in range(3):
+        path = folder / "train" / "bee" / f"{number}.jpg"
+        assert sum(f"image {path} cannot be read" in line for line in warnings) == 1
+    assert [row["unreadable_images"] for row in metrics_of(tmp_path / "run")] == [3, 3, 3]
+    assert train(tmp_path / "second", *options, "--max-unreadable", "2") == 2
+    line = capsys.readouterr().err
+    assert "3 training images cannot be read, the last: image" in line and line.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_an_output_that_may_not_be_written_to_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    line = refused(capsys, *TINY, "--epochs", "3", "--output", str(tmp_path / "run"))
+    assert "Permission denied" in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
@@ -280,9 +312,9 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
     """No file may grow beyond the weights', which stops the larger training state."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    before = (output / "state.pt").read_bytes()
+    before = {path: path.read_bytes() for path in output.glob("state-*")}
     limit = (output / "last.safetensors").stat().st_size + 1000
-    assert limit < len(before)
+    assert all(limit < len(content) for content in before.values())
     code = (
         "import resource, sys; from t2tvit.cli import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
@@ -291,9 +323,9 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    line = f"t2tvit: error: cannot write {output}/state.pt: File too large; what it held before"
-    assert done.stderr == line + " is intact\n"
-    assert (output / "state.pt").read_bytes() == before
+    line = f"t2tvit: error: cannot write {output}/state-00004-00000000.safetensors: "
+    assert done.stderr == line + "File too large\n"
+    assert {path: path.read_bytes() for path in output.glob("state-*")} == before
     assert not list(output.glob(".*"))
 
 

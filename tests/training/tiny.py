@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import torch
+from t2tvit.training.keeper import read_state
 
 TINY = (
     *("--data", "synthetic:44", "--img-size", "24", "--num-classes", "6", "--workers", "0"),
@@ -23,4 +23,9 @@ def metrics_of(output: Path) -> list[dict]:
 
 def state_of(output: Path) -> dict:
     """The training state that a run left."""
-    return torch.load(output / "state.pt", weights_only=True)
+    return read_state(newest(output))
+
+
+def newest(output: Path) -> Path:
+    """The file of the last training state."""
+    return max(output.glob("state-*.safetensors"))

@@ -1,0 +1,202 @@
+"""When a run's state reaches the disk, in which files, and which of them a later run can trust."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from t2tvit.errors import InputError
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World, gather, min_over_ranks, on_main
+from t2tvit.training.state import TrainState, read_tensors, rng_state, write_tensors
+
+STATE_FILES = "state-*.safetensors"
+CONTENT_KEY, TENSOR_KEY = "t2tvit_state", "__tensor__"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# On a GPU the ranks agree on what to do only so often: each time waits for all work queued there.
+AGREE_EVERY = 10
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its state is on the disk."""
+
+
+class Signals:
+    """Remembers, while entered, that SIGTERM or SIGUSR1 has come; a second one ends the process."""
+
+    received: int | None = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        self.received = number
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Keeper:
+    """Writes a run's state into ``output``, and decides when, with one mind over all ranks.
+
+    Args:
+        output: the run's folder.
+        config: ``checkpoint_minutes`` and ``keep_checkpoints`` are followed, all is stored.
+        class_names: those of the data, in order.
+        world: every rank calls the same methods in the same order.
+        signals: entered.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        config: RunConfig,
+        class_names: list[str],
+        world: World,
+        signals: Signals,
+    ):
+        self.output, self.config, self.class_names = output, config, class_names
+        self.world, self.signals = world, signals
+        self.saved = time.monotonic()
+        self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
+
+    def after_step(self, state: TrainState) -> None:
+        """Save where it is time to, or where any rank has been asked to stop.
+
+        Raises:
+            Stopped: after saving, on every rank.
+            RunError: the disk is full, or the folder not to be written to.
+        """
+        if state.step % self.agree_every:
+            return
+        minutes = (time.monotonic() - self.saved) / 60
+        go_on = [self.signals.received is None, minutes < self.config.checkpoint_minutes]
+        go_on = min_over_ranks(
+            self.world, torch.tensor(go_on, dtype=torch.int32, device=self.world.device)
+        )
+        stays, is_recent = go_on.tolist()
+        if not (stays and is_recent):
+            self.save(state)
+        if not stays:
+            raise Stopped
+
+    def save(self, state: TrainState) -> None:
+        """Write the state as the newest file and remove the oldest beyond ``keep_checkpoints``."""
+        ranks = gather(
+            self.world,
+            {
+                "rng": rng_state(),
+                "loss_sum": float(state.loss_sum),
+                "images": state.images,
+                "unreadable": sorted(state.unreadable),
+            },
+        )
+        on_main(self.world, lambda: self._write(state, ranks))
+        self.saved = time.monotonic()
+
+    def _write(self, state: TrainState, ranks: list[dict]) -> None:
+        content = {
+            "state": state.state_dict(),
+            "ranks": ranks,
+            "config": vars(self.config),
+            "class_names": self.class_names,
+        }
+        write_state(state_path(self.output, state), content)
+        for path in states_in(self.output)[self.config.keep_checkpoints :]:
+            path.unlink()
+
+
+def state_path(output: Path, state: TrainState) -> Path:
+    """The file for ``state``; names sort as the states follow each other."""
+    return output / f"state-{state.epochs_done:05d}-{state.step:08d}.safetensors"
+
+
+def states_in(output: Path) -> list[Path]:
+    """The files of training states, the newest first."""
+    return sorted(output.glob(STATE_FILES), reverse=True)
+
+
+def find_state(output: Path) -> tuple[Path | None, list[str]]:
+    """The newest state that can be trusted, and why each newer one cannot.
+
+    Raises:
+        InputError: there are states, and all are damaged.
+    """
+    damaged = []
+    for path in states_in(output):
+        try:
+            read_state(path)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        return path, damaged
+    if damaged:
+        raise InputError(
+            f"every training state in {output} is damaged: {'; '.join(damaged)}"
+        )
+    return None, []
+
+
+def set_aside(path: Path) -> None:
+    """Rename the states newer than ``path``, which a run that goes on from it will not reach."""
+    for newer in states_in(path.parent):
+        if newer.name > path.name:
+            os.replace(newer, newer.with_name(f"{newer.name}.set-aside"))
+
+
+def write_state(path: Path, content: dict) -> None:
+    """Write nested lists and dicts with tensors as safetensors: tensors, and the rest as JSON."""
+    tensors = {}
+    content = _take_tensors(content, "", tensors)
+    write_tensors(path, tensors, CONTENT_KEY, content)
+
+
+def read_state(path: Path) -> dict:
+    """The content of :func:`write_state`, on the CPU; its keys are text.
+
+    Raises:
+        InputError: the file is missing, damaged, or no training state.
+    """
+    try:
+        content, tensors = read_tensors(path, CONTENT_KEY)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; is it the output of a run?") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"training state {path} is damaged ({reason})") from None
+    if content is None:
+        raise InputError(f"{path} is no training state; --resume takes a run's {STATE_FILES}")
+    return _put_tensors(content, tensors)
+
+
+def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
+    """``value`` with each tensor replaced by its name in ``tensors``, where it is put."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {TENSOR_KEY: name}
+    if isinstance(value, dict):
+        items = ((str(key), item) for key, item in value.items())
+        return {key: _take_tensors(item, f"{name}.{key}", tensors) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: object, tensors: dict[str, Tensor]) -> object:
+    """The inverse of :func:`_take_tensors`."""
+    if isinstance(value, dict):
+        if TENSOR_KEY in value:
+            return tensors[value[TENSOR_KEY]]
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(item, tensors) for item in value]
+    return value
+

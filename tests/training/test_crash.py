@@ -1,0 +1,129 @@
+"""Runs that are killed, told to stop, or find their newest state damaged."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from t2tvit.cli import main
+from tests.training.compare import assert_equal, without_times
+from tests.training.tiny import TINY, metrics_of, state_of
+
+OFTEN = ("--epochs", "4", "--checkpoint-minutes", "0")
+
+
+def attempts(ranks, signals, output, *options):
+    """What each attempt said, and how its processes ended."""
+    command = (sys.executable, "-m", "tests.training.killed", str(ranks), signals, str(output))
+    done = subprocess.run(
+        [*command, *OFTEN, *options], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"end {[0] * ranks}", done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_same_run(whole, parts):
+    """Bit-identical states, weights and metrics, and the same files."""
+    first, second = state_of(whole), state_of(parts)
+    for content in (first, second):
+        content["state"]["history"] = without_times(content["state"]["history"])
+    assert_equal(first, second)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    assert without_times(metrics_of(whole)) == without_times(metrics_of(parts))
+    assert {path.name for path in whole.iterdir()} == {path.name for path in parts.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "ranks, options",
+    [
+        pytest.param(1, ("--workers", "1", "--amp", "bfloat16"), id="worker-bf16"),
+        pytest.param(2, ("--clip-grad", "1"), id="two-ranks"),
+    ],
+)
+def test_a_run_that_is_killed_or_stopped_at_random_ends_as_if_it_had_not_been(
+    tmp_path, ranks, options
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    attempts(ranks, "", whole, *options)
+    log = attempts(ranks, "TERM KILL KILL USR1 KILL KILL", parts, *options)
+    for name in ("TERM", "USR1"):
+        assert f"{name} {[0] * ranks}\n" in log
+    assert log.count(f"--output {parts} --resume auto") == 2
+    assert log.count(f"KILL {[-9] * ranks}\n") >= 2, "the run was over before it was killed"
+    starts = json.loads((parts / "run.json").read_text())["starts"]
+    assert sum(start["step"] > 0 for start in starts) >= 2
+    assert_same_run(whole, parts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs that keeps every state."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    options = ("--epochs", "2", "--checkpoint-minutes", "0", "--keep-checkpoints", "99")
+    assert main(["train", *TINY, *options, "--output", str(output)]) == 0
+    return output
+
+
+def test_as_many_states_are_kept_as_asked(finished, tmp_path):
+    assert len(list(finished.glob("state-*"))) == 12  # 5 updates and the evaluation, twice
+    output = tmp_path / "run"
+    options = ("--epochs", "2", "--checkpoint-minutes", "0", "--keep-checkpoints", "3")
+    assert main(["train", *TINY, *options, "--output", str(output)]) == 0
+    kept = sorted(path.name for path in finished.glob("state-*"))[-3:]
+    assert sorted(path.name for path in output.glob("state-*")) == kept
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_damaged_state_gives_way_to_the_one_before(finished, tmp_path, capsys, damage):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    states = sorted(output.glob("state-*"))
+    for path in states[-2:]:
+        damage(path)
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    for line, path in zip(warnings, states[:-3:-1], strict=True):
+        assert f"training state {path} is damaged" in line
+        assert f"going on from {states[-3]} instead" in line
+    for path in states[-2:]:
+        path.with_name(f"{path.name}.set-aside").unlink()
+    assert_same_run(finished, output)
+
+
+def test_a_run_whose_states_are_all_damaged_is_refused(finished, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    for path in output.glob("state-*"):
+        flip(path)
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 2
+    line = capsys.readouterr().err
+    assert f"every training state in {output} is damaged" in line and line.count("\n") == 1
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_workers(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    state = output / "state-00001-00000002.safetensors"
+    options = ("--resume", str(state), "--workers", "2", "--checkpoint-minutes", "10")
+    assert main(["train", "--output", str(output), *options]) == 0
+    first, second = state_of(finished)["state"], state_of(output)["state"]
+    assert_equal(dict(first["ema"]), dict(second["ema"]))
+    assert without_times(metrics_of(finished)) == without_times(metrics_of(output))
