@@ -1,7 +1,9 @@
 """From PIL images to normalised batches: workers deliver uint8, the device does the rest."""
 
+import atexit
 import itertools
 import math
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -241,6 +243,15 @@ def ignore_stop_signals(worker: int) -> None:
     """A signal to the process group is the main process's, which still needs its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Before multiprocessing's own exit, which sends what the workers ignore and waits for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises for every worker that is killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def eval_loader(

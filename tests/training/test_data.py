@@ -2,6 +2,8 @@
 
 import pickle
 import pickletools
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -245,6 +247,24 @@ def test_a_training_image_that_cannot_be_read_gives_way_to_the_next(folder, work
     assert sorted(labels.tolist()) == [0, 0, 1, 1, 1, 1]
     missing, damaged = sorted(filter(None, problems))
     assert "ant/2.png does not exist" in missing and "bee/0.png cannot be read" in damaged
+
+
+def test_an_exit_in_the_middle_of_an_epoch_does_not_wait_for_the_workers():
+    leave = """
+import torch
+from t2tvit.data import open_split
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+from t2tvit.training.pipeline import eval_loader
+
+config = RunConfig(img_size=16, workers=1, batch_size=1)
+world = World(0, 1, torch.device("cpu"))
+held = iter(eval_loader(open_split("synthetic:64", "val"), config, world))
+next(held)
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", leave], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_a_folder_without_a_readable_image_is_refused(folder):
