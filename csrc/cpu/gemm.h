@@ -1,9 +1,10 @@
 // The small matrix product: C (M×N) from A (M×K) and B (K×N), all in the cache of one core.
 //
-// A block of kRows × up to kPanel columns of C stays in registers while K runs: a row of B is loaded
-// as vectors, an element of A broadcast. Both operands are read through strides, so that a transposed
-// A (the gradients of weights) needs no copy. An element of the operands is a float or, where the CPU
-// multiplies bfloat16, a pair of two that are adjacent along K; the sums are float in either case.
+// A block of kRows × up to kPanel columns of C stays in registers while K runs: a row of B is
+// loaded as vectors, an element of A broadcast. Both operands are read through strides, so that a
+// transposed A (the gradients of weights) needs no copy. An element of the operands is a float or,
+// where the CPU multiplies bfloat16, a pair of two that are adjacent along K; the sums are float in
+// either case.
 #pragma once
 
 #include "vec.h"
@@ -35,11 +36,11 @@ using Element = float;
 template <typename E>
 constexpr int64_t kDepth = std::is_same_v<E, Pair> ? 2 : 1;
 
-// Elements along K that are summed at a time. Of K floats in segments of L, the rounding errors grow
-// as √(K (L + K/L)): a third of those of one long sum. With pairs the operands' own rounding rules.
+// Elements along K that are summed at a time. Of K floats in segments of L, the rounding errors
+// grow as √(K (L + K/L)): a third of those of one long sum. With pairs the operands' own rounding
+// rules.
 template <typename E>
 constexpr int64_t kSegment = std::is_same_v<E, Pair> ? 96 : 32;
-
 
 // A(i, k) = p[i·row + k·depth]; for pairs k counts pairs.
 template <typename E>
@@ -56,9 +57,10 @@ struct Right {
 };
 
 template <int R, int V, typename E>
-__attribute__((always_inline)) inline void block(
-    int64_t steps, const E* a, int64_t a_row, int64_t a_depth, const E* b, int64_t b_depth,
-    const float* start, int64_t start_row, float* c, int64_t c_row) {
+__attribute__((always_inline)) inline void block(int64_t steps, const E* a, int64_t a_row,
+                                                 int64_t a_depth, const E* b, int64_t b_depth,
+                                                 const float* start, int64_t start_row, float* c,
+                                                 int64_t c_row) {
   Vec sums[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -107,8 +109,8 @@ __attribute__((always_inline)) inline void block(
 // Rows [0, rows) of one panel of V vectors.
 template <int V, typename E>
 __attribute__((noinline)) void panel(int64_t rows, int64_t steps, Left<E> a, const E* b,
-                                     int64_t b_depth, const float* start, int64_t start_row, float* c,
-                                     int64_t c_row) {
+                                     int64_t b_depth, const float* start, int64_t start_row,
+                                     float* c, int64_t c_row) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
     block<kRows, V, E>(steps, a.p + i * a.row, a.row, a.depth, b, b_depth,
@@ -126,12 +128,12 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t steps, Left<E> a, con
   }
 }
 
-// C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row to add to every row
-// (start_row = 0), or null for zero. K is cut into segments, whose part of a
-// panel stays in the first-level cache.
+// C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row to add to every
+// row (start_row = 0), or null for zero. K is cut into segments, whose part of a panel stays in the
+// first-level cache.
 template <typename E>
-void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b, const float* start,
-             int64_t start_row, float* c, int64_t c_row) {
+void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b,
+             const float* start, int64_t start_row, float* c, int64_t c_row) {
   const int64_t all_steps = (depth + kDepth<E> - 1) / kDepth<E>;
   for (int64_t j = 0; j < columns; j += kPanel) {
     const int64_t vectors = least(kPanel, columns - j) / kLanes;
@@ -142,11 +144,19 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b
       const Left<E> left{a.p + k * a.depth, a.row, a.depth};
       const E* right = b.p + j / kPanel * b.panel + k * b.depth;
       switch (vectors) {
-        case 1: panel<1, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
-        case 2: panel<2, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
+        case 1:
+          panel<1, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row);
+          break;
+        case 2:
+          panel<2, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row);
+          break;
 #if T2T_ISA >= T2T_AVX512
-        case 3: panel<3, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
-        case 4: panel<4, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row); break;
+        case 3:
+          panel<3, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row);
+          break;
+        case 4:
+          panel<4, E>(rows, steps, left, right, b.depth, first, first_row, c + j, c_row);
+          break;
 #endif
       }
       first = c + j;
@@ -155,13 +165,14 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b
   }
 }
 
-// --- operands from tiles --------------------------------------------------------------------------
-// A tile is a row-major matrix of floats, one row per token, its rows a multiple of kLanes apart. As
-// an operand of floats it is used where it lies; as pairs it is written to `buffer`, which holds as
-// many bytes as the tile (rows rounded up to two) and is unused otherwise.
+// --- operands from tiles ---
 
-// Rounded to bfloat16 in the low half of each lane. The instruction takes denormal numbers for zero,
-// as the products do.
+// A tile is a row-major matrix of floats, one row per token, its rows a multiple of kLanes apart.
+// As an operand of floats it is used where it lies; as pairs it is written to `buffer`, which holds
+// as many bytes as the tile (rows rounded up to two) and is unused otherwise.
+
+// Rounded to bfloat16 in the low half of each lane. The instruction takes denormal numbers for
+// zero, as the products do.
 inline Words pair_half(Vec v) {
 #if T2T_ISA == T2T_AVX512_BF16
   return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -216,7 +227,7 @@ inline Right<E> right_of_pairs(const E* rows, int64_t row) {
   return {rows, row, kPanel};
 }
 
-// --- packed weights -------------------------------------------------------------------------------
+// --- packed weights ---
 // [panel][K][kPanel], zeros where a panel is not full.
 
 template <typename E>

@@ -1,9 +1,9 @@
 // What the fused CPU kernels are called with, and the table of them for each instruction set.
 //
-// The kernels (vec.h, gemm.h, patches.h, performer.h, tail.h, softmax.h, kernels.h) are compiled once per
-// instruction set by isa_*.cpp; the operators choose a table at run time. All calls here work on a
-// range of one image's tokens in memory that the caller provides, so that the operators decide what
-// runs in parallel and in which order partial sums are added.
+// The kernels (vec.h, gemm.h, patches.h, performer.h, tail.h, softmax.h, kernels.h) are compiled
+// once per instruction set by isa_*.cpp; the operators choose a table at run time. All calls here
+// work on a range of one image's tokens in memory that the caller provides, so that the operators
+// decide what runs in parallel and in which order partial sums are added.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,9 @@ struct half {
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-// A soft split of a map, and the order in which the kernels hold a patch: its taps (row, column) with
-// all channels of each, where channels are adjacent in memory; else channel by channel, as a token.
+// A soft split of a map, and the order in which the kernels hold a patch: its taps (row, column)
+// with all channels of each, where channels are adjacent in memory; else channel by channel, as a
+// token.
 struct Split {
   int64_t batch, channels, height, width;
   int64_t strides[4];
@@ -38,7 +39,8 @@ struct Split {
   int64_t tokens() const { return rows * columns; }
   int64_t patch() const { return channels * kernel * kernel; }
   int64_t map_row() const { return channels * width; }
-  // Rows of pixels under `count` rows of tokens, and the first of them, which may lie above the map.
+  // Rows of pixels under `count` rows of tokens, and the first of them, which may lie above the
+  // map.
   int64_t band_rows(int64_t count) const { return (count - 1) * stride + kernel; }
   int64_t band_start(int64_t row) const { return row * stride - padding; }
 };
@@ -46,11 +48,11 @@ struct Split {
 // linear(norm(patch)). Vectors are padded with zeros; weights are packed by the table's `pack`.
 struct Projection {
   Split split;
-  int64_t outputs;      // padded
-  const float* gain;    // of the norm, in the order of the patch; null without a norm
+  int64_t outputs;    // padded
+  const float* gain;  // of the norm, in the order of the patch; null without a norm
   const float* offset;
   float eps;
-  const void* weight;   // patch × outputs
+  const void* weight;  // patch × outputs
   const float* bias;
   const void* weight_t;  // outputs × patch, for the gradient of the map
 };
@@ -67,7 +69,7 @@ struct Features {
   int64_t count, embed;
   const void* weight;    // embed × count
   const void* weight_t;  // count × embed
-  float log_eps;  // log(eps·m); −infinity without eps
+  float log_eps;         // log(eps·m); −infinity without eps
 };
 
 // Per image: the maxima of the keys' log-features, and under them the sums over the keys; or, with
@@ -122,8 +124,8 @@ struct SoftmaxRows {
 };
 
 // q, k, v or the result's gradient of an image as the products take them, in float or in pairs of
-// bfloat16: its rows (tokens × embed) as a left operand, its transpose (embed × tokens) and its rows
-// again as right operands. Each takes at most operand_floats; null where it is not needed.
+// bfloat16: its rows (tokens × embed) as a left operand, its transpose (embed × tokens) and its
+// rows again as right operands. Each takes at most operand_floats; null where it is not needed.
 struct Operand {
   void *rows, *columns, *depth;
 };
@@ -164,11 +166,11 @@ struct TypedKernels {
                      float* values, Range, void* scratch);
   void (*layer_queries)(const Projection&, const Features&, const Tail&, KeySums, float* queries,
                         float* values, void* y, Range, void* scratch);
-  // `kqv` is the image's workspace: (T, 3 × padded embed) floats. This call leaves k, the gradient of
-  // q, v in it, and in `skip` the gradient of v that does not come through the sums.
+  // `kqv` is the image's workspace: (T, 3 × padded embed) floats. This call leaves k, the gradient
+  // of q, v in it, and in `skip` the gradient of v that does not come through the sums.
   void (*layer_queries_backward)(const Projection&, const Features&, const Tail&, const void* x,
-                                 KeySums, Rows grad, TailSums, KeySums grads, float* kqv, float* skip,
-                                 Range, void* scratch);
+                                 KeySums, Rows grad, TailSums, KeySums grads, float* kqv,
+                                 float* skip, Range, void* scratch);
   void (*layer_keys_backward)(const Projection&, const Features&, const void* x, KeySums,
                               KeySums grads, ProjectionSums, float* band, float* kqv,
                               const float* skip, Range, void* scratch);
@@ -181,29 +183,31 @@ struct TypedKernels {
   void (*softmax_forward)(const Softmax&, Operand q, Operand k, Operand v, Rows y, float* attended,
                           SoftmaxRows statistics, Range, void* scratch);
   // D of the queries; `attended` is in float.
-  void (*softmax_delta)(const Softmax&, Rows attended, Rows grad, float* delta, Range, void* scratch);
-  // What the keys of the range, which begins at a multiple of kOperandPanel, contribute: to dQ/scale
-  // of all queries, which is written, and to dK/scale and dV of the keys, which are added to. All are
-  // (T, padded embed) floats.
+  void (*softmax_delta)(const Softmax&, Rows attended, Rows grad, float* delta, Range,
+                        void* scratch);
+  // What the keys of the range, which begins at a multiple of kOperandPanel, contribute: to
+  // dQ/scale of all queries, which is written, and to dK/scale and dV of the keys, which are added
+  // to. All are (T, padded embed) floats.
   void (*softmax_backward)(const Softmax&, Operand q, Operand k, Operand v, Operand grad,
                            SoftmaxRows statistics, const float* delta, float* grad_q, float* grad_k,
                            float* grad_v, Range keys, void* scratch);
   // scale × the sum of `count` arrays of floats, `size` apart.
-  void (*softmax_gradient)(const Softmax&, const float* from, int64_t count, int64_t size, float scale,
-                           Rows to, Range, void* scratch);
+  void (*softmax_gradient)(const Softmax&, const float* from, int64_t count, int64_t size,
+                           float scale, Rows to, Range, void* scratch);
 
   int64_t (*transformer_scratch)(const Projection&, const Softmax&, const Tail&);
   // `values` are the image's (T, padded embed) floats.
   void (*transformer_project)(const Projection&, const Softmax&, const void* x, Rows q, Rows k,
                               float* values, Range, void* scratch);
   void (*transformer_queries)(const Softmax&, const Tail&, Operand q, Operand k, Operand v,
-                              const float* values, Rows attended, SoftmaxRows statistics, Rows y, Range,
-                              void* scratch);
-  // The projection is that of v alone. Leaves the values, and the gradients of attention's result, of
-  // v through the skip, and D.
+                              const float* values, Rows attended, SoftmaxRows statistics, Rows y,
+                              Range, void* scratch);
+  // The projection is that of v alone. Leaves the values, and the gradients of attention's result,
+  // of v through the skip, and D.
   void (*transformer_tail_backward)(const Projection&, const Softmax&, const Tail&, const void* x,
-                                    Rows attended, Rows grad, TailSums, float* values, float* grad_y,
-                                    float* grad_v, float* delta, Range, void* scratch);
+                                    Rows attended, Rows grad, TailSums, float* values,
+                                    float* grad_y, float* grad_v, float* delta, Range,
+                                    void* scratch);
   // From `count` arrays of dQ/scale, `size` floats apart, dK/scale and dV.
   void (*transformer_projection_backward)(const Projection&, const Softmax&, const void* x,
                                           const float* grad_q, int64_t count, int64_t size,

@@ -55,7 +55,7 @@ void pack(const float* from, const int64_t* depth_offsets, int64_t depth,
   }
 }
 
-// --- soft split, norm, linear ---------------------------------------------------------------------
+// --- soft split, norm, linear ---
 
 struct ProjectionForwardBuffers {
   float *tile, *buffer, *y;
@@ -108,7 +108,8 @@ void projection_backward(const Projection& p, const void* x, Rows grad, int64_t 
   const Band under(p.split, range, band);
   for_tiles(range, [&](int64_t token, int64_t rows) {
     load_rows<T>(grad, token, rows, columns, tile, p.outputs);
-    project_backward<T>(p, x, range.image, token, rows, tile, sums, band, under.start, under.rows, m);
+    project_backward<T>(p, x, range.image, token, rows, tile, sums, band, under.start, under.rows,
+                        m);
   });
 }
 
@@ -128,7 +129,7 @@ void store_sum(const float* const* rows, int64_t count, int64_t n, void* to) {
   }
 }
 
-// --- Performer attention --------------------------------------------------------------------------
+// --- Performer attention ---
 
 struct AttentionBuffers {
   Tile first, second, third, fourth;  // embeddings
@@ -180,7 +181,8 @@ void attention_keys(const Features& w, Rows k, Rows v, KeySums sums, Range range
 }
 
 template <typename T>
-void attention_queries(const Features& w, Rows q, KeySums sums, Rows y, Range range, void* scratch) {
+void attention_queries(const Features& w, Rows q, KeySums sums, Rows y, Range range,
+                       void* scratch) {
   Arena arena = arena_at(scratch);
   const AttentionBuffers m(w, arena);
   QueryState state{m.logs};
@@ -226,7 +228,7 @@ void attention_keys_backward(const Features& w, Rows k, Rows v, KeySums sums, Ke
   });
 }
 
-// --- the Performer layer --------------------------------------------------------------------------
+// --- the Performer layer ---
 
 struct LayerBuffers {
   ProjectionBuffers projection;
@@ -305,7 +307,8 @@ void layer_queries_backward(const Projection& p, const Features& w, const Tail& 
     tail_backward<Element<T>>(t, range.image * tokens + token, rows, m.y, v, tail_sums, m.tail,
                               m.grad_y);
     std::memcpy(skip + token * embed, m.tail.grad.p, rows * embed * sizeof(float));
-    attend_backward(w, q, rows, sums, m.transposed, state, m.y, m.grad_y, grads, m.work, m.product, q);
+    attend_backward(w, q, rows, sums, m.transposed, state, m.y, m.grad_y, grads, m.work, m.product,
+                    q);
   });
 }
 
@@ -325,20 +328,23 @@ void layer_keys_backward(const Projection& p, const Features& w, const void* x, 
     const Tile k{kqv + token * p.outputs, p.outputs}, v{k.p + 2 * embed, k.row};
     const Tile start{const_cast<float*>(skip) + token * embed, embed};
     clamp_rows(k, rows, w.embed);
-    add_keys_backward(w, k, v, rows, sums.maximum, grads, transposed, start, logs, work, product, k, v);
+    add_keys_backward(w, k, v, rows, sums.maximum, grads, transposed, start, logs, work, product, k,
+                      v);
     project_backward<T>(p, x, range.image, token, rows, k.p, projection_sums, band, under.start,
                         under.rows, m);
   });
 }
 
-// --- softmax attention ------------------------------------------------------------------------------
+// --- softmax attention ---
 
 struct AttentionTiles {
   SoftmaxBuffers softmax;
   Tile y, grad;
 
   AttentionTiles(const Softmax& s, Arena& arena)
-      : softmax(true, arena), y(tile_in(arena, padded(s.embed))), grad(tile_in(arena, padded(s.embed))) {}
+      : softmax(true, arena),
+        y(tile_in(arena, padded(s.embed))),
+        grad(tile_in(arena, padded(s.embed))) {}
 };
 
 int64_t softmax_scratch(const Softmax& s) {
@@ -374,8 +380,8 @@ void round_tile(Tile x, int64_t rows) {
   }
 }
 
-// y·dy, added up in the order of the products that make v·dy: where a query attends to one key, the two
-// then cancel exactly. Of a pair, the CPU takes the second element first.
+// y·dy, added up in the order of the products that make v·dy: where a query attends to one key, the
+// two then cancel exactly. Of a pair, the CPU takes the second element first.
 template <typename E>
 inline void delta_of(Tile y, Tile grad, int64_t rows, float* delta) {
   constexpr int64_t kSum = kSegment<E> * kDepth<E>;
@@ -394,7 +400,8 @@ inline void delta_of(Tile y, Tile grad, int64_t rows, float* delta) {
 }
 
 template <typename T>
-void softmax_delta(const Softmax& s, Rows attended, Rows grad, float* delta, Range range, void* scratch) {
+void softmax_delta(const Softmax& s, Rows attended, Rows grad, float* delta, Range range,
+                   void* scratch) {
   Arena arena = arena_at(scratch);
   const AttentionTiles m(s, arena);
   for_tiles(range, [&](int64_t token, int64_t rows) {
@@ -445,7 +452,7 @@ void softmax_gradient(const Softmax& s, const float* from, int64_t count, int64_
   });
 }
 
-// --- the transformer layer --------------------------------------------------------------------------
+// --- the transformer layer ---
 
 struct TransformerBuffers {
   ProjectionBuffers projection;
@@ -477,15 +484,16 @@ void transformer_project(const Projection& p, const Softmax& s, const void* x, R
     store_tile<T>({m.y, p.outputs}, rows, s.embed, q, token);
     store_tile<T>({m.y + embed, p.outputs}, rows, s.embed, k, token);
     for (int64_t i = 0; i < rows; ++i) {
-      std::memcpy(values + (token + i) * embed, m.y + i * p.outputs + 2 * embed, embed * sizeof(float));
+      std::memcpy(values + (token + i) * embed, m.y + i * p.outputs + 2 * embed,
+                  embed * sizeof(float));
     }
   });
 }
 
 template <typename T>
 void transformer_queries(const Softmax& s, const Tail& t, Operand q, Operand k, Operand v,
-                         const float* values, Rows attended, SoftmaxRows statistics, Rows y, Range range,
-                         void* scratch) {
+                         const float* values, Rows attended, SoftmaxRows statistics, Rows y,
+                         Range range, void* scratch) {
   Arena arena = arena_at(scratch);
   const int64_t embed = padded(s.embed);
   SoftmaxBuffers softmax(false, arena);
@@ -502,8 +510,9 @@ void transformer_queries(const Softmax& s, const Tail& t, Operand q, Operand k, 
 
 template <typename T>
 void transformer_tail_backward(const Projection& p, const Softmax& s, const Tail& t, const void* x,
-                               Rows attended, Rows grad, TailSums sums, float* values, float* grad_y,
-                               float* grad_v, float* delta, Range range, void* scratch) {
+                               Rows attended, Rows grad, TailSums sums, float* values,
+                               float* grad_y, float* grad_v, float* delta, Range range,
+                               void* scratch) {
   Arena arena = arena_at(scratch);
   TransformerBuffers m(p, s, t, arena);
   const int64_t embed = padded(s.embed);
@@ -536,11 +545,12 @@ void transformer_projection_backward(const Projection& p, const Softmax& s, cons
     sum_arrays(grad_q, count, size, s.scale, token, rows, embed, qkv);
     sum_arrays(grad_k, 1, 0, s.scale, token, rows, embed, {qkv.p + embed, qkv.row});
     sum_arrays(grad_v, 1, 0, 1.f, token, rows, embed, {qkv.p + 2 * embed, qkv.row});
-    project_backward<T>(p, x, range.image, token, rows, qkv.p, sums, band, under.start, under.rows, m);
+    project_backward<T>(p, x, range.image, token, rows, qkv.p, sums, band, under.start, under.rows,
+                        m);
   });
 }
 
-// --- the table ------------------------------------------------------------------------------------
+// --- the table ---
 
 template <typename T>
 constexpr TypedKernels typed_kernels() {

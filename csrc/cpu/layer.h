@@ -65,8 +65,8 @@ class TailParameters {
   const float* vector(const Tensor& tensor) {
     return keep(gathered(floats_of(as_floats(tensor)), offsets(tensor.size(0), 1)));
   }
-  void linear(const TypedKernels& kernels, const Tensor& weight, bool backward, const void*& forward,
-              const void*& transposed) {
+  void linear(const TypedKernels& kernels, const Tensor& weight, bool backward,
+              const void*& forward, const void*& transposed) {
     const Tensor floats = as_floats(weight);
     forward = keep(packed_linear(kernels, floats));
     if (backward) transposed = keep(packed_linear_t(kernels, floats));
@@ -92,7 +92,8 @@ inline void check_tail(const char* name, const TailTensors& t, ScalarType dtype)
 inline Tensor as_gradient(const float* from, const Tensor& parameter) {
   const bool matrix = parameter.dim() == 2;
   const int64_t rows = matrix ? parameter.size(0) : 1, columns = parameter.size(matrix ? 1 : 0);
-  const Tensor floats = matrix ? new_floats(parameter, {rows, columns}) : new_floats(parameter, {columns});
+  const Tensor floats =
+      matrix ? new_floats(parameter, {rows, columns}) : new_floats(parameter, {columns});
   for (int64_t i = 0; i < rows; ++i) {
     std::copy_n(from + i * padded(columns), columns, mutable_floats_of(floats) + i * columns);
   }
@@ -101,10 +102,11 @@ inline Tensor as_gradient(const float* from, const Tensor& parameter) {
 
 // The gradients of a tail's parameters, in their order.
 inline std::array<Tensor, 8> tail_gradients(const TailSums& sums, const TailTensors& t) {
-  return {as_gradient(sums.proj, t.proj_weight),       as_gradient(sums.proj_bias, t.proj_bias),
-          as_gradient(sums.norm_gain, t.norm_weight),  as_gradient(sums.norm_offset, t.norm_bias),
-          as_gradient(sums.mlp_in, t.mlp_in_weight),   as_gradient(sums.mlp_in_bias, t.mlp_in_bias),
-          as_gradient(sums.mlp_out, t.mlp_out_weight), as_gradient(sums.mlp_out_bias, t.mlp_out_bias)};
+  return {
+      as_gradient(sums.proj, t.proj_weight),       as_gradient(sums.proj_bias, t.proj_bias),
+      as_gradient(sums.norm_gain, t.norm_weight),  as_gradient(sums.norm_offset, t.norm_bias),
+      as_gradient(sums.mlp_in, t.mlp_in_weight),   as_gradient(sums.mlp_in_bias, t.mlp_in_bias),
+      as_gradient(sums.mlp_out, t.mlp_out_weight), as_gradient(sums.mlp_out_bias, t.mlp_out_bias)};
 }
 
 }  // namespace t2t

@@ -1,9 +1,9 @@
-// What the operators of the fused kernels share: from tensors to the kernels' arguments, memory, and
-// how a backward is cut into pieces.
+// What the operators of the fused kernels share: from tensors to the kernels' arguments, memory,
+// and how a backward is cut into pieces.
 #pragma once
 
-#include <cmath>
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -101,11 +101,16 @@ inline Split make_split(const char* name, const Tensor& x, int64_t kernel, int64
   STD_TORCH_CHECK(x.dim() == 4, name, ": x must have 4 dimensions, has ", x.dim());
   const int64_t height = x.size(2), width = x.size(3);
   check_split(name, x.size(1), height, width, kernel, stride, padding);
-  return {x.size(0), x.size(1), height, width,
+  return {x.size(0),
+          x.size(1),
+          height,
+          width,
           {x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
           (height + 2 * padding - kernel) / stride + 1,
           (width + 2 * padding - kernel) / stride + 1,
-          kernel, stride, padding,
+          kernel,
+          stride,
+          padding,
           x.stride(1) == 1 && x.size(1) > 1};
 }
 
@@ -143,8 +148,8 @@ inline Memory gathered(const float* from, const std::vector<int64_t>& offsets) {
 }
 
 // depth × columns, see TypedKernels::pack.
-inline Memory packed(const TypedKernels& kernels, const float* from, const std::vector<int64_t>& depth,
-                     const std::vector<int64_t>& columns) {
+inline Memory packed(const TypedKernels& kernels, const float* from,
+                     const std::vector<int64_t>& depth, const std::vector<int64_t>& columns) {
   Memory memory(kernels.packed_bytes(depth.size(), columns.size()));
   kernels.pack(from, depth.data(), depth.size(), columns.data(), columns.size(), memory.get());
   return memory;
@@ -163,8 +168,8 @@ inline Memory packed_linear_t(const TypedKernels& kernels, const Tensor& weight)
   return packed(kernels, floats_of(weight), depth, offsets(inputs, 1));
 }
 
-// A projection's parameters as the kernels take them. The outputs are `groups` equal groups, each of
-// which is padded.
+// A projection's parameters as the kernels take them. The outputs are `groups` equal groups, each
+// of which is padded.
 class ProjectionParameters {
  public:
   ProjectionParameters(const TypedKernels& kernels, const Split& split, const Tensor& weight,
@@ -175,8 +180,9 @@ class ProjectionParameters {
         columns_(offsets(weight.size(0) / groups, 1, groups)),
         weight_(as_floats(weight)) {
     const int64_t n = split.patch();
-    projection_ = {split, static_cast<int64_t>(columns_.size()), nullptr, nullptr, eps,
-                   nullptr, nullptr, nullptr};
+    projection_ = {
+        split,  static_cast<int64_t>(columns_.size()), nullptr, nullptr, eps, nullptr, nullptr,
+        nullptr};
     projection_.weight = keep(packed(kernels, floats_of(weight_), order_, scaled_columns(n)));
     if (for_map_gradient) {
       std::vector<int64_t> columns = order_;
@@ -215,10 +221,10 @@ class ProjectionParameters {
   Projection projection_;
 };
 
-// How a backward is cut. A chunk is some rows of one image's tokens. Sums over all tokens are taken in
-// slots: a slot's chunks are added one after the other, then slot after slot, so that the result does
-// not depend on the threads. Images are worked on in groups, which bounds the memory: the images of a
-// group use different slots.
+// How a backward is cut. A chunk is some rows of one image's tokens. Sums over all tokens are taken
+// in slots: a slot's chunks are added one after the other, then slot after slot, so that the result
+// does not depend on the threads. Images are worked on in groups, which bounds the memory: the
+// images of a group use different slots.
 struct Cut {
   int64_t rows, chunk_rows, chunks, sharing, group;
 
@@ -232,7 +238,8 @@ struct Cut {
     chunks = (rows + chunk_rows - 1) / chunk_rows;
     // Enough slots for some cores; more only where they are a small part of the work.
     const int64_t tokens = s.batch * s.tokens();
-    const int64_t slots = std::max(std::min<int64_t>(16, tokens / 512), std::min<int64_t>(64, tokens / 2048));
+    const int64_t slots =
+        std::max(std::min<int64_t>(16, tokens / 512), std::min<int64_t>(64, tokens / 2048));
     sharing = std::max<int64_t>(1, std::min(s.batch, slots / chunks));
     group = std::min(sharing, std::max<int64_t>(1, (8 * threads + chunks - 1) / chunks));
   }
@@ -255,7 +262,8 @@ inline Rows rows_of(const Tensor& tensor, int64_t image) {
   return {p + image * tensor.stride(0) * bytes, tensor.stride(1), tensor.stride(2)};
 }
 
-// Calls f(item, scratch) for the items [0, n) in parallel, each thread with scratch memory of its own.
+// Calls f(item, scratch) for the items [0, n) in parallel, each thread with scratch memory of its
+// own.
 template <typename F>
 void parallel(int64_t n, int64_t scratch_bytes, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
@@ -298,7 +306,8 @@ class FeatureParameters {
 class KeySumsMemory {
  public:
   KeySumsMemory(const Features& w, int64_t count)
-      : features_(padded(w.count)), size_(2 * features_ + w.count * padded(w.embed)),
+      : features_(padded(w.count)),
+        size_(2 * features_ + w.count * padded(w.embed)),
         memory_(Memory::floats(count * size_)) {}
 
   KeySums operator[](int64_t i) const {
@@ -336,8 +345,8 @@ struct SavedSums {
 // The gradient of a map, empty where it is not asked for: channels-last where the map is.
 Tensor new_map_gradient(const Tensor& x, const Split& split, bool needed);
 // Sums the bands of a group's chunks, which lie one after the other, to the rows of the maps.
-void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut, const float* bands,
-                  int64_t first_image, int64_t images, const Tensor& grad_x);
+void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut,
+                  const float* bands, int64_t first_image, int64_t images, const Tensor& grad_x);
 
 // The gradients of a projection's parameters, from the sums in the kernels' order.
 struct ProjectionGradients {
@@ -352,7 +361,9 @@ inline int64_t threads() { return torch::stable::get_num_threads(); }
 
 // Forward, an image's tokens are cut into chunks of a few tiles.
 constexpr int64_t kForwardChunk = 192;
-inline int64_t forward_chunks(int64_t tokens) { return (tokens + kForwardChunk - 1) / kForwardChunk; }
+inline int64_t forward_chunks(int64_t tokens) {
+  return (tokens + kForwardChunk - 1) / kForwardChunk;
+}
 inline Range forward_range(int64_t tokens, int64_t image, int64_t chunk) {
   return {image, chunk * kForwardChunk, std::min(tokens, (chunk + 1) * kForwardChunk)};
 }

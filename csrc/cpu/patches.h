@@ -6,7 +6,8 @@
 namespace t2t {
 namespace {
 
-// Tokens that are worked on at a time: with its patches, a tile takes a part of the second-level cache.
+// Tokens that are worked on at a time: with its patches, a tile takes a part of the second-level
+// cache.
 constexpr int64_t kTile = 48;
 
 // Scratch memory, handed out in order.
@@ -50,7 +51,8 @@ inline void copy_run(const T* from, int64_t stride, int64_t n, float* to) {
   }
 }
 
-// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at `at`.
+// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at
+// `at`.
 struct Span {
   int64_t begin, end;
   Span(int64_t at, int64_t kernel, int64_t size)
@@ -104,9 +106,9 @@ __attribute__((always_inline)) inline double sum_of(int64_t n, const F& f) {
 }
 
 // Normalises a row: x becomes x̂ = (x − mean)·r, r = 1/√(variance + eps), then x̂·gain + offset where
-// they are not null. Returns r. The mean is taken of the distances from the first element, so that the
-// rows of a flat patch become exactly zero. r is applied as the sum of two floats: its rounding would
-// be common to all elements of a row, where those of the elements average out.
+// they are not null. Returns r. The mean is taken of the distances from the first element, so that
+// the rows of a flat patch become exactly zero. r is applied as the sum of two floats: its rounding
+// would be common to all elements of a row, where those of the elements average out.
 inline float normalize(float* row, int64_t n, float eps, const float* gain, const float* offset) {
   const Vec first = all(row[0]);
   const double count = static_cast<double>(n);
@@ -132,14 +134,16 @@ inline void normalize_backward(const float* row, float r, int64_t n, float* grad
   const auto mean = static_cast<float>(
       sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)); }) / count);
   const auto slope = static_cast<float>(
-      sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)) * keep(load(row + j)); }) / count);
+      sum_of(n, [&](int64_t j, auto keep) { return keep(load(grad + j)) * keep(load(row + j)); }) /
+      count);
   for_vectors(n, [&](int64_t j, auto keep) {
     store(grad + j, keep((load(grad + j) - mean - load(row + j) * slope) * r));
   });
 }
 
 // x·gain + offset over a tile.
-inline void scale_rows(float* tile, int64_t row, int64_t rows, const float* gain, const float* offset) {
+inline void scale_rows(float* tile, int64_t row, int64_t rows, const float* gain,
+                       const float* offset) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < row; j += kLanes) {
       store(tile + i * row + j, load(tile + i * row + j) * load(gain + j) + load(offset + j));
@@ -223,12 +227,12 @@ struct ProjectionBuffers {
         grad_tile(p.weight_t ? arena.tile(padded(p.split.patch())) : nullptr) {}
 };
 
-// A tile's part in the gradients of the weight and, if `band` is not null, of the map. `grad` is the
-// gradient of the projection's result, with rows of p.outputs.
+// A tile's part in the gradients of the weight and, if `band` is not null, of the map. `grad` is
+// the gradient of the projection's result, with rows of p.outputs.
 template <typename T>
-void project_backward(const Projection& p, const void* x, int64_t image, int64_t token, int64_t rows,
-                      const float* grad, ProjectionSums sums, float* band, int64_t band_start,
-                      int64_t band_rows, ProjectionBuffers& memory) {
+void project_backward(const Projection& p, const void* x, int64_t image, int64_t token,
+                      int64_t rows, const float* grad, ProjectionSums sums, float* band,
+                      int64_t band_start, int64_t band_rows, ProjectionBuffers& memory) {
   using E = Element<T>;
   const int64_t n = p.split.patch(), row = padded(n), outputs = p.outputs;
   float r[kTile] = {};
@@ -236,8 +240,8 @@ void project_backward(const Projection& p, const void* x, int64_t image, int64_t
   add_columns(grad, outputs, rows, outputs, sums.bias);
   const E* left = paired<E>(memory.tile, row, rows, memory.buffer);
   const E* right = paired<E>(grad, outputs, rows, memory.grad_buffer);
-  product<E>(n, outputs, rows, left_of_pairs(left, row), right_of_pairs(right, outputs), sums.weight,
-             outputs, sums.weight, outputs);
+  product<E>(n, outputs, rows, left_of_pairs(left, row), right_of_pairs(right, outputs),
+             sums.weight, outputs, sums.weight, outputs);
   if (band == nullptr) return;
   product<E>(rows, row, outputs, left_of<E>(grad, outputs, rows, outputs, memory.grad_buffer),
              packed<E>(p.weight_t, outputs), nullptr, 0, memory.grad_tile, row);
@@ -251,7 +255,7 @@ void project_backward(const Projection& p, const void* x, int64_t image, int64_t
   }
 }
 
-// --- rows of tensors --------------------------------------------------------------------------------
+// --- rows of tensors ---
 
 // Loads `rows` tokens of n channels as rows of padded(n) floats, zeros beyond n.
 template <typename T>
@@ -265,14 +269,16 @@ void load_rows(const Rows& from, int64_t token, int64_t rows, int64_t n, float* 
                                                 : Vec{});
       }
     } else {
-      for (int64_t j = 0; j < row; ++j) to[i * row + j] = j < n ? load_one(p + j * from.channel) : 0.f;
+      for (int64_t j = 0; j < row; ++j)
+        to[i * row + j] = j < n ? load_one(p + j * from.channel) : 0.f;
     }
   }
 }
 
 // Stores rows of floats as tokens of n adjacent channels.
 template <typename T>
-void store_rows(const float* from, int64_t row, int64_t rows, int64_t n, const Rows& to, int64_t token) {
+void store_rows(const float* from, int64_t row, int64_t rows, int64_t n, const Rows& to,
+                int64_t token) {
   for (int64_t i = 0; i < rows; ++i) {
     T* p = static_cast<T*>(to.p) + (token + i) * to.token;
     int64_t j = 0;

@@ -72,7 +72,8 @@ inline void key_logs(const Features& w, Tile k, int64_t rows, Tile logs) {
 }
 
 // Adds keys and values to the sums under a running maximum, which starts at −infinity.
-inline void add_keys(const Features& w, Tile k, Tile v, int64_t rows, const KeySums& to, Tile logs) {
+inline void add_keys(const Features& w, Tile k, Tile v, int64_t rows, const KeySums& to,
+                     Tile logs) {
   const int64_t embed = padded(w.embed);
   clamp_rows(k, rows, w.embed);
   key_logs(w, k, rows, logs);
@@ -95,12 +96,13 @@ inline void add_keys(const Features& w, Tile k, Tile v, int64_t rows, const KeyS
       for (int64_t e = 0; e < embed; e += kLanes) store(row + e, load(row + e) * shrink[i]);
     }
   }
-  product<float>(w.count, embed, rows, left_transposed(logs), right(v), to.sums, embed, to.sums, embed);
+  product<float>(w.count, embed, rows, left_transposed(logs), right(v), to.sums, embed, to.sums,
+                 embed);
 }
 
 // What the backward of a tile of queries needs besides y.
 struct QueryState {
-  Tile features;             // f
+  Tile features;                      // f
   float inverse[padded(kTile)] = {};  // 1 / D
   float slope[padded(kTile)] = {};    // the derivative of D by |q|²/2
 };
@@ -158,15 +160,16 @@ inline void transpose_sums(const Features& w, const float* from, Tile to) {
 }
 
 // grad − z·factor where z is within range, else 0: the clamp passes no gradient.
-inline void finish_gradient(const float* z, float factor, int64_t embed, const float* from, float* to) {
+inline void finish_gradient(const float* z, float factor, int64_t embed, const float* from,
+                            float* to) {
   for (int64_t e = 0; e < padded(embed); e += kLanes) {
     const Vec v = load(z + e), g = load(from + e) + v * factor;
     store(to + e, (v < kLargest) & (v > -kLargest) ? g : Vec{});
   }
 }
 
-// Gradient of queries that `attend` brought within range, and of the sums. `grad` is that of y and is
-// overwritten; `work` holds features, `product_tile` embeddings.
+// Gradient of queries that `attend` brought within range, and of the sums. `grad` is that of y and
+// is overwritten; `work` holds features, `product_tile` embeddings.
 inline void attend_backward(const Features& w, Tile q, int64_t rows, const KeySums& keys,
                             Tile sums_transposed, const QueryState& state, Tile y, Tile grad,
                             const KeySums& grads, Tile work, Tile product_tile, Tile grad_q) {
@@ -182,9 +185,10 @@ inline void attend_backward(const Features& w, Tile q, int64_t rows, const KeySu
     }
     grad_d[i] = -sum(sums);
   }
-  product<float>(w.count, embed, rows, left_transposed(f), right(grad), grads.sums, embed, grads.sums,
-                 embed);
-  product<float>(rows, f.row, w.embed, left(grad), right(sums_transposed), nullptr, 0, work.p, work.row);
+  product<float>(w.count, embed, rows, left_transposed(f), right(grad), grads.sums, embed,
+                 grads.sums, embed);
+  product<float>(rows, f.row, w.embed, left(grad), right(sums_transposed), nullptr, 0, work.p,
+                 work.row);
   for (int64_t j = 0; j < f.row; j += kLanes) {
     Vec total = load(grads.normalizer + j);
     const Vec normalizer = load(keys.normalizer + j);
@@ -205,8 +209,8 @@ inline void attend_backward(const Features& w, Tile q, int64_t rows, const KeySu
 // Gradients of keys that are within range and of values, from those of the sums. That of the values
 // starts at `start` (null for zero). `logs` and `work` hold features.
 inline void add_keys_backward(const Features& w, Tile k, Tile v, int64_t rows, const float* maximum,
-                              const KeySums& grads, Tile grad_sums_transposed, Tile start, Tile logs,
-                              Tile work, Tile product_tile, Tile grad_k, Tile grad_v) {
+                              const KeySums& grads, Tile grad_sums_transposed, Tile start,
+                              Tile logs, Tile work, Tile product_tile, Tile grad_k, Tile grad_v) {
   const int64_t embed = padded(w.embed);
   float total[kTile];
   key_logs(w, k, rows, logs);

@@ -1,5 +1,5 @@
-// Performer attention on the CPU: one pass over the keys and values for an image's sums, one over the
-// queries. Chunks of tokens have sums of their own, which are merged one after the other.
+// Performer attention on the CPU: one pass over the keys and values for an image's sums, one over
+// the queries. Chunks of tokens have sums of their own, which are merged one after the other.
 
 #include "operators.h"
 
@@ -17,12 +17,14 @@ void merge_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t firs
   std::fill_n(to.sums, w.count * embed, 0.f);
   for (int64_t i = 0; i < w.count; ++i) {
     float& maximum = to.maximum[i];
-    for (int64_t c = first; c < first + count; ++c) maximum = std::max(maximum, chunks[c].maximum[i]);
+    for (int64_t c = first; c < first + count; ++c)
+      maximum = std::max(maximum, chunks[c].maximum[i]);
     for (int64_t c = first; c < first + count; ++c) {
       const KeySums chunk = chunks[c];
       const float share = std::exp(chunk.maximum[i] - maximum);
       to.normalizer[i] += share * chunk.normalizer[i];
-      for (int64_t e = 0; e < embed; ++e) to.sums[i * embed + e] += share * chunk.sums[i * embed + e];
+      for (int64_t e = 0; e < embed; ++e)
+        to.sums[i * embed + e] += share * chunk.sums[i * embed + e];
     }
   }
 }
@@ -94,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(const Tensor& k, 
   const int64_t scratch_bytes = kernels.attention_scratch(f);
   parallel(batch * chunks, scratch_bytes, [&](int64_t item, void* scratch) {
     const Range range = forward_range(tokens, item / chunks, item % chunks);
-    kernels.attention_keys(f, rows_of(k, range.image), rows_of(v, range.image), partial[item], range,
-                           scratch);
+    kernels.attention_keys(f, rows_of(k, range.image), rows_of(v, range.image), partial[item],
+                           range, scratch);
   });
   for (int64_t image = 0; image < batch; ++image) {
     merge_key_sums(f, partial, image * chunks, chunks, sums[image]);
@@ -103,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(const Tensor& k, 
   }
   parallel(batch * chunks, scratch_bytes, [&](int64_t item, void* scratch) {
     const Range range = forward_range(tokens, item / chunks, item % chunks);
-    kernels.attention_queries(f, rows_of(q, range.image), sums[range.image], rows_of(y, range.image),
-                              range, scratch);
+    kernels.attention_queries(f, rows_of(q, range.image), sums[range.image],
+                              rows_of(y, range.image), range, scratch);
   });
   return {y, saved.maximum, saved.normalizer, saved.sums};
 }
@@ -136,8 +138,9 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(
   parallel(batch * chunks, scratch_bytes, [&](int64_t item, void* scratch) {
     const Range range = forward_range(tokens, item / chunks, item % chunks);
     const int64_t image = range.image;
-    kernels.attention_keys_backward(f, rows_of(k, image), rows_of(v, image), keys[image], grads[image],
-                                    rows_of(grad_k, image), rows_of(grad_v, image), range, scratch);
+    kernels.attention_keys_backward(f, rows_of(k, image), rows_of(v, image), keys[image],
+                                    grads[image], rows_of(grad_k, image), rows_of(grad_v, image),
+                                    range, scratch);
   });
   return {grad_k, grad_q, grad_v};
 }

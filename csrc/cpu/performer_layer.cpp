@@ -1,10 +1,10 @@
 // The Performer layer on the CPU: soft split, norm, projection to k, q and v, attention, tail.
 //
 // Forward, one pass over an image's patches makes k, q and v, adds k and v to the image's sums and
-// keeps q and v; a second pass makes the result of them. What is kept is memory of a few images, used
-// again by the next ones. Backward, a pass over the patches makes k, q and v again and goes from the
-// gradient of the result to those of q, of the sums and of the tail's parameters; a second one, when
-// the gradients of the sums are complete, goes on to k and v, the projection and the map.
+// keeps q and v; a second pass makes the result of them. What is kept is memory of a few images,
+// used again by the next ones. Backward, a pass over the patches makes k, q and v again and goes
+// from the gradient of the result to those of q, of the sums and of the tail's parameters; a second
+// one, when the gradients of the sums are complete, goes on to k and v, the projection and the map.
 
 #include "layer.h"
 
@@ -28,12 +28,13 @@ Dropout make_dropout(double p, const std::optional<Tensor>& seed, uint64_t site)
           p == 1 ? 0.f : static_cast<float>(1 / (1 - p))};
 }
 
-void check_parameters(const Split& split, const Tensor& x, const Tensor& w, const Tensor& norm_weight,
-                      const Tensor& norm_bias, const Tensor& kqv_weight, const Tensor& kqv_bias,
-                      const TailTensors& t) {
+void check_parameters(const Split& split, const Tensor& x, const Tensor& w,
+                      const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& kqv_weight,
+                      const Tensor& kqv_bias, const TailTensors& t) {
   const int64_t n = split.patch(), embed = t.proj_weight.size(0);
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == embed, kName, ": w has the wrong shape");
+  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == embed, kName,
+                  ": w has the wrong shape");
   check(kName, "norm1_weight", norm_weight, {n}, dtype);
   check(kName, "norm1_bias", norm_bias, {n}, dtype);
   check(kName, "kqv_weight", kqv_weight, {3 * embed, n}, dtype);
@@ -46,15 +47,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     const Tensor& kqv_weight, const Tensor& kqv_bias, const Tensor& proj_weight,
     const Tensor& proj_bias, const Tensor& norm2_weight, const Tensor& norm2_bias,
     const Tensor& mlp_0_weight, const Tensor& mlp_0_bias, const Tensor& mlp_2_weight,
-    const Tensor& mlp_2_bias, const std::optional<Tensor>& seed, int64_t kernel_size, int64_t stride,
-    int64_t padding, double eps, double dropout_p) {
+    const Tensor& mlp_2_bias, const std::optional<Tensor>& seed, int64_t kernel_size,
+    int64_t stride, int64_t padding, double eps, double dropout_p) {
   const TypedKernels& kernels = typed_kernels(kName, x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,  proj_bias,  norm2_weight, norm2_bias,
                             mlp_0_weight, mlp_0_bias, mlp_2_weight, mlp_2_bias};
   check_parameters(split, x, w, norm1_weight, norm1_bias, kqv_weight, kqv_bias, tensors);
-  const ProjectionParameters projection(kernels, split, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
-                                        3, kSplitNormEps, false);
+  const ProjectionParameters projection(kernels, split, kqv_weight, kqv_bias, norm1_weight,
+                                        norm1_bias, 3, kSplitNormEps, false);
   const Projection& p = projection.projection();
   const FeatureParameters random(w, eps);
   const Features& f = random.features();
@@ -69,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
   // Images at a time: enough chunks to keep every thread busy.
   const int64_t group = std::min(batch, std::max<int64_t>(1, 16 * threads() / chunks));
   const KeySumsMemory partial(f, group * chunks), sums(f, group);
-  const Memory queries = Memory::floats(group * tokens * embed), values = Memory::floats(group * tokens * embed);
+  const Memory queries = Memory::floats(group * tokens * embed),
+               values = Memory::floats(group * tokens * embed);
   const int64_t scratch_bytes = kernels.layer_scratch(p, f, tail);
   for (int64_t first = 0; first < batch; first += group) {
     const int64_t images = std::min(group, batch - first);
@@ -109,8 +111,8 @@ Gradients performer_layer_backward(
   const TailTensors tensors{proj_weight,  proj_bias,  norm2_weight, norm2_bias,
                             mlp_0_weight, mlp_0_bias, mlp_2_weight, mlp_2_bias};
   check_parameters(split, x, w, norm1_weight, norm1_bias, kqv_weight, kqv_bias, tensors);
-  const ProjectionParameters projection(kernels, split, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
-                                        3, kSplitNormEps, need_x);
+  const ProjectionParameters projection(kernels, split, kqv_weight, kqv_bias, norm1_weight,
+                                        norm1_bias, 3, kSplitNormEps, need_x);
   const Projection& p = projection.projection();
   const FeatureParameters random(w, eps);
   const Features& f = random.features();
@@ -167,7 +169,7 @@ Gradients performer_layer_backward(
                                                      kqv_weight, norm1_weight, norm1_bias);
   const auto [proj, proj_b, norm, norm_b, mlp_in, mlp_in_b, mlp_out, mlp_out_b] =
       tail_gradients(parameters.sums_at(slots.floats() + projection_size), tensors);
-  return {grad_x, g.norm_weight, g.norm_bias, g.weight, g.bias,   proj,     proj_b,
+  return {grad_x, g.norm_weight, g.norm_bias, g.weight, g.bias,  proj,     proj_b,
           norm,   norm_b,        mlp_in,      mlp_in_b, mlp_out, mlp_out_b};
 }
 

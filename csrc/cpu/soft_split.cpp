@@ -1,8 +1,9 @@
 // Soft split on the CPU, forward and backward.
 //
 // Both are copies: their limit is memory, so one pass over input and output is the whole design. A
-// thread owns whole rows of the result (of tokens forward, of pixels backward), hence no atomics and
-// the same sums for any number of threads. Strides are taken as they come: no layout is copied first.
+// thread owns whole rows of the result (of tokens forward, of pixels backward), hence no atomics
+// and the same sums for any number of threads. Strides are taken as they come: no layout is copied
+// first.
 
 #include "operators.h"
 
@@ -22,16 +23,22 @@ struct Geometry {
   int64_t token_width() const { return channels * kernel * kernel; }
 };
 
-Geometry make_geometry(
-    int64_t batch, int64_t channels, int64_t height, int64_t width,
-    int64_t kernel, int64_t stride, int64_t padding) {
+Geometry make_geometry(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                       int64_t kernel, int64_t stride, int64_t padding) {
   t2t::check_split("soft_split", channels, height, width, kernel, stride, padding);
-  return {batch, channels, height, width,
+  return {batch,
+          channels,
+          height,
+          width,
           (height + 2 * padding - kernel) / stride + 1,
-          (width + 2 * padding - kernel) / stride + 1, kernel, stride, padding};
+          (width + 2 * padding - kernel) / stride + 1,
+          kernel,
+          stride,
+          padding};
 }
 
-// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at `at`.
+// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at
+// `at`.
 struct Span {
   int64_t begin, end;
   Span(int64_t at, int64_t kernel, int64_t size)
@@ -99,8 +106,8 @@ void gather_rows(const Geometry& g, const T* grad, const int64_t (&strides)[3], 
       for (int64_t column = 0; column < g.columns; ++column) {
         const int64_t left = column * g.stride - g.padding;
         const Span xs(left, g.kernel, g.width);
-        const T* token = grad + b * strides[0] + (token_row * g.columns + column) * strides[1]
-                         + ky * g.kernel * strides[2];
+        const T* token = grad + b * strides[0] + (token_row * g.columns + column) * strides[1] +
+                         ky * g.kernel * strides[2];
         for (int64_t c = 0; c < g.channels; ++c) {
           const T* from = token + c * area * strides[2];
           float* to = sum.data() + c * step_c + left * step_x;
@@ -142,8 +149,8 @@ int64_t rows_per_thread(int64_t elements_per_row) {
 
 Tensor soft_split(const Tensor& x, int64_t kernel_size, int64_t stride, int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, "soft_split: x must have 4 dimensions, has ", x.dim());
-  const Geometry g = make_geometry(
-      x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride, padding);
+  const Geometry g =
+      make_geometry(x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride, padding);
   Tensor tokens = torch::stable::new_empty(x, {g.batch, g.rows * g.columns, g.token_width()});
   const int64_t strides[4] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   with_element_type(x.scalar_type(), [&](auto zero) {
@@ -161,27 +168,26 @@ Tensor soft_split_backward(const Tensor& grad, int64_t height, int64_t width, in
                            int64_t stride, int64_t padding, bool channels_last) {
   STD_TORCH_CHECK(grad.dim() == 3, "soft_split_backward: grad must have 3 dimensions, has ",
                   grad.dim());
-  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size <= 32767,
-                  "soft_split_backward: kernel_size ", kernel_size);
+  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size <= 32767, "soft_split_backward: kernel_size ",
+                  kernel_size);
   const Geometry g = make_geometry(grad.size(0), grad.size(2) / (kernel_size * kernel_size), height,
                                    width, kernel_size, stride, padding);
   STD_TORCH_CHECK(grad.size(1) == g.rows * g.columns && grad.size(2) == g.token_width(),
                   "soft_split_backward: grad (", grad.size(0), ", ", grad.size(1), ", ",
                   grad.size(2), ") is not the gradient of a ", height, "x", width, " map");
-  Tensor result = torch::stable::empty(
-      {g.batch, g.channels, height, width}, grad.scalar_type(), std::nullopt, grad.device(),
-      std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                    : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor result = torch::stable::empty({g.batch, g.channels, height, width}, grad.scalar_type(),
+                                       std::nullopt, grad.device(), std::nullopt,
+                                       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                     : torch::headeronly::MemoryFormat::Contiguous);
   const int64_t strides[3] = {grad.stride(0), grad.stride(1), grad.stride(2)};
   with_element_type(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(grad.const_data_ptr());
     T* to = static_cast<T*>(result.mutable_data_ptr());
-    torch::stable::parallel_for(
-        0, g.batch * height, rows_per_thread(g.channels * width), [&](int64_t first, int64_t last) {
-          gather_rows(g, from, strides, channels_last, to, first, last);
-        });
+    torch::stable::parallel_for(0, g.batch * height, rows_per_thread(g.channels * width),
+                                [&](int64_t first, int64_t last) {
+                                  gather_rows(g, from, strides, channels_last, to, first, last);
+                                });
   });
   return result;
 }

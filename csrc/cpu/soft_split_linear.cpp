@@ -1,8 +1,9 @@
 // Soft split, LayerNorm and Linear on the CPU: an implicit matrix product over patches.
 //
-// Forward, a tile of patches is gathered, normalised and multiplied while it is in the cache. Backward
-// they are gathered again: nothing but the inputs was saved. The gradient of the map is summed per
-// chunk of tokens in a band of floats, and the bands, which overlap by some rows, are added at the end.
+// Forward, a tile of patches is gathered, normalised and multiplied while it is in the cache.
+// Backward they are gathered again: nothing but the inputs was saved. The gradient of the map is
+// summed per chunk of tokens in a band of floats, and the bands, which overlap by some rows, are
+// added at the end.
 
 #include "operators.h"
 
@@ -16,8 +17,8 @@ Tensor new_map_gradient(const Tensor& x, const Split& split, bool needed) {
                                            : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut, const float* bands,
-                  int64_t first_image, int64_t images, const Tensor& grad_x) {
+void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut,
+                  const float* bands, int64_t first_image, int64_t images, const Tensor& grad_x) {
   char* to = static_cast<char*>(grad_x.mutable_data_ptr());
   const int64_t bytes = grad_x.scalar_type() == ScalarType::Float ? 4 : 2;
   torch::stable::parallel_for(0, images * split.height, 8, [&](int64_t first, int64_t last) {
@@ -30,7 +31,8 @@ void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cu
       rows.clear();
       for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
         const int64_t first_row = chunk * cut.chunk_rows;
-        const int64_t band_rows = split.band_rows(std::min(cut.rows, first_row + cut.chunk_rows) - first_row);
+        const int64_t band_rows =
+            split.band_rows(std::min(cut.rows, first_row + cut.chunk_rows) - first_row);
         const int64_t at = y - split.band_start(first_row);
         if (at < 0 || at >= band_rows) continue;
         const float* band = bands + (image * cut.chunks + chunk) * cut.band_floats(split);
@@ -64,8 +66,10 @@ ProjectionGradients projection_gradients(const ProjectionParameters& parameters,
   for (size_t i = 0; i < parameters.columns().size(); ++i) {
     if (parameters.columns()[i] >= 0) column[parameters.columns()[i]] = i;
   }
-  const Tensor grad_weight = new_floats(weight, {outputs, n}), grad_bias = new_floats(weight, {outputs});
-  const Tensor grad_gain = new_floats(weight, {p.gain ? n : 0}), grad_offset = new_floats(weight, {p.gain ? n : 0});
+  const Tensor grad_weight = new_floats(weight, {outputs, n}),
+               grad_bias = new_floats(weight, {outputs});
+  const Tensor grad_gain = new_floats(weight, {p.gain ? n : 0}),
+               grad_offset = new_floats(weight, {p.gain ? n : 0});
   float *to = mutable_floats_of(grad_weight), *to_bias = mutable_floats_of(grad_bias);
   float *to_gain = mutable_floats_of(grad_gain), *to_offset = mutable_floats_of(grad_offset);
   const float* w = floats_of(parameters.weight());
@@ -88,7 +92,9 @@ ProjectionGradients projection_gradients(const ProjectionParameters& parameters,
       to_offset[order[j]] = static_cast<float>(offset);
     }
   });
-  const auto as_parameter = [&](const Tensor& t) { return torch::stable::to(t, weight.scalar_type()); };
+  const auto as_parameter = [&](const Tensor& t) {
+    return torch::stable::to(t, weight.scalar_type());
+  };
   return {as_parameter(grad_weight), as_parameter(grad_bias), as_parameter(grad_gain),
           as_parameter(grad_offset)};
 }
@@ -98,7 +104,8 @@ namespace {
 constexpr const char* kName = "soft_split_linear";
 
 void check_parameters(const Split& split, const Tensor& x, const Tensor& weight,
-                      const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias) {
+                      const std::optional<Tensor>& norm_weight,
+                      const std::optional<Tensor>& norm_bias) {
   STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");
   check(kName, "weight", weight, {weight.size(0), split.patch()}, x.scalar_type());
   STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), kName, ": half a norm");
@@ -110,37 +117,36 @@ void check_parameters(const Split& split, const Tensor& x, const Tensor& weight,
 
 Tensor soft_split_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& norm_weight,
-                         const std::optional<Tensor>& norm_bias, int64_t kernel_size, int64_t stride,
-                         int64_t padding, double eps) {
+                         const std::optional<Tensor>& norm_bias, int64_t kernel_size,
+                         int64_t stride, int64_t padding, double eps) {
   const TypedKernels& kernels = typed_kernels(kName, x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   check_parameters(split, x, weight, norm_weight, norm_bias);
   const int64_t outputs = weight.size(0), chunks = forward_chunks(split.tokens());
   if (bias) check(kName, "bias", *bias, {outputs}, x.scalar_type());
   Tensor y = torch::stable::new_empty(x, {split.batch, split.tokens(), outputs});
-  const ProjectionParameters parameters(kernels, split, weight, bias, norm_weight, norm_bias, 1, eps,
-                                        false);
+  const ProjectionParameters parameters(kernels, split, weight, bias, norm_weight, norm_bias, 1,
+                                        eps, false);
   const Projection& p = parameters.projection();
-  parallel(split.batch * chunks, kernels.projection_scratch(p),
-           [&](int64_t item, void* scratch) {
-             const Range range = forward_range(split.tokens(), item / chunks, item % chunks);
-             kernels.projection_forward(p, x.const_data_ptr(), rows_of(y, range.image), outputs, range,
-                                        scratch);
-           });
+  parallel(split.batch * chunks, kernels.projection_scratch(p), [&](int64_t item, void* scratch) {
+    const Range range = forward_range(split.tokens(), item / chunks, item % chunks);
+    kernels.projection_forward(p, x.const_data_ptr(), rows_of(y, range.image), outputs, range,
+                               scratch);
+  });
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
-    double eps, bool need_x) {
+    const Tensor& grad, const Tensor& x, const Tensor& weight,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+    int64_t kernel_size, int64_t stride, int64_t padding, double eps, bool need_x) {
   const TypedKernels& kernels = typed_kernels(kName, x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   check_parameters(split, x, weight, norm_weight, norm_bias);
   const int64_t outputs = weight.size(0), n = split.patch();
   check(kName, "grad", grad, {split.batch, split.tokens(), outputs}, x.scalar_type());
-  const ProjectionParameters parameters(kernels, split, weight, std::nullopt, norm_weight, norm_bias, 1,
-                                        eps, need_x);
+  const ProjectionParameters parameters(kernels, split, weight, std::nullopt, norm_weight,
+                                        norm_bias, 1, eps, need_x);
   const Projection& p = parameters.projection();
   const Cut cut(split, threads());
   const Tensor grad_x = new_map_gradient(x, split, need_x);
@@ -153,15 +159,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
   };
   for (int64_t image = 0; image < split.batch; image += cut.group) {
     const int64_t images = std::min(cut.group, split.batch - image);
-    parallel(images * cut.chunks, kernels.projection_scratch(p),
-             [&](int64_t item, void* scratch) {
-               const int64_t chunk = item % cut.chunks;
-               const Range range = cut.range(split, image + item / cut.chunks, chunk);
-               kernels.projection_backward(p, x.const_data_ptr(), rows_of(grad, range.image), outputs,
-                                           sums_of(cut.slot(range.image, chunk)),
-                                           need_x ? bands.floats() + item * band_size : nullptr,
-                                           range, scratch);
-             });
+    parallel(images * cut.chunks, kernels.projection_scratch(p), [&](int64_t item, void* scratch) {
+      const int64_t chunk = item % cut.chunks;
+      const Range range = cut.range(split, image + item / cut.chunks, chunk);
+      kernels.projection_backward(p, x.const_data_ptr(), rows_of(grad, range.image), outputs,
+                                  sums_of(cut.slot(range.image, chunk)),
+                                  need_x ? bands.floats() + item * band_size : nullptr, range,
+                                  scratch);
+    });
     if (need_x) gather_bands(kernels, split, cut, bands.floats(), image, images, grad_x);
   }
   add_slots(slots.floats(), cut.slots(), slot_size);

@@ -1,8 +1,8 @@
 // Softmax attention on tiles of queries and blocks of keys; no row of scores is ever whole.
 //
-// With t = scale·(q·k), a tile of queries runs over blocks of keys under its running maximum m, which
-// starts at −infinity: P = e^(t − m), y = Σ P v / Σ P. The backward has m and Z = Σ P,
-// makes P/Z again, and with D_t = dy_t·y_t
+// With t = scale·(q·k), a tile of queries runs over blocks of keys under its running maximum m,
+// which starts at −infinity: P = e^(t − m), y = Σ P v / Σ P. The backward has m and Z = Σ P, makes
+// P/Z again, and with D_t = dy_t·y_t
 //   dV = (P/Z)ᵀ dY, dS = P/Z ∘ (dY Vᵀ − D), dQ = scale·dS K, dK = scale·dSᵀ Q.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kKeys = 128;
 static_assert(kKeys % kOperandPanel == 0 && kOperandPanel % kPanel == 0 && kTile % 2 == 0);
 
-// --- operands of an image ---------------------------------------------------------------------------
+// --- operands of an image ---
 
 // Rows from `token` on as A.
 template <typename E>
@@ -40,7 +40,8 @@ inline Right<E> depth_from(const Operand& of, int64_t embed, int64_t token) {
 // Writes the tokens of a range as operands; of the three, those that are not null. The range begins
 // at a multiple of kOperandPanel.
 template <typename S, typename E>
-void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Range& range, Arena& arena) {
+void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Range& range,
+                Arena& arena) {
   const int64_t row = padded(s.embed), steps = (s.embed + kDepth<E> - 1) / kDepth<E>;
   float *tile = arena.tile(row), *buffer = arena.tile(row);
   auto* columns = static_cast<E*>(to.columns);
@@ -49,7 +50,8 @@ void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Ran
     load_rows<S>(from, token, count, s.embed, tile, row);
     const Left<E> left = left_of<E>(tile, row, count, row, buffer);
     if (to.rows) {
-      std::memcpy(static_cast<E*>(to.rows) + token * left.row, left.p, count * left.row * sizeof(E));
+      std::memcpy(static_cast<E*>(to.rows) + token * left.row, left.p,
+                  count * left.row * sizeof(E));
     }
     if (columns) {
       for (int64_t i = 0; i < count; ++i) {
@@ -75,14 +77,17 @@ void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Ran
   }
 }
 
-// --- tiles ------------------------------------------------------------------------------------------
+// --- tiles ---
 
 struct SoftmaxBuffers {
   Tile scores, grads;
   float *buffer, *other_buffer;
 
   SoftmaxBuffers(bool backward, Arena& arena)
-      : scores(tile_of(arena)), grads{nullptr, 0}, buffer(arena.tile(kKeys)), other_buffer(nullptr) {
+      : scores(tile_of(arena)),
+        grads{nullptr, 0},
+        buffer(arena.tile(kKeys)),
+        other_buffer(nullptr) {
     if (!backward) return;
     grads = tile_of(arena);
     other_buffer = arena.tile(kKeys);
@@ -93,16 +98,17 @@ struct SoftmaxBuffers {
 
 // q·k of the tile's queries and a block of keys.
 template <typename E>
-inline void scores_of(const Softmax& s, const Operand& q, const Operand& k, int64_t token, int64_t rows,
-                      int64_t key, int64_t keys, Tile to) {
+inline void scores_of(const Softmax& s, const Operand& q, const Operand& k, int64_t token,
+                      int64_t rows, int64_t key, int64_t keys, Tile to) {
   product<E>(rows, round_up(keys, kLanes), s.embed, rows_from<E>(q, s.embed, token),
              columns_from<E>(k, s.embed, key), nullptr, 0, to.p, to.row);
 }
 
 // Attention of the queries [token, token + rows), to `y`, and their maxima and normalisers.
 template <typename E>
-void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Operand& v, int64_t token,
-                  int64_t rows, Tile y, const SoftmaxRows& statistics, SoftmaxBuffers& m) {
+void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Operand& v,
+                  int64_t token, int64_t rows, Tile y, const SoftmaxRows& statistics,
+                  SoftmaxBuffers& m) {
   constexpr int64_t kCount = padded(kTile);
   float maximum[kCount], larger[kCount], shrink[kCount], total[kCount] = {};
   for (float& top : maximum) top = -__builtin_inff();
@@ -133,20 +139,22 @@ void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Op
       total[i] = total[i] * shrink[i] + sum(sums);
       maximum[i] = larger[i];
       if (shrink[i] == 1.f) continue;
-      for (int64_t e = 0; e < padded(s.embed); e += kLanes) store(y[i] + e, load(y[i] + e) * shrink[i]);
+      for (int64_t e = 0; e < padded(s.embed); e += kLanes)
+        store(y[i] + e, load(y[i] + e) * shrink[i]);
     }
     product<E>(rows, padded(s.embed), keys, left_of<E>(m.scores.p, kKeys, rows, keys, m.buffer),
                depth_from<E>(v, s.embed, key), y.p, y.row, y.p, y.row);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t e = 0; e < padded(s.embed); e += kLanes) store(y[i] + e, load(y[i] + e) / total[i]);
+    for (int64_t e = 0; e < padded(s.embed); e += kLanes)
+      store(y[i] + e, load(y[i] + e) / total[i]);
     statistics.maximum[token + i] = maximum[i];
     statistics.normalizer[token + i] = total[i];
   }
 }
 
-// Adds the part of a block of keys in the gradients: of the tile's queries to grad_q, of the keys and
-// their values to grad_k and grad_v, whose rows begin at the block; dQ and dK lack the scale.
+// Adds the part of a block of keys in the gradients: of the tile's queries to grad_q, of the keys
+// and their values to grad_k and grad_v, whose rows begin at the block; dQ and dK lack the scale.
 template <typename E>
 void softmax_backward_block(const Softmax& s, const Operand& q, const Operand& k, const Operand& v,
                             const Operand& grad, const SoftmaxRows& statistics, const float* delta,
@@ -169,8 +177,8 @@ void softmax_backward_block(const Softmax& s, const Operand& q, const Operand& k
   product<E>(keys, embed, rows, left_of_pairs(weights, kKeys), depth_from<E>(grad, s.embed, token),
              grad_v, embed, grad_v, embed);
   const E* grads = paired<E>(m.grads.p, kKeys, rows, m.buffer);
-  product<E>(keys, embed, rows, left_of_pairs(grads, kKeys), depth_from<E>(q, s.embed, token), grad_k,
-             embed, grad_k, embed);
+  product<E>(keys, embed, rows, left_of_pairs(grads, kKeys), depth_from<E>(q, s.embed, token),
+             grad_k, embed, grad_k, embed);
   product<E>(rows, embed, keys, left_of<E>(m.grads.p, kKeys, rows, keys, m.other_buffer),
              depth_from<E>(k, s.embed, key), grad_q, embed, grad_q, embed);
 }

@@ -11,8 +11,10 @@ class Operands {
   enum Parts { kRows = 1, kColumns = 2, kDepth = 4 };
 
   Operands(const Softmax& s, int64_t images, int parts)
-      : size_(operand_floats(s.tokens, s.embed)), rows_(memory(images, parts & kRows)),
-        columns_(memory(images, parts & kColumns)), depth_(memory(images, parts & kDepth)) {}
+      : size_(operand_floats(s.tokens, s.embed)),
+        rows_(memory(images, parts & kRows)),
+        columns_(memory(images, parts & kColumns)),
+        depth_(memory(images, parts & kDepth)) {}
 
   Operand operator[](int64_t image) const {
     const auto at = [&](const std::optional<Memory>& memory) {
@@ -39,7 +41,8 @@ struct SavedStatistics {
       : maximum(new_floats(like, {batch, tokens})), normalizer(new_floats(like, {batch, tokens})) {}
   SavedStatistics(const char* name, int64_t batch, int64_t tokens, const Tensor& maximum,
                   const Tensor& normalizer)
-      : maximum(torch::stable::contiguous(maximum)), normalizer(torch::stable::contiguous(normalizer)) {
+      : maximum(torch::stable::contiguous(maximum)),
+        normalizer(torch::stable::contiguous(normalizer)) {
     check(name, "maximum", maximum, {batch, tokens}, ScalarType::Float);
     check(name, "normalizer", normalizer, {batch, tokens}, ScalarType::Float);
   }
@@ -60,8 +63,8 @@ struct KeyChunks {
   int64_t tokens, size, count;
 
   explicit KeyChunks(int64_t tokens) : tokens(tokens) {
-    constexpr int64_t kMost = 512;
-    const int64_t wanted = (tokens + kMost - 1) / kMost;
+    constexpr int64_t kMost = 512, kMostChunks = 32;  // as many copies of dQ are in memory
+    const int64_t wanted = std::min(kMostChunks, (tokens + kMost - 1) / kMost);
     size = ((tokens + wanted - 1) / wanted + kOperandPanel - 1) / kOperandPanel * kOperandPanel;
     count = (tokens + size - 1) / size;
   }

@@ -23,7 +23,9 @@ struct Factors {
     p = buffer + (first - block * 4);
   }
 
-  Vec operator()(Vec v, int64_t i, int64_t e) const { return drop ? v * load(p + i * embed + e) : v; }
+  Vec operator()(Vec v, int64_t i, int64_t e) const {
+    return drop ? v * load(p + i * embed + e) : v;
+  }
 
   static int64_t floats(int64_t embed) { return kTile * embed + 8 * kPad; }
 };
@@ -61,12 +63,13 @@ inline void weight_gradient(int64_t rows, int64_t outputs, int64_t inputs, Tile 
   add_columns(grad.p, grad.row, rows, padded(outputs), bias);
   const E* left = paired<E>(grad.p, grad.row, rows, grad_buffer);
   const E* right = paired<E>(x.p, x.row, rows, x_buffer);
-  product<E>(outputs, padded(inputs), rows, left_of_pairs(left, grad.row), right_of_pairs(right, x.row),
-             sums, padded(inputs), sums, padded(inputs));
+  product<E>(outputs, padded(inputs), rows, left_of_pairs(left, grad.row),
+             right_of_pairs(right, x.row), sums, padded(inputs), sums, padded(inputs));
 }
 
 // a, its norm (to `normalized`, with gain and offset) and the hidden units before the activation.
-// Returns in `r` the norm's factors. `centred` receives the norm without gain and offset, if not null.
+// Returns in `r` the norm's factors. `centred` receives the norm without gain and offset, if not
+// null.
 template <typename E>
 inline void tail_begin(const Tail& t, int64_t rows, Tile y, Tile v, const Factors& after_proj,
                        TailBuffers& m, float* r, float* centred) {

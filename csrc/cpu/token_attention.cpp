@@ -1,7 +1,7 @@
-// Softmax attention over tokens on the CPU. An image's operands are written once in the order in which
-// the products read them; then every chunk of queries runs over all keys. Backward, a chunk of keys
-// runs over all queries and adds up its own part of the queries' gradient: the parts are added in
-// order, so that nothing depends on the number of threads.
+// Softmax attention over tokens on the CPU. An image's operands are written once in the order in
+// which the products read them; then every chunk of queries runs over all keys. Backward, a chunk
+// of keys runs over all queries and adds up its own part of the queries' gradient: the parts are
+// added in order, so that nothing depends on the number of threads.
 
 #include "softmax_operands.h"
 
@@ -43,19 +43,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_attention(const Tensor& q, cons
     });
     parallel(items, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / chunks;
-      kernels.softmax_forward(s, of_q[i], of_k[i], of_v[i], rows_of(y, first + i),
-                              apart ? mutable_floats_of(attended) + (first + i) * s.tokens * s.embed
-                                    : nullptr,
-                              statistics[first + i], forward_range(s.tokens, first + i, item % chunks), scratch);
+      kernels.softmax_forward(
+          s, of_q[i], of_k[i], of_v[i], rows_of(y, first + i),
+          apart ? mutable_floats_of(attended) + (first + i) * s.tokens * s.embed : nullptr,
+          statistics[first + i], forward_range(s.tokens, first + i, item % chunks), scratch);
     });
   }
   return {y, attended, statistics.maximum, statistics.normalizer};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_attention_backward(const Tensor& grad, const Tensor& q,
-                                                            const Tensor& k, const Tensor& v,
-                                                            const Tensor& attended, const Tensor& maximum,
-                                                            const Tensor& normalizer, double scale) {
+std::tuple<Tensor, Tensor, Tensor> token_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& attended,
+    const Tensor& maximum, const Tensor& normalizer, double scale) {
   const TypedKernels& kernels = typed_kernels(kName, v);
   const Softmax s = make_softmax(q, k, v, scale);
   const int64_t batch = v.size(0), chunks = forward_chunks(s.tokens);
@@ -83,28 +82,27 @@ std::tuple<Tensor, Tensor, Tensor> token_attention_backward(const Tensor& grad, 
       kernels.make_operand(s, rows_of(k, image), of_k[i], range, scratch);
       kernels.make_operand(s, rows_of(v, image), of_v[i], range, scratch);
       kernels.make_operand(s, rows_of(grad, image), of_grad[i], range, scratch);
-      kernels.softmax_delta(s, rows_of(attended, image), rows_of(grad, image), delta.floats() + i * s.tokens,
-                            range, scratch);
+      kernels.softmax_delta(s, rows_of(attended, image), rows_of(grad, image),
+                            delta.floats() + i * s.tokens, range, scratch);
     });
     std::fill_n(sums_k.floats(), images * size, 0.f);
     std::fill_n(sums_v.floats(), images * size, 0.f);
     parallel(images * keys.count, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / keys.count;
-      kernels.softmax_backward(s, of_q[i], of_k[i], of_v[i], of_grad[i],
-                               statistics[first + i], delta.floats() + i * s.tokens,
-                               parts_q.floats() + item * size, sums_k.floats() + i * size,
-                               sums_v.floats() + i * size, keys.range(first + i, item % keys.count),
-                               scratch);
+      kernels.softmax_backward(s, of_q[i], of_k[i], of_v[i], of_grad[i], statistics[first + i],
+                               delta.floats() + i * s.tokens, parts_q.floats() + item * size,
+                               sums_k.floats() + i * size, sums_v.floats() + i * size,
+                               keys.range(first + i, item % keys.count), scratch);
     });
     parallel(images * chunks, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / chunks, image = first + i;
       const Range range = forward_range(s.tokens, image, item % chunks);
-      kernels.softmax_gradient(s, parts_q.floats() + i * keys.count * size, keys.count, size, s.scale,
-                               rows_of(grad_q, image), range, scratch);
+      kernels.softmax_gradient(s, parts_q.floats() + i * keys.count * size, keys.count, size,
+                               s.scale, rows_of(grad_q, image), range, scratch);
       kernels.softmax_gradient(s, sums_k.floats() + i * size, 1, 0, s.scale, rows_of(grad_k, image),
                                range, scratch);
-      kernels.softmax_gradient(s, sums_v.floats() + i * size, 1, 0, 1.f, rows_of(grad_v, image), range,
-                               scratch);
+      kernels.softmax_gradient(s, sums_v.floats() + i * size, 1, 0, 1.f, rows_of(grad_v, image),
+                               range, scratch);
     });
   }
   return {grad_q, grad_k, grad_v};

@@ -1,9 +1,10 @@
-// The transformer layer on the CPU: soft split, norm, projection to q, k and v, softmax attention, tail.
+// The transformer layer on the CPU: soft split, norm, projection to q, k and v, softmax attention,
+// tail.
 //
-// Forward, a pass over an image's patches makes q, k and v; then every chunk of queries runs over all
-// keys and through the tail. Backward, a pass over the patches makes v again and goes from the gradient
-// of the result through the tail to that of the attention's; chunks of keys run over all queries; a
-// last pass takes the gradients of q, k and v to the projection and the map.
+// Forward, a pass over an image's patches makes q, k and v; then every chunk of queries runs over
+// all keys and through the tail. Backward, a pass over the patches makes v again and goes from the
+// gradient of the result through the tail to that of the attention's; chunks of keys run over all
+// queries; a last pass takes the gradients of q, k and v to the projection and the map.
 
 #include "layer.h"
 #include "softmax_operands.h"
@@ -81,13 +82,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transformer_layer(
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor, Tensor>;
 
-Gradients transformer_layer_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& norm1_weight, const Tensor& norm1_bias,
-    const Tensor& qkv_weight, const Tensor& proj_weight, const Tensor& proj_bias,
-    const Tensor& norm2_weight, const Tensor& norm2_bias, const Tensor& mlp_fc1_weight,
-    const Tensor& mlp_fc1_bias, const Tensor& mlp_fc2_weight, const Tensor& mlp_fc2_bias,
-    const Tensor& q, const Tensor& k, const Tensor& attended, const Tensor& maximum,
-    const Tensor& normalizer, int64_t kernel_size, int64_t stride, int64_t padding, double scale, bool need_x) {
+Gradients transformer_layer_backward(const Tensor& grad, const Tensor& x,
+                                     const Tensor& norm1_weight, const Tensor& norm1_bias,
+                                     const Tensor& qkv_weight, const Tensor& proj_weight,
+                                     const Tensor& proj_bias, const Tensor& norm2_weight,
+                                     const Tensor& norm2_bias, const Tensor& mlp_fc1_weight,
+                                     const Tensor& mlp_fc1_bias, const Tensor& mlp_fc2_weight,
+                                     const Tensor& mlp_fc2_bias, const Tensor& q, const Tensor& k,
+                                     const Tensor& attended, const Tensor& maximum,
+                                     const Tensor& normalizer, int64_t kernel_size, int64_t stride,
+                                     int64_t padding, double scale, bool need_x) {
   const TypedKernels& kernels = typed_kernels(kName, x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,    proj_bias,    norm2_weight,   norm2_bias,
@@ -142,33 +146,35 @@ Gradients transformer_layer_backward(
       kernels.transformer_tail_backward(
           p_v, s, tail, x.const_data_ptr(), rows_of(attended, image), rows_of(grad, image),
           parameters.sums_at(slot(range, chunk) + projection_size), values.floats() + i * size,
-          grads_y.floats() + i * size, sums_v.floats() + i * size, delta.floats() + i * tokens, range,
-          scratch);
+          grads_y.floats() + i * size, sums_v.floats() + i * size, delta.floats() + i * tokens,
+          range, scratch);
     });
     parallel(images * chunks, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / chunks, image = first + i, row = padded(s.embed);
       const Range range = forward_range(tokens, image, item % chunks);
       kernels.make_operand(s, rows_of(q, image), of_q[i], range, scratch);
       kernels.make_operand(s, rows_of(k, image), of_k[i], range, scratch);
-      kernels.make_operand_of_floats(s, {values.floats() + i * size, row, 1}, of_v[i], range, scratch);
-      kernels.make_operand_of_floats(s, {grads_y.floats() + i * size, row, 1}, of_grad[i], range, scratch);
+      kernels.make_operand_of_floats(s, {values.floats() + i * size, row, 1}, of_v[i], range,
+                                     scratch);
+      kernels.make_operand_of_floats(s, {grads_y.floats() + i * size, row, 1}, of_grad[i], range,
+                                     scratch);
     });
     std::fill_n(sums_k.floats(), images * size, 0.f);
     parallel(images * keys.count, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / keys.count;
-      kernels.softmax_backward(s, of_q[i], of_k[i], of_v[i], of_grad[i],
-                               statistics[first + i], delta.floats() + i * tokens,
-                               parts_q.floats() + item * size, sums_k.floats() + i * size,
-                               sums_v.floats() + i * size, keys.range(first + i, item % keys.count),
-                               scratch);
+      kernels.softmax_backward(s, of_q[i], of_k[i], of_v[i], of_grad[i], statistics[first + i],
+                               delta.floats() + i * tokens, parts_q.floats() + item * size,
+                               sums_k.floats() + i * size, sums_v.floats() + i * size,
+                               keys.range(first + i, item % keys.count), scratch);
     });
     parallel(images * cut.chunks, scratch_bytes, [&](int64_t item, void* scratch) {
       const int64_t i = item / cut.chunks, chunk = item % cut.chunks;
       const Range range = cut.range(split, first + i, chunk);
       kernels.transformer_projection_backward(
           p, s, x.const_data_ptr(), parts_q.floats() + i * keys.count * size, keys.count, size,
-          sums_k.floats() + i * size, sums_v.floats() + i * size, projection_sums(slot(range, chunk)),
-          need_x ? bands.floats() + item * band_size : nullptr, range, scratch);
+          sums_k.floats() + i * size, sums_v.floats() + i * size,
+          projection_sums(slot(range, chunk)), need_x ? bands.floats() + item * band_size : nullptr,
+          range, scratch);
     });
     if (need_x) gather_bands(kernels, split, cut, bands.floats(), first, images, grad_x);
   }

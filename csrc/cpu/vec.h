@@ -103,7 +103,8 @@ inline double wide_sum(Vec v) {
   typedef double Wide __attribute__((vector_size(kVectorBytes)));
   Narrow halves[2];
   std::memcpy(halves, &v, sizeof v);
-  const Wide s = __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
+  const Wide s =
+      __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
   double total = 0;
   for (int i = 0; i < kLanes / 2; ++i) total += s[i];
   return total;
@@ -114,7 +115,7 @@ inline float largest(Vec v) {
   return even > odd ? even : odd;
 }
 
-// --- bfloat16 and float16 -----------------------------------------------------------------------
+// --- bfloat16 and float16 ---
 
 inline Vec load(const bf16* p) {
   Shorts s;
@@ -150,11 +151,13 @@ inline void store(half* p, Vec v) {
 #else
 inline Vec load(const half* p) {
   Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].word);
+  for (int i = 0; i < kLanes; ++i)
+    v[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].word);
   return v;
 }
 inline void store(half* p, Vec v) {
-  for (int i = 0; i < kLanes; ++i) p[i].word = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[i]);
+  for (int i = 0; i < kLanes; ++i)
+    p[i].word = torch::headeronly::detail::fp16_ieee_from_fp32_value(v[i]);
 }
 #endif
 
@@ -190,7 +193,7 @@ inline float load_one(const T* p) {
   return load(elements)[0];
 }
 
-// --- functions ------------------------------------------------------------------------------------
+// --- functions ---
 
 // e^r for |r| up to ln 2/2.
 inline Vec exp_of_remainder(Vec r) {
@@ -253,7 +256,7 @@ inline Normal normal(Vec x) {
   return {x < 0.f ? tail : 1.f - tail, e * 0.398942280f};
 }
 
-// --- Philox-4x32-10, as t2t_kernels/philox.py has it ----------------------------------------------
+// --- Philox-4x32-10, as t2t_kernels/philox.py has it ---
 
 // Product of the lower halves of a with a 32-bit number.
 inline Longs wide_product(Longs a, uint32_t b) {
@@ -266,8 +269,9 @@ inline Longs wide_product(Longs a, uint32_t b) {
 #endif
 }
 
-// Writes the factors of elements [4·block, 4·(block + kLanes/2)): `kept` where the element's word is at
-// least `threshold`, else 0. A lane of 64 bits computes a block of four elements in its lower half.
+// Writes the factors of elements [4·block, 4·(block + kLanes/2)): `kept` where the element's word
+// is at least `threshold`, else 0. A lane of 64 bits computes a block of four elements in its lower
+// half.
 inline void dropout_blocks(const Dropout& d, uint64_t block, float* to) {
   constexpr int kBlocks = kLanes / 2;
   Longs c0;
