@@ -36,13 +36,17 @@ INFERENCE_KEYS = (
 )
 BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
-CONFIG_HELP = "a YAML file, or a packaged config: digits, imagenet/t2t_vit_14 and so on"
+CONFIG_HELP = (
+    "a YAML file, or a packaged config: digits, imagenet/MODEL, imagenet/finetune_384, "
+    "transfer/cifar10, transfer/cifar100"
+)
 TRAIN_EPILOG = """
 examples:
   t2tvit train --output runs/digits
   t2tvit train --output runs/digits --resume auto --epochs 60
   t2tvit train --config imagenet/t2t_vit_14 --data imagefolder:PATH --output runs/t2t_vit_14
   torchrun --nproc_per_node=8 -m t2tvit train --config imagenet/t2t_vit_14 --output runs/t2t_vit_14
+  t2tvit train --config transfer/cifar10 --data cifar10:PATH --initial-checkpoint FILE --output DIR
 """
 EVAL_EPILOG = """
 examples:

@@ -94,6 +94,13 @@ class RunConfig:
         "width / height of a random crop, least and most",
         minimum=0.1,
     )
+    crop_padding: int | None = key(
+        "augmentation",
+        None,
+        "instead of a crop of random area: resize to the input, pad by so many pixels, crop at "
+        "random; none: off",
+        minimum=1,
+    )
     hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)
     color_jitter: float = key(
         "augmentation", 0.0, "strength of brightness, contrast and saturation jitter", minimum=0
@@ -142,6 +149,28 @@ class RunConfig:
         metavar="NAME",
     )
     lr: float = key("optimisation", 1e-3, "peak learning rate, for the global batch", minimum=0)
+    auto_lr: bool = key(
+        "optimisation",
+        False,
+        "scale every learning rate with the global batch: by batch_size / lr_batch_size, or its "
+        "square root for optimisers that adapt to the gradient's size (ada..., lamb)",
+    )
+    lr_batch_size: int = key(
+        "optimisation", 512, "the global batch that the learning rates are meant for", minimum=1
+    )
+    backbone_lr_scale: float = key(
+        "optimisation",
+        1.0,
+        "learning rate of all but the head, as a share of lr: small for weights to be kept",
+        minimum=0,
+    )
+    layer_decay: float | None = key(
+        "optimisation",
+        None,
+        "learning rate of each layer over that of the next one towards the head; none: off",
+        minimum=0.01,
+        maximum=1,
+    )
     weight_decay: float = key(
         "optimisation", 0.03, "not applied to biases, 1-D parameters and the class token", minimum=0
     )
@@ -149,7 +178,8 @@ class RunConfig:
     batch_size: int = key(
         "optimisation",
         512,
-        "images per update over all ranks together: the recipe stays the same on any GPU count",
+        "images per update over all ranks together: the recipe stays the same on any GPU count "
+        "(rounded down, with a warning, where their number does not divide it)",
         minimum=1,
     )
     clip_grad: float | None = key(
@@ -223,6 +253,16 @@ class RunConfig:
             least, most = getattr(self, name)
             if least > most:
                 raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
+        if self.layer_decay is not None and self.backbone_lr_scale != 1:
+            raise InputError(
+                f"layer_decay: got {self.layer_decay:g} beside backbone_lr_scale "
+                f"{self.backbone_lr_scale:g}; use one of them"
+            )
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise InputError(
+                f"batch_size: got {self.batch_size}, mixup and cutmix need an even number; change "
+                "it or set both to 0"
+            )
         for name, setter in ELSEWHERE.items():
             if name in self.model_args:
                 raise InputError(f"model_args: {name} is set by {setter}; leave it out here")
@@ -358,6 +398,10 @@ def convert(name: str, value: object, source: str) -> object:
 
 
 def _as(kind, value):
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
     if kind is float or kind is int:
         # YAML 1.1 reads 1e-3 as a string, so text that is a number counts as one.
         if isinstance(value, list) and len(value) == 1:
@@ -388,5 +432,5 @@ def _describe(kind) -> str:
         if members[-1] is Ellipsis:
             return "a list of numbers"
         return f"{len(members)} numbers"
-    names = {int: "a whole number", float: "a number", str: "text", dict: "names with values"}
-    return names.get(kind, "none")
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, "names with values" if kind is dict else "none")

@@ -28,7 +28,10 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) ->
             "help": f"{rules['help']} (default: {shown})".replace("%", "%%"),
             "metavar": rules["metavar"] or _metavar(name, hint, rules["choices"]),
         }
-        if hint is dict:
+        if hint is bool:
+            del options["metavar"]
+            options |= {"action": argparse.BooleanOptionalAction}
+        elif hint is dict:
             options |= {"nargs": "+", "metavar": "NAME=VALUE"}
         elif "tuple" in str(hint):
             options |= {"nargs": "+"}

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torchvision.transforms import Compose, RandomCrop, Resize
 
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError, OneRankError
@@ -96,12 +98,14 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
 
     ``mean``, per channel, is what a policy of ``auto_augment`` fills the uncovered parts with.
     """
+    height, width = size_of(config)
+    padded = config.crop_padding is not None
     try:
-        return create_transform(
-            size_of(config),
+        transform = create_transform(
+            (height, width),
             is_training=True,
-            scale=config.crop_scale,
-            ratio=config.crop_ratio,
+            scale=(1, 1) if padded else config.crop_scale,
+            ratio=(width / height, width / height) if padded else config.crop_ratio,
             hflip=config.hflip,
             color_jitter=config.color_jitter or None,
             auto_augment=config.auto_augment,
@@ -114,6 +118,11 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
             f"auto_augment: timm cannot read the policy {config.auto_augment!r} ({error}); "
             "expected one such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original"
         ) from None
+    if not padded:
+        return transform
+    # Of an image that has the input's size and shape, the random crop takes all.
+    resize = Resize((height, width), str_to_interp_mode(config.interpolation))
+    return Compose([resize, RandomCrop((height, width), padding=config.crop_padding), transform])
 
 
 def eval_transform(config: RunConfig):
@@ -190,32 +199,41 @@ def statistics(
     return config.mean or mean, config.std or std
 
 
+def batch_per_process(config: RunConfig, world: World) -> int:
+    """Images of one process per update: its share of ``batch_size``, rounded down.
+
+    Mixup and cutmix need an even number.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    images = config.batch_size // world.size
+    if config.mixup or config.cutmix:
+        images -= images % 2
+    if images == 0:
+        raise InputError(
+            f"batch_size: got {config.batch_size} for {world.size} processes, which leaves none "
+            "for each; raise it"
+        )
+    return images
+
+
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
-    """Shuffled batches of ``batch_size / world.size``; call :func:`begin_epoch` first.
+    """Shuffled batches of :func:`batch_per_process` images; call :func:`begin_epoch` first.
 
     The ranks' batches together are those of a single process with the same seed.
     """
-    if config.batch_size % world.size:
-        raise InputError(
-            f"batch_size: got {config.batch_size}, expected a multiple of the {world.size} "
-            "processes"
-        )
     if config.batch_size > len(split.images):
         raise InputError(
             f"batch_size: got {config.batch_size}, but the data has only {len(split.images)} "
             "training images; lower it"
-        )
-    if (config.mixup or config.cutmix) and config.batch_size // world.size % 2:
-        raise InputError(
-            f"batch_size: got {config.batch_size // world.size} per process, mixup and cutmix need "
-            "an even number; change it or set both to 0"
         )
     mean, _ = statistics(config, split.mean, split.std)
     dataset = TrainingImages(split, train_transform(config, mean), seed=config.seed)
     sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
     return DataLoader(
         dataset,
-        batch_size=config.batch_size // world.size,
+        batch_size=batch_per_process(config, world),
         sampler=sampler,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),

@@ -2,14 +2,17 @@
 
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import t2tvit
 from t2tvit.models import T2TBackbone
 from t2tvit.training.build import backend_lines, describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.pipeline import Data, size_of
+from t2tvit.training.optimiser import lr_factor
+from t2tvit.training.pipeline import Data, batch_per_process, size_of
 
 PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
@@ -23,6 +26,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def git_commit() -> str | None:
+    """The commit of the package's source, with "-dirty" where files differ; None outside git."""
+    git = ("git", "-C", str(Path(t2tvit.__file__).parent))
+    options = {"capture_output": True, "text": True, "check": True}
+    try:
+        # A copy that was installed into somebody's checkout has no commit of its own.
+        subprocess.run((*git, "ls-files", "--error-unmatch", "__init__.py"), **options)
+        describe = (*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        return subprocess.run(describe, **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def opening_lines(
@@ -41,11 +57,23 @@ def opening_lines(
     yield f"model     {config.model}, {parameters:,} parameters"
     if config.initial_checkpoint is not None:
         yield f"          from the weights of {config.initial_checkpoint}"
+    share = batch_per_process(config, world)
+    batch = share * world.size
     yield (
-        f"training  {epochs} epochs of {len(data.train)} updates, global batch {config.batch_size} "
-        f"({config.batch_size // world.size} per process), {config.optimizer}, lr {config.lr:g}, "
-        f"weight decay {config.weight_decay:g}"
+        f"training  {epochs} epochs of {len(data.train)} updates, global batch {batch} ({share} "
+        f"per process), {config.optimizer}, lr {config.lr * lr_factor(config):g}, weight decay "
+        f"{config.weight_decay:g}"
     )
+    if config.auto_lr:
+        yield (
+            f"          lr {config.lr:g} for batches of {config.lr_batch_size}, scaled by "
+            f"{lr_factor(config):g} to {config.batch_size}"
+        )
+    if batch != config.batch_size:
+        yield (
+            f"warning   {world.size} processes cannot share a batch of {config.batch_size}: an "
+            f"update is made from {batch} images, at an unchanged learning rate"
+        )
     yield f"backends  --fused-kernels={config.fused_kernels}"
     yield from backend_lines(world.device, config)
 

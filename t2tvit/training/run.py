@@ -1,7 +1,6 @@
 """``t2tvit train``: assemble a run from its configuration, train it, keep what it learns."""
 
 import argparse
-import difflib
 import json
 import shlex
 import sys
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import timm.optim
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -40,11 +38,12 @@ from t2tvit.training.keeper import (
     set_aside,
     write_state,
 )
+from t2tvit.training.optimiser import build_optimizer, lr_factor
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import Data, open_data
 from t2tvit.training.plots import draw_curves
 from t2tvit.training.progress import Progress, say
-from t2tvit.training.report import best_epoch, epoch_line, opening_lines, versions
+from t2tvit.training.report import best_epoch, epoch_line, git_commit, opening_lines, versions
 from t2tvit.training.state import (
     BEST_FILE,
     CONFIG_FILE,
@@ -66,7 +65,6 @@ MAY_CHANGE = {
     *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
 }
 CURVES_EVERY = 60  # seconds
-SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -164,6 +162,11 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
     model = build_model(config.model, args, config.fused_kernels)
     check_classes(model.num_classes, data.split)
     if config.initial_checkpoint is not None and place.state_path is None:
+        if not Path(config.initial_checkpoint).is_file():
+            raise InputError(
+                f"initial_checkpoint: {config.initial_checkpoint} does not exist; give the weights "
+                "to start from as --initial-checkpoint FILE"
+            )
         t2tvit.load_checkpoint(model, config.initial_checkpoint)
     model.to(world.device)
     try_forward(model, config, data.split.channels, world)
@@ -249,28 +252,13 @@ def build_state(
     model: T2TBackbone, config: RunConfig, updates_per_epoch: int, world: World
 ) -> tuple[TrainState, int]:
     """The state before the first update, and the number of epochs with the cool-down."""
-    known = [name for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
-    if config.optimizer not in known:
-        near = difflib.get_close_matches(config.optimizer, known, n=3) or ["adamw", "sgd", "lamb"]
-        raise InputError(
-            f"optimizer: unknown name {config.optimizer!r}; timm has {', '.join(near)} and more"
-        )
-    try:
-        optimizer = timm.optim.create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-        )
-    except (AssertionError, ImportError, ValueError) as error:
-        raise InputError(f"optimizer {config.optimizer}: {error}") from None
+    optimizer = build_optimizer(model, config)
     scheduler, epochs = create_scheduler_v2(
         optimizer,
         num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
+        warmup_lr=config.warmup_lr * lr_factor(config),
+        min_lr=config.min_lr * lr_factor(config),
         cooldown_epochs=config.cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
@@ -370,6 +358,7 @@ def record_start(
         "world_size": world.size,
         "device": describe_device(world.device),
         "versions": versions(),
+        "git_commit": git_commit(),
     }
     record = {"class_names": data.split.class_names, "starts": [*before, start]}
     write_atomically(path, json.dumps(record, indent=2) + "\n")

@@ -45,8 +45,25 @@ def test_every_published_model_has_its_imagenet_recipe(name):
     assert (config.img_size, config.crop_pct, config.interpolation) == (224, 0.9, "bicubic")
 
 
+def test_fine_tuning_and_transfer_are_those_published():
+    config = resolve("imagenet/finetune_384", {})
+    assert (config.img_size, config.crop_pct, config.auto_augment) == (
+        384,
+        1.0,
+        "rand-m9-mstd0.5-inc1",
+    )
+    for name in ("cifar10", "cifar100"):
+        config = resolve(f"transfer/{name}", {})
+        assert (config.data, config.optimizer, config.momentum) == (name, "momentum", 0.9)
+        assert (config.lr, config.backbone_lr_scale, config.weight_decay) == (0.05, 0.01, 5e-4)
+        assert (config.batch_size, config.epochs, config.cooldown_epochs) == (64, 60, 0)
+        assert (config.img_size, config.crop_padding, config.hflip) == (224, 28, 0.5)
+        assert (config.drop_path, config.auto_augment, config.mixup) == (0.1, None, 0)
+
+
 def test_no_packaged_file_is_left_untested():
     expected = {"digits", "imagenet/base", *(f"imagenet/{name}" for name in t2tvit.list_models())}
+    expected |= {"imagenet/finetune_384", "transfer/cifar10", "transfer/cifar100"}
     assert set(packaged_names()) == expected
 
 
@@ -79,6 +96,7 @@ def test_command_line_beats_file_beats_base_beats_default(tmp_path):
         ("amp: none", "amp", "none"),
         ("mean: [0.5]", "mean", (0.5,)),
         ("model_args: {depth: 3}", "model_args", {"depth": 3}),
+        ("auto_lr: true", "auto_lr", True),
     ],
 )
 def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
@@ -96,6 +114,9 @@ def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
         ("lr: fast", "lr: got 'fast', expected a number"),
         ("lr: true", "lr: got True, expected a number"),
         ("lr: .nan", "lr: got nan, expected a number"),
+        ("auto_lr: 1", "auto_lr: got 1, expected true or false"),
+        ("layer_decay: 0.9\nbackbone_lr_scale: 0.1", "layer_decay: got 0.9 beside backbone_lr_scale"),
+        ("mixup: 0.8\nbatch_size: 7", "batch_size: got 7, mixup and cutmix need an even number"),
         ("epochs: 1.5", "epochs: got 1.5, expected a whole number"),
         ("epochs: 0", "epochs: got 0, expected at least 1"),
         ("epochs: [3, 4]", r"epochs: got \[3, 4\], expected a whole number"),

@@ -12,8 +12,10 @@ from t2tvit.errors import NonFiniteLoss
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Normalize, open_data
 from t2tvit.training.progress import Progress
+from t2tvit.training.report import opening_lines
 from t2tvit.training.run import build_state
 from t2tvit.training.state import seed_everything
 
@@ -220,3 +222,61 @@ def test_biases_norms_and_the_class_token_are_not_decayed():
         else:
             exempt = parameter.dim() == 1 or name == "cls_token"
             assert decay[id(parameter)] == (0 if exempt else 0.05), name
+
+
+def rates_of(config, updates=0):
+    """The learning rate of each parameter of a small model after ``updates``."""
+    import t2tvit
+
+    model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=2)
+    state, _ = build_state(model, config, 1, WORLD)
+    state.scheduler.step_update(updates)
+    rates = {
+        id(parameter): group["lr"]
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    assert rates.keys() == {id(each) for each in trained.values()}
+    return {name: rates[id(each)] for name, each in trained.items()}
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_the_backbone_learns_at_its_share_of_the_head_s_rate(updates):
+    config = replace(CONFIG, lr=0.05, min_lr=0.0, weight_decay=0.1, backbone_lr_scale=0.01)
+    rates = rates_of(config, updates)
+    peak = rates["head.weight"]
+    assert 0 < peak <= 0.05 and (peak == 0.05) == (updates == 0)
+    for name, rate in rates.items():
+        assert rate == pytest.approx(peak * (1 if name.startswith("head.") else 0.01)), name
+
+
+def test_layers_learn_the_slower_the_further_from_the_head():
+    rates = rates_of(replace(CONFIG, lr=0.1, min_lr=0.0, layer_decay=0.5))
+    layers = ("head", "blocks.1.attn.qkv", "blocks.0.norm1", "tokens_to_token.project")
+    for depth, name in enumerate(layers):
+        assert rates[f"{name}.weight"] == pytest.approx(0.1 * 0.5**depth)
+    assert rates["cls_token"] == rates["tokens_to_token.project.weight"] == min(rates.values())
+
+
+@pytest.mark.parametrize("optimizer, factor", [("momentum", 4.0), ("adamw", 2.0), ("lamb", 2.0)])
+def test_auto_lr_scales_every_rate_with_the_batch(optimizer, factor):
+    config = replace(CONFIG, optimizer=optimizer, lr_batch_size=512, batch_size=2048)
+    assert lr_factor(config) == 1
+    config = replace(config, auto_lr=True, lr=0.1, min_lr=0.01, warmup_lr=0.001, warmup_epochs=1)
+    assert lr_factor(config) == factor
+    for updates, rate in ((0, 0.001), (config.epochs, 0.01)):
+        assert rates_of(config, updates)["head.bias"] == pytest.approx(factor * rate)
+
+
+def test_the_log_says_what_batch_and_rate_an_update_has():
+    config = replace(CONFIG, auto_lr=True, lr=0.1, lr_batch_size=16)
+
+    def log(size):
+        world = World(0, size, WORLD.device)
+        return "\n".join(opening_lines(config, open_data(config, world), Linear(6), 4, world))
+
+    assert "global batch 8 (8 per process), momentum, lr 0.05" in log(1)
+    assert "lr 0.1 for batches of 16, scaled by 0.5 to 8" in log(1)
+    assert "global batch 8 (4 per process)" in log(2) and "warning" not in log(2)
+    assert "warning   3 processes cannot share a batch of 8: an update is made from 6" in log(3)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
-from t2tvit.training import run
+from t2tvit.training import report, run
 from t2tvit.training.config import resolve
 from t2tvit.training.keeper import read_state
 from t2tvit.training.state import read_about, set_rng_state
@@ -61,6 +61,24 @@ def test_a_run_records_what_it_was(finished):
     (start,) = record["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert start["world_size"] == 1
+    assert start["command"] and start["git_commit"] == report.git_commit()
+
+
+def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost")
+        command = ("git", *identity, "-C", str(tmp_path), *arguments)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(t2tvit, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "__init__.py").write_text("")
+    assert report.git_commit() is None
+    git("init", "--quiet")
+    assert report.git_commit() is None  # somebody's checkout that does not track the package
+    git("add", "."), git("commit", "--quiet", "--message", "first")
+    assert report.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "__init__.py").write_text("changed = True")
+    assert report.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_the_weights_kept_are_the_averaged_ones(finished):
