@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2t_kernels.backends import BACKENDS
-from t2tvit.errors import InputError, unknown_name
+from t2tvit.errors import InputError
 from t2tvit.models.arguments import check_image_size, check_integer, check_positive, check_rate
 from t2tvit.models.positions import resize_positions, sinusoid
 from t2tvit.models.t2t_module import T2TModule
@@ -209,10 +208,7 @@ class T2TBackbone(nn.Module):
         Raises:
             InputError: no such backend.
         """
-        if name != "auto" and name not in BACKENDS:
-            known = ("auto", *BACKENDS)
-            raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
-        self.tokens_to_token.backend = None if name == "auto" else name
+        self.tokens_to_token.set_fused_kernels(name)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward instead of keeping their activations."""

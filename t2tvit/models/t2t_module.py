@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from t2t_kernels import (
+    BACKENDS,
     PerformerLayerParams,
     TransformerLayerParams,
     output_size,
@@ -161,6 +162,17 @@ class T2TModule(nn.Module):
         self.attention2 = layer(token_dim, token_dim, SPLITS[1])
         # Applied to the third soft split, it is a 3 × 3 convolution of stride 2.
         self.project = nn.Linear(token_dim * SPLITS[2]["kernel_size"] ** 2, embed_dim)
+
+    def set_fused_kernels(self, name: str) -> None:
+        """Compute with the backend ``name`` from now on, "auto" for the first that can.
+
+        Raises:
+            InputError: no such backend.
+        """
+        if name != "auto" and name not in BACKENDS:
+            known = ("auto", *BACKENDS)
+            raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
+        self.backend = None if name == "auto" else name
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""
