@@ -1,4 +1,4 @@
-"""The command line: ``t2tvit train | eval | predict | bench | models``.
+"""The command line: ``t2tvit COMMAND``.
 
 A command imports the trainer when it runs, so that ``--help`` and ``models`` need no extra package.
 """
@@ -60,6 +60,11 @@ examples:
   t2tvit bench --config digits
   t2tvit bench --model t2t_vit_14 --data synthetic --batch-size 32 --amp bfloat16 \\
       --against vit_small_patch16_224 deit_small_patch16_224 resnet50
+"""
+MODELS_EPILOG = """
+examples:
+  t2tvit models
+  t2tvit models 't2t_vit_t_*' timm:resnet50 --img-size 384
 """
 
 
@@ -199,7 +204,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(command, BENCH_KEYS)
 
-    add("models", models, "list the published models")
+    command = add(
+        "models", models, "list models with what they cost and reached", MODELS_EPILOG
+    )
+    command.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="which, also with wildcards; timm:NAME is one of timm (default: all of ours)",
+    )
+    command.add_argument(
+        "--img-size",
+        type=int,
+        default=224,
+        metavar="N",
+        help="side of the images to count multiply-adds for (default: 224)",
+    )
     return parser
 
 
@@ -254,17 +274,6 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def models(arguments: argparse.Namespace) -> None:
-    from t2tvit.models import MODELS
+    from t2tvit.laboratory.survey import models_command
 
-    print(
-        f"{'model':<20}{'tokens':<13}{'dim/depth/heads':<18}{'parameters':>11}"
-        f"{'GMACs':>8}{'top-1':>8}{'at 384':>8}"
-    )
-    for name, model in MODELS.items():
-        options = model.options
-        shape = "/".join(str(options.get(key, "–")) for key in ("embed_dim", "depth", "num_heads"))
-        print(
-            f"{name:<20}{options.get('tokens_type', 'performer'):<13}{shape:<18}"
-            f"{model.params:>11,}{model.gmacs:>8}{model.top1 or '–':>8}{model.top1_384 or '–':>8}"
-        )
-    print("GMACs and ImageNet top-1 (%) as published, at 224 × 224 unless said otherwise")
+    models_command(arguments)
