@@ -16,16 +16,10 @@ from t2tvit.errors import InputError, OneRankError, RunError, unknown_name
 from t2tvit.training.config import KEYS
 from t2tvit.training.options import add_options
 
-# Import names of the [train] extra's packages.
-TRAIN_PACKAGES = {
-    "matplotlib",
-    "PIL",
-    "safetensors",
-    "sklearn",
-    "timm",
-    "torchvision",
-    "tqdm",
-    "yaml",
+# Import names of what the extras of the package bring.
+EXTRAS = {
+    "train": ("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "yaml"),
+    "export": ("huggingface_hub", "onnx", "onnxruntime", "onnxscript"),
 }
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -33,6 +27,14 @@ MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")
 INFERENCE_KEYS = (
     *("data", "img_size", "workers", "interpolation", "crop_pct", "mean", "std"),
     *(*MODEL_KEYS, "batch_size", "amp", "device"),
+)
+EXPORT_KEYS = (
+    *("img_size", "interpolation", "crop_pct", "mean", "std"),
+    *(*MODEL_KEYS, "device"),
+)
+CONVERT_KEYS = (
+    *("img_size", "interpolation", "crop_pct", "mean", "std"),
+    *("model", "model_args", "num_classes"),
 )
 BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
@@ -61,6 +63,27 @@ examples:
   t2tvit bench --model t2t_vit_14 --data synthetic --batch-size 32 --amp bfloat16 \\
       --against vit_small_patch16_224 deit_small_patch16_224 resnet50
 """
+EXPORT_EPILOG = """
+Each file is read again and run on random images; the largest difference from the model is printed,
+and a file that differs by more than rounding is not kept. The soft splits become plain operators,
+unless --fused-kernels names kernels for torch-export and aotinductor: then whoever loads the file
+must import t2t_kernels first.
+
+examples:
+  t2tvit export --run runs/digits --output exported
+  t2tvit export --run runs/digits --output exported --format aotinductor --dtype bfloat16
+  t2tvit export --checkpoint 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --output exported
+"""
+CONVERT_EPILOG = """
+Weights of our own say what they are; those of published form need --model, and their image size and
+number of classes are read off them. The Hub is reached through huggingface_hub and its credentials.
+
+examples:
+  t2tvit convert 81.5_T2T_ViT_14.pth.tar t2t_vit_14.safetensors --model t2t_vit_14
+  t2tvit convert runs/digits/best.safetensors digits.pth.tar
+  t2tvit convert runs/digits/best.safetensors hf-hub:USER/digits
+  t2tvit convert hf-hub:USER/digits digits.safetensors
+"""
 MODELS_EPILOG = """
 examples:
   t2tvit models
@@ -85,9 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in TRAIN_PACKAGES:
+        extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        complain(InputError(f"this needs the package {package}: pip install 't2tvit[train]'"))
+        complain(InputError(f"this needs the package {package}: pip install 't2tvit[{extra}]'"))
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -204,6 +228,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(command, BENCH_KEYS)
 
+    command = add("export", export, "write a trained model for other tools", EXPORT_EPILOG)
+    add_trained(command)
+    command.add_argument(
+        "--format",
+        nargs="+",
+        default=["onnx"],
+        metavar="FORMAT",
+        help="onnx (batch of any size, plain operators), torch-export (a program for "
+        "torch.export.load), aotinductor (compiled for this kind of machine, needs a C++ "
+        "compiler), safetensors (weights that say what they are) (default: onnx)",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder of the files"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of weights, images and logits; no bfloat16 in onnx (default: float32)",
+    )
+    add_options(command, EXPORT_KEYS)
+
+    command = add(
+        "convert", convert, "bring weights from one place and form to another", CONVERT_EPILOG
+    )
+    places = "hf-hub:USER/NAME or local-dir:FOLDER, in the form of timm"
+    command.add_argument(
+        "source", metavar="SOURCE", help=f"a file, ours or of published form, or {places}"
+    )
+    command.add_argument(
+        "target",
+        metavar="TARGET",
+        help=f"a file, .safetensors (ours) or .pth or .pth.tar (published form), or {places}",
+    )
+    command.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="the classes, one a line; 1000 that nobody names are taken to be ImageNet's",
+    )
+    add_options(command, CONVERT_KEYS)
+
     command = add(
         "models", models, "list models with what they cost and reached", MODELS_EPILOG
     )
@@ -271,6 +337,18 @@ def bench(arguments: argparse.Namespace) -> None:
     from t2tvit.training.bench import bench_command
 
     bench_command(arguments)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.export import export_command
+
+    export_command(arguments)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.convert import convert_command
+
+    convert_command(arguments)
 
 
 def models(arguments: argparse.Namespace) -> None:

@@ -65,8 +65,8 @@ def models_command(arguments: argparse.Namespace) -> None:
         )
         print("  ".join(aligned).rstrip())
     print(
-        f"parameters and GMACs: counted here, at {size} × {size}. The paper's GMACs and its ImageNet "
-        "top-1 (%): at 224 × 224 unless said otherwise"
+        f"parameters and GMACs: counted here, at {size} × {size}. The paper's GMACs and ImageNet top-1 "
+        "(%): at 224 × 224 unless said otherwise"
     )
     for backend in ("cpu", "triton", "cuda"):
         print(f"kernels, {backend}: {why_unavailable(backend) or 'available here'}")

@@ -1,4 +1,4 @@
-"""The T2T module in the place of timm's ``PatchEmbed``: any ViT of timm on tokens of soft splits."""
+"""The T2T module in the place of timm's ``PatchEmbed``: T2T tokens for any ViT of timm."""
 
 from collections.abc import Callable
 

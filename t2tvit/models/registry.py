@@ -125,7 +125,8 @@ def create_model(
             mlp_layer; for "t2t_vit_dense", stages and growth_rate instead of depth and the layers.
 
     Returns:
-        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing.
+        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing,
+        and ``create_args``, the arguments that build it again.
 
     Raises:
         InputError: an unknown name or option, or an option that does not fit.
@@ -137,14 +138,15 @@ def create_model(
     for option in kw:
         if option not in known:
             raise InputError(unknown_name(f"option of {name}", option, known))
-    model = config.architecture(
-        fused_kernels=fused_kernels,
+    args = dict(
         img_size=img_size,
         num_classes=num_classes,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
-        **{**config.options, **kw},
+        **kw,
     )
+    model = config.architecture(fused_kernels=fused_kernels, **{**config.options, **args})
+    model.create_args = args
     model.pretrained_cfg = pretrained_cfg(name, model.img_size, num_classes, in_chans)
     model.default_cfg = model.pretrained_cfg
     return model
