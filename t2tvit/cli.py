@@ -55,7 +55,8 @@ examples:
 PREDICT_EPILOG = """
 examples:
   t2tvit predict --run runs/digits --plot predictions.png
-  t2tvit predict --run runs/flowers photo.jpg other.png --top-k 3
+  t2tvit predict --run runs/flowers photo.jpg folder --top-k 3
+  find folder -name '*.jpg' | t2tvit predict --run runs/flowers --json - > predictions.jsonl
 """
 BENCH_EPILOG = """
 examples:
@@ -191,11 +192,27 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(command, INFERENCE_KEYS)
 
     command = add(
-        "predict", predict, "classify image files, or a sample of held-out images", PREDICT_EPILOG
+        "predict", predict, "classify images, or a sample of held-out ones", PREDICT_EPILOG
     )
-    command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images to classify")
+    command.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files, folders of them, or - for a list on standard input, one a line",
+    )
     command.add_argument(
         "--top-k", type=int, default=5, metavar="N", help="classes to name (default: 5)"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="one JSON object a line instead of a table"
+    )
+    command.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="the classes, one a line, for weights that do not name them; 1000 that nobody names "
+        "are taken to be ImageNet's",
     )
     command.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the images with what was predicted"
@@ -205,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=40,
         metavar="N",
-        help="without files: how many held-out images to draw (default: 40)",
+        help="how many to draw, and without IMAGE how many held-out ones to take (default: 40)",
     )
     add_trained(command)
     add_options(command, INFERENCE_KEYS)
@@ -328,7 +345,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    from t2tvit.training.inference import predict_command
+    from t2tvit.laboratory.predict import predict_command
 
     predict_command(arguments)
 

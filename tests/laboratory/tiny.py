@@ -32,10 +32,10 @@ def model(**options) -> T2TBackbone:
     return made
 
 
-def weights(folder: Path, **options) -> Path:
+def weights(folder: Path, class_names=CLASS_NAMES, **options) -> Path:
     """Its weights in a file of our own form."""
     path = folder / "best.safetensors"
-    about = Weights("t2t_vit_7", ARGS | options, CLASS_NAMES, CONFIG)
+    about = Weights("t2t_vit_7", ARGS | options, list(class_names), CONFIG)
     save_weights(model(**options), path, about)
     return path
 
