@@ -9,7 +9,7 @@ from torch import nn
 
 from t2t_kernels.backends import OPERATIONS, why_unavailable
 from t2tvit.errors import InputError, unknown_name
-from t2tvit.models import MODELS, T2TBackbone, create_model
+from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_models
 from t2tvit.models.cost import multiply_adds
 
 TIMM = "timm:"
@@ -76,9 +76,10 @@ def chosen(patterns: list[str]) -> list[str]:
     """The names that ``patterns`` mean: ours, with wildcards, or ``timm:NAME``; none: all ours."""
     names = []
     for pattern in patterns or ["*"]:
-        matching = fnmatch.filter(MODELS, pattern)
+        known = list_models(baselines=True)
+        matching = fnmatch.filter(known, pattern)
         if not matching and not pattern.startswith(TIMM):
-            raise InputError(f"{unknown_name('model', pattern, MODELS)}; timm's are timm:NAME")
+            raise InputError(f"{unknown_name('model', pattern, known)}; timm's are timm:NAME")
         names += matching or [pattern]
     return list(dict.fromkeys(names))
 
@@ -93,7 +94,7 @@ def survey(name: str, size: int) -> Surveyed:
             raise InputError(f"{name} at {size} × {size}: {error}") from None
     with torch.device("meta"):
         model = create_model(name, img_size=size)
-    published = MODELS[name]
+    published = (MODELS | BASELINES)[name]
     options = published.options
     tokens = options.get("tokens_type", "performer")
     return Surveyed(

@@ -5,22 +5,27 @@ import torch
 from torch import nn
 
 import t2tvit
-from t2tvit.models import MODELS
+from t2tvit.models import BASELINES, MODELS
 from t2tvit.models.cost import multiply_adds
 
-# The paper has 13.8, 1.2 less than for t2t_vit_t_24; its other two pairs differ by 1.3.
-INCONSISTENT = "t2t_vit_24"
+# How far the paper's figure may be off. Of t2t_vit_24 it is 1.2 less than of t2t_vit_t_24; the other
+# two pairs differ by 1.3. Of ViT-S it is 0.2 more than its products
+# come to.
+INEXACT = {"t2t_vit_24": 0.011, "vit_s_16": 0.022}
+PUBLISHED = {
+    name: model.gmacs for name, model in (MODELS | BASELINES).items() if model.gmacs is not None
+}
 
 
-@pytest.mark.parametrize("name", t2tvit.list_models())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_as_in_the_paper(name):
     with torch.device("meta"):
         model = t2tvit.create_model(name)
     counted = multiply_adds(model, (224, 224)) / 1e9
-    if name == INCONSISTENT:
-        assert counted == pytest.approx(MODELS[name].gmacs, rel=0.011)
+    if name in INEXACT:
+        assert counted == pytest.approx(PUBLISHED[name], rel=INEXACT[name])
     else:
-        assert round(counted, 1) == MODELS[name].gmacs
+        assert round(counted, 1) == PUBLISHED[name]
 
 
 def test_as_by_hand():
