@@ -1,4 +1,4 @@
-"""The command line: ``t2tvit train | eval | predict | bench | models``.
+"""The command line: ``t2tvit COMMAND``.
 
 A command imports the trainer when it runs, so that ``--help`` and ``models`` need no extra package.
 """
@@ -16,16 +16,10 @@ from t2tvit.errors import InputError, OneRankError, RunError, unknown_name
 from t2tvit.training.config import KEYS
 from t2tvit.training.options import add_options
 
-# Import names of the [train] extra's packages.
-TRAIN_PACKAGES = {
-    "matplotlib",
-    "PIL",
-    "safetensors",
-    "sklearn",
-    "timm",
-    "torchvision",
-    "tqdm",
-    "yaml",
+# Import names of what the extras of the package bring.
+EXTRAS = {
+    "train": ("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "yaml"),
+    "export": ("huggingface_hub", "onnx", "onnxruntime", "onnxscript"),
 }
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -33,6 +27,14 @@ MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")
 INFERENCE_KEYS = (
     *("data", "img_size", "workers", "interpolation", "crop_pct", "mean", "std"),
     *(*MODEL_KEYS, "batch_size", "amp", "device"),
+)
+EXPORT_KEYS = (
+    *("img_size", "interpolation", "crop_pct", "mean", "std"),
+    *(*MODEL_KEYS, "device"),
+)
+CONVERT_KEYS = (
+    *("img_size", "interpolation", "crop_pct", "mean", "std"),
+    *("model", "model_args", "num_classes"),
 )
 BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
@@ -57,13 +59,40 @@ examples:
 PREDICT_EPILOG = """
 examples:
   t2tvit predict --run runs/digits --plot predictions.png
-  t2tvit predict --run runs/flowers photo.jpg other.png --top-k 3
+  t2tvit predict --run runs/flowers photo.jpg folder --top-k 3
+  find folder -name '*.jpg' | t2tvit predict --run runs/flowers --json - > predictions.jsonl
 """
 BENCH_EPILOG = """
 examples:
   t2tvit bench --config digits
   t2tvit bench --model t2t_vit_14 --data synthetic --batch-size 32 --amp bfloat16 \\
       --against vit_small_patch16_224 deit_small_patch16_224 resnet50
+"""
+EXPORT_EPILOG = """
+Each file is read again and run on random images; the largest difference from the model is printed,
+and a file that differs by more than rounding is not kept. The soft splits become plain operators,
+unless --fused-kernels names kernels for torch-export and aotinductor: then whoever loads the file
+must import t2t_kernels first.
+
+examples:
+  t2tvit export --run runs/digits --output exported
+  t2tvit export --run runs/digits --output exported --format aotinductor --dtype bfloat16
+  t2tvit export --checkpoint 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --output exported
+"""
+CONVERT_EPILOG = """
+Weights of our own say what they are; those of published form need --model, and their image size and
+number of classes are read off them. The Hub is reached through huggingface_hub and its credentials.
+
+examples:
+  t2tvit convert 81.5_T2T_ViT_14.pth.tar t2t_vit_14.safetensors --model t2t_vit_14
+  t2tvit convert runs/digits/best.safetensors digits.pth.tar
+  t2tvit convert runs/digits/best.safetensors hf-hub:USER/digits
+  t2tvit convert hf-hub:USER/digits digits.safetensors
+"""
+MODELS_EPILOG = """
+examples:
+  t2tvit models
+  t2tvit models 't2t_vit_t_*' timm:resnet50 --img-size 384
 """
 
 
@@ -84,9 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in TRAIN_PACKAGES:
+        extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        complain(InputError(f"this needs the package {package}: pip install 't2tvit[train]'"))
+        complain(InputError(f"this needs the package {package}: pip install 't2tvit[{extra}]'"))
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -166,11 +196,27 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(command, INFERENCE_KEYS)
 
     command = add(
-        "predict", predict, "classify image files, or a sample of held-out images", PREDICT_EPILOG
+        "predict", predict, "classify images, or a sample of held-out ones", PREDICT_EPILOG
     )
-    command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="images to classify")
+    command.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files, folders of them, or - for a list on standard input, one a line",
+    )
     command.add_argument(
         "--top-k", type=int, default=5, metavar="N", help="classes to name (default: 5)"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="one JSON object a line instead of a table"
+    )
+    command.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="the classes, one a line, for weights that do not name them; 1000 that nobody names "
+        "are taken to be ImageNet's",
     )
     command.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw the images with what was predicted"
@@ -180,7 +226,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=40,
         metavar="N",
-        help="without files: how many held-out images to draw (default: 40)",
+        help="how many to draw, and without IMAGE how many held-out ones to take (default: 40)",
     )
     add_trained(command)
     add_options(command, INFERENCE_KEYS)
@@ -203,7 +249,64 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(command, BENCH_KEYS)
 
-    add("models", models, "list the published models")
+    command = add("export", export, "write a trained model for other tools", EXPORT_EPILOG)
+    add_trained(command)
+    command.add_argument(
+        "--format",
+        nargs="+",
+        default=["onnx"],
+        metavar="FORMAT",
+        help="onnx (batch of any size, plain operators), torch-export (a program for "
+        "torch.export.load), aotinductor (compiled for this kind of machine, needs a C++ "
+        "compiler), safetensors (weights that say what they are) (default: onnx)",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder of the files"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of weights, images and logits; no bfloat16 in onnx (default: float32)",
+    )
+    add_options(command, EXPORT_KEYS)
+
+    command = add(
+        "convert", convert, "bring weights from one place and form to another", CONVERT_EPILOG
+    )
+    places = "hf-hub:USER/NAME or local-dir:FOLDER, in the form of timm"
+    command.add_argument(
+        "source", metavar="SOURCE", help=f"a file, ours or of published form, or {places}"
+    )
+    command.add_argument(
+        "target",
+        metavar="TARGET",
+        help=f"a file, .safetensors (ours) or .pth or .pth.tar (published form), or {places}",
+    )
+    command.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="the classes, one a line; 1000 that nobody names are taken to be ImageNet's",
+    )
+    add_options(command, CONVERT_KEYS)
+
+    command = add(
+        "models", models, "list models with what they cost and reached", MODELS_EPILOG
+    )
+    command.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="which, also with wildcards; timm:NAME is one of timm (default: all of ours)",
+    )
+    command.add_argument(
+        "--img-size",
+        type=int,
+        default=224,
+        metavar="N",
+        help="side of the images to count multiply-adds for (default: 224)",
+    )
     return parser
 
 
@@ -246,7 +349,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    from t2tvit.training.inference import predict_command
+    from t2tvit.laboratory.predict import predict_command
 
     predict_command(arguments)
 
@@ -257,18 +360,19 @@ def bench(arguments: argparse.Namespace) -> None:
     bench_command(arguments)
 
 
-def models(arguments: argparse.Namespace) -> None:
-    from t2tvit.models import MODELS
+def export(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.export import export_command
 
-    print(
-        f"{'model':<20}{'tokens':<13}{'dim/depth/heads':<18}{'parameters':>11}"
-        f"{'GMACs':>8}{'top-1':>8}{'at 384':>8}"
-    )
-    for name, model in MODELS.items():
-        options = model.options
-        shape = "/".join(str(options.get(key, "–")) for key in ("embed_dim", "depth", "num_heads"))
-        print(
-            f"{name:<20}{options.get('tokens_type', 'performer'):<13}{shape:<18}"
-            f"{model.params:>11,}{model.gmacs:>8}{model.top1 or '–':>8}{model.top1_384 or '–':>8}"
-        )
-    print("GMACs and ImageNet top-1 (%) as published, at 224 × 224 unless said otherwise")
+    export_command(arguments)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.convert import convert_command
+
+    convert_command(arguments)
+
+
+def models(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.survey import models_command
+
+    models_command(arguments)

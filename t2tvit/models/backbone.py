@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2t_kernels.backends import BACKENDS
-from t2tvit.errors import InputError, unknown_name
+from t2tvit.errors import InputError
 from t2tvit.models.arguments import check_image_size, check_integer, check_positive, check_rate
+from t2tvit.models.patch_tokens import PatchTokens
 from t2tvit.models.positions import resize_positions, sinusoid
 from t2tvit.models.t2t_module import T2TModule
 
@@ -150,7 +150,8 @@ class T2TBackbone(nn.Module):
             Images of any other size ≥ 16 are taken too; the positions are then resized.
         in_chans: channels of the image.
         num_classes: outputs of the head; 0 for none.
-        tokens_type: layers of the T2T module: "performer", "transformer" or "convolution".
+        tokens_type: layers of the T2T module: "performer", "transformer" or "convolution"; or "patch"
+            for 16 × 16 patches in its place, as in ViT.
         token_dim: width inside the T2T module.
         drop_rate: dropout after the positions.
         fused_kernels: see :meth:`set_fused_kernels`.
@@ -180,7 +181,10 @@ class T2TBackbone(nn.Module):
         self.grad_checkpointing = False
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        tokens_to_token = T2TModule(tokens_type, in_chans, embed_dim, token_dim)
+        if tokens_type == "patch":
+            tokens_to_token = PatchTokens(in_chans, embed_dim)
+        else:
+            tokens_to_token = T2TModule(tokens_type, in_chans, embed_dim, token_dim)
         self.grid_size = tokens_to_token.grid_size(*self.img_size)
         positions = 1 + self.grid_size[0] * self.grid_size[1]
         self.pos_embed = nn.Parameter(sinusoid(positions, embed_dim), requires_grad=False)
@@ -209,10 +213,7 @@ class T2TBackbone(nn.Module):
         Raises:
             InputError: no such backend.
         """
-        if name != "auto" and name not in BACKENDS:
-            known = ("auto", *BACKENDS)
-            raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
-        self.tokens_to_token.backend = None if name == "auto" else name
+        self.tokens_to_token.set_fused_kernels(name)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward instead of keeping their activations."""

@@ -70,7 +70,7 @@ def load_checkpoint(
     if not isinstance(model, T2TBackbone):
         raise TypeError(f"model: got {type(model).__name__}, expected one made by create_model")
     path = Path(path)
-    wrapper, state = _unwrap(_read(path), path)
+    wrapper, state = read_state_dict(path)
     own = model.state_dict()
 
     resized = None
@@ -101,6 +101,16 @@ def load_checkpoint(
             model.num_classes,
         )
     return LoadReport(wrapper, len(state), resized, dropped_classes)
+
+
+def read_state_dict(path: str | PathLike) -> tuple[str | None, dict[str, Tensor]]:
+    """The name of the entry that holds a file's weights, and these, without prefixes.
+
+    Raises:
+        InputError: the file cannot be read as a checkpoint without running code.
+    """
+    path = Path(path)
+    return _unwrap(_read(path), path)
 
 
 def _read(path: Path) -> object:

@@ -1,4 +1,4 @@
-"""The published models by name: their configurations, published figures, and `create_model`."""
+"""The published models and the paper's baselines by name: their configurations, published figures, and `create_model`."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A published model.
+    """A published model, or a baseline.
 
     Attributes:
         architecture: the class.
         options: the keyword arguments that make it this model.
         params: number of parameters, frozen ones included, with 1000 classes.
-        gmacs: 10⁹ multiply-adds of a forward at 224 × 224, as published.
+        gmacs: 10⁹ multiply-adds of a forward at 224 × 224, as published; None where none was.
         top1: published ImageNet-1k top-1 accuracy in percent; None where none was published.
         top1_384: the same after fine-tuning at 384 × 384.
     """
@@ -34,7 +34,7 @@ class ModelConfig:
     architecture: type[T2TBackbone]
     options: Mapping[str, Any]
     params: int
-    gmacs: float
+    gmacs: float | None = None
     top1: float | None = None
     top1_384: float | None = None
 
@@ -46,13 +46,17 @@ def _t2t_vit(
     mlp_ratio: float,
     *,
     params: int,
-    gmacs: float,
+    gmacs: float | None = None,
     top1: float | None = None,
     top1_384: float | None = None,
     **options,
 ) -> ModelConfig:
     options |= dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
     return ModelConfig(T2TVisionTransformer, options, params, gmacs, top1, top1_384)
+
+
+def _vit(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float, **config) -> ModelConfig:
+    return _t2t_vit(embed_dim, depth, num_heads, mlp_ratio, tokens_type="patch", **config)
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -94,10 +98,25 @@ MODELS: dict[str, ModelConfig] = {
     "t2t_vit_dense": ModelConfig(T2TDenseVisionTransformer, {}, params=23_647_062, gmacs=5.3),
 }
 
+# ViT and its variants, for comparison: the same blocks on 16 × 16 patches. The sizes of the wide and
+# the dense one are not published.
+BASELINES: dict[str, ModelConfig] = {
+    "vit_s_16": _vit(768, 8, 8, 3, params=48_754_408, gmacs=10.1, top1=78.1),
+    "vit_b_16": _vit(768, 12, 12, 4, params=86_540_008),
+    "vit_s_16_resnext": _vit(768, 8, 32, 3, params=48_754_408),
+    "vit_s_16_se": _vit(768, 8, 8, 3, params=49_344_232, attention_layer=SEAttention),
+    "vit_s_16_ghost": _vit(
+        768, 8, 8, 3, params=32_248_552, attention_layer=GhostAttention, mlp_layer=GhostMlp
+    ),
+    "vit_wide": _vit(1024, 4, 16, 3, params=43_997_160),
+    "vit_deep_narrow": _vit(384, 16, 6, 3, params=24_405_352),
+    "vit_dense": ModelConfig(T2TDenseVisionTransformer, {"tokens_type": "patch"}, params=23_501_680),
+}
 
-def list_models() -> list[str]:
-    """The names that :func:`create_model` knows."""
-    return list(MODELS)
+
+def list_models(baselines: bool = False) -> list[str]:
+    """The names of the published T2T-ViTs; with ``baselines`` also the ViTs to compare them with."""
+    return [*MODELS, *(BASELINES if baselines else ())]
 
 
 def create_model(
@@ -113,7 +132,7 @@ def create_model(
     """Build a model with newly initialised weights.
 
     Args:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`, baselines included.
         fused_kernels: what computes the T2T module: "auto", "reference", "cpu", "triton" or "cuda".
         img_size: the usual input size, an integer or (height, width), at least 16. The model takes
             other sizes too, with resized positions.
@@ -122,29 +141,32 @@ def create_model(
         drop_path_rate: stochastic depth of the last block.
         kw: what shall differ from the published configuration: tokens_type, token_dim, embed_dim,
             depth, num_heads, mlp_ratio, qk_scale, drop_rate, attn_drop_rate, attention_layer,
-            mlp_layer; for "t2t_vit_dense", stages and growth_rate instead of depth and the layers.
+            mlp_layer; for the dense models, stages and growth_rate instead of depth and the layers.
 
     Returns:
-        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing.
+        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing,
+        and ``create_args``, the arguments that build it again.
 
     Raises:
         InputError: an unknown name or option, or an option that does not fit.
     """
-    if not isinstance(name, str) or name not in MODELS:
-        raise InputError(unknown_name("model", name, MODELS))
-    config = MODELS[name]
+    known_models = MODELS | BASELINES
+    if not isinstance(name, str) or name not in known_models:
+        raise InputError(unknown_name("model", name, known_models))
+    config = known_models[name]
     known = _options(config.architecture)
     for option in kw:
         if option not in known:
             raise InputError(unknown_name(f"option of {name}", option, known))
-    model = config.architecture(
-        fused_kernels=fused_kernels,
+    args = dict(
         img_size=img_size,
         num_classes=num_classes,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
-        **{**config.options, **kw},
+        **kw,
     )
+    model = config.architecture(fused_kernels=fused_kernels, **{**config.options, **args})
+    model.create_args = args
     model.pretrained_cfg = pretrained_cfg(name, model.img_size, num_classes, in_chans)
     model.default_cfg = model.pretrained_cfg
     return model

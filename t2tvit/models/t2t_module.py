@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from t2t_kernels import (
+    BACKENDS,
     PerformerLayerParams,
     TransformerLayerParams,
     output_size,
@@ -128,6 +129,23 @@ LAYERS = {
 }
 
 
+def check_images(x: Tensor, in_chans: int, like: Tensor) -> None:
+    """Raise the errors of :meth:`T2TModule.forward`; ``like`` is one of the parameters."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"x: got {type(x).__name__}, expected a torch.Tensor")
+    if x.dim() != 4 or x.shape[1] != in_chans or min(x.shape[2:]) < MIN_SIZE:
+        raise InputError(
+            f"x: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W) with H and W "
+            f"at least {MIN_SIZE}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"x: got device {x.device}, the model is on {like.device}")
+    if not x.is_floating_point() or (
+        x.dtype != like.dtype and autocast_dtype(x) is None
+    ):
+        raise TypeError(f"x: got {x.dtype}, the model is {like.dtype}; convert one of them")
+
+
 class T2TModule(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, T, embed_dim); T is 196 at 224 × 224.
 
@@ -162,6 +180,17 @@ class T2TModule(nn.Module):
         # Applied to the third soft split, it is a 3 × 3 convolution of stride 2.
         self.project = nn.Linear(token_dim * SPLITS[2]["kernel_size"] ** 2, embed_dim)
 
+    def set_fused_kernels(self, name: str) -> None:
+        """Compute with the backend ``name`` from now on, "auto" for the first that can.
+
+        Raises:
+            InputError: no such backend.
+        """
+        if name != "auto" and name not in BACKENDS:
+            known = ("auto", *BACKENDS)
+            raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
+        self.backend = None if name == "auto" else name
+
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""
         for split in SPLITS:
@@ -176,20 +205,7 @@ class T2TModule(nn.Module):
             TypeError, ValueError: its dtype or device is not the parameters'.
             BackendUnavailable: the backend that was named cannot run here.
         """
-        if not isinstance(x, Tensor):
-            raise InputError(f"x: got {type(x).__name__}, expected a torch.Tensor")
-        if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2:]) < MIN_SIZE:
-            raise InputError(
-                f"x: got shape {tuple(x.shape)}, expected (B, {self.in_chans}, H, W) with H and W "
-                f"at least {MIN_SIZE}"
-            )
-        like = self.project.weight
-        if x.device != like.device:
-            raise ValueError(f"x: got device {x.device}, the model is on {like.device}")
-        if not x.is_floating_point() or (
-            x.dtype != like.dtype and autocast_dtype(x) is None
-        ):
-            raise TypeError(f"x: got {x.dtype}, the model is {like.dtype}; convert one of them")
+        check_images(x, self.in_chans, self.project.weight)
         for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
             grid = output_size(x.shape[2], x.shape[3], **split)
             # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.

@@ -5,6 +5,7 @@ Importing this module does it, once, and needs timm.
 
 from timm.models import generate_default_cfgs, register_model
 
+from t2tvit import hub
 from t2tvit.errors import InputError
 from t2tvit.models.registry import MODELS, create_model, pretrained_cfg
 
@@ -19,18 +20,31 @@ def _entrypoint(name: str):
         cache_dir=None,
         **kwargs,
     ):
-        if pretrained:
+        kwargs.pop("pretrained_model_args", None)  # what timm found, already among the others
+        source = _address(pretrained_cfg)
+        if pretrained and source is None:
             raise InputError(
                 f"pretrained: no weights of {name} can be downloaded; build it with "
                 f"pretrained=False and load a file with t2tvit.load_checkpoint(model, path)"
             )
-        model = create_model(name, **kwargs)
+        model = hub.load(source, **kwargs) if pretrained else create_model(name, **kwargs)
         model.pretrained_cfg.update(pretrained_cfg_overlay or {})
         return model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"{name} with newly initialised weights; see t2tvit.create_model."
     return build
+
+
+def _address(pretrained_cfg) -> str | None:
+    """Where timm found what it asks for, if in a folder or on the Hub."""
+    if not isinstance(pretrained_cfg, dict):
+        return None
+    if pretrained_cfg.get("source") == "local-dir":
+        return hub.LOCAL + pretrained_cfg["file"]
+    if pretrained_cfg.get("source") == "hf-hub":
+        return hub.HUB + pretrained_cfg["hf_hub_id"]
+    return None
 
 
 for _name in MODELS:

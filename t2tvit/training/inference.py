@@ -1,32 +1,25 @@
-"""``t2tvit eval`` and ``t2tvit predict``: trained weights on data, or on single images."""
+"""``t2tvit eval``, and trained weights made ready for use."""
 
 import argparse
-import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from t2tvit.data.sources import IMAGENET_STATISTICS, Split, load_image, open_split
+from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.training import distributed
 from t2tvit.training.build import build_model, check_classes, create_args, try_forward
 from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import evaluate, precision
+from t2tvit.training.engine import evaluate
 from t2tvit.training.options import given
-from t2tvit.training.pipeline import Normalize, eval_loader, eval_transform, size_of, statistics
-from t2tvit.training.plots import draw_predictions
+from t2tvit.training.pipeline import Normalize, eval_loader, size_of, statistics
 from t2tvit.training.progress import say
 from t2tvit.training.state import BEST_FILE, LAST_FILE, Weights, read_about
 
 # What a checkpoint of our own decides.
 DECIDED_KEYS = ("model", "model_args", "num_classes")
-MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True)
@@ -64,65 +57,6 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         f"{path} on {config.data}: top-1 {metrics['top1']:.2f}%{top5}  loss "
         f"{metrics['eval_loss']:.4f}  {metrics['eval_images']:,} images  {rate:,.0f} images/s",
     )
-
-
-def predict_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit predict`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can mend.
-        BackendUnavailable: the backend asked for cannot run.
-    """
-    if arguments.top_k < 1:
-        raise InputError(f"--top-k: got {arguments.top_k}, expected at least 1")
-    path, config, about = describe(arguments)
-    world = distributed.start(config.device)
-    try:
-        trained = load_trained(path, config, about, world)
-        if world.is_main:
-            predict(arguments, path, trained, world)
-    finally:
-        distributed.stop()
-
-
-def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: World) -> None:
-    """Classify the files, or held-out images, and print (and draw) the result."""
-    config = trained.config
-    if arguments.files:
-        if trained.channels not in MODES:
-            raise InputError(
-                f"predict reads grey or colour images, not {trained.channels} channels"
-            )
-        images = [load_image(file, MODES[trained.channels]) for file in arguments.files]
-        labels, titles = [None] * len(images), arguments.files
-        fallback = (values[: trained.channels] for values in IMAGENET_STATISTICS)
-        mean, std = statistics(config, *fallback)
-    else:
-        split, label_map = held_out(trained)
-        drawn = draw_sample(len(split.images), arguments.images)
-        images, labels = zip(*(split.images[index] for index in drawn))
-        labels = [name_of(trained, label_map[label] if label_map else label) for label in labels]
-        titles = [f"{config.data} {index}, is {name}" for index, name in zip(drawn, labels)]
-        mean, std = statistics(config, split.mean, split.std)
-    normalize = Normalize(mean, std, world.device)
-    confidence, classes = probabilities(trained, images, normalize, world).topk(
-        min(arguments.top_k, trained.model.num_classes)
-    )
-    names = [[name_of(trained, index) for index in row] for row in classes.tolist()]
-    width = max(len(str(title)) for title in titles)
-    for title, row, shares in zip(titles, names, confidence.tolist()):
-        ranked = "  ".join(f"{name} {share:.1%}" for name, share in zip(row, shares))
-        print(f"{title!s:<{width}}  {ranked}")
-    predicted = [row[0] for row in names]
-    summary = f"{config.model}, {path}"
-    if not arguments.files:
-        right = sum(name == label for name, label in zip(predicted, labels))
-        summary = f"{right} of {len(labels)} right, drawn at random from the held-out {config.data}"
-        print(summary)
-    if arguments.plot is not None:
-        shares = confidence[:, 0].tolist()
-        draw_predictions(images, predicted, shares, labels, summary, arguments.plot)
-        print(f"drawn to {arguments.plot}")
 
 
 def describe(arguments: argparse.Namespace) -> tuple[Path, RunConfig, Weights | None]:
@@ -192,31 +126,3 @@ def held_out(trained: Trained) -> tuple[Split, list[int] | None]:
             f"{', '.join(strangers[:5])}"
         )
     return split, [order[name] for name in split.class_names]
-
-
-def draw_sample(count: int, wanted: int) -> list[int]:
-    """The same random ``wanted`` of ``count`` indices each time."""
-    if wanted < 1:
-        raise InputError(f"--images: got {wanted}, expected at least 1")
-    return sorted(random.Random(0).sample(range(count), min(wanted, count)))
-
-
-@torch.no_grad()
-def probabilities(
-    trained: Trained, images: list[Image.Image], normalize: Normalize, world: World
-) -> Tensor:
-    """Class probabilities (N, classes) of PIL images, on the CPU."""
-    transform, batch = eval_transform(trained.config), trained.config.batch_size
-    parts = []
-    for first in range(0, len(images), batch):
-        pixels = torch.stack([transform(image) for image in images[first : first + batch]])
-        with precision(trained.config, world.device):
-            logits = trained.model(normalize(pixels))
-        parts.append(logits.float().softmax(dim=1).cpu())
-    return torch.cat(parts)
-
-
-def name_of(trained: Trained, index: int) -> str:
-    """A class's name, or its number where the checkpoint says no names."""
-    names = trained.class_names
-    return names[index] if names is not None and index < len(names) else f"class {index}"

@@ -1,0 +1,160 @@
+"""Models on the Hugging Face Hub, or in a folder, in the form that timm reads and writes.
+
+An address is ``hf-hub:USER/NAME`` (``@REVISION`` may follow) or ``local-dir:FOLDER``. What lies there
+is ``config.json`` and ``model.safetensors``, so that ``timm.create_model(address, pretrained=True)``
+builds the model too once ``t2tvit`` is imported. Needs huggingface_hub for the Hub alone.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from t2tvit.errors import InputError, RunError
+from t2tvit.models.backbone import T2TBackbone
+from t2tvit.models.checkpoint import load_checkpoint
+from t2tvit.models.registry import create_model
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+# What timm's pretrained_cfg says of where it came from.
+ORIGINS = ("file", "source", "hf_hub_id", "url")
+
+
+def is_address(text: str) -> bool:
+    """Whether ``text`` is an address of this module rather than a file."""
+    return text.startswith((HUB, LOCAL))
+
+
+def push(model: T2TBackbone, address: str, *, class_names: Sequence[str] | None = None) -> None:
+    """Write a model's weights and configuration to ``address``.
+
+    The Hub's repository is made where there is none; huggingface_hub finds the credentials.
+
+    Args:
+        model: one made by :func:`t2tvit.create_model`; its ``pretrained_cfg`` says how images are
+            prepared.
+        address: ``hf-hub:USER/NAME`` or ``local-dir:FOLDER``.
+        class_names: of the logits, in order.
+
+    Raises:
+        InputError: the address is of neither kind, the model's arguments cannot be written down, or
+            ``class_names`` are not one per class.
+        RunError: the Hub cannot be reached or refuses.
+    """
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise InputError(
+            f"class_names: got {len(class_names)}, expected {model.num_classes}, one per class"
+        )
+    config = _config(model, class_names)
+    kind, place = _split(address)
+    if kind == LOCAL:
+        _write(model, config, Path(place))
+        return
+    from huggingface_hub import HfApi
+
+    repository, _, revision = place.partition("@")
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder, _network(address):
+        _write(model, config, Path(folder))
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, revision=revision or None)
+
+
+def load(address: str, **options) -> T2TBackbone:
+    """The model at ``address`` with its weights.
+
+    Args:
+        address: ``hf-hub:USER/NAME`` or ``local-dir:FOLDER``.
+        options: arguments of :func:`t2tvit.create_model` that shall differ: another ``num_classes``
+            gives a new head, another ``img_size`` resized positions.
+
+    Raises:
+        InputError: there is nothing at the address, or not such a model.
+        RunError: the Hub cannot be reached or refuses.
+    """
+    folder = fetch(address)
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name, stored = config["architecture"], config["pretrained_cfg"]
+        size = stored["input_size"][1:]
+        args = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
+    except FileNotFoundError:
+        raise InputError(f"{address}: there is no {CONFIG_FILE}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{address}: {CONFIG_FILE} is not of timm's form: {error!r}") from None
+    model = create_model(name, **{**args, **options})
+    grid = model.tokens_to_token.grid_size(*size)
+    load_checkpoint(model, folder / WEIGHTS_FILE, grid_size=grid)
+    # The preprocessing and the classes are the weights'; what the arguments decide is the model's.
+    decided = ("input_size", "num_classes")
+    stored = {key: value for key, value in stored.items() if key not in decided}
+    model.pretrained_cfg.update(stored)
+    if model.num_classes == args["num_classes"] and "label_names" in config:
+        model.pretrained_cfg["label_names"] = config["label_names"]
+    return model
+
+
+def fetch(address: str) -> Path:
+    """The folder of ``address``; that of the Hub is downloaded to its cache."""
+    kind, place = _split(address)
+    if kind == LOCAL:
+        if not Path(place).is_dir():
+            raise InputError(f"{address}: there is no such folder")
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = place.partition("@")
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    with _network(address):
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        )
+
+
+@contextlib.contextmanager
+def _network(address: str) -> Iterator[None]:
+    try:
+        yield
+    # huggingface_hub has changed its network library, and with it what it raises.
+    except Exception as error:
+        raise RunError(f"{address}: {type(error).__name__}: {error}") from error
+
+
+def _split(address: str) -> tuple[str, str]:
+    for kind in (HUB, LOCAL):
+        if address.startswith(kind) and len(address) > len(kind):
+            return kind, address.removeprefix(kind)
+    raise InputError(f"address: got {address!r}, expected {HUB}USER/NAME or {LOCAL}FOLDER")
+
+
+def _config(model: T2TBackbone, class_names: Sequence[str] | None) -> Mapping[str, object]:
+    args = model.create_args | {"num_classes": model.num_classes}
+    try:
+        json.dumps(args)
+    except TypeError as error:
+        raise InputError(f"model: its arguments {args} cannot be written down: {error}") from None
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ORIGINS}
+    cfg.pop("label_names", None)
+    labels = {} if class_names is None else {"label_names": list(class_names)}
+    return {
+        "architecture": cfg.pop("architecture"),
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": "token",
+        **labels,
+        "model_args": args,
+        "pretrained_cfg": cfg | {"num_classes": model.num_classes},
+    }
+
+
+def _write(model: T2TBackbone, config: Mapping[str, object], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What is done with models besides training them: tables, predictions, pictures, exports."""

@@ -1,0 +1,50 @@
+"""Names of the classes, for weights that say them, weights that do not, and ImageNet's."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from t2tvit.errors import InputError
+
+IMAGENET_CLASSES = 1000
+
+
+def names_of(names: Sequence[str] | None, count: int) -> list[str] | None:
+    """``names``; without them those of ImageNet-1k for 1000 classes, and None for others.
+
+    ImageNet's are the folders' names, such as n01440764, as the usual image folders have them.
+    """
+    if names is not None:
+        return list(names)
+    return list(_imagenet()) if count == IMAGENET_CLASSES else None
+
+
+def read_names(path: Path, count: int) -> list[str]:
+    """Names from a text file, one a line.
+
+    Raises:
+        InputError: the file cannot be read, or has not ``count`` lines.
+    """
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class-names: {path} cannot be read ({error})") from None
+    if len(names) != count:
+        raise InputError(
+            f"--class-names: {path} has {len(names)} lines, the model {count} classes"
+        )
+    return names
+
+
+def readable(name: str) -> str:
+    """What ImageNet's folder ``name`` holds, in words; any other name as it is."""
+    return _imagenet().get(name, name) if name[:1] == "n" and name[1:].isdecimal() else name
+
+
+@cache
+def _imagenet() -> dict[str, str]:
+    """ImageNet-1k's folder names in the order of the classes, and what they hold."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return {name: info.label_name_to_description(name) for name in info.label_names()}

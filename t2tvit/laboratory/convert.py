@@ -1,0 +1,123 @@
+"""``t2tvit convert``: weights from one place and form to another."""
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from t2tvit import hub
+from t2tvit.errors import InputError
+from t2tvit.laboratory.class_names import names_of, read_names
+from t2tvit.models import T2TBackbone, load_checkpoint
+from t2tvit.models.checkpoint import read_state_dict
+from t2tvit.training.build import build_model, create_args
+from t2tvit.training.config import resolve
+from t2tvit.training.options import given
+from t2tvit.training.state import Weights, read_about, save_weights
+
+PREPARATION = ("interpolation", "crop_pct", "mean", "std")
+OURS, PUBLISHED = ".safetensors", (".pth", ".pth.tar", ".pt")
+
+
+def convert_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit convert`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+        RunError: the target cannot be written.
+    """
+    target = arguments.target
+    if not hub.is_address(target) and not target.endswith((OURS, *PUBLISHED)):
+        raise InputError(
+            f"TARGET: got {target}, expected a file {OURS} (ours) or {', '.join(PUBLISHED)} "
+            f"(published form), {hub.HUB}USER/NAME or {hub.LOCAL}FOLDER"
+        )
+    model, about = read(arguments.source, given(arguments))
+    if arguments.class_names is not None:
+        about = replace(about, class_names=read_names(arguments.class_names, model.num_classes))
+    write(model, about, target)
+    height, width = model.img_size
+    what = f"{about.model}, {model.num_classes} classes, {height}×{width}"
+    print(f"{arguments.source} → {target}: {what}")
+
+
+def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
+    """The model of ``source`` with its weights, and what its own form of file says of it."""
+    if hub.is_address(source):
+        refuse(options, source)
+        model = hub.load(source)
+        return model, described(model)
+    path = Path(source)
+    about = read_about(path)
+    if about is not None:
+        refuse(options, source)
+        model = build_model(about.model, about.create_args, "auto")
+        load_checkpoint(model, path)
+        return model, about
+    if "model" not in options:
+        raise InputError(f"{path} does not say what model it is; give --model")
+    _, state = read_state_dict(path)
+    config = resolve(None, sizes(state) | options)
+    model = build_model(config.model, create_args(config, 1000, channels(state)), "auto")
+    load_checkpoint(model, path)
+    for key in PREPARATION:
+        if key in options:
+            model.pretrained_cfg[key] = getattr(config, key)
+    return model, described(model)
+
+
+def refuse(options: dict, source: str) -> None:
+    for name in options:
+        option = "--" + name.replace("_", "-")
+        raise InputError(f"{option}: {source} says itself what it is; leave it out")
+
+
+def sizes(state: dict) -> dict:
+    """The image size and number of classes that published weights are of."""
+    found = {}
+    if "head.weight" in state:
+        found["num_classes"] = len(state["head.weight"])
+    if "pos_embed" in state:
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+        found["img_size"] = 16 * grid
+    return found
+
+
+def channels(state: dict) -> int:
+    """Channels of the images, from the width of the first soft split's tokens."""
+    norm = state.get("tokens_to_token.attention1.norm1.weight")
+    return 3 if norm is None else max(1, len(norm) // 49)
+
+
+def described(model: T2TBackbone) -> Weights:
+    """What a model's ``pretrained_cfg`` says, in our own form of file."""
+    cfg = model.pretrained_cfg
+    args = model.create_args | {"img_size": list(model.img_size), "num_classes": model.num_classes}
+    config = {
+        "model": cfg["architecture"],
+        "img_size": list(model.img_size),
+        "interpolation": cfg["interpolation"],
+        "crop_pct": cfg["crop_pct"],
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+    }
+    names = names_of(cfg.get("label_names"), model.num_classes)
+    return Weights(cfg["architecture"], args, names, config)
+
+
+def write(model: T2TBackbone, about: Weights, target: str) -> None:
+    if hub.is_address(target):
+        model.pretrained_cfg.update({key: about.config[key] for key in PREPARATION})
+        hub.push(model, target, class_names=about.class_names)
+    elif target.endswith(OURS):
+        save_weights(model, Path(target), about)
+    else:
+        state = model.state_dict()
+        # Both names, as the published evaluation reads either; the tensors are stored once.
+        content = {"arch": about.model, "state_dict": state, "state_dict_ema": state}
+        try:
+            torch.save(content, target)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"TARGET: cannot write {target}: {error}") from None

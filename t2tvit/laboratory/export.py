@@ -1,0 +1,298 @@
+"""``t2tvit export``: a trained model as a file for other tools, proved to compute the same."""
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2tvit.errors import InputError, RunError, unknown_name
+from t2tvit.laboratory.convert import described
+from t2tvit.models import T2TBackbone, load_checkpoint
+from t2tvit.training import distributed
+from t2tvit.training.build import build_model
+from t2tvit.training.config import RunConfig
+from t2tvit.training.inference import Trained, describe, load_trained
+from t2tvit.training.options import given
+from t2tvit.training.pipeline import size_of, statistics
+from t2tvit.training.state import Weights, save_weights
+
+DTYPES = ("float32", "float16", "bfloat16")
+INPUT, OUTPUT = "images", "logits"
+BATCHES = (1, 2, 5)
+LARGEST_BATCH = 4096
+# Relative error of the logits, in roundings of the dtype: other libraries sum in other orders.
+ROUNDINGS = 50
+SEED = 0
+
+Runner = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """What is exported: the model in its dtype and how to feed it."""
+
+    model: T2TBackbone
+    about: Weights
+    images: Tensor
+
+
+def write_onnx(what: Exporting, path: Path) -> None:
+    import onnxscript  # noqa: F401  a missing package is better named here than by the exporter
+
+    # The exporter talks on standard output.
+    with redirect_stdout(StringIO()):
+        program = torch.onnx.export(
+            what.model,
+            (what.images,),
+            dynamo=True,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}},
+            custom_translation_table={torch.ops.aten.im2col.default: soft_split_as_convolution},
+        )
+    graph = program.model.graph
+    for node in (*graph, *graph.inputs, *graph.outputs):
+        node.metadata_props.clear()  # source lines and paths of this machine
+    program.model.metadata_props["t2tvit"] = json.dumps(feeding(what.about))
+    program.save(path)
+
+
+def soft_split_as_convolution(x, kernel_size, dilation, padding, stride):
+    """ONNX for im2col, which it lacks: a depthwise convolution with one-hot kernels.
+
+    Exact, as every sum has one term that is not zero.
+    """
+    import numpy
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    channels, elements = x.shape[1], kernel_size[0] * kernel_size[1]
+    picks = numpy.eye(elements, dtype=numpy.float32).reshape(elements, 1, *kernel_size)
+    weight = op.CastLike(op.Constant(value=ir.tensor(numpy.tile(picks, (channels, 1, 1, 1)))), x)
+    y = op.Conv(
+        x,
+        weight,
+        group=channels,
+        kernel_shape=list(kernel_size),
+        dilations=list(dilation),
+        pads=[*padding, *padding],
+        strides=list(stride),
+    )
+    return op.Reshape(y, op.Constant(value_ints=[0, channels * elements, -1]))
+
+
+def read_onnx(what: Exporting, path: Path) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.cpu().numpy()})[0])
+
+    return run
+
+
+def program_of(what: Exporting) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    program = torch.export.export(what.model, (what.images,), dynamic_shapes={"x": {0: batch}})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def write_program(what: Exporting, path: Path) -> None:
+    torch.export.save(program_of(what), path)
+
+
+def read_program(what: Exporting, path: Path) -> Runner:
+    return torch.export.load(path).module()
+
+
+def write_package(what: Exporting, path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    with torch.no_grad():
+        aoti_compile_and_package(program_of(what), package_path=str(path))
+
+
+def read_package(what: Exporting, path: Path) -> Runner:
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
+
+
+def write_weights(what: Exporting, path: Path) -> None:
+    save_weights(what.model, path, what.about)
+
+
+def read_weights(what: Exporting, path: Path) -> Runner:
+    model = build_model(what.about.model, what.about.create_args, "reference")
+    load_checkpoint(model, path)
+    return model.to(what.images).eval()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file: its suffix, what writes it and what runs it."""
+
+    suffix: str
+    write: Callable[[Exporting, Path], None]
+    read: Callable[[Exporting, Path], Runner]
+    dtypes: tuple[str, ...] = DTYPES
+    takes_kernels: bool = False
+
+
+FORMATS = {
+    # onnxruntime's CPU provider has no bfloat16 products to prove it with.
+    "onnx": Format(".onnx", write_onnx, read_onnx, dtypes=("float32", "float16")),
+    "torch-export": Format(".export.pt2", write_program, read_program, takes_kernels=True),
+    "aotinductor": Format(".aoti.pt2", write_package, read_package, takes_kernels=True),
+    "safetensors": Format(".safetensors", write_weights, read_weights),
+}
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit export`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+        BackendUnavailable: the kernels asked for cannot run.
+        RunError: what was exported does not compute what the model does; it is not kept.
+    """
+    dtype, kernels = arguments.dtype, given(arguments).get("fused_kernels", "reference")
+    for name in arguments.format:
+        check_format(name, dtype, kernels)
+    path, config, about = describe(arguments)
+    config = replace(config, fused_kernels=kernels, amp="none")
+    world = distributed.start(config.device)
+    try:
+        trained = load_trained(path, config, about, world)
+        resize(trained.model, size_of(config))
+        about = about or describe_weights(trained, config)
+        about = replace(about, create_args=about.create_args | {"img_size": list(size_of(config))})
+        what = prepare(trained.model, about, getattr(torch, dtype))
+        export(what, arguments.format, arguments.output)
+    finally:
+        distributed.stop()
+
+
+def check_format(name: str, dtype: str, kernels: str) -> None:
+    if name not in FORMATS:
+        raise InputError(f"--format: {unknown_name('format', name, FORMATS)}")
+    if dtype not in FORMATS[name].dtypes:
+        known = " or ".join(FORMATS[name].dtypes)
+        raise InputError(f"--dtype: got {dtype}, a file of format {name} can be {known}")
+    if kernels != "reference" and not FORMATS[name].takes_kernels:
+        raise InputError(
+            f"--fused-kernels: a file of format {name} is of plain operators; leave it out"
+        )
+
+
+def describe_weights(trained: Trained, config: RunConfig) -> Weights:
+    """What the file shall say of weights that do not say it themselves."""
+    about, cfg = described(trained.model), trained.model.pretrained_cfg
+    mean, std = statistics(config, cfg["mean"], cfg["std"])
+    chosen = {"crop_pct": config.crop_pct, "interpolation": config.interpolation}
+    return replace(about, config=about.config | chosen | {"mean": list(mean), "std": list(std)})
+
+
+def resize(model: T2TBackbone, size: tuple[int, int]) -> None:
+    """Make the model's positions those of images of ``size``, which it resizes them to anyway."""
+    positions = model.positions(*size).detach()
+    model.pos_embed = nn.Parameter(positions, requires_grad=False)
+    model.img_size, model.grid_size = size, model.tokens_to_token.grid_size(*size)
+
+
+def prepare(model: T2TBackbone, about: Weights, dtype: torch.dtype) -> Exporting:
+    model = model.to(dtype).eval().requires_grad_(False)
+    channels, size = about.create_args["in_chans"], about.create_args["img_size"]
+    like = model.norm.weight
+    # Two images, as a batch of one would be taken for a constant.
+    images = torch.zeros(2, channels, *size, dtype=dtype, device=like.device)
+    return Exporting(model, about, images)
+
+
+def export(what: Exporting, formats: list[str], folder: Path) -> None:
+    """Write, read again and compare each format, and only then keep it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from None
+    for name in formats:
+        target = folder / (what.about.model + FORMATS[name].suffix)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+            written = Path(scratch) / target.name
+            FORMATS[name].write(what, written)
+            verdict = verify(what, FORMATS[name].read(what, written), name)
+            size = written.stat().st_size / 2**20
+            written.replace(target)
+        print(f"{target}  {size:.1f} MiB  {verdict}", flush=True)
+    about = folder / f"{what.about.model}.json"
+    about.write_text(json.dumps(feeding(what.about), indent=2, ensure_ascii=False) + "\n")
+    print(f"{about}  how to prepare images, and the classes")
+
+
+@torch.no_grad()
+def verify(what: Exporting, run: Runner, name: str) -> str:
+    """Compare with the model on random images; a line that says how large the difference is.
+
+    Raises:
+        RunError: its error against float64 is more than :data:`ROUNDINGS` of the dtype's.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    exact_model = in_float64(what.model)
+    ours, plain, exact = [], [], []
+    for count in BATCHES:
+        images = torch.randn(count, *what.images.shape[1:], generator=generator).to(what.images)
+        ours.append(run(images).double().cpu())
+        plain.append(what.model(images).double().cpu())
+        exact.append(exact_model(images.double()).cpu())
+    ours, plain, exact = torch.cat(ours), torch.cat(plain), torch.cat(exact)
+    error = ((ours - exact).norm() / exact.norm()).item()
+    limit = ROUNDINGS * torch.finfo(what.images.dtype).eps
+    if not error <= limit:
+        raise RunError(
+            f"format {name}: relative error {error:.1e} of the logits on random images, expected "
+            f"at most {limit:.1e}; the file is not kept"
+        )
+    return (
+        f"{str(what.images.dtype).removeprefix('torch.')}, largest difference from the model "
+        f"{(ours - plain).abs().max():.1e} of logits up to {plain.abs().max():.1e} on {len(ours)} "
+        f"random images; relative error against float64 {error:.1e}, allowed {limit:.1e}"
+    )
+
+
+def in_float64(model: T2TBackbone) -> nn.Module:
+    exact = copy.deepcopy(model).double()
+    exact.set_fused_kernels("reference")
+    return exact
+
+
+def feeding(about: Weights) -> dict:
+    """How to prepare the images, and what the logits mean."""
+    config = about.config
+    return {
+        "model": about.model,
+        "input": {
+            "name": INPUT,
+            "shape": ["batch", about.create_args["in_chans"], *about.create_args["img_size"]],
+        },
+        "output": {"name": OUTPUT, "shape": ["batch", about.create_args["num_classes"]]},
+        "preprocessing": {
+            "resize_interpolation": config["interpolation"],
+            "center_crop_share": config["crop_pct"],
+            "scale": "values in [0, 1], then (value - mean) / std per channel",
+            "mean": config["mean"],
+            "std": config["std"],
+        },
+        "class_names": about.class_names,
+    }

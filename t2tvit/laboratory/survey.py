@@ -1,0 +1,140 @@
+"""``t2tvit models``: what each model is, costs and reached, and which kernels serve it."""
+
+import argparse
+import fnmatch
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from t2t_kernels.backends import OPERATIONS, why_unavailable
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_models
+from t2tvit.models.cost import multiply_adds
+
+TIMM = "timm:"
+# The operation that serves each kind of T2T layer; a convolution is PyTorch's own.
+LAYER_OPERATIONS = {"performer": "performer_layer", "transformer": "transformer_layer"}
+HEAD = (
+    *("model", "tokens", "dim/depth/heads", "parameters", "GMACs"),
+    *("paper's", "top-1", "at 384", "fused kernels"),
+)
+LEFT = ("model", "tokens", "dim/depth/heads", "fused kernels")
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A row of the table. Those of timm's models leave out what only the paper says."""
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    tokens: str = "–"
+    shape: str = "–"
+    published_gmacs: float | None = None
+    top1: float | None = None
+    top1_384: float | None = None
+    kernels: tuple[str, ...] = ()
+
+    def cells(self) -> tuple[str, ...]:
+        published = (self.published_gmacs, self.top1, self.top1_384)
+        return (
+            *(self.name, self.tokens, self.shape),
+            *(f"{self.parameters:,}", f"{self.multiply_adds / 1e9:.2f}"),
+            *(f"{value}" if value is not None else "–" for value in published),
+            " ".join(self.kernels) or "–",
+        )
+
+
+def models_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit models`` with its parsed arguments.
+
+    Raises:
+        InputError: an unknown name, or a size that a model does not take.
+    """
+    size = arguments.img_size
+    if size < 16:
+        raise InputError(f"--img-size: got {size}, expected at least 16")
+    rows = [survey(name, size) for name in chosen(arguments.names)]
+    cells = [HEAD, *(row.cells() for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(HEAD))]
+    for row in cells:
+        aligned = (
+            f"{cell:<{width}}" if title in LEFT else f"{cell:>{width}}"
+            for title, cell, width in zip(HEAD, row, widths)
+        )
+        print("  ".join(aligned).rstrip())
+    print(
+        f"parameters and GMACs: counted here, at {size} × {size}. The paper's GMACs and ImageNet top-1 "
+        "(%): at 224 × 224 unless said otherwise"
+    )
+    for backend in ("cpu", "triton", "cuda"):
+        print(f"kernels, {backend}: {why_unavailable(backend) or 'available here'}")
+
+
+def chosen(patterns: list[str]) -> list[str]:
+    """The names that ``patterns`` mean: ours, with wildcards, or ``timm:NAME``; none: all ours."""
+    names = []
+    for pattern in patterns or ["*"]:
+        known = list_models(baselines=True)
+        matching = fnmatch.filter(known, pattern)
+        if not matching and not pattern.startswith(TIMM):
+            raise InputError(f"{unknown_name('model', pattern, known)}; timm's are timm:NAME")
+        names += matching or [pattern]
+    return list(dict.fromkeys(names))
+
+
+def survey(name: str, size: int) -> Surveyed:
+    """Build a model without memory and count."""
+    if name.startswith(TIMM):
+        model = timm_model(name, size)
+        try:
+            return Surveyed(name, parameters(model), multiply_adds(model, (size, size)))
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f"{name} at {size} × {size}: {error}") from None
+    with torch.device("meta"):
+        model = create_model(name, img_size=size)
+    published = (MODELS | BASELINES)[name]
+    options = published.options
+    tokens = options.get("tokens_type", "performer")
+    return Surveyed(
+        name,
+        parameters(model),
+        multiply_adds(model, (size, size)),
+        tokens,
+        shape_of(model),
+        published.gmacs,
+        published.top1,
+        published.top1_384,
+        OPERATIONS[LAYER_OPERATIONS[tokens]].kernels if tokens in LAYER_OPERATIONS else (),
+    )
+
+
+def timm_model(name: str, size: int) -> nn.Module:
+    """A model of timm without memory, for images of ``size`` where it must be built for them."""
+    import timm
+
+    bare = name.removeprefix(TIMM)
+    if not timm.is_model(bare):
+        raise InputError(unknown_name("model of timm", bare, timm.list_models()))
+    options = {}
+    if getattr(timm.get_pretrained_cfg(bare), "fixed_input_size", False):
+        options["img_size"] = size
+    try:
+        with torch.device("meta"):
+            return timm.create_model(bare, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"{name} at {size} × {size}: {error}") from None
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shape_of(model: T2TBackbone) -> str:
+    """Width, depth and heads of the backbone; a dense one's width grows from first to last."""
+    blocks = [block for block in model.blocks if hasattr(block, "attn")]
+    width = f"{model.embed_dim}"
+    if model.num_features != model.embed_dim:
+        width += f"–{model.num_features}"
+    return f"{width}/{len(blocks)}/{blocks[0].attn.num_heads}"

@@ -1,0 +1,130 @@
+"""Exported files, run by those who read them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
+
+import t2tvit  # noqa: E402
+from t2tvit.laboratory import export  # noqa: E402
+from t2tvit.training.state import read_about  # noqa: E402
+from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+
+
+@pytest.fixture
+def onnxruntime():
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    return pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer"])
+def test_onnx(onnxruntime, tokens_type, tmp_path, capsys):
+    import onnx
+
+    source = weights(tmp_path, tokens_type=tokens_type)
+    out = run(capsys, "export", "--checkpoint", source, "--output", tmp_path / "out")
+    path = tmp_path / "out" / "t2t_vit_7.onnx"
+    assert f"{path}  " in out and "largest difference from the model" in out
+    graph = onnx.load(path).graph
+    # Plain operators, and the soft splits as convolutions.
+    assert {node.domain for node in graph.node} == {""}
+    assert [node.op_type for node in graph.node].count("Conv") == 3
+    sizes = [dim.dim_param or dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == ["batch", 3, 32, 48]
+    assert str(tmp_path).encode() not in path.read_bytes()
+    assert b".py" not in path.read_bytes(), "source lines of this machine"
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    made = model(tokens_type=tokens_type)
+    for batch in (1, 7):
+        images = torch.randn(batch, 3, 32, 48)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            expected = made(images).numpy()
+        np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    about = json.loads((tmp_path / "out" / "t2t_vit_7.json").read_text())
+    assert about["class_names"] == CLASS_NAMES
+    assert about["preprocessing"]["mean"] == CONFIG["mean"]
+    assert about == json.loads(session.get_modelmeta().custom_metadata_map["t2tvit"])
+
+
+def test_onnx_in_half_precision(onnxruntime, tmp_path, capsys):
+    options = ("--dtype", "float16", "--output", tmp_path, "--img-size", "48")
+    out = run(capsys, "export", "--checkpoint", weights(tmp_path), *options)
+    assert "float16, largest difference" in out
+    session = onnxruntime.InferenceSession(tmp_path / "t2t_vit_7.onnx")
+    (image,) = session.get_inputs()
+    # Another size than the weights', with resized positions.
+    assert (image.type, image.shape) == ("tensor(float16)", ["batch", 3, 48, 48])
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+def test_programs(kernels, tmp_path, capsys):
+    """torch.export's, of plain operators or of fused ones; and weights that say what they are."""
+    formats = ("--format", "torch-export", "--dtype", "bfloat16", "--fused-kernels", kernels)
+    source = weights(tmp_path)
+    run(capsys, "export", "--checkpoint", source, *formats, "--output", tmp_path / "out")
+    program = torch.export.load(tmp_path / "out" / "t2t_vit_7.export.pt2")
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    fused = {name for name in operators if name.startswith("t2t_")}
+    assert bool(fused) == (kernels == "cpu"), operators
+    images = torch.randn(3, 3, 32, 48, dtype=torch.bfloat16)
+    made = model(fused_kernels=kernels).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), made(images))
+
+
+def test_weights(tmp_path, capsys):
+    source = weights(tmp_path)
+    options = ("--format", "safetensors", "--dtype", "float16", "--output", tmp_path / "out")
+    run(capsys, "export", "--checkpoint", source, *options)
+    again = tmp_path / "out" / "t2t_vit_7.safetensors"
+    assert again.stat().st_size < 0.6 * source.stat().st_size
+    about = read_about(again)
+    assert (about.class_names, about.config["mean"]) == (CLASS_NAMES, CONFIG["mean"])
+    made = model()
+    t2tvit.load_checkpoint(made, again)
+    for key, tensor in model().state_dict().items():
+        assert torch.equal(made.state_dict()[key], tensor.half().float()), key
+
+
+def test_a_compiled_package(tmp_path, capsys):
+    """The slowest test here: it compiles C++."""
+    source = weights(tmp_path, depth=1, embed_dim=16)
+    options = ("--format", "aotinductor", "--output", tmp_path / "out")
+    run(capsys, "export", "--checkpoint", source, *options)
+    package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "t2t_vit_7.aoti.pt2"))
+    images = torch.randn(4, 3, 32, 48)
+    with torch.no_grad():
+        expected = model(depth=1, embed_dim=16)(images)
+    torch.testing.assert_close(package(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, capsys):
+    read = export.FORMATS["torch-export"].read
+
+    def wrong(what, path):
+        return lambda images: read(what, path)(images) * 1.0001
+
+    broken = export.Format(".export.pt2", export.write_program, wrong)
+    monkeypatch.setitem(export.FORMATS, "torch-export", broken)
+    options = ("--format", "torch-export", "--output", tmp_path / "out")
+    line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
+    assert "relative error 1.0e-04 of the logits" in line and "not kept" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_does_not_go_together(tmp_path, capsys):
+    source = ("--checkpoint", weights(tmp_path), "--output", tmp_path / "out")
+    for options, message in (
+        (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'?"),
+        (("--dtype", "bfloat16"), "a file of format onnx can be float32 or float16"),
+        (("--fused-kernels", "cpu"), "--fused-kernels: a file of format onnx is of plain"),
+        (("--dtype", "half"), "invalid choice: 'half'"),
+    ):
+        assert message in run(capsys, "export", *source, *options, status=2)
+    assert not (tmp_path / "out").exists()
