@@ -36,6 +36,7 @@ CONVERT_KEYS = (
     *("img_size", "interpolation", "crop_pct", "mean", "std"),
     *("model", "model_args", "num_classes"),
 )
+COMPARED_KEYS = ("model", "model_args", "seed", "initial_checkpoint")
 BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
 CONFIG_HELP = (
@@ -67,6 +68,16 @@ examples:
   t2tvit bench --config digits
   t2tvit bench --model t2t_vit_14 --data synthetic --batch-size 32 --amp bfloat16 \\
       --against vit_small_patch16_224 deit_small_patch16_224 resnet50
+"""
+COMPARE_EPILOG = """
+All models have the same data, epochs, batches, optimiser and seeds; a comparison's file names the
+models, each with its model, model_args and drop_path. A stopped comparison goes on when its command is
+given again.
+
+examples:
+  t2tvit compare --output runs/compare
+  t2tvit compare t2t_vit_7 vit_s_16 timm:resnet18 --data cifar10 --img-size 32 --output runs/cifar10
+  t2tvit compare --config mine.yaml --seeds 0 1 2 3 4 --epochs 100 --output runs/mine
 """
 EXPORT_EPILOG = """
 Each file is read again and run on random images; the largest difference from the model is printed,
@@ -231,6 +242,32 @@ def build_parser() -> argparse.ArgumentParser:
     add_trained(command)
     add_options(command, INFERENCE_KEYS)
 
+    command = add(
+        "compare", compare, "train several models alike and compare what they reach", COMPARE_EPILOG
+    )
+    command.add_argument(
+        "models",
+        nargs="*",
+        metavar="NAME",
+        help="models that `t2tvit models` lists, or timm:NAME, as they are; or give --config",
+    )
+    command.add_argument(
+        "--config",
+        metavar="NAME",
+        help="a YAML file of a training configuration with models and seeds, or the packaged "
+        "digits, which is taken where nothing else is named",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the only folder written to: a folder for each run, the table, plots and CSV",
+    )
+    command.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="of each model's runs (default: 0 1 2)"
+    )
+    add_options(command, [name for name in KEYS if name not in COMPARED_KEYS])
+
     command = add("bench", bench, "compare speed and memory with plain PyTorch", BENCH_EPILOG)
     source = command.add_mutually_exclusive_group()
     source.add_argument(
@@ -352,6 +389,12 @@ def predict(arguments: argparse.Namespace) -> None:
     from t2tvit.laboratory.predict import predict_command
 
     predict_command(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.compare import compare_command
+
+    compare_command(arguments)
 
 
 def bench(arguments: argparse.Namespace) -> None:

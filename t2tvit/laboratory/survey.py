@@ -11,8 +11,8 @@ from t2t_kernels.backends import OPERATIONS, why_unavailable
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_models
 from t2tvit.models.cost import multiply_adds
+from t2tvit.models.timm_models import TIMM, create_timm_model
 
-TIMM = "timm:"
 # The operation that serves each kind of T2T layer; a convolution is PyTorch's own.
 LAYER_OPERATIONS = {"performer": "performer_layer", "transformer": "transformer_layer"}
 HEAD = (
@@ -87,7 +87,8 @@ def chosen(patterns: list[str]) -> list[str]:
 def survey(name: str, size: int) -> Surveyed:
     """Build a model without memory and count."""
     if name.startswith(TIMM):
-        model = timm_model(name, size)
+        with torch.device("meta"):
+            model = create_timm_model(name, img_size=size)
         try:
             return Surveyed(name, parameters(model), multiply_adds(model, (size, size)))
         except (AssertionError, RuntimeError) as error:
@@ -108,23 +109,6 @@ def survey(name: str, size: int) -> Surveyed:
         published.top1_384,
         OPERATIONS[LAYER_OPERATIONS[tokens]].kernels if tokens in LAYER_OPERATIONS else (),
     )
-
-
-def timm_model(name: str, size: int) -> nn.Module:
-    """A model of timm without memory, for images of ``size`` where it must be built for them."""
-    import timm
-
-    bare = name.removeprefix(TIMM)
-    if not timm.is_model(bare):
-        raise InputError(unknown_name("model of timm", bare, timm.list_models()))
-    options = {}
-    if getattr(timm.get_pretrained_cfg(bare), "fixed_input_size", False):
-        options["img_size"] = size
-    try:
-        with torch.device("meta"):
-            return timm.create_model(bare, **options)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"{name} at {size} × {size}: {error}") from None
 
 
 def parameters(model: nn.Module) -> int:

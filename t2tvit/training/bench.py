@@ -21,8 +21,9 @@ from t2t_kernels.measure import (
     saved_bytes,
 )
 from t2tvit.data.sources import channels_of, open_split
-from t2tvit.errors import InputError, RunError, unknown_name
+from t2tvit.errors import InputError, RunError
 from t2tvit.models import T2TBackbone
+from t2tvit.models.timm_models import create_timm_model
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     backend_lines,
@@ -90,7 +91,9 @@ def compare(
     reference.load_state_dict(fused.state_dict())
     try_forward(fused, config, channels, world)
     rivals = {
-        name: rival(name, size_of(config), fused.num_classes, channels).to(world.device)
+        name: create_timm_model(
+            name, img_size=size_of(config), num_classes=fused.num_classes, in_chans=channels
+        ).to(world.device)
         for name in against
     }
 
@@ -135,23 +138,6 @@ def compare(
         "MFU: the products of the plain model, in its time, over what a large product reaches "
         f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(dtype).removeprefix('torch.')}"
     )
-
-
-def rival(name: str, size: tuple[int, int], num_classes: int, channels: int) -> nn.Module:
-    """A model of timm with new weights.
-
-    Raises:
-        InputError: timm does not know it, or it does not take such images.
-    """
-    if not timm.is_model(name):
-        raise InputError(f"--against: {unknown_name('model of timm', name, timm.list_models())}")
-    options = {"num_classes": num_classes, "in_chans": channels}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
-        options["img_size"] = size
-    try:
-        return timm.create_model(name, **options)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"--against: {name} with {options}: {error}") from None
 
 
 def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:

@@ -2,13 +2,17 @@
 
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from t2t_kernels.backends import explain
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
-from t2tvit.models import T2TBackbone, create_model
+from t2tvit.models import T2TBackbone, create_model, load_checkpoint
+from t2tvit.models.checkpoint import read_state_dict
+from t2tvit.models.timm_models import TIMM, create_timm_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
@@ -25,8 +29,12 @@ def create_args(config: RunConfig, num_classes: int, channels: int) -> dict:
     } | config.model_args
 
 
-def build_model(name: str, args: dict, fused_kernels: str) -> T2TBackbone:
-    """``create_model``, with every argument that does not fit reported as the user's."""
+def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
+    """``create_model``, or ``timm:NAME``; any argument that does not fit is reported as the user's."""
+    if name.startswith(TIMM):
+        if fused_kernels not in ("auto", "reference"):
+            raise InputError(f"fused_kernels: got {fused_kernels!r}, but {name} has no fused kernels")
+        return create_timm_model(name, **args)
     try:
         return create_model(name, fused_kernels=fused_kernels, **args)
     except InputError:
@@ -35,8 +43,24 @@ def build_model(name: str, args: dict, fused_kernels: str) -> T2TBackbone:
         raise InputError(f"model {name} with {args}: {error}") from None
 
 
+def load_weights(model: nn.Module, path: Path) -> int | None:
+    """Load a checkpoint into :func:`build_model`'s; the class count of a head that did not fit.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds another model's weights.
+    """
+    if isinstance(model, T2TBackbone):
+        return load_checkpoint(model, path).dropped_classes
+    _, state = read_state_dict(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"checkpoint {path} does not fit: {error}") from None
+    return None
+
+
 @torch.no_grad()
-def try_forward(model: T2TBackbone, config: RunConfig, channels: int, world: World) -> None:
+def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World) -> None:
     """Run one blank image, so that what cannot work is said before anything is written.
 
     Raises:
@@ -47,7 +71,7 @@ def try_forward(model: T2TBackbone, config: RunConfig, channels: int, world: Wor
     try:
         with precision(config, world.device):
             model(torch.zeros(1, channels, *size_of(config), device=world.device))
-    except (TypeError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise InputError(f"model {config.model} at {size_of(config)} pixels: {error}") from None
 
 
@@ -69,6 +93,9 @@ def describe_device(device: torch.device) -> str:
 
 def backend_lines(device: torch.device, config: RunConfig) -> Iterator[str]:
     """Which backend serves each operation on ``device``, and why."""
+    if config.model.startswith(TIMM):
+        yield f"  {config.model} has no fused kernels"
+        return
     named = None if config.fused_kernels == "auto" else config.fused_kernels
     dtype = torch.float32 if config.amp == "none" else getattr(torch, config.amp)
     for choice in explain(device, named, dtype):

@@ -121,7 +121,7 @@ class RunConfig:
     )
     smoothing: float = key("augmentation", 0.1, "label smoothing", minimum=0, maximum=0.99)
 
-    model: str = key("model", "t2t_vit_7", "a name that `t2tvit models` lists", metavar="NAME")
+    model: str = key("model", "t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
     model_args: dict = key(
         "model", {}, "further arguments of create_model, such as embed_dim=128 depth=4"
     )

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from t2tvit.errors import NonFiniteLoss, OneRankError
-from t2tvit.models import T2TBackbone
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, sum_over_ranks
 from t2tvit.training.pipeline import Data, Normalize, batch_indices, batches, begin_epoch
@@ -183,7 +182,7 @@ def report_skipped(
 
 @torch.no_grad()
 def evaluate(
-    model: T2TBackbone,
+    model: nn.Module,
     loader: DataLoader,
     normalize: Normalize,
     config: RunConfig,

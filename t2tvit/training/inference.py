@@ -5,11 +5,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
-from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.training import distributed
-from t2tvit.training.build import build_model, check_classes, create_args, try_forward
+from t2tvit.training.build import (
+    build_model,
+    check_classes,
+    create_args,
+    load_weights,
+    try_forward,
+)
 from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import evaluate
@@ -26,7 +33,7 @@ DECIDED_KEYS = ("model", "model_args", "num_classes")
 class Trained:
     """A model with its weights; ``class_names`` is None where the checkpoint does not say them."""
 
-    model: T2TBackbone
+    model: nn.Module
     config: RunConfig
     class_names: list[str] | None
     channels: int
@@ -90,11 +97,11 @@ def load_trained(path: Path, config: RunConfig, about: Weights | None, world: Wo
     else:
         args, class_names = about.create_args, about.class_names
     model = build_model(config.model, args, config.fused_kernels)
-    report = load_checkpoint(model, path)
-    if report.dropped_classes is not None:
+    dropped_classes = load_weights(model, path)
+    if dropped_classes is not None:
         raise InputError(
-            f"num_classes: {path} has {report.dropped_classes} classes, the model "
-            f"{model.num_classes}; give --num-classes {report.dropped_classes}"
+            f"num_classes: {path} has {dropped_classes} classes, the model {model.num_classes}; "
+            f"give --num-classes {dropped_classes}"
         )
     model.to(world.device)
     try_forward(model, config, args["in_chans"], world)

@@ -6,8 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 import t2tvit
-from t2tvit.models import T2TBackbone
 from t2tvit.training.build import backend_lines, describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
@@ -42,7 +43,7 @@ def git_commit() -> str | None:
 
 
 def opening_lines(
-    config: RunConfig, data: Data, model: T2TBackbone, epochs: int, world: World
+    config: RunConfig, data: Data, model: nn.Module, epochs: int, world: World
 ) -> Iterator[str]:
     """What the log begins with: what is trained, on what, and who computes it."""
     height, width = size_of(config)

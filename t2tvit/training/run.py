@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from torch import nn
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
@@ -17,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 import t2tvit
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss
-from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
     check_classes,
     create_args,
     describe_device,
+    load_weights,
     try_forward,
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve, write_yaml
@@ -167,7 +168,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
                 f"initial_checkpoint: {config.initial_checkpoint} does not exist; give the weights "
                 "to start from as --initial-checkpoint FILE"
             )
-        t2tvit.load_checkpoint(model, config.initial_checkpoint)
+        load_weights(model, Path(config.initial_checkpoint))
     model.to(world.device)
     try_forward(model, config, data.split.channels, world)
     state, epochs = build_state(model, config, len(data.train), world)
@@ -249,7 +250,7 @@ def one_epoch(
 
 
 def build_state(
-    model: T2TBackbone, config: RunConfig, updates_per_epoch: int, world: World
+    model: nn.Module, config: RunConfig, updates_per_epoch: int, world: World
 ) -> tuple[TrainState, int]:
     """The state before the first update, and the number of epochs with the cool-down."""
     optimizer = build_optimizer(model, config)

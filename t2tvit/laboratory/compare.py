@@ -1,0 +1,342 @@
+"""``t2tvit compare``: many models trained with one budget on the same data, in a table and plots."""
+
+import argparse
+import csv
+import io
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from t2t_kernels.measure import interleave, percentiles
+from t2tvit.data.sources import channels_of, open_split
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.cost import multiply_adds
+from t2tvit.training import distributed
+from t2tvit.training.bench import figure, inference_step, print_table, training_step
+from t2tvit.training.build import build_model, create_args, describe_device, try_forward
+from t2tvit.training.config import RunConfig, convert, from_dict, read_yaml, write_yaml
+from t2tvit.training.distributed import World, on_main
+from t2tvit.training.keeper import Signals, Stopped
+from t2tvit.training.options import given
+from t2tvit.training.pipeline import size_of
+from t2tvit.training.plots import save
+from t2tvit.training.progress import say
+from t2tvit.training.report import git_commit, versions
+from t2tvit.training.run import choose_config, find_place, run
+from t2tvit.training.state import METRICS_FILE, write_atomically
+
+PACKAGED = Path(__file__).parent / "comparisons"
+# What may differ between the models; all else is the budget, which they share.
+MODEL_KEYS = ("model", "model_args", "drop_path")
+REPETITIONS = 10
+CONFIG_FILE, RUNS_FILE, MODELS_FILE = "comparison.yaml", "runs.csv", "models.csv"
+TABLE_FILE = "comparison.md"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: a configuration for each name, which differ in MODEL_KEYS, and seeds."""
+
+    shared: RunConfig
+    models: dict[str, RunConfig]
+    seeds: tuple[int, ...]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Seed by seed, so that an early table has all models."""
+        return [(name, seed) for seed in self.seeds for name in self.models]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table.
+
+    ``top1`` has each seed's held-out accuracy after the last epoch, in percent; the rates are
+    medians in images per second.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    top1: list[float]
+    training_rate: float
+    inference_rate: float
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit compare`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+    """
+    if arguments.output is None:
+        raise InputError("--output: none given; name the folder that the comparison may write to")
+    comparison = read_comparison(arguments.config, arguments.models, arguments.seeds, given(arguments))
+    world = distributed.start(comparison.shared.device)
+    output = arguments.output
+    try:
+        costs = {name: cost(config, world) for name, config in comparison.models.items()}
+        on_main(world, lambda: claim(comparison, output))
+        train_all(comparison, output, world)
+        if world.is_main:
+            report(comparison, costs, output, world)
+    except Stopped:
+        say(world, f"stopped by a signal; the same command goes on with what is in {output}")
+    finally:
+        distributed.stop()
+
+
+def read_comparison(
+    config: str | None, names: Sequence[str], seeds: Sequence[int] | None, overrides: dict
+) -> Comparison:
+    """A comparison from a file or packaged name, or of the models ``names`` as they are.
+
+    Raises:
+        InputError: an unknown key, a model's key that belongs to the budget, or nothing to compare.
+    """
+    if config is None and not names:
+        config = "digits"
+    path = config
+    if config is not None and (PACKAGED / f"{config}.yaml").is_file():
+        path = PACKAGED / f"{config}.yaml"
+    values = read_yaml(path) if path is not None else {}
+    listed = values.pop("models", {})
+    listed_seeds = values.pop("seeds", [0, 1, 2])
+    if names:
+        listed = {name: {"model": name} for name in names}
+    if not isinstance(listed, Mapping) or not listed:
+        raise InputError(f"config {config}: models: got {listed!r}, expected a name for each model")
+    shared = from_dict(values, overrides, str(config))
+    models = {}
+    for name, keys in listed.items():
+        source = f"config {config}: models: {name}"
+        if not isinstance(keys, Mapping) or "model" not in keys:
+            raise InputError(f"{source}: got {keys!r}, expected keys, model among them")
+        for key in keys:
+            if key not in MODEL_KEYS:
+                raise InputError(f"{source}: {unknown_name('key', str(key), MODEL_KEYS)}")
+        own = {key: convert(key, value, f"{source}: {key}") for key, value in keys.items()}
+        models[str(name)] = replace(shared, **({"model_args": {}} | own))
+    if len({folder_of(name) for name in models}) < len(models):
+        raise InputError(f"config {config}: models: two names differ in punctuation alone")
+    return Comparison(shared, models, checked_seeds(seeds or listed_seeds))
+
+
+def checked_seeds(seeds: object) -> tuple[int, ...]:
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds: got {seeds!r}, expected different whole numbers")
+    return tuple(convert("seed", seed, "seeds") for seed in seeds)
+
+
+def folder_of(name: str) -> str:
+    """A model's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def place_of(output: Path, name: str, seed: int) -> Path:
+    return output / folder_of(name) / f"seed-{seed}"
+
+
+def cost(config: RunConfig, world: World) -> tuple[int, int]:
+    """Parameters and multiply-adds of a model; it is shown to run before anything is written."""
+    model, channels = built(config, world)
+    try_forward(model, config, channels, world)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, multiply_adds(model, size_of(config), channels)
+
+
+def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
+    """The model of a configuration with new weights, and the channels of its images."""
+    channels = channels_of(config.data)
+    classes = config.num_classes
+    if classes is None:
+        classes = len(open_split(config.data, "val", img_size=size_of(config)).class_names)
+    args = create_args(config, classes, channels)
+    return build_model(config.model, args, config.fused_kernels).to(world.device), channels
+
+
+def claim(comparison: Comparison, output: Path) -> None:
+    """Record what is compared; a run that is there already is checked when its turn comes."""
+    values = yaml.safe_load(write_yaml(comparison.shared))
+    for key in (*MODEL_KEYS, "seed"):
+        del values[key]
+    values["seeds"] = list(comparison.seeds)
+    values["models"] = {
+        name: {key: getattr(config, key) for key in MODEL_KEYS}
+        for name, config in comparison.models.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        output / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    )
+
+
+def train_all(comparison: Comparison, output: Path, world: World) -> None:
+    """Train every model with every seed, going on where a run was interrupted.
+
+    Raises:
+        Stopped: by a signal; what was done is kept.
+        InputError: ``output`` holds a run of another configuration.
+    """
+    runs = comparison.runs()
+    for number, (name, seed) in enumerate(runs, 1):
+        say(world, f"\nrun {number} of {len(runs)}: {name}, seed {seed}")
+        place = find_place(place_of(output, name, seed), "auto")
+        config = replace(comparison.models[name], seed=seed)
+        with Signals() as signals:
+            run(choose_config(None, asdict(config), place), place, world, signals)
+
+
+def report(
+    comparison: Comparison, costs: dict[str, tuple[int, int]], output: Path, world: World
+) -> None:
+    """Measure the speeds, print the table, and write it with the plots."""
+    top1 = {
+        name: [last_top1(place_of(output, name, seed)) for seed in comparison.seeds]
+        for name in comparison.models
+    }
+    rates = speeds(comparison, world)
+    rows = [Measured(name, *costs[name], top1[name], *rates[name]) for name in comparison.models]
+    rows.sort(key=lambda row: -statistics.mean(row.top1))
+    say(world, "")
+    print_table(HEAD, [cells(row) for row in rows])
+    for line in notes(comparison, world):
+        say(world, line)
+    write_atomically(output / RUNS_FILE, runs_csv(rows, comparison.seeds))
+    write_atomically(output / MODELS_FILE, models_csv(rows))
+    write_atomically(output / TABLE_FILE, markdown(rows, comparison, world))
+    for name, (label, value) in AXES.items():
+        draw(rows, label, value, output / f"accuracy-{name}.png")
+    say(
+        world,
+        f"{TABLE_FILE}, {MODELS_FILE}, {RUNS_FILE}, {CONFIG_FILE} and accuracy-*.png are in {output}",
+    )
+
+
+def last_top1(place: Path) -> float:
+    return json.loads((place / METRICS_FILE).read_text().splitlines()[-1])["top1"]
+
+
+def speeds(comparison: Comparison, world: World) -> dict[str, tuple[float, float]]:
+    """Images per second in training and inference, the models measured in turns."""
+    config = comparison.shared
+    built_models = {name: built(each, world) for name, each in comparison.models.items()}
+    channels = channels_of(config.data)
+    images = torch.randn(config.batch_size, channels, *size_of(config), device=world.device)
+    classes = min(model.num_classes for model, _ in built_models.values())
+    labels = torch.randint(classes, (config.batch_size,), device=world.device)
+    training, inference = (
+        rates_of(make, built_models, images, labels, config, world)
+        for make in (training_step, inference_step)
+    )
+    return {name: (training[name], inference[name]) for name in built_models}
+
+
+def rates_of(
+    make, models: dict, images: Tensor, labels: Tensor, config: RunConfig, world: World
+) -> dict[str, float]:
+    steps = {name: make(model, images, labels, config) for name, (model, _) in models.items()}
+    seconds = interleave(steps, REPETITIONS, world.device)
+    return {name: len(images) / percentiles(values)[0] for name, values in seconds.items()}
+
+
+HEAD = ("model", "parameters", "MMACs", "top-1", "seeds", "training", "inference")
+# Plots: the horizontal axis of each.
+AXES = {
+    "parameters": ("parameters (millions)", lambda row: row.parameters / 1e6),
+    "macs": ("multiply-adds of an image (millions)", lambda row: row.multiply_adds / 1e6),
+    "throughput": ("images per second, training", lambda row: row.training_rate),
+}
+
+
+def cells(row: Measured) -> tuple[str, ...]:
+    return (
+        row.name,
+        f"{row.parameters:,}",
+        f"{row.multiply_adds / 1e6:,.1f}",
+        f"{statistics.mean(row.top1):.2f}%",
+        f"{min(row.top1):.2f}–{max(row.top1):.2f}%",
+        f"{figure(row.training_rate)}/s",
+        f"{figure(row.inference_rate)}/s",
+    )
+
+
+def notes(comparison: Comparison, world: World) -> list[str]:
+    """What the table's figures are."""
+    config = comparison.shared
+    seeds = ", ".join(str(seed) for seed in comparison.seeds)
+    return [
+        f"{config.data} at {config.img_size}, {config.epochs} epochs of batches of "
+        f"{config.batch_size} for every model, {config.optimizer} at lr {config.lr:g}, amp "
+        f"{config.amp}; nothing was tuned for any of them",
+        f"top-1: held out, after the last epoch; mean, least and most of seeds {seeds}",
+        f"images per second: medians of {REPETITIONS} repetitions in turns on "
+        f"{describe_device(world.device)}, without the loader",
+    ]
+
+
+def markdown(rows: list[Measured], comparison: Comparison, world: World) -> str:
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|--:" * (len(HEAD) - 1) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", *(f"- {line}" for line in notes(comparison, world))]
+    about = ", ".join(f"{name} {version}" for name, version in versions().items())
+    lines += [f"- {about}; source {git_commit() or 'not under git'}", ""]
+    lines += [f"![accuracy against {name}](accuracy-{name}.png)" for name in AXES]
+    return "\n".join(lines) + "\n"
+
+
+def models_csv(rows: list[Measured]) -> str:
+    head = ("model", "parameters", "multiply_adds", "top1_mean", "top1_least", "top1_most")
+    return as_csv(
+        (*head, "training_images_per_second", "inference_images_per_second"),
+        (
+            (
+                *(row.name, row.parameters, row.multiply_adds),
+                *(round(f(row.top1), 4) for f in (statistics.mean, min, max)),
+                *(round(rate, 1) for rate in (row.training_rate, row.inference_rate)),
+            )
+            for row in rows
+        ),
+    )
+
+
+def runs_csv(rows: list[Measured], seeds: Sequence[int]) -> str:
+    return as_csv(
+        ("model", "seed", "top1"),
+        ((row.name, seed, round(top1, 4)) for row in rows for seed, top1 in zip(seeds, row.top1)),
+    )
+
+
+def as_csv(head: Sequence[str], rows) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows((head, *rows))
+    return text.getvalue()
+
+
+def draw(rows: list[Measured], label: str, value, path: Path) -> None:
+    """Accuracy over ``value``: a point per model with its seeds' spread, and its name."""
+    drawn = Figure(figsize=(8, 5), layout="constrained")
+    axes = drawn.subplots()
+    for number, row in enumerate(rows):
+        mean = statistics.mean(row.top1)
+        spread = [[mean - min(row.top1)], [max(row.top1) - mean]]
+        color = COLORS[number % len(COLORS)]
+        axes.errorbar(value(row), mean, yerr=spread, fmt="o", color=color, capsize=3)
+        axes.annotate(
+            row.name, (value(row), mean), xytext=(5, 4), textcoords="offset points", fontsize=7,
+            color=color,
+        )  # fmt: skip
+    axes.set(xlabel=label, ylabel="held-out top-1 (%), mean and range of the seeds", xscale="log")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    save(drawn, path)

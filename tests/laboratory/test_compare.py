@@ -1,0 +1,144 @@
+"""Comparisons: one budget for all, gone on with, and a table that says what was measured."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from t2tvit.cli import main
+from t2tvit.errors import InputError
+from t2tvit.laboratory import compare
+from t2tvit.laboratory.compare import PACKAGED, folder_of, read_comparison
+
+TINY = {
+    "data": "synthetic:40",
+    "img_size": 32,
+    "num_classes": 6,
+    "workers": 0,
+    "batch_size": 10,
+    "epochs": 2,
+    "warmup_epochs": 0,
+    "cooldown_epochs": 0,
+    "device": "cpu",
+    "seeds": [3, 1],
+    "models": {
+        "T2T, tiny": {"model": "t2t_vit_7", "model_args": {"embed_dim": 16, "depth": 1}},
+        "ViT": {"model": "vit_s_16", "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 2}},
+        "ResNet": {"model": "timm:test_resnet", "drop_path": 0.0},
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_repetition():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "REPETITIONS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    command = ["compare", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "out")]
+    assert main(command) == 0
+    return folder / "out", command
+
+
+def rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_every_model_has_its_runs_with_one_budget(compared):
+    output, _ = compared
+    runs = rows(output / "runs.csv")
+    assert {(run["model"], run["seed"]) for run in runs} == {
+        (name, seed) for name in TINY["models"] for seed in ("3", "1")
+    }
+    budgets = set()
+    for run in runs:
+        place = output / folder_of(run["model"]) / f"seed-{run['seed']}"
+        last = json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["epoch"], round(last["top1"], 4)) == (2, float(run["top1"]))
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        assert config["seed"] == int(run["seed"])
+        for key in (*compare.MODEL_KEYS, "seed"):
+            del config[key]
+        budgets.add(json.dumps(config, sort_keys=True))
+    assert len(budgets) == 1
+
+
+def test_the_table_has_the_models_costs_and_the_seeds_range(compared):
+    output, _ = compared
+    models = {row["model"]: row for row in rows(output / "models.csv")}
+    # Patches, class token, positions, block, norm and head; T2T's count is the registry's business.
+    dim, hidden = 16, 48
+    block = 4 * dim * dim + dim + 2 * dim * hidden + hidden + dim + 4 * dim
+    vit = (768 + 1) * dim + dim + 5 * dim + block + 2 * dim + (dim + 1) * 6
+    assert int(models["ViT"]["parameters"]) == vit
+    for name, row in models.items():
+        top1 = [float(run["top1"]) for run in rows(output / "runs.csv") if run["model"] == name]
+        assert float(row["top1_mean"]) == pytest.approx(sum(top1) / 2, abs=1e-3)
+        assert (float(row["top1_least"]), float(row["top1_most"])) == (min(top1), max(top1))
+        assert float(row["training_images_per_second"]) > 0
+    table = (output / "comparison.md").read_text()
+    assert "2 epochs of batches of 10 for every model" in table and "seeds 3, 1" in table
+    for name in ("parameters", "macs", "throughput"):
+        assert (output / f"accuracy-{name}.png").stat().st_size > 5000
+
+
+def test_it_goes_on_where_it_was_stopped(compared, capsys):
+    output, command = compared
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/state-*.safetensors")}
+    (output / "models.csv").unlink()
+    assert main(command) == 0
+    assert before == {
+        path: path.stat().st_mtime_ns for path in output.glob("*/*/state-*.safetensors")
+    }
+    assert rows(output / "models.csv")
+    assert main([*command, "--lr", "0.5"]) == 2
+    assert "lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {}}, "models: got {}, expected a name for each model"),
+        ({"models": {"a": {"depth": 3}}}, "models: a: got {'depth': 3}, expected keys, model among"),
+        ({"models": {"a": {"model": "vit_s_16", "lr": 1}}}, "models: a: unknown key 'lr'"),
+        ({"models": {"a b": {"model": "x"}, "a-b": {"model": "y"}}}, "differ in punctuation alone"),
+        ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], expected different whole numbers"),
+        ({"seeds": ["x"]}, "seeds: got 'x', expected a whole number"),
+        ({"epoch": 3}, "unknown key 'epoch'"),
+    ],
+)
+def test_bad_comparisons_are_refused(tmp_path, change, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(InputError, match=message):
+        read_comparison(str(path), [], None, {})
+
+
+def test_models_can_be_named_on_the_command_line():
+    comparison = read_comparison(None, ["vit_s_16", "timm:resnet18"], [7], {"epochs": "20"})
+    assert {name: each.model for name, each in comparison.models.items()} == {
+        "vit_s_16": "vit_s_16",
+        "timm:resnet18": "timm:resnet18",
+    }
+    assert comparison.seeds == (7,) and comparison.shared.epochs == 20
+
+
+def test_the_packaged_comparison_has_the_paper_s_kinds_of_model():
+    comparison = read_comparison("digits", [], None, {})
+    kinds = {config.model for config in comparison.models.values()}
+    assert {"t2t_vit_7", "t2t_vit_t_14", "vit_s_16", "vit_s_16_se", "vit_dense"} <= kinds
+    assert {"vit_s_16_resnext", "vit_s_16_ghost", "vit_wide", "timm:resnet10t"} <= kinds
+    assert [path.stem for path in PACKAGED.glob("*.yaml")] == ["digits"]
+
+
+def test_a_model_that_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):
+    command = ["compare", "vit_s_16", "timm:no_such_model", "--output", str(tmp_path / "out")]
+    assert main([*command, "--data", "synthetic:8", "--num-classes", "3"]) == 2
+    assert "no_such_model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
