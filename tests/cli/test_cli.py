@@ -56,7 +56,8 @@ def succeed(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "bench", "export", "convert", "models"]
+    "command",
+    ["train", "eval", "predict", "bench", "visualize", "export", "convert", "models"],
 )
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:
