@@ -86,7 +86,7 @@ def sizes(state: dict) -> dict:
 
 
 def channels(state: dict) -> int:
-    """Channels of the images, from the width of the first soft split's tokens."""
+    """Channels of the images: the first soft split's tokens hold 7 × 7 pixels of them."""
     norm = state.get("tokens_to_token.attention1.norm1.weight")
     return 3 if norm is None else max(1, len(norm) // 49)
 

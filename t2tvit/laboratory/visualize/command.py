@@ -310,8 +310,8 @@ def choose(count: int, wanted: int, dead: Sequence[int], exploding: Sequence[int
 
 def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module) -> None:
     """The soft splits: the tokens' size, and their principal components before and after."""
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, T2TModule)]
-    if not modules:
+    names = [name for name, module in model.named_modules() if isinstance(module, T2TModule)]
+    if not any(names):
         return
     page.heading("Soft splits")
     page.text(
@@ -319,7 +319,7 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
         "that it cuts (as red, green and blue), and those of what the layer makes of them."
     )
     maps = {layer.name: layer.maps for layer in recorded.layers}
-    name = modules[0][0]
+    name = next(filter(None, names))
     inputs = [x.cpu() for layer, _, x in recorded.t2t if layer.startswith(name)]
     outputs = [maps[f"{name}.{part}"] for part in ("attention1", "attention2", "project")]
     inputs.append(outputs[1])
