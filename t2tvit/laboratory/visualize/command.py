@@ -25,6 +25,7 @@ from t2tvit.models.t2t_module import SPLITS, TokenConvolution
 from t2tvit.training import distributed
 from t2tvit.training.build import build_model, create_args
 from t2tvit.training.config import RunConfig, resolve
+from t2tvit.training.distributed import World
 from t2tvit.training.inference import describe, load_trained
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import Normalize, eval_transform, statistics
@@ -54,28 +55,10 @@ def visualize_command(arguments: argparse.Namespace) -> None:
     """
     if arguments.channels < 1:
         raise InputError(f"--channels: got {arguments.channels}, expected at least 1")
-    named, config, about, world = None, None, None, None
     options = given(arguments)
-    if options.get("model", "").startswith(TIMM):
-        world = distributed.start(options.get("device", "auto"))
-    else:
-        named, config, about = trained_or_new(arguments, options)
-        world = distributed.start(config.device)
+    world = distributed.start(options.get("device", "auto"))
     try:
-        if config is None:
-            subject = timm_subject(arguments, options)
-        elif named is None:
-            subject = new_subject(config)
-        else:
-            trained = load_trained(named, config, about, world)
-            fallback = (values[: trained.channels] for values in IMAGENET_STATISTICS)
-            subject = Subject(
-                trained.model,
-                f"{config.model}, {named}",
-                config,
-                *statistics(config, *fallback),
-                names_of(trained.class_names, trained.model.num_classes),
-            )
+        subject = find_subject(arguments, options, world)
         pictures = open_images(arguments.images, len(subject.mean))
         transform = eval_transform(subject.config)
         pixels = torch.stack([transform(picture) for _, picture in pictures])
@@ -95,13 +78,25 @@ def visualize_command(arguments: argparse.Namespace) -> None:
         distributed.stop()
 
 
-def trained_or_new(arguments: argparse.Namespace, options: dict):
-    """As :func:`describe`, but without weights (None) where only a model is named."""
-    if arguments.run is None and arguments.checkpoint is None:
-        if "model" not in options and arguments.config is None:
-            raise InputError("what to visualize? give --run, --checkpoint or --model")
-        return None, resolve(arguments.config, options), None
-    return describe(arguments)
+def find_subject(arguments: argparse.Namespace, options: dict, world: World) -> Subject:
+    """The model that the options mean."""
+    if options.get("model", "").startswith(TIMM):
+        return timm_subject(arguments, options)
+    if arguments.pretrained:
+        raise InputError(f"--pretrained: only a model of timm has such weights; give {TIMM}NAME")
+    if arguments.run is not None or arguments.checkpoint is not None:
+        return trained_subject(arguments, world)
+    if "model" in options or arguments.config is not None:
+        return new_subject(resolve(arguments.config, options))
+    raise InputError("what to visualize? give --run, --checkpoint or --model")
+
+
+def trained_subject(arguments: argparse.Namespace, world: World) -> Subject:
+    path, config, about = describe(arguments)
+    trained = load_trained(path, config, about, world)
+    mean, std = statistics(config, *(values[: trained.channels] for values in IMAGENET_STATISTICS))
+    names = names_of(trained.class_names, trained.model.num_classes)
+    return Subject(trained.model, f"{config.model}, {path}", config, mean, std, names)
 
 
 def new_subject(config: RunConfig) -> Subject:
@@ -126,7 +121,7 @@ def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
     arguments_of_model = dict(wanted.model_args)
     if "num_classes" in options:
         arguments_of_model["num_classes"] = wanted.num_classes
-    if "img_size" in options and timm.get_pretrained_cfg(name).fixed_input_size:
+    if "img_size" in options and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         arguments_of_model["img_size"] = wanted.img_size
     try:
         model = timm.create_model(
@@ -315,8 +310,8 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
         return
     page.heading("Soft splits")
     page.text(
-        "For each soft split: the tokens' length, the first three principal components of the tokens "
-        "that it cuts (as red, green and blue), and those of what the layer makes of them."
+        "For each soft split: the tokens' length, the first three principal components of the "
+        "tokens that it cuts (as red, green and blue), and those of what the layer makes of them."
     )
     maps = {layer.name: layer.maps for layer in recorded.layers}
     name = next(filter(None, names))

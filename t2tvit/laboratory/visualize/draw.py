@@ -26,7 +26,7 @@ def colored(values: Tensor) -> np.ndarray:
 def mosaic(
     cells: Sequence[np.ndarray], columns: int, side: int, colors: Sequence[tuple] | None = None
 ) -> Image.Image:
-    """Cells (h, w, 3) row by row, each with its longer side ``side`` pixels and a coloured frame."""
+    """Cells (h, w, 3) row by row, the longer side ``side`` pixels, each with a coloured frame."""
     h, w = cells[0].shape[:2]
     scale = side / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))

@@ -33,9 +33,9 @@ class Approximation:
 class Study:
     """A T2T layer on images: ``maps`` has, per image and position in ``positions``, the attention.
 
-    ``maps`` (B, positions, h, w) is what the layer computes, ``softmax`` the same of exp(q·k), which
-    the Performer's features approximate, and which a transformer layer computes itself with its
-    scale. ``approximations`` has that of the layer's own features under "own", of a uniform
+    ``maps`` (B, positions, h, w) is what the layer computes, ``softmax`` the same of exp(q·k),
+    which the Performer's features approximate, and which a transformer layer computes itself with
+    its scale. ``approximations`` has that of the layer's own features under "own", of a uniform
     attention under "uniform", and of fresh ones under their number; none for a transformer layer.
     """
 
@@ -62,9 +62,8 @@ def study(layer: TokenPerformer | TokenTransformer, x: Tensor, grid: tuple[int, 
     first, second, v = projected.chunk(3, dim=2)
     k, q = (first, second) if performer else (second, first * layer.scale)
     height, width = grid
-    positions = [
-        (round((height - 1) * y), round((width - 1) * x)) for y in (0.25, 0.75) for x in (0.25, 0.75)
-    ]
+    quarters = [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    positions = [(round((height - 1) * y), round((width - 1) * x)) for y, x in quarters]
     shown = [y * width + x for y, x in positions]
     softmax = softmax_attention(q[:, shown], k)
     if not performer:

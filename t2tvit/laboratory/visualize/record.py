@@ -137,7 +137,7 @@ def layers_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def as_maps(output: object, size: tuple[int, int]) -> Tensor | None:
-    """A layer's output as maps (B, C, h, w) of images of ``size``; None if it is of another kind."""
+    """A layer's output as maps (B, C, h, w) of images of ``size``; None where it has none."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     if output.dim() == 4:
