@@ -1,6 +1,7 @@
 """Exported files, run by those who read them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -116,6 +117,13 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
     assert "relative error 1.0e-04 of the logits" in line and "not kept" in line
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    options = ("--checkpoint", weights(tmp_path), "--output", tmp_path / "out")
+    line = run(capsys, "export", *options, status=2)
+    assert line.endswith("this needs the package onnxscript: pip install 't2tvit[export]'\n")
 
 
 def test_what_does_not_go_together(tmp_path, capsys):

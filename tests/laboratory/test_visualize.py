@@ -228,6 +228,22 @@ def test_planted_channels_are_counted_and_framed(tmp_path, capsys):
     assert colors == [draw.PLAIN_COLOR, draw.DEAD_COLOR, draw.EXPLODING_COLOR]
 
 
+def test_a_model_that_broke_down_is_shown(tmp_path):
+    made = model()
+    with torch.no_grad():
+        made.tokens_to_token.attention2.kqv.weight[3, 4] = math.nan
+    pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
+    visualize(made, IMAGES, pictures, tmp_path, title="Broken")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    facts = json.loads((tmp_path / "layers.json").read_text(), parse_constant=refuse)
+    counts = [len(layer["exploding"]) for layer in facts["layers"]]
+    assert counts == [0, 64, 32, 32, 32, 32]
+    assert "not finite" in (tmp_path / "index.html").read_text()
+
+
 def test_a_vit_on_t2t_tokens(tmp_path):
     """The function, on a model that no command builds."""
     options = dict(embed_layer=t2tvit.T2TEmbed, img_size=(32, 48), depth=1)

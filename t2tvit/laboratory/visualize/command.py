@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -252,8 +253,8 @@ def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
                 "map": [height, width],
                 "dead": layer.dead,
                 "exploding": layer.exploding,
-                "largest": layer.peaks.max().item(),
-                "median": layer.peaks.median().item(),
+                "largest": finite(layer.peaks.max().item()),
+                "median": finite(layer.peaks.median().item()),
             }
         )
     page.table(
@@ -265,13 +266,20 @@ def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
                 fact["channels"],
                 len(fact["dead"]),
                 len(fact["exploding"]),
-                f"{fact['largest']:.3g}",
-                f"{fact['median']:.3g}",
+                *(
+                    "not finite" if fact[key] is None else f"{fact[key]:.3g}"
+                    for key in ("largest", "median")
+                ),
             )
             for fact in facts
         ),
     )
     return facts
+
+
+def finite(value: float) -> float | None:
+    """``value`` as JSON can hold it."""
+    return value if math.isfinite(value) else None
 
 
 def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int) -> None:
@@ -327,16 +335,8 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
             length = draw.colored(tokens.norm(dim=1).reshape(grid))
             cells += [length, draw.components(tokens, grid), draw.components(after, grid)]
         file = f"tokens-image{index}.png"
-        draw.mosaic([enlarge(cell, cells[0].shape) for cell in cells], 3, 224).save(folder / file)
+        draw.mosaic(cells, 3, 224).save(folder / file)
         page.pictures((file, f"{picture_name}: three soft splits, from top to bottom"))
-
-
-def enlarge(cell, shape):
-    """A cell as large as the first, so that all fit one mosaic."""
-    import numpy
-
-    picture = Image.fromarray(cell).resize(shape[1::-1], Image.Resampling.NEAREST)
-    return numpy.asarray(picture)
 
 
 def show_attention(page, folder, recorded: Recorded, pictures) -> None:
@@ -397,7 +397,10 @@ def show_study(page, folder, name: str, found: Study, pictures, number: int) -> 
         draw.mosaic(cells, len(found.positions), 200).save(folder / file)
         rows = "; ".join(kind for kind, _ in kinds)
         page.pictures((file, f"{picture_name}: what four tokens attend to; rows: {rows}"))
-    return {str(key): asdict(value) for key, value in found.approximations.items()}
+    return {
+        str(key): {name: finite(value) for name, value in asdict(approximation).items()}
+        for key, approximation in found.approximations.items()
+    }
 
 
 def show_approximation(page, folder, name: str, found: Study, features: int) -> None:
@@ -405,6 +408,9 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
         key: value.distance for key, value in found.approximations.items() if isinstance(key, int)
     }
     own, uniform = found.approximations["own"], found.approximations["uniform"]
+    if not all(map(math.isfinite, (*errors.values(), own.distance, uniform.distance))):
+        page.text("Queries or keys are not finite: there is nothing to compare.")
+        return
     file = f"features-{name.rpartition('.')[2]}.png"
     draw.draw_approximation(
         errors, (features, own.distance), uniform.distance, name, folder / file

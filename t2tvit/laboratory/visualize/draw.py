@@ -26,7 +26,10 @@ def colored(values: Tensor) -> np.ndarray:
 def mosaic(
     cells: Sequence[np.ndarray], columns: int, side: int, colors: Sequence[tuple] | None = None
 ) -> Image.Image:
-    """Cells (h, w, 3) row by row, the longer side ``side`` pixels, each with a coloured frame."""
+    """Cells (h, w, 3) row by row, all as large as the first, its longer side ``side`` pixels.
+
+    Each has a frame of its own of ``colors``.
+    """
     h, w = cells[0].shape[:2]
     scale = side / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
@@ -62,7 +65,8 @@ def overlay(picture: Image.Image, values: Tensor) -> np.ndarray:
 
 def components(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Tokens (T, n) as colours: their first three principal components, as red, green and blue."""
-    tokens = tokens.double() - tokens.double().mean(0)
+    tokens = tokens.double().nan_to_num(0, 0, 0)
+    tokens = tokens - tokens.mean(0)
     _, vectors = torch.linalg.eigh(tokens.t() @ tokens)
     values = tokens @ vectors[:, -3:].flip(1)
     low, high = values.amin(0), values.amax(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
        color: #1a1a1a; background: #fff; }
-img { max-width: 100%; image-rendering: auto; }
+img { max-width: 100%; }
 table { border-collapse: collapse; }
 th, td { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +33,18 @@ class Layer:
     name: str
     maps: Tensor
 
-    @property
+    @cached_property
     def peaks(self) -> Tensor:
         """Largest magnitude of each channel in each image (B, C); infinite where not finite."""
         return self.maps.abs().nan_to_num(math.inf, math.inf, math.inf).amax((2, 3))
 
-    @property
+    @cached_property
     def dead(self) -> list[int]:
         finite = self.peaks[self.peaks.isfinite()]
         largest = finite.max().item() if finite.numel() else 0.0
         return torch.nonzero((self.peaks <= DEAD * largest).all(0)).flatten().tolist()
 
-    @property
+    @cached_property
     def exploding(self) -> list[int]:
         median = self.peaks.median(1, keepdim=True).values
         too_large = (self.peaks > EXPLODING * median) | ~self.peaks.isfinite()
