@@ -3,10 +3,18 @@
 import importlib.util
 import warnings
 
+from t2tvit import hub
 from t2tvit.models import T2TEmbed, create_model, list_models, load_checkpoint
 from t2tvit.version import __version__
 
-__all__ = ["T2TEmbed", "__version__", "create_model", "list_models", "load_checkpoint"]
+__all__ = [
+    "T2TEmbed",
+    "__version__",
+    "create_model",
+    "hub",
+    "list_models",
+    "load_checkpoint",
+]
 
 if importlib.util.find_spec("timm") is not None:
     try:

@@ -32,6 +32,7 @@ EXPORT_KEYS = (
     *("img_size", "interpolation", "crop_pct", "mean", "std"),
     *(*MODEL_KEYS, "device"),
 )
+VISUALIZE_KEYS = EXPORT_KEYS
 CONVERT_KEYS = (
     *("img_size", "interpolation", "crop_pct", "mean", "std"),
     *("model", "model_args", "num_classes"),
@@ -78,6 +79,17 @@ examples:
   t2tvit compare --output runs/compare
   t2tvit compare t2t_vit_7 vit_s_16 timm:resnet18 --data cifar10 --img-size 32 --output runs/cifar10
   t2tvit compare --config mine.yaml --seeds 0 1 2 3 4 --epochs 100 --output runs/mine
+"""
+VISUALIZE_EPILOG = """
+Writes index.html with PNGs beside it: feature maps of every layer with dead and exploding channels
+marked and counted (layers.json has the numbers), tokens of the soft splits, attention of the class
+token by head and rolled out, and for Performer layers what their random features make of a softmax.
+--model takes one of ours or timm:NAME; without weights it is newly initialised.
+
+examples:
+  t2tvit visualize --run runs/digits --output pictures
+  t2tvit visualize photo.jpg --checkpoint t2t_vit_14.safetensors --output pictures
+  t2tvit visualize photo.jpg --model timm:resnet50 --pretrained --output pictures
 """
 EXPORT_EPILOG = """
 Each file is read again and run on random images; the largest difference from the model is printed,
@@ -286,6 +298,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(command, BENCH_KEYS)
 
+    command = add(
+        "visualize", visualize, "show what a model's layers make of images", VISUALIZE_EPILOG
+    )
+    command.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files (default: the two photographs that scikit-learn ships)",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder of page and pictures"
+    )
+    command.add_argument(
+        "--channels", type=int, default=64, metavar="N", help="to show of a layer (default: 64)"
+    )
+    command.add_argument(
+        "--pretrained", action="store_true", help="of timm:NAME: with timm's weights, downloaded"
+    )
+    add_trained(command, required=False)
+    add_options(command, VISUALIZE_KEYS)
+
     command = add("export", export, "write a trained model for other tools", EXPORT_EPILOG)
     add_trained(command)
     command.add_argument(
@@ -347,9 +381,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_trained(command: argparse.ArgumentParser) -> None:
+def add_trained(command: argparse.ArgumentParser, required: bool = True) -> None:
     """The options that say which trained weights to use."""
-    source = command.add_mutually_exclusive_group(required=True)
+    source = command.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--run",
         "--run-dir",  # torchrun takes --run for an abbreviation of its own
@@ -401,6 +435,12 @@ def bench(arguments: argparse.Namespace) -> None:
     from t2tvit.training.bench import bench_command
 
     bench_command(arguments)
+
+
+def visualize(arguments: argparse.Namespace) -> None:
+    from t2tvit.laboratory.visualize.command import visualize_command
+
+    visualize_command(arguments)
 
 
 def export(arguments: argparse.Namespace) -> None:

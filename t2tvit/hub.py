@@ -1,8 +1,9 @@
 """Models on the Hugging Face Hub, or in a folder, in the form that timm reads and writes.
 
-An address is ``hf-hub:USER/NAME`` (``@REVISION`` may follow) or ``local-dir:FOLDER``. What lies there
-is ``config.json`` and ``model.safetensors``, so that ``timm.create_model(address, pretrained=True)``
-builds the model too once ``t2tvit`` is imported. Needs huggingface_hub for the Hub alone.
+An address is ``hf-hub:USER/NAME`` (``@REVISION`` may follow) or ``local-dir:FOLDER``. What lies
+there is ``config.json`` and ``model.safetensors``, so that ``timm.create_model(address,
+pretrained=True)`` builds a T2T-ViT too once ``t2tvit`` is imported. Needs huggingface_hub for the
+Hub alone.
 """
 
 import contextlib

@@ -86,9 +86,12 @@ def sizes(state: dict) -> dict:
 
 
 def channels(state: dict) -> int:
-    """Channels of the images, from the width of the first soft split's tokens."""
+    """Channels of the images, from what meets them: a norm of 7 × 7 pixels, or a convolution."""
     norm = state.get("tokens_to_token.attention1.norm1.weight")
-    return 3 if norm is None else max(1, len(norm) // 49)
+    if norm is not None:
+        return max(1, len(norm) // 49)
+    stem = (state.get(f"tokens_to_token.{name}.weight") for name in ("attention1", "proj"))
+    return next((weight.shape[1] for weight in stem if weight is not None), 3)
 
 
 def described(model: T2TBackbone) -> Weights:

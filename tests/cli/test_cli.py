@@ -56,7 +56,8 @@ def succeed(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "eval", "predict", "bench", "export", "convert", "models"]
+    "command",
+    ["train", "eval", "predict", "bench", "visualize", "export", "convert", "models"],
 )
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -254,7 +255,7 @@ def test_eval_reads_weights_that_do_not_say_what_they_are(tmp_path, capsys):
 def test_weights_that_do_not_name_their_classes_need_as_many(folder, tmp_path, capsys):
     torch.manual_seed(0)
     model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1)
-    torch.nn.init.normal_(model.head.weight, std=0.2)  # of confidence that differs from image to image
+    torch.nn.init.normal_(model.head.weight, std=0.2)  # whose confidence differs by image
     torch.save(model.state_dict(), tmp_path / "w.pth")
     options = ("--model", "t2t_vit_7", "--model-args", "depth=1", "--img-size", "32")
     weights = ("--checkpoint", str(tmp_path / "w.pth"), *options, "--amp", "none")

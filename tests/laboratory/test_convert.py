@@ -50,6 +50,16 @@ def test_there_and_back_again(tmp_path, capsys):
         assert after.config[key] == before.config[key], key
 
 
+@pytest.mark.parametrize("tokens_type", ["performer", "convolution", "patch"])
+def test_grey_images_are_seen_in_the_weights(tokens_type, tmp_path, capsys):
+    options = dict(img_size=32, in_chans=1, depth=1, tokens_type=tokens_type)
+    made = t2tvit.create_model("t2t_vit_7", **options)
+    torch.save(made.state_dict(), tmp_path / "w.pth")
+    arguments = ("--model", "t2t_vit_7", "--model-args", "depth=1", f"tokens_type={tokens_type}")
+    run(capsys, "convert", tmp_path / "w.pth", tmp_path / "w.safetensors", *arguments)
+    assert read_about(tmp_path / "w.safetensors").create_args["in_chans"] == 1
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_published_weights_get_what_they_do_not_say(prefix, tmp_path, capsys):
     options = dict(img_size=64, num_classes=1000, depth=1)

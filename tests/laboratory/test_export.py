@@ -1,6 +1,7 @@
 """Exported files, run by those who read them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ def onnxruntime():
 def test_onnx(onnxruntime, tokens_type, tmp_path, capsys):
     import onnx
 
-    source = weights(tmp_path, tokens_type=tokens_type)
+    options = dict(tokens_type=tokens_type, depth=1)
+    source = weights(tmp_path, **options)
     out = run(capsys, "export", "--checkpoint", source, "--output", tmp_path / "out")
     path = tmp_path / "out" / "t2t_vit_7.onnx"
     assert f"{path}  " in out and "largest difference from the model" in out
@@ -39,7 +41,7 @@ def test_onnx(onnxruntime, tokens_type, tmp_path, capsys):
     assert b".py" not in path.read_bytes(), "source lines of this machine"
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    made = model(tokens_type=tokens_type)
+    made = model(**options)
     for batch in (1, 7):
         images = torch.randn(batch, 3, 32, 48)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
@@ -54,7 +56,7 @@ def test_onnx(onnxruntime, tokens_type, tmp_path, capsys):
 
 def test_onnx_in_half_precision(onnxruntime, tmp_path, capsys):
     options = ("--dtype", "float16", "--output", tmp_path, "--img-size", "48")
-    out = run(capsys, "export", "--checkpoint", weights(tmp_path), *options)
+    out = run(capsys, "export", "--checkpoint", weights(tmp_path, depth=1), *options)
     assert "float16, largest difference" in out
     session = onnxruntime.InferenceSession(tmp_path / "t2t_vit_7.onnx")
     (image,) = session.get_inputs()
@@ -66,14 +68,14 @@ def test_onnx_in_half_precision(onnxruntime, tmp_path, capsys):
 def test_programs(kernels, tmp_path, capsys):
     """torch.export's, of plain operators or of fused ones; and weights that say what they are."""
     formats = ("--format", "torch-export", "--dtype", "bfloat16", "--fused-kernels", kernels)
-    source = weights(tmp_path)
+    source = weights(tmp_path, depth=1)
     run(capsys, "export", "--checkpoint", source, *formats, "--output", tmp_path / "out")
     program = torch.export.load(tmp_path / "out" / "t2t_vit_7.export.pt2")
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     fused = {name for name in operators if name.startswith("t2t_")}
     assert bool(fused) == (kernels == "cpu"), operators
     images = torch.randn(3, 3, 32, 48, dtype=torch.bfloat16)
-    made = model(fused_kernels=kernels).bfloat16()
+    made = model(fused_kernels=kernels, depth=1).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(program.module()(images), made(images))
 
@@ -105,17 +107,24 @@ def test_a_compiled_package(tmp_path, capsys):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, capsys):
-    read = export.FORMATS["torch-export"].read
+    read = export.FORMATS["safetensors"].read
 
     def wrong(what, path):
         return lambda images: read(what, path)(images) * 1.0001
 
-    broken = export.Format(".export.pt2", export.write_program, wrong)
-    monkeypatch.setitem(export.FORMATS, "torch-export", broken)
-    options = ("--format", "torch-export", "--output", tmp_path / "out")
+    broken = export.Format(".safetensors", export.write_weights, wrong)
+    monkeypatch.setitem(export.FORMATS, "safetensors", broken)
+    options = ("--format", "safetensors", "--output", tmp_path / "out")
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
     assert "relative error 1.0e-04 of the logits" in line and "not kept" in line
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    options = ("--checkpoint", weights(tmp_path), "--output", tmp_path / "out")
+    line = run(capsys, "export", *options, status=2)
+    assert line.endswith("this needs the package onnxscript: pip install 't2tvit[export]'\n")
 
 
 def test_what_does_not_go_together(tmp_path, capsys):

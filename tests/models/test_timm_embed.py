@@ -57,6 +57,16 @@ def test_fused_kernels_agree_with_the_reference(name):
     assert_as_accurate(ours, plain, exact)
 
 
+def test_it_compiles_and_exports_whole():
+    model = build("vit_tiny_patch16_224", depth=1).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, model(x))
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("name", VITS)
 def test_as_many_tokens_as_patches(name):
     with torch.device("meta"):

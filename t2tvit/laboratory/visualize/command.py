@@ -1,0 +1,436 @@
+"""Visualise a model: for any module and images, and as ``t2tvit visualize``."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from t2t_kernels import output_size
+from t2t_kernels import soft_split as split_tokens
+from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.laboratory.class_names import names_of, readable
+from t2tvit.laboratory.survey import TIMM
+from t2tvit.laboratory.visualize import draw
+from t2tvit.laboratory.visualize.page import Page
+from t2tvit.laboratory.visualize.performer import Study, study
+from t2tvit.laboratory.visualize.record import DEAD, EXPLODING, Layer, Recorded, record
+from t2tvit.models import T2TModule
+from t2tvit.models.t2t_module import SPLITS, TokenConvolution
+from t2tvit.training import distributed
+from t2tvit.training.build import build_model, create_args
+from t2tvit.training.config import RunConfig, resolve
+from t2tvit.training.distributed import World
+from t2tvit.training.inference import describe, load_trained
+from t2tvit.training.options import given
+from t2tvit.training.pipeline import Normalize, eval_transform, statistics
+
+MODES = {1: "L", 3: "RGB"}
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with what it needs to be shown: its title, preprocessing, classes."""
+
+    model: nn.Module
+    title: str
+    config: RunConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: list[str] | None
+
+
+def visualize_command(arguments: argparse.Namespace) -> None:
+    """Run ``t2tvit visualize`` with its parsed arguments.
+
+    Raises:
+        InputError: something the user can mend.
+        BackendUnavailable: the kernels asked for cannot run.
+    """
+    if arguments.channels < 1:
+        raise InputError(f"--channels: got {arguments.channels}, expected at least 1")
+    options = given(arguments)
+    world = distributed.start(options.get("device", "auto"))
+    try:
+        subject = find_subject(arguments, options, world)
+        pictures = open_images(arguments.images, len(subject.mean))
+        transform = eval_transform(subject.config)
+        pixels = torch.stack([transform(picture) for _, picture in pictures])
+        normalize = Normalize(subject.mean, subject.std, world.device)
+        shown = [(name, to_picture(image)) for (name, _), image in zip(pictures, pixels)]
+        model = subject.model.to(world.device).eval()
+        visualize(
+            model,
+            normalize(pixels),
+            shown,
+            arguments.output,
+            title=subject.title,
+            class_names=subject.class_names,
+            channels=arguments.channels,
+        )
+    finally:
+        distributed.stop()
+
+
+def find_subject(arguments: argparse.Namespace, options: dict, world: World) -> Subject:
+    """The model that the options mean."""
+    if options.get("model", "").startswith(TIMM):
+        return timm_subject(arguments, options)
+    if arguments.pretrained:
+        raise InputError(f"--pretrained: only a model of timm has such weights; give {TIMM}NAME")
+    if arguments.run is not None or arguments.checkpoint is not None:
+        return trained_subject(arguments, world)
+    if "model" in options or arguments.config is not None:
+        return new_subject(resolve(arguments.config, options))
+    raise InputError("what to visualize? give --run, --checkpoint or --model")
+
+
+def trained_subject(arguments: argparse.Namespace, world: World) -> Subject:
+    path, config, about = describe(arguments)
+    trained = load_trained(path, config, about, world)
+    mean, std = statistics(config, *(values[: trained.channels] for values in IMAGENET_STATISTICS))
+    names = names_of(trained.class_names, trained.model.num_classes)
+    return Subject(trained.model, f"{config.model}, {path}", config, mean, std, names)
+
+
+def new_subject(config: RunConfig) -> Subject:
+    args = create_args(config, 1000, 3)
+    model = build_model(config.model, args, config.fused_kernels)
+    mean, std = statistics(config, *IMAGENET_STATISTICS)
+    return Subject(model, f"{config.model}, newly initialised", config, mean, std, None)
+
+
+def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
+    """A model of timm, with its own weights, those of a file, or new ones."""
+    import timm
+
+    if arguments.run is not None or arguments.config is not None:
+        raise InputError("--model: one of timm goes with --checkpoint, --pretrained or neither")
+    name = options.pop("model").removeprefix(TIMM)
+    if not timm.is_model(name.partition(".")[0]):
+        raise InputError(f"--model: {unknown_name('model of timm', name, timm.list_models())}")
+    if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
+        raise InputError(f"--checkpoint: there is no file {arguments.checkpoint}")
+    wanted = resolve(None, options)
+    arguments_of_model = dict(wanted.model_args)
+    if "num_classes" in options:
+        arguments_of_model["num_classes"] = wanted.num_classes
+    if "img_size" in options and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        arguments_of_model["img_size"] = wanted.img_size
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=arguments.pretrained,
+            checkpoint_path=str(arguments.checkpoint or ""),
+            **arguments_of_model,
+        )
+    # timm's models, its loading and its downloads fail in ways of their own.
+    except Exception as error:
+        raise InputError(f"--model {TIMM}{name}: {type(error).__name__}: {error}") from None
+    data = timm.data.resolve_model_data_config(model)
+    found = {
+        "img_size": list(data["input_size"][1:]),
+        "interpolation": data["interpolation"],
+        "crop_pct": data["crop_pct"],
+    }
+    config = resolve(None, found | options)
+    mean, std = statistics(config, data["mean"], data["std"])
+    weights = "newly initialised"
+    if arguments.pretrained or arguments.checkpoint:
+        weights = str(arguments.checkpoint or "timm's weights")
+    names = names_of(None, model.num_classes) if arguments.pretrained else None
+    return Subject(model, f"{TIMM}{name}, {weights}", config, mean, std, names)
+
+
+def open_images(paths: Sequence[Path], channels: int) -> list[tuple[str, Image.Image]]:
+    """The images with their names; without any, the two photographs that scikit-learn ships."""
+    if channels not in MODES:
+        raise InputError(f"visualize reads grey or colour images, not {channels} channels")
+    if paths:
+        return [(path.name, load_image(path, MODES[channels])) for path in paths]
+    from sklearn.datasets import load_sample_images
+
+    samples = load_sample_images()
+    return [
+        (Path(name).name, Image.fromarray(pixels).convert(MODES[channels]))
+        for name, pixels in zip(samples.filenames, samples.images)
+    ]
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """A uint8 image (C, H, W) as the model sees it."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
+
+
+def visualize(
+    model: nn.Module,
+    images: Tensor,
+    pictures: Sequence[tuple[str, Image.Image]],
+    folder: Path,
+    *,
+    title: str,
+    class_names: Sequence[str] | None = None,
+    channels: int = 64,
+) -> None:
+    """Write ``index.html``, its PNGs and ``layers.json`` on what a model makes of images.
+
+    Args:
+        model: any, in evaluation mode; what it has of T2T layers and attention is shown too.
+        images: (B, C, H, W), as the model takes them.
+        pictures: their names, and how they look.
+        folder: is made; files of the same names are overwritten.
+        title: of the page.
+        class_names: of the model's outputs; numbers are shown without.
+        channels: to show of each layer at most.
+
+    Raises:
+        InputError: the folder cannot be written to, or the model has no layers that can be shown.
+    """
+    recorded = record(model, images)
+    if not recorded.layers:
+        raise InputError("the model has no layers whose output is a map or tokens of the image")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}") from None
+    page = Page(title)
+    show_images(page, folder, recorded, pictures, class_names)
+    facts = {"title": title, "layers": show_layers(page, recorded.layers)}
+    show_token_maps(page, folder, recorded, pictures, model)
+    show_attention(page, folder, recorded, pictures)
+    facts["performer"] = show_t2t_attention(page, folder, recorded, pictures)
+    show_features(page, folder, recorded.layers, pictures, channels)
+    page.write(folder / "index.html")
+    (folder / "layers.json").write_text(json.dumps(facts, indent=1) + "\n")
+    dead = sum(len(layer["dead"]) for layer in facts["layers"])
+    exploding = sum(len(layer["exploding"]) for layer in facts["layers"])
+    print(
+        f"{folder / 'index.html'}: {title}; {len(recorded.layers)} layers, {dead} dead and "
+        f"{exploding} exploding channels"
+    )
+
+
+def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None:
+    files = []
+    shares = recorded.logits.softmax(1) if recorded.logits.dim() == 2 else None
+    for index, (name, picture) in enumerate(pictures):
+        file = f"image{index}.png"
+        enlarged = max(1, 224 // max(picture.size))
+        size = (picture.width * enlarged, picture.height * enlarged)
+        picture.resize(size, Image.Resampling.NEAREST).save(folder / file)
+        caption = name
+        if shares is not None and shares.shape[1] > 1:
+            values, numbers = shares[index].topk(min(TOP_K, shares.shape[1]))
+            ranked = (
+                f"{readable(class_names[number]) if class_names else f'class {number}'} {value:.1%}"
+                for number, value in zip(numbers.tolist(), values.tolist())
+            )
+            caption += ": " + ", ".join(ranked)
+        files.append((file, caption))
+    page.pictures(*files)
+
+
+def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
+    page.heading("Layers")
+    page.legend(
+        f"nowhere in any image larger than {DEAD:g} of the layer's largest value",
+        f"somewhere not finite, or {EXPLODING:g} times as large as the median channel's largest",
+    )
+    facts = []
+    for layer in layers:
+        _, count, height, width = layer.maps.shape
+        facts.append(
+            {
+                "layer": layer.name,
+                "channels": count,
+                "map": [height, width],
+                "dead": layer.dead,
+                "exploding": layer.exploding,
+                "largest": finite(layer.peaks.max().item()),
+                "median": finite(layer.peaks.median().item()),
+            }
+        )
+    page.table(
+        ("layer", "map", "channels", "dead", "exploding", "largest |x|", "median channel's"),
+        (
+            (
+                fact["layer"],
+                "×".join(str(side) for side in fact["map"]),
+                fact["channels"],
+                len(fact["dead"]),
+                len(fact["exploding"]),
+                *(
+                    "not finite" if fact[key] is None else f"{fact[key]:.3g}"
+                    for key in ("largest", "median")
+                ),
+            )
+            for fact in facts
+        ),
+    )
+    return facts
+
+
+def finite(value: float) -> float | None:
+    """``value`` as JSON can hold it."""
+    return value if math.isfinite(value) else None
+
+
+def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int) -> None:
+    page.heading("Feature maps")
+    page.text("Each channel in its own range, dark to bright; frames mark dead and exploding ones.")
+    for number, layer in enumerate(layers):
+        dead, exploding = layer.dead, layer.exploding
+        shown = choose(layer.maps.shape[1], channels, dead, exploding)
+        for index, (name, _) in enumerate(pictures):
+            file = f"layer{number:02}-image{index}.png"
+            draw.feature_grid(layer.maps[index], shown, dead, exploding).save(folder / file)
+            listed = f", {len(dead)} dead {some(dead)}" if dead else ""
+            listed += f", {len(exploding)} exploding {some(exploding)}" if exploding else ""
+            of = f"{len(shown)} of {layer.maps.shape[1]} channels"
+            page.folded(f"{layer.name}, {name}: {of}{listed}", file, opened=number < 3)
+
+
+def some(numbers: Sequence[int], most: int = 8) -> str:
+    return "(" + ", ".join(map(str, numbers[:most])) + (", …)" if len(numbers) > most else ")")
+
+
+def choose(count: int, wanted: int, dead: Sequence[int], exploding: Sequence[int]) -> list[int]:
+    """Channels to show: some marked ones of either kind, the others evenly spaced."""
+    wanted = min(count, wanted)
+    marked = [*exploding[: wanted // 4], *dead[: wanted // 4]]
+    others = [index for index in range(count) if index not in set(marked)]
+    left = wanted - len(marked)
+    spaced = [others[index * len(others) // left] for index in range(min(left, len(others)))]
+    return sorted({*marked, *spaced})
+
+
+def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module) -> None:
+    """The soft splits: the tokens' size, and their principal components before and after."""
+    names = [name for name, module in model.named_modules() if isinstance(module, T2TModule)]
+    if not any(names):
+        return
+    page.heading("Soft splits")
+    page.text(
+        "For each soft split: the tokens' length, the first three principal components of the "
+        "tokens that it cuts (as red, green and blue), and those of what the layer makes of them."
+    )
+    maps = {layer.name: layer.maps for layer in recorded.layers}
+    name = next(filter(None, names))
+    inputs = [x.cpu() for layer, _, x in recorded.t2t if layer.startswith(name)]
+    outputs = [maps[f"{name}.{part}"] for part in ("attention1", "attention2", "project")]
+    inputs.append(outputs[1])
+    for index, (picture_name, _) in enumerate(pictures):
+        cells = []
+        for x, made, split in zip(inputs, outputs, SPLITS):
+            grid = output_size(*x.shape[2:], **split)
+            tokens = split_tokens(x[index : index + 1], **split, backend="reference")[0]
+            after = made[index].flatten(1).t()
+            length = draw.colored(tokens.norm(dim=1).reshape(grid))
+            cells += [length, draw.components(tokens, grid), draw.components(after, grid)]
+        file = f"tokens-image{index}.png"
+        draw.mosaic(cells, 3, 224).save(folder / file)
+        page.pictures((file, f"{picture_name}: three soft splits, from top to bottom"))
+
+
+def show_attention(page, folder, recorded: Recorded, pictures) -> None:
+    attended = recorded.attended
+    if not attended.names and not attended.unknown:
+        return
+    page.heading("Attention of the class token")
+    if attended.unknown:
+        page.text(f"Of a kind not known here, and left out: {', '.join(attended.unknown)}.")
+    if not attended.names:
+        return
+    page.text(
+        "Left: rollout, the product over the layers of the heads' mean attention with the skip. "
+        "Right: each layer (row) and head (column). A model without a class token shows the mean "
+        "over its tokens."
+    )
+    most = max(heads.shape[1] for heads in attended.heads)
+    for index, (name, picture) in enumerate(pictures):
+        rollout, heads = f"rollout-image{index}.png", f"heads-image{index}.png"
+        laid = draw.overlay(picture, attended.rollout[index])
+        draw.mosaic([laid], 1, 320).save(folder / rollout)
+        cells = []
+        for layer in attended.heads:
+            row = [draw.colored(head) for head in layer[index]]
+            cells += row + [255 + 0 * row[0]] * (most - len(row))
+        draw.mosaic(cells, most, max(24, min(64, 720 // most))).save(folder / heads)
+        page.pictures((rollout, f"{name}: rollout"), (heads, f"{len(attended.heads)} layers"))
+
+
+def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]:
+    facts = []
+    for name, layer, x in recorded.t2t:
+        if isinstance(layer, TokenConvolution):
+            continue
+        if not facts:
+            page.heading("Attention in the T2T module")
+        grid = output_size(*x.shape[2:], **layer.split)
+        found = study(layer, x, grid)
+        facts.append({"layer": name} | show_study(page, folder, name, found, pictures, len(facts)))
+        if found.approximations:
+            facts[-1]["features"] = layer.w.shape[0]
+            show_approximation(page, folder, name, found, layer.w.shape[0])
+    return facts
+
+
+def show_study(page, folder, name: str, found: Study, pictures, number: int) -> dict:
+    kinds = [("layer", found.maps)]
+    if found.approximations:
+        kinds.append(("softmax of q·k", found.softmax))
+    page.heading(name, 3)
+    for index, (picture_name, _) in enumerate(pictures):
+        cells = [
+            draw.marked(draw.colored(maps[index, query]), position)
+            for _, maps in kinds
+            for query, position in enumerate(found.positions)
+        ]
+        file = f"t2t{number}-image{index}.png"
+        draw.mosaic(cells, len(found.positions), 200).save(folder / file)
+        rows = "; ".join(kind for kind, _ in kinds)
+        page.pictures((file, f"{picture_name}: what four tokens attend to; rows: {rows}"))
+    return {
+        str(key): {name: finite(value) for name, value in asdict(approximation).items()}
+        for key, approximation in found.approximations.items()
+    }
+
+
+def show_approximation(page, folder, name: str, found: Study, features: int) -> None:
+    errors = {
+        key: value.distance for key, value in found.approximations.items() if isinstance(key, int)
+    }
+    own, uniform = found.approximations["own"], found.approximations["uniform"]
+    if not all(map(math.isfinite, (*errors.values(), own.distance, uniform.distance))):
+        page.text("Queries or keys are not finite: there is nothing to compare.")
+        return
+    file = f"features-{name.rpartition('.')[2]}.png"
+    draw.draw_approximation(
+        errors, (features, own.distance), uniform.distance, name, folder / file
+    )
+    page.pictures((file, "distance of attention from the softmax, by random features"))
+    page.table(
+        ("features", "distance", "error of the attended values", "sum of the weights"),
+        (
+            (
+                {"own": f"the model's {features}", "uniform": "uniform attention"}.get(key, key),
+                f"{value.distance:.3f}",
+                f"{value.output_error:.3f}",
+                f"{value.mass:.4f}",
+            )
+            for key, value in found.approximations.items()
+        ),
+    )
+    page.text(
+        "Distance is the share of softmax(q·k) that the weights miss, 0 to 1. A sum of the weights "
+        "below 1 is what the published eps takes; near 0 it has turned the attention off. The "
+        "published features have rows of length √m rather than √E, so they stand for a flatter "
+        "kernel than the softmax; the model has been trained with them as they are."
+    )

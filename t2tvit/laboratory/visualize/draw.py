@@ -1,0 +1,102 @@
+"""Pictures of maps: mosaics with marked cells, overlays, principal components, curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+# Told apart by people of any colour vision.
+DEAD_COLOR, EXPLODING_COLOR, PLAIN_COLOR = (0, 114, 178), (213, 94, 0), (255, 255, 255)
+BORDER = 3
+
+
+def colored(values: Tensor) -> np.ndarray:
+    """A map (h, w) as colours (h, w, 3), uint8, dark for its least and bright for its largest."""
+    values = values.double().nan_to_num(0, 0, 0).numpy()
+    low, high = values.min(), values.max()
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return (colormaps["viridis"](scaled)[..., :3] * 255).round().astype(np.uint8)
+
+
+def mosaic(
+    cells: Sequence[np.ndarray], columns: int, side: int, colors: Sequence[tuple] | None = None
+) -> Image.Image:
+    """Cells (h, w, 3) row by row, all as large as the first, its longer side ``side`` pixels.
+
+    Each has a frame of its own of ``colors``.
+    """
+    h, w = cells[0].shape[:2]
+    scale = side / max(h, w)
+    size = (max(1, round(w * scale)), max(1, round(h * scale)))
+    step_x, step_y = size[0] + 2 * BORDER, size[1] + 2 * BORDER
+    rows = -(-len(cells) // columns)
+    picture = Image.new("RGB", (columns * step_x, rows * step_y), PLAIN_COLOR)
+    for index, cell in enumerate(cells):
+        x, y = index % columns * step_x, index // columns * step_y
+        if colors is not None:
+            picture.paste(colors[index], (x, y, x + step_x, y + step_y))
+        resized = Image.fromarray(cell).resize(size, Image.Resampling.NEAREST)
+        picture.paste(resized, (x + BORDER, y + BORDER))
+    return picture
+
+
+def feature_grid(
+    maps: Tensor, shown: Sequence[int], dead: Sequence[int], exploding: Sequence[int]
+) -> Image.Image:
+    """Channels ``shown`` of maps (C, h, w); each has its own range of colours."""
+    colors = [
+        EXPLODING_COLOR if index in exploding else DEAD_COLOR if index in dead else PLAIN_COLOR
+        for index in shown
+    ]
+    columns = min(16, len(shown))
+    return mosaic([colored(maps[index]) for index in shown], columns, 56, colors)
+
+
+def overlay(picture: Image.Image, values: Tensor) -> np.ndarray:
+    """A map laid over the picture that it was made of."""
+    heat = Image.fromarray(colored(values)).resize(picture.size, Image.Resampling.BICUBIC)
+    return np.asarray(Image.blend(picture.convert("RGB"), heat, 0.6))
+
+
+def components(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Tokens (T, n) as colours: their first three principal components, as red, green and blue."""
+    tokens = tokens.double().nan_to_num(0, 0, 0)
+    tokens = tokens - tokens.mean(0)
+    _, vectors = torch.linalg.eigh(tokens.t() @ tokens)
+    values = tokens @ vectors[:, -3:].flip(1)
+    low, high = values.amin(0), values.amax(0)
+    values = (values - low) / (high - low).clamp_min(1e-12)
+    if values.shape[1] < 3:
+        values = values[:, :1].expand(-1, 3)
+    return (values.reshape(*grid, 3).numpy() * 255).round().astype(np.uint8)
+
+
+def marked(cell: np.ndarray, position: tuple[int, int]) -> np.ndarray:
+    """The map with the pixel of a query in another colour."""
+    cell = cell.copy()
+    cell[position] = EXPLODING_COLOR
+    return cell
+
+
+def draw_approximation(
+    errors: Mapping[int, float], own: tuple[int, float], uniform: float, title: str, path: Path
+) -> None:
+    """Distance from the softmax by the number of features."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(errors), list(errors.values()), "o-", color="#0072B2", label="fresh, length √E")
+    axes.plot(*own, "D", color="#D55E00", label="the model's")
+    axes.axhline(uniform, color="0.5", linestyle="--", label="uniform attention")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(errors), [str(count) for count in errors])
+    axes.set(xlabel="random features", ylabel="distance from softmax", title=title)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)

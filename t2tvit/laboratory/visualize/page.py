@@ -1,0 +1,74 @@
+"""The HTML page that shows the pictures and says what they are."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+       color: #1a1a1a; background: #fff; }
+img { max-width: 100%; }
+table { border-collapse: collapse; }
+th, td { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+tr + tr { border-top: 1px solid #ddd; }
+summary { cursor: pointer; }
+.dead { color: #0072B2; font-weight: bold; }
+.exploding { color: #D55E00; font-weight: bold; }
+.row { display: flex; gap: 1rem; flex-wrap: wrap; }
+figure { margin: 0; }
+figcaption { color: #555; }
+"""
+
+
+class Page:
+    """Sections, tables and pictures, written in one go."""
+
+    def __init__(self, title: str):
+        self.title, self.parts = title, []
+
+    def heading(self, text: str, level: int = 2) -> None:
+        self.parts.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def text(self, text: str) -> None:
+        self.parts.append(f"<p>{escape(text)}</p>")
+
+    def legend(self, dead: str, exploding: str) -> None:
+        self.parts.append(
+            f'<p><span class="dead">■ dead</span>: {escape(dead)}; '
+            f'<span class="exploding">■ exploding</span>: {escape(exploding)}</p>'
+        )
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        cells = "".join(f"<th>{escape(text)}</th>" for text in head)
+        lines = [f"<tr>{cells}</tr>"]
+        for row in rows:
+            cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+            lines.append(f"<tr>{cells}</tr>")
+        self.parts.append("<table>\n" + "\n".join(lines) + "\n</table>")
+
+    def pictures(self, *files: tuple[str, str]) -> None:
+        """Files beside the page with their captions, next to one another."""
+        figures = "".join(
+            f'<figure><img src="{escape(name)}" alt="{escape(caption)}" loading="lazy">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for name, caption in files
+        )
+        self.parts.append(f'<div class="row">{figures}</div>')
+
+    def folded(self, summary: str, name: str, opened: bool) -> None:
+        """A picture that can be folded away."""
+        state = " open" if opened else ""
+        self.parts.append(
+            f"<details{state}><summary>{escape(summary)}</summary>"
+            f'<img src="{escape(name)}" alt="{escape(summary)}" loading="lazy"></details>'
+        )
+
+    def write(self, path: Path) -> None:
+        body = "\n".join(self.parts)
+        path.write_text(
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+            f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n",
+            encoding="utf-8",
+        )

@@ -1,0 +1,223 @@
+"""What a model computes on its way: feature maps, attention, and the inputs of its T2T layers."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from t2tvit.models import T2TModule
+from t2tvit.models.backbone import Attention
+
+# Class, distillation and register tokens that may stand before those of the image.
+MOST_PREFIX_TOKENS = 8
+# A grid's shape is the image's, up to the rounding of small grids.
+MOST_DISTORTION = 0.2
+# An attention whose recomputed output is further off than this is of a kind not known here.
+ATTENTION_ERROR = 1e-3
+# A channel is dead if nowhere larger than DEAD of the layer's largest value, and exploding if
+# somewhere not finite or EXPLODING times as large as the median channel's largest value.
+DEAD = 1e-7
+EXPLODING = 10.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The feature maps (B, C, h, w) of one layer, and which channels are dead or exploding.
+
+    Dead is a channel that is so in every image, exploding one that is so in any.
+    """
+
+    name: str
+    maps: Tensor
+
+    @cached_property
+    def peaks(self) -> Tensor:
+        """Largest magnitude of each channel in each image (B, C); infinite where not finite."""
+        return self.maps.abs().nan_to_num(math.inf, math.inf, math.inf).amax((2, 3))
+
+    @cached_property
+    def dead(self) -> list[int]:
+        finite = self.peaks[self.peaks.isfinite()]
+        largest = finite.max().item() if finite.numel() else 0.0
+        return torch.nonzero((self.peaks <= DEAD * largest).all(0)).flatten().tolist()
+
+    @cached_property
+    def exploding(self) -> list[int]:
+        median = self.peaks.median(1, keepdim=True).values
+        too_large = (self.peaks > EXPLODING * median) | ~self.peaks.isfinite()
+        # Where most channels are dead, nothing can be said to be too large beside them.
+        too_large &= (median > 0) | ~self.peaks.isfinite()
+        return torch.nonzero(too_large.any(0)).flatten().tolist()
+
+
+@dataclass
+class Attended:
+    """Attention of the class token, or of the average token of a model that has none.
+
+    ``heads`` has (B, heads, h, w) for each layer; ``rollout`` (B, h, w) multiplies the layers'
+    mean attention, each with its skip (Abnar and Zuidema, "Quantifying attention flow", 2020).
+    """
+
+    names: list[str] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    rollout: Tensor | None = None
+    unknown: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """``t2t`` has the T2T modules' layers with the maps that went into them."""
+
+    logits: Tensor
+    layers: list[Layer]
+    attended: Attended
+    t2t: list[tuple[str, nn.Module, Tensor]]
+
+
+@torch.no_grad()
+def record(model: nn.Module, images: Tensor) -> Recorded:
+    """Run ``images`` (B, C, H, W) through a model and keep what its layers make of them."""
+    size = tuple(images.shape[2:])
+    layers, t2t, attentions = [], [], _Attentions(size)
+    handles = []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            maps = as_maps(output, size)
+            if maps is not None:
+                layers.append(Layer(name, maps.detach().float().cpu().clone()))
+
+        return hook
+
+    def keep_input(name):
+        def hook(module, inputs):
+            t2t.append((name, module, inputs[0].detach().float()))
+
+        return hook
+
+    for name, module in layers_of(model):
+        handles.append(module.register_forward_hook(keep(name)))
+    for name, module in model.named_modules():
+        if isinstance(module, T2TModule):
+            for part in ("attention1", "attention2"):
+                layer = getattr(module, part)
+                handles.append(layer.register_forward_pre_hook(keep_input(join(name, part))))
+        if hasattr(module, "num_heads") and hasattr(module, "proj"):
+            handles.append(module.register_forward_hook(attentions.hook(name)))
+    try:
+        logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recorded(logits.float().cpu(), layers, attentions.attended, t2t)
+
+
+def join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def layers_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's layers in order: what its containers, and its T2T module, hold."""
+    for name, module in model.named_children():
+        name = join(prefix, name)
+        if isinstance(module, nn.Identity | nn.Dropout):
+            continue
+        if isinstance(module, T2TModule):
+            yield join(name, "attention1"), module.attention1
+            yield join(name, "attention2"), module.attention2
+            yield join(name, "project"), module
+        elif isinstance(module, nn.Sequential | nn.ModuleList) or any(
+            isinstance(child, T2TModule) for child in module.children()
+        ):
+            yield from layers_of(module, name)
+        else:
+            yield name, module
+
+
+def as_maps(output: object, size: tuple[int, int]) -> Tensor | None:
+    """A layer's output as maps (B, C, h, w) of images of ``size``; None where it has none."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    if output.dim() == 4:
+        channels_last = _distortion(*output.shape[1:3], size) < _distortion(*output.shape[2:], size)
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    if output.dim() == 3:
+        found = grid_of(output.shape[1], size)
+        if found is not None:
+            prefix, grid = found
+            return output[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    return None
+
+
+def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
+    """How many of ``tokens`` stand before the image's, and the grid (h, w) of these."""
+    found = []
+    for prefix in range(min(MOST_PREFIX_TOKENS + 1, tokens)):
+        count = tokens - prefix
+        h = max(1, round(math.sqrt(count * size[0] / size[1])))
+        if count % h == 0:
+            found.append((_distortion(h, count // h, size), prefix, (h, count // h)))
+    distortion, prefix, grid = min(found, default=(math.inf, 0, (1, 1)))
+    return (prefix, grid) if distortion < MOST_DISTORTION else None
+
+
+def _distortion(h: int, w: int, size: tuple[int, int]) -> float:
+    """How far a grid's shape is from the image's: the logarithm of their aspects' ratio."""
+    return abs(math.log(h / w * size[1] / size[0]))
+
+
+class _Attentions:
+    """Hooks that recompute the attention of each layer from its input."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size, self.attended, self.product = size, Attended(), None
+
+    def hook(self, name: str):
+        def hook(module, inputs, output):
+            shares = probabilities(module, inputs[0], output)
+            found = None if shares is None else grid_of(shares.shape[-1], self.size)
+            if found is None:
+                self.attended.unknown.append(name)
+                return
+            prefix, grid = found
+            # The class token's row, or without one the mean over all rows.
+            rows = shares[:, :, 0] if prefix else shares.mean(2)
+            self.attended.names.append(name)
+            self.attended.heads.append(rows[..., prefix:].unflatten(2, grid).cpu())
+            step = (shares.mean(1) + torch.eye(shares.shape[-1], device=shares.device)) / 2
+            known = self.product is not None and self.product.shape == step.shape
+            self.product = step @ self.product if known else step
+            row = self.product[:, 0] if prefix else self.product.mean(1)
+            self.attended.rollout = row[:, prefix:].unflatten(1, grid).cpu()
+
+        return hook
+
+
+def probabilities(attention: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+    """Attention weights (B, heads, N, N) that made ``output`` of ``x``; None for unknown kinds.
+
+    Known are the attention of this package and timm's plain one. That they are understood is
+    checked: what the weights make of the values must be the output.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 3 or not isinstance(output, Tensor):
+        return None
+    if isinstance(attention, Attention):
+        q, k, v = attention.inputs(x)
+    elif isinstance(getattr(attention, "qkv", None), nn.Linear):
+        q, k, v = attention.qkv(x).chunk(3, dim=2)
+    else:
+        return None
+    q, k, v = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    identity = nn.Identity()
+    q = getattr(attention, "q_norm", identity)(q)
+    k = getattr(attention, "k_norm", identity)(k)
+    shares = (q.float() * attention.scale @ k.float().transpose(2, 3)).softmax(-1)
+    y = (shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    y = getattr(attention, "norm", identity)(y)
+    y = attention.output(y) if isinstance(attention, Attention) else attention.proj(y)
+    if y.shape != output.shape or (y - output).norm() > ATTENTION_ERROR * output.norm():
+        return None
+    return shares
