@@ -138,7 +138,7 @@ REFUSALS = {
     "top-0": (("predict", "--run", "{run}", "--top-k", "0"), "--top-k: got 0"),
     "plot-nowhere": (("predict", "--run", "{run}", "--plot", "{tmp}/no/x.png"), "cannot write"),
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
-    "unknown-rival": (("bench", "--against", "resnet5000"), "--against: unknown model of timm"),
+    "unknown-rival": (("bench", "--against", "resnet5000"), "unknown model of timm"),
     "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),
     "bench-no-run": (("bench", "--run", "{tmp}"), "does not exist"),
 }
@@ -302,7 +302,7 @@ def test_bench_compares_with_the_reference(trained, capsys):
         assert any(line.startswith(f"{pass_}, images/s") for line in lines)
         mfu = next(line.split()[2:] for line in lines if line.startswith(f"{pass_}, MFU"))
         # Of the reference, ours and the rival.
-        assert len(mfu) == 3 and all(0 < float(share.rstrip("%")) < 200 for share in mfu)
+        assert len(mfu) == 3 and all(0 <= float(share.rstrip("%")) < 200 for share in mfu)
     assert any(line.startswith("saved for backward, MiB/image") for line in lines)
     assert re.match(r"loader of imagefolder:\S+, \d+ workers, alone: [\d,.]+ images/s", lines[-1])
     assert "performer_layer" in out
