@@ -58,6 +58,7 @@ TRANSFORMER_LAYER = register_operation(
     "transformer_layer",
     kernels=("cpu", "triton"),
     parts=("soft_split_linear", "token_attention"),
+    # Wider, the backward would spill a GPU's registers.
     limits={"triton": dict.fromkeys("EM", 128 if INTERPRETED else 64)},
 )
 
