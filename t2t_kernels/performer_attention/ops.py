@@ -7,7 +7,7 @@ log-features, the normaliser Z = Σ e^(a − c) and the sums S = Σ e^(a − c) 
 import torch
 from torch import Tensor
 
-from t2t_kernels.backends import INTERPRETED, register_operation
+from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
 
@@ -42,11 +42,7 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 PERFORMER_ATTENTION = register_operation(
     "performer_attention",
     kernels=("cpu", "triton", "cuda"),
-    # Wider, the backward would spill a GPU's registers.
-    limits={
-        "triton": dict.fromkeys("Em", 128 if INTERPRETED else 64),
-        "cuda": dict.fromkeys("Em", 64),
-    },
+    limits={"triton": {"E": 128, "m": 128}, "cuda": {"E": 64, "m": 64}},
 )
 
 declare(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import INTERPRETED, register_operation
+from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
@@ -59,11 +59,7 @@ PERFORMER_LAYER = register_operation(
     "performer_layer",
     kernels=("cpu", "triton", "cuda"),
     parts=("soft_split_linear", "performer_attention"),
-    # Wider, the backward would spill a GPU's registers.
-    limits={
-        "triton": dict.fromkeys("EmM", 128 if INTERPRETED else 64),
-        "cuda": dict.fromkeys("EmM", 64),
-    },
+    limits={"triton": dict.fromkeys("EmM", 128), "cuda": dict.fromkeys("EmM", 64)},
 )
 
 declare(

@@ -16,6 +16,8 @@ LAYERS = {
     "layer1": (3, 224, (7, 4, 2), False),
     "layer2": (64, 56, (3, 2, 1), True),
 }
+# E, m and the MLP's width at their limits.
+WIDE = (128, 64, 128)
 
 
 def tensor(*shape, dtype, channels_last=False):
@@ -45,20 +47,20 @@ def projection(layer, dtype):
     soft_split_linear.soft_split_linear_backward(y, x, weight, norm, norm, *split, 1e-5, need_x)
 
 
-def attention(dtype):
-    k, q, v = (tensor(BATCH, 3136, 64, dtype=dtype) for _ in range(3))
-    w = tensor(32, 64, dtype=torch.float32)
+def attention(dtype, embed=64, features=32):
+    k, q, v = (tensor(BATCH, 3136, embed, dtype=dtype) for _ in range(3))
+    w = tensor(features, embed, dtype=torch.float32)
     y, *sums = performer_attention.performer_attention(k, q, v, w, 1e-8)
     performer_attention.performer_attention_backward(y, k, q, v, w, *sums, 1e-8)
 
 
-def performer(layer, dtype):
+def performer(layer, dtype, embed=64, features=32, hidden=64):
     channels, size, split, need_x = LAYERS[layer]
     x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
     width = channels * split[0] ** 2
-    shapes = ((width,), (width,), (192, width), (192,), (64, 64), *[(64,)] * 3)
-    shapes += ((64, 64), (64,), (64, 64), (64,))
-    w = tensor(32, 64, dtype=torch.float32)
+    shapes = ((width,), (width,), (3 * embed, width), (3 * embed,), (embed, embed), *[(embed,)] * 3)
+    shapes += ((hidden, embed), (hidden,), (embed, hidden), (embed,))
+    w = tensor(features, embed, dtype=torch.float32)
     params = [w, *(tensor(*shape, dtype=dtype) for shape in shapes)]
     seed = tensor(1, dtype=torch.int64)
     numbers = (*split, 1e-8, 0.1)
@@ -73,12 +75,12 @@ def softmax(tokens, dtype, embed=64):
     token_attention.token_attention_backward(y, q, k, v, attended, *statistics, 147**-0.5)
 
 
-def transformer(layer, dtype):
+def transformer(layer, dtype, embed=64, hidden=64):
     channels, size, split, need_x = LAYERS[layer]
     x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
     width = channels * split[0] ** 2
-    shapes = ((width,), (width,), (192, width), (64, 64), *[(64,)] * 3)
-    shapes += ((64, 64), (64,), (64, 64), (64,))
+    shapes = ((width,), (width,), (3 * embed, width), (embed, embed), *[(embed,)] * 3)
+    shapes += ((hidden, embed), (hidden,), (embed, hidden), (embed,))
     params = [tensor(*shape, dtype=dtype) for shape in shapes]
     numbers = (*split, width**-0.5)
     y, *saved = transformer_layer.transformer_layer(x, *params, *numbers)
@@ -97,3 +99,6 @@ for _name, _dtype in DTYPES.items():
         CALLS[f"{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: projection(layer, dtype)
         CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(layer, dtype)
         CALLS[f"transformer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: transformer(layer, dtype)
+    CALLS[f"attention-wide-{_name}"] = lambda dtype=_dtype: attention(dtype, *WIDE[:2])
+    CALLS[f"transformer-wide-{_name}"] = lambda dtype=_dtype: transformer("layer2", dtype, 128, 128)
+    CALLS[f"performer-wide-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *WIDE)

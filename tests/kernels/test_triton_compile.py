@@ -33,11 +33,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 EVERYWHERE = ("project-bf16", "attention-bf16", "performer-layer2-bf16", "transformer-layer2-bf16")
 CALLS = {
     80: (*EVERYWHERE, "attention-fp32", "transformer-layer1-fp16", "softmax-wide-fp32"),
-    90: (*EVERYWHERE, "softmax-784-fp32", "performer-layer1-fp16"),
+    90: (*EVERYWHERE, "softmax-784-fp32", "performer-layer1-fp16", "performer-wide-bf16"),
     120: (*EVERYWHERE, "project-fp16", "softmax-wide-bf16"),
 }
-# The one kernel known to spill, and its bytes, stores and loads.
+# The one kernel of a model known to spill, and its bytes, stores and loads.
 SPILLS = {(90, "performer-layer2-fp32", "performer_layer_bwd_split"): 32}
+# No kernel at E = 128 may spill more.
+WIDE_SPILLS = 544
 CASES = [(capability, call) for capability, calls in CALLS.items() for call in calls]
 
 
@@ -91,7 +93,8 @@ def test_fused_kernels(compiled, capability, call):
     results = kernels(compiled, capability, call)
     assert len(results) >= 3
     for kernel, figures in results.items():
-        assert figures["spills"] == 0, f"{kernel}: {figures}"
+        most = WIDE_SPILLS if "-wide-" in call else 0
+        assert figures["spills"] <= most, f"{kernel}: {figures}"
         assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
         product = kernel.startswith(
             ("soft_split_linear", "performer", "token_attention", "transformer")
@@ -119,8 +122,10 @@ def test_table_has_every_call_and_no_other_spills():
     assert {(version, call) for version, call, _ in table} == {
         (version, call) for version in SHARED for call in TABLED
     }
-    spilled = {where: re.search(r"spills (\d+)", cell) for where, cell in table.items()}
-    assert {where: int(found[1]) for where, found in spilled.items() if found} == SPILLS
+    found = {where: re.search(r"spills (\d+)", cell) for where, cell in table.items()}
+    spills = {where: int(match[1]) for where, match in found.items() if match}
+    assert {where: count for where, count in spills.items() if "-wide-" not in where[1]} == SPILLS
+    assert max(spills.values()) <= WIDE_SPILLS
 
 
 @pytest.mark.parametrize(
