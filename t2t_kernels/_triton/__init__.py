@@ -52,15 +52,15 @@ TABLES = {
     version: Table(
         slots=slots,
         forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
-        backward=(Launch(backward_t, 8, 1), Launch(16, 8, 1)),
+        backward=(Launch(*backward, 1), Launch(16, 8, 1)),
         attention=(Launch(16, 4, 2), Launch(16, 4, 2)),
         softmax=(Launch(128, 8, 3, 64), Launch(block_s, 4, 2, 32)),
         softmax_backward=(Launch(64, 4, 2, block_s), Launch(32, 4, 2, 32)),
     )
-    for version, slots, backward_t, block_s in (
-        (80, 108, 16, 32),
-        (90, 132, 32, 64),
-        (120, 170, 32, 32),
+    for version, slots, backward, block_s in (
+        (80, 108, (16, 4), 32),
+        (90, 132, (32, 8), 64),
+        (120, 170, (32, 8), 32),
     )
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few

@@ -64,7 +64,7 @@ def add_product(p, b_left, b_right, started):
     """Add leftᵀ·right to a contiguous matrix at ``p``, which holds nothing until ``started``."""
     ROWS: tl.constexpr = b_left.shape[1]
     COLUMNS: tl.constexpr = b_right.shape[1]
-    if ROWS > _PART:
+    if ROWS > (_FLOAT32_PART if b_left.dtype == tl.float32 else _PART):
         b_first, b_second = _column_halves(b_left)
         add_product(p, b_first, b_right, started)
         add_product(p + ROWS // 2 * COLUMNS, b_second, b_right, started)

@@ -388,7 +388,8 @@ def band_limits(i_band, rows_per_band, rows, height, KERNEL: tl.constexpr, STRID
 @triton.jit
 def add_to_slot(p, b, started):
     """Add to this program's partial sums; the first tile finds nothing there yet."""
-    tl.store(p, tl.where(started > 0, tl.load(p) + b, b))
+    m = tl.broadcast_to(started, b.shape) > 0
+    tl.store(p, tl.load(p, mask=m, other=0.0) + b)
 
 
 @triton.jit

@@ -295,15 +295,17 @@ def performer_layer_bwd_tail_kernel(
                                               p_sums + i_image * (FEATURES * EMBED), log_eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
-            b_keep_mlp = b_v
             if HAS_DROPOUT:
                 element = (i_image * tokens + o_t) * EMBED
                 b_keep_proj = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
-                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
             b_a, b_n, rstd2, b_z, b_h = tail_forward(
                 b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
                 p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
                 BLOCK_T)  # fmt: skip
+            b_keep_mlp = b_v
+            if HAS_DROPOUT:
+                element = (i_image * tokens + o_t) * EMBED
+                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
             b_da, b_dy = tail_backward(
@@ -435,15 +437,17 @@ def performer_layer_bwd_split_kernel(
                                               p_sums + i_image * (FEATURES * EMBED), log_eps, BLOCK_T,
                                               FEATURES, FEATURES_P, EMBED, EMBED_P, HAS_EPS)  # fmt: skip
             b_keep_proj = b_v
-            b_keep_mlp = b_v
             if HAS_DROPOUT:
                 element = (i_image * tokens + o_t) * EMBED
                 b_keep_proj = kept(p_seed, element, AFTER_PROJ, threshold, scale, EMBED, EMBED_P, BLOCK_T)
-                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
             b_a, b_n, rstd2, b_z, b_h = tail_forward(
                 b_y, b_v, b_keep_proj, p_proj_weight, p_proj_bias, p_norm2_weight, p_norm2_bias,
                 p_mlp1_weight, p_mlp1_bias, DTYPE, HAS_DROPOUT, EMBED, EMBED_P, HIDDEN, HIDDEN_P,
                 BLOCK_T)  # fmt: skip
+            b_keep_mlp = b_v
+            if HAS_DROPOUT:
+                element = (i_image * tokens + o_t) * EMBED
+                b_keep_mlp = kept(p_seed, element, AFTER_MLP, threshold, scale, EMBED, EMBED_P, BLOCK_T)
             b_dout = load_rows(p_grad + i_image * grad_stride_b, o_t, m_t, grad_stride_t,
                                grad_stride_e, EMBED, EMBED_P)  # fmt: skip
             b_da, b_dy = tail_backward(
@@ -701,11 +705,7 @@ def performer_layer_backward(
                 slot_size,
                 *numbers,
                 **constants,
-                # A float32 product takes three times the registers of its operands.
-                BLOCK_O=min(
-                    128 // x.element_size() * 64 // max(64, layer["EMBED_P"]),
-                    output_block(packed.shape[1]),
-                ),
+                BLOCK_O=min(32, output_block(packed.shape[1])),
                 NEED_X=need_x,
                 **flags,
                 **options,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import INTERPRETED, register_operation
+from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
@@ -58,7 +58,7 @@ TRANSFORMER_LAYER = register_operation(
     "transformer_layer",
     kernels=("cpu", "triton"),
     parts=("soft_split_linear", "token_attention"),
-    limits={"triton": dict.fromkeys("EM", 128 if INTERPRETED else 64)},
+    limits={"triton": dict.fromkeys("EM", 128)},
 )
 
 declare(

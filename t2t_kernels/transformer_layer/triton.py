@@ -193,7 +193,7 @@ def transformer_layer_bwd_tail_kernel(
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * slot_size
     started = tl.full((), 0, tl.int32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image = (item // tiles).to(tl.int64)
         p_image = p_x + i_image * stride_b
         o_image = i_image * rows * columns * EMBED
@@ -271,14 +271,14 @@ def transformer_layer_bwd_split_kernel(
     p_tile = p_scratch + tl.program_id(0).to(tl.int64) * (BLOCK_T * COLUMNS)
     o_tile = tl.arange(0, BLOCK_T)[:, None] * COLUMNS + tl.arange(0, EMBED_P)[None, :]
     started = tl.full((), 0, tl.int32)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image = (item // bands).to(tl.int64)
         o_image = i_image * rows * columns * EMBED
         first_row, own_row, last_row, first_pixel_row, last_pixel_row = band_limits(
             item % bands, rows_per_band, rows, height, KERNEL, STRIDE, PADDING, NEED_X)  # fmt: skip
         p_image = p_x + i_image * stride_b
         stop = last_row * columns
-        for start in range(first_row * columns, stop, BLOCK_T):
+        for start in tl.range(first_row * columns, stop, BLOCK_T, disable_licm=True):
             o_t = start + tl.arange(0, BLOCK_T)
             m_t = o_t < stop
             m_own = m_t & (o_t >= own_row * columns)
@@ -479,6 +479,8 @@ def transformer_layer_backward(
                 BLOCK_O=min(64, output_block(packed.shape[1])),
                 NEED_X=need_x,
                 **options,
+                # Left to itself, the assembler spills to fit one block more.
+                maxnreg=255 if x.dtype == torch.float32 else None,
             )
     grad_tail = sum_tail_gradients(tail_slots, tail)
     grad_weight, _, grad_norm_weight, grad_norm_bias = unpack_gradient(

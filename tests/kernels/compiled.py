@@ -1,11 +1,14 @@
 """Compile the Triton kernels ahead of time, as the launchers launch them, for GPUs that are not here.
 
-``python -m tests.kernels.compiled 90 [call ...]`` calls launchers on tensors without storage at the
-real shapes (``real_calls``; all of them takes minutes), records the launches, compiles each as the JIT would have and prints what the assembler
-reports, as JSON. It needs a process outside of Triton's interpreter.
+``python -m tests.kernels.compiled 90 call ...`` calls launchers on tensors without storage at the real
+shapes (``real_calls``), records the launches, compiles each as the JIT would have and prints what the
+assembler reports, a line of JSON per call. ``python -m tests.kernels.compiled`` does so for every call
+but those of float16 and every architecture and prints the table of ``docs/kernels.md``, in minutes. It
+needs a process outside of Triton's interpreter.
 """
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -28,6 +31,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
 }
+# float16 differs from bfloat16 in conversions alone.
+TABLED = [call for call in CALLS if not call.endswith("fp16")]
 
 
 @contextlib.contextmanager
@@ -49,12 +54,12 @@ def recorded(capability: int):
 
 def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> dict:
     """Registers, spilled bytes, shared memory and matrix instructions of one launch."""
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, aligned = {}, {}, []
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        aligned = False
         if isinstance(value, torch.Tensor):
-            signature[name], aligned = f"*{TYPES[value.dtype]}", True
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned.append(index)
         elif kernel.params[index].is_constexpr or value is None or value is True or value is False:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
@@ -63,12 +68,20 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> d
                 signature[name], constants[name] = "constexpr", 1
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = value % 16 == 0
+                if value % 16 == 0:
+                    aligned.append(index)
         else:
             signature[name] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    hashable = (tuple(given.items()) for given in (signature, constants, options))
+    return _figures(capability, kernel, tuple(aligned), *hashable)
+
+
+# Many calls launch the same kernel with the same constants.
+@functools.cache
+def _figures(capability, kernel, aligned, signature, constants, options) -> dict:
+    constants, options = dict(constants), dict(options)
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = ASTSource(kernel, dict(signature), constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     # The log of the assembly that would run; one repeated here would not have Triton's options.
     with (
@@ -81,7 +94,7 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> d
     return {
         "kernel": kernel.__name__,
         "warps": options["num_warps"],
-        "block_t": arguments.get("BLOCK_T"),
+        "block_t": constants.get("BLOCK_T"),
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         "shared": compiled.metadata.shared,
@@ -93,16 +106,39 @@ def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> d
     }
 
 
-def report(capability: int, names: list[str]) -> dict[str, dict]:
-    results = {}
-    for name in names or CALLS:
-        with recorded(capability) as launches:
-            CALLS[name]()
-        for launch in launches:
-            figures = compile_launch(*launch, capability)
-            results[f"{name}/{figures['kernel']}"] = figures
-    return results
+def report(capability: int, call: str) -> dict[str, dict]:
+    """The figures of the kernels that a call launches, by their names."""
+    with recorded(capability) as launches:
+        CALLS[call]()
+    figures = [compile_launch(*launch, capability) for launch in launches]
+    return {entry["kernel"]: entry for entry in figures}
+
+
+def cell(figures: dict) -> str:
+    """What the table says of a kernel on one architecture."""
+    text = f"{figures['registers']} / {figures['shared'] / 1024:.0f}"
+    if figures["block_t"]:
+        text += f" ({figures['warps']}×{figures['block_t']})"
+    text += "".join(f" {instruction}" for instruction in figures["matrix"])
+    return text + (f", spills {figures['spills']}" if figures["spills"] else "")
+
+
+def table() -> str:
+    """Markdown: every call's kernels on every architecture."""
+    lines = [
+        f"| call | kernel | {' | '.join(f'{version / 10}' for version in _triton.TABLES)} |",
+        "|---|---|" + "---|" * len(_triton.TABLES),
+    ]
+    for call in TABLED:
+        columns = [report(version, call) for version in _triton.TABLES]
+        for kernel in columns[0]:
+            cells = " | ".join(cell(column[kernel]) for column in columns)
+            lines.append(f"| {call} | `{kernel.removesuffix('_kernel')}` | {cells} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(json.dumps(report(int(sys.argv[1]), sys.argv[2:])))
+    if len(sys.argv) == 1:
+        print(table())
+    for _call in sys.argv[2:]:
+        print(json.dumps({"call": _call, "kernels": report(int(sys.argv[1]), _call)}), flush=True)
