@@ -56,38 +56,33 @@ __device__ inline int sum_row(int half) { return lane_index() / 4 + 8 * half; }
 __device__ inline int sum_column(int group) { return group * kGroup + lane_index() % 4 * 8; }
 
 // sums += A·B of the first `groups` groups. A (16 × depth) lies in shared memory, B is packed; from
-// a group of it to the next are `group_stride` elements. `depth` is a multiple of 16.
+// a group of it to the next are `group_stride` elements. `depth` is a multiple of 16, in float32 at
+// most kShortSum.
 template <int kGroups, typename T>
-__device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
-                         int64_t group_stride, int depth, int groups) {
+__device__ void multiply_short(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
+                               int64_t group_stride, int depth, int groups) {
   const int lane = lane_index();
   if constexpr (std::is_same_v<T, float>) {
     const float* top = a + lane / 4 * pitch;
     const float* bottom = top + 8 * pitch;
-    for (int begin = 0; begin < depth; begin += kShortSum) {
-      Sums<kGroups> part;
-      part.clear();
-      for (int k = begin; k < min(begin + kShortSum, depth); k += 4) {
-        const auto upper = *reinterpret_cast<const Vec<float>*>(top + k);
-        const auto lower = *reinterpret_cast<const Vec<float>*>(bottom + k);
+    for (int k = 0; k < depth; k += 4) {
+      const auto upper = *reinterpret_cast<const Vec<float>*>(top + k);
+      const auto lower = *reinterpret_cast<const Vec<float>*>(bottom + k);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int group = 0; group < kGroups; ++group) {
-            if (group >= groups) break;
-            const auto* b = reinterpret_cast<const Vec<float>*>(packed + group * group_stride +
-                                                                (k + i) * kGroup + lane % 4 * 8);
+        for (int group = 0; group < kGroups; ++group) {
+          if (group >= groups) break;
+          const auto* b = reinterpret_cast<const Vec<float>*>(packed + group * group_stride +
+                                                              (k + i) * kGroup + lane % 4 * 8);
+          // Copied whole: nvcc makes narrow loads of elements that it takes from memory.
+          const Vec<float> right[2] = {b[0], b[1]};
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-              part.at[group][0][e] += upper.at[i] * b[e / 4].at[e % 4];
-              part.at[group][1][e] += lower.at[i] * b[e / 4].at[e % 4];
-            }
+          for (int e = 0; e < 8; ++e) {
+            sums.at[group][0][e] += upper.at[i] * right[e / 4].at[e % 4];
+            sums.at[group][1][e] += lower.at[i] * right[e / 4].at[e % 4];
           }
         }
-      }
-#pragma unroll
-      for (int i = 0; i < 16 * kGroups; ++i) {
-        sums.at[i / 16][i / 8 % 2][i % 8] += part.at[i / 16][i / 8 % 2][i % 8];
       }
     }
   } else {
@@ -109,6 +104,26 @@ __device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* pa
         mma<T>(d[0][6], d[0][7], d[1][6], d[1][7], left, second.z, second.w);
       }
     }
+  }
+}
+
+// The same of any depth.
+template <int kGroups, typename T>
+__device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
+                         int64_t group_stride, int depth, int groups) {
+  if constexpr (std::is_same_v<T, float>) {
+    for (int begin = 0; begin < depth; begin += kShortSum) {
+      Sums<kGroups> part;
+      part.clear();
+      multiply_short(part, a + begin, pitch, packed + begin * kGroup, group_stride,
+                     min(kShortSum, depth - begin), groups);
+#pragma unroll
+      for (int i = 0; i < 16 * kGroups; ++i) {
+        sums.at[i / 16][i / 8 % 2][i % 8] += part.at[i / 16][i / 8 % 2][i % 8];
+      }
+    }
+  } else {
+    multiply_short(sums, a, pitch, packed, group_stride, depth, groups);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -21,6 +22,7 @@ namespace t2t {
 // Features and embeddings are at most two groups of 32: the sums of a product are 32 registers.
 constexpr int kWidest = 64;
 constexpr int kWidestGroups = kWidest / kGroup;
+static_assert(kWidest <= kShortSum);
 // Of a warp's tiles in shared memory.
 constexpr int kTilePitch = padded_row<float>(kWidest);
 constexpr int kTileFloats = kRows * kTilePitch;
@@ -174,8 +176,8 @@ __device__ void key_logs(const Features& w, const float* keys, int first_group,
   float half[2];
   half_squares(keys, w.embed, half);
   logs.clear();
-  multiply(logs, keys, kTilePitch, w.packed + first_group * w.embed_depth() * kGroup,
-           w.embed_depth() * kGroup, w.embed_depth(), w.groups() - first_group);
+  multiply_short(logs, keys, kTilePitch, w.packed + first_group * w.embed_depth() * kGroup,
+                 w.embed_depth() * kGroup, w.embed_depth(), w.groups() - first_group);
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i) {
 #pragma unroll
@@ -280,8 +282,8 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
   half_squares(queries, w.embed, half);
   Sums<kWidestGroups> logs;
   logs.clear();
-  multiply(logs, queries, kTilePitch, w.packed, w.embed_depth() * kGroup, w.embed_depth(),
-           w.groups());
+  multiply_short(logs, queries, kTilePitch, w.packed, w.embed_depth() * kGroup, w.embed_depth(),
+                 w.groups());
   float top[2] = {half[0] + w.log_eps, half[1] + w.log_eps};
 #pragma unroll
   for (int group = 0; group < kWidestGroups; ++group) {
@@ -322,8 +324,8 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
   keep_sums(logs, features, kTilePitch);
   __syncwarp();
   result.y.clear();
-  multiply(result.y, features, kTilePitch, keys.packed, w.depth() * kGroup, w.depth(),
-           w.embed_groups());
+  multiply_short(result.y, features, kTilePitch, keys.packed, w.depth() * kGroup, w.depth(),
+                 w.embed_groups());
 #pragma unroll
   for (int i = 0; i < 16 * kWidestGroups; ++i) {
     result.y.at[i / 16][i / 8 % 2][i % 8] *= result.inverse[i / 8 % 2];
@@ -350,7 +352,8 @@ __device__ inline Sums<kWidestGroups> input_gradient(const Features& w,
   keep_sums(log_gradients, tile, kTilePitch);
   __syncwarp();
   result.clear();
-  multiply(result, tile, kTilePitch, w.packed_t, w.depth() * kGroup, w.depth(), w.embed_groups());
+  multiply_short(result, tile, kTilePitch, w.packed_t, w.depth() * kGroup, w.depth(),
+                 w.embed_groups());
 #pragma unroll
   for (int i = 0; i < 16 * kWidestGroups; ++i) {
     const float value = z.at[i / 16][i / 8 % 2][i % 8];
@@ -384,8 +387,8 @@ __device__ inline Sums<kWidestGroups> attend_backward(const Features& w, const K
   __syncwarp();
   Sums<kWidestGroups> log_gradients;
   log_gradients.clear();
-  multiply(log_gradients, kept_grads, kTilePitch, keys.packed_t, w.embed_depth() * kGroup,
-           w.embed_depth(), w.groups());
+  multiply_short(log_gradients, kept_grads, kTilePitch, keys.packed_t, w.embed_depth() * kGroup,
+                 w.embed_depth(), w.groups());
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
     float feature[8];
@@ -410,8 +413,8 @@ __device__ inline void keys_backward(const Features& w, const KeySums& keys, con
   Sums<kWidestGroups> features, log_gradients;
   key_logs(w, key_tile, 0, features);
   log_gradients.clear();
-  multiply(log_gradients, value_tile, kTilePitch, grads.packed_t, w.embed_depth() * kGroup,
-           w.embed_depth(), w.groups());
+  multiply_short(log_gradients, value_tile, kTilePitch, grads.packed_t, w.embed_depth() * kGroup,
+                 w.embed_depth(), w.groups());
   float total[2] = {};
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
@@ -434,8 +437,8 @@ __device__ inline void keys_backward(const Features& w, const KeySums& keys, con
   const float factor[2] = {sum_of_row(total[0]), sum_of_row(total[1])};
   key_gradients = input_gradient(w, log_gradients, factor, key_tile);
   value_gradients.clear();
-  multiply(value_gradients, value_tile, kTilePitch, grads.packed, w.depth() * kGroup, w.depth(),
-           w.embed_groups());
+  multiply_short(value_gradients, value_tile, kTilePitch, grads.packed, w.depth() * kGroup,
+                 w.depth(), w.embed_groups());
 }
 
 // Gradients of the sums from the tokens of a block of two warps, each of which takes every other 16
@@ -606,6 +609,12 @@ class PartMemory {
   torch::stable::Tensor memory_;
   Parts parts_;
 };
+
+// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
+// multiprocessor have work: the fewer the parts, the cheaper to combine.
+inline int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
+  return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
+}
 
 template <bool kMaxima>
 void launch_combine(const CombineParams& p, const DeviceScope& device) {

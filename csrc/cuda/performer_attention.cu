@@ -183,12 +183,6 @@ void check(const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w) {
                   ": more than 2^31 tokens");
 }
 
-// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
-// multiprocessor have work: the fewer the parts, the cheaper to combine.
-int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
-  return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
-}
-
 template <typename T>
 bool rows_are_vectors(int64_t embed) {
   return embed % Vec<T>::size == 0;

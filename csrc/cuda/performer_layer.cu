@@ -118,8 +118,8 @@ template <typename T>
 __device__ Wide times(const T* tile, const void* packed, int depth, int columns) {
   Wide sums;
   sums.clear();
-  multiply(sums, tile, padded_row<T>(kWidest), static_cast<const T*>(packed), depth * kGroup, depth,
-           (columns + kGroup - 1) / kGroup);
+  multiply_short(sums, tile, padded_row<T>(kWidest), static_cast<const T*>(packed),
+                 depth * kGroup, depth, (columns + kGroup - 1) / kGroup);
   return sums;
 }
 
@@ -815,12 +815,6 @@ class Layer {
   Geometry map_ = {};
   std::vector<Tensor> kept_;
 };
-
-// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
-// multiprocessor have work: the fewer the parts, the cheaper to combine.
-int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
-  return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     Tensor x, Tensor w, Tensor norm1_weight, Tensor norm1_bias, Tensor kqv_weight, Tensor kqv_bias,

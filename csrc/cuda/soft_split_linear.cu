@@ -64,8 +64,10 @@ struct ProjectParams {
   float4* scalars;         // mean, 1/σ, m1, m2
 };
 
+// Three blocks a multiprocessor; two in float32, for which nvcc spills at three.
 template <typename T, bool kScalars>
-__global__ void __launch_bounds__(kMostWarps* kLanes, 3) project_kernel(const ProjectParams p) {
+__global__ void __launch_bounds__(kMostWarps* kLanes, std::is_same_v<T, float> ? 2 : 3)
+    project_kernel(const ProjectParams p) {
   const int warps = blockDim.x / kLanes;
   const int64_t first_token = (int64_t(blockIdx.x) * warps + warp_index()) * kRows;
   TokenTile<T> tile(

@@ -1,7 +1,7 @@
 """What nvcc makes of the kernels, and what a multiprocessor can hold of them.
 
-``python -m tests.simt.report`` prints the table of ``docs/cuda.md``. Registers and static shared memory
-are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
+``python -m tests.simt.report`` prints the table of ``docs/cuda.md``. Registers and static shared
+memory are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
 without running them.
 """
 
@@ -48,8 +48,8 @@ def kernel_of(demangled: str) -> str | None:
     return found and found[1].replace("c10::", "")
 
 
-def compile_all(cache: Path, architectures=tuple(ARCHITECTURES)) -> dict[tuple[str, str], Path]:
-    """Per source and architecture a folder with ``object.o``, the PTX and ptxas's ``log``.
+def compile_all(cache: Path) -> dict[str, Path]:
+    """Per source a folder with ``object.o``, the PTX per architecture and ptxas's ``log``.
 
     Raises:
         RuntimeError: nvcc warned, failed, or had to spill registers.
@@ -58,36 +58,35 @@ def compile_all(cache: Path, architectures=tuple(ARCHITECTURES)) -> dict[tuple[s
     for path in sorted(CUDA_SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
 
-    def one(unit: tuple[Path, str]) -> Path:
-        source, architecture = unit
-        folder = cache / f"nvcc-{source.stem}-{architecture}-{digest.hexdigest()[:16]}"
+    def one(source: Path) -> Path:
+        folder = cache / f"nvcc-{source.stem}-{digest.hexdigest()[:16]}"
         if folder.exists():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            command = [
-                *(NVCC, "-c", source, *OPTIONS, "-o", Path(unfinished, "object.o")),
-                *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
-                *("--keep", "--keep-dir", unfinished),
-            ]
+            command = [NVCC, "-c", source, *OPTIONS, "-o", Path(unfinished, "object.o")]
+            # In one call: what the host's compiler does is the same for all.
+            for name in ARCHITECTURES:
+                command += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+            command += ["--keep", "--keep-dir", unfinished]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"nvcc {source.name} for {architecture}:\n{done.stderr}")
+                raise RuntimeError(f"nvcc {source.name}:\n{done.stderr}")
             Path(unfinished, "log").write_text(done.stderr)
             with contextlib.suppress(OSError):  # another process was first
                 shutil.copytree(unfinished, folder)
         return folder
 
-    units = [(s, a) for a in architectures for s in sorted(CUDA_SOURCES.glob("*.cu"))]
+    # The longest first, so that no compiler is left alone with it.
+    sources = sorted(CUDA_SOURCES.glob("*.cu"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as compilers:
-        folders = list(compilers.map(one, units))
-    return {(source.stem, architecture): f for (source, architecture), f in zip(units, folders)}
+        return {s.stem: f for s, f in zip(sources, compilers.map(one, sources), strict=True)}
 
 
-def resources(folders: dict[tuple[str, str], Path]) -> dict[tuple[str, str], tuple[int, int]]:
+def resources(folders: dict[str, Path]) -> dict[tuple[str, str], tuple[int, int]]:
     """Registers and bytes of static shared memory by kernel and architecture."""
     result = {}
-    for (_, architecture), folder in folders.items():
+    for folder in folders.values():
         log = subprocess.run(
             ["c++filt"],
             input=(folder / "log").read_text(),
@@ -96,6 +95,7 @@ def resources(folders: dict[tuple[str, str], Path]) -> dict[tuple[str, str], tup
             check=True,
         ).stdout
         for entry in log.split("Compiling entry function")[1:]:
+            architecture = re.search(r"' for 'sm_(\w+)'", entry)[1]
             registers = int(re.search(r"Used (\d+) registers", entry)[1])
             shared = re.search(r"(\d+) bytes smem", entry)
             result[kernel_of(entry), architecture] = (registers, int(shared[1]) if shared else 0)
@@ -159,7 +159,7 @@ CALLS = {
 
 
 def launches(cache: Path) -> list[tuple[str, str, int, int]]:
-    """Call, kernel, threads and bytes of dynamic shared memory of every launch of the real calls."""
+    """Call, kernel, threads and bytes of dynamic shared memory of the real calls' launches."""
     path = build_host_library(cache)
     torch.ops.load_library(path)
     record = ctypes.CDLL(path).simt_record
