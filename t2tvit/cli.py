@@ -50,6 +50,7 @@ examples:
   t2tvit train --output runs/digits --resume auto --epochs 60
   t2tvit train --config imagenet/t2t_vit_14 --data imagefolder:PATH --output runs/t2t_vit_14
   torchrun --nproc_per_node=8 -m t2tvit train --config imagenet/t2t_vit_14 --output runs/t2t_vit_14
+  t2tvit train --output runs/digits --compile --accumulate 2 --profile
   t2tvit train --config transfer/cifar10 --data cifar10:PATH --initial-checkpoint FILE --output DIR
 """
 EVAL_EPILOG = """

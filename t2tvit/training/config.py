@@ -33,8 +33,12 @@ def key(
     minimum: float = -math.inf,
     maximum: float = math.inf,
     metavar: str | None = None,
+    bare: object = None,
 ):
-    """A key of the schema: its default, help, and what values it takes beyond its type."""
+    """A key of the schema: its default, help, and what values it takes beyond its type.
+
+    ``bare`` is what its option means without a value.
+    """
     metadata = {
         "group": group,
         "help": help,
@@ -42,6 +46,7 @@ def key(
         "minimum": minimum,
         "maximum": maximum,
         "metavar": metavar,
+        "bare": bare,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -140,6 +145,7 @@ class RunConfig:
         "who computes the tokens-to-token module; auto takes the first backend that can, any other "
         "name is used or refused with the reason",
         choices=BACKEND_CHOICES,
+        bare="auto",
     )
 
     optimizer: str = key(
@@ -198,6 +204,33 @@ class RunConfig:
         "updates in a row that are skipped for a loss or gradient that is not finite, before the "
         "run ends and keeps the batch",
         minimum=0,
+    )
+
+    accumulate: int = key(
+        "speed",
+        1,
+        "pieces in which a process's images of an update go through the model, one after the other "
+        "to save memory; their gradients add up to those of the whole",
+        minimum=1,
+    )
+    compile: str = key(
+        "speed",
+        "none",
+        "torch.compile of the whole model, by this mode; reduce-overhead replays CUDA graphs and "
+        "helps where the GPU waits for the host",
+        choices=("none", "default", "reduce-overhead", "max-autotune"),
+        bare="default",
+    )
+    channels_last: bool = key("speed", False, "channels-last memory format of images and weights")
+    grad_checkpointing: bool = key(
+        "speed", False, "compute the blocks again in the backward pass, to save memory"
+    )
+    profile: int = key(
+        "speed",
+        0,
+        "updates to profile, from the sixth on; writes a trace and a summary; 0: off",
+        minimum=0,
+        bare=10,
     )
 
     epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)

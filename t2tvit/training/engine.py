@@ -3,13 +3,14 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from t2tvit.errors import NonFiniteLoss, OneRankError
@@ -72,18 +73,18 @@ def train_epoch(
     state.network.train()
     started, before = time.perf_counter(), state.images
     total = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
-    for images, labels, problems in batches(data.train):
+    for images, labels, problems in recorded("wait for the loader", batches(data.train)):
         note_unreadable(state, problems, config, world)
         state.scheduler.step_update(state.updates)
-        images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
-        if mix is not None:
-            images, targets = mix(images, targets)
+        with record_function("augment"):
+            images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
+            if mix is not None:
+                images, targets = mix(images, targets)
         generators = rng_state()
-        with precision(config, world.device):
-            loss = loss_function(state.network(images), targets)
-        if update(state, loss, config.clip_grad):
+        loss = accumulate(state, images, targets, loss_function, config, world)
+        if update(state, config.clip_grad):
             state.skipped_in_a_row = 0
-            total = total + loss.detach() * len(labels)
+            total = total + loss * len(labels)
             state.loss_sum = total
             state.images += len(labels)
         else:
@@ -128,14 +129,59 @@ def note_unreadable(
         print(f"warning   process {world.rank}: {problem}; the next takes its place", flush=True)
 
 
-def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> bool:
-    """Backward pass, optimiser step and average; False, and no step, if anything is not finite.
+def recorded(name: str, items: Iterable) -> Iterator:
+    """``items``; a profile names the time that each takes to come."""
+    items = iter(items)
+    while True:
+        with record_function(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def accumulate(
+    state: TrainState,
+    images: Tensor,
+    targets: Tensor,
+    loss_function: nn.Module,
+    config: RunConfig,
+    world: World,
+) -> Tensor:
+    """Put the gradients of the mean loss in place, from ``config.accumulate`` pieces of the batch.
+
+    Returns:
+        The mean loss of this rank's images; the gradients are those of all ranks.
+    """
+    state.optimizer.zero_grad()
+    pieces = list(
+        zip(
+            images.tensor_split(config.accumulate),
+            targets.tensor_split(config.accumulate),
+            strict=True,
+        )
+    )
+    total = torch.zeros((), device=world.device)
+    for number, (part, wanted) in enumerate(pieces, start=1):
+        # The ranks share their gradients once, with the last piece's.
+        alone = world.size > 1 and number < len(pieces)
+        with state.network.no_sync() if alone else contextlib.nullcontext():
+            with record_function("forward"), precision(config, world.device):
+                loss = loss_function(state.network(part), wanted) * (len(part) / len(images))
+            with record_function("backward"):
+                # A loss that is not finite on one rank so reaches the gradients of all.
+                state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+        total += loss.detach()
+    return total
+
+
+@record_function("optimiser")
+def update(state: TrainState, clip_grad: float | None) -> bool:
+    """Optimiser step and average; False, and no step, if a gradient is not finite.
 
     Every rank returns the same.
     """
-    state.optimizer.zero_grad()
-    # A loss that is not finite on one rank so reaches the gradients, which all ranks share.
-    state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
     state.scaler.unscale_(state.optimizer)
     parameters = [value for value in state.model.parameters() if value.grad is not None]
     norm = nn.utils.get_total_norm([value.grad for value in parameters])

@@ -73,8 +73,16 @@ class EpochSampler(DistributedSampler):
 class Normalize:
     """uint8 batch (B, C, H, W) → float32 on ``device``, normalised, perhaps with erased parts."""
 
-    def __init__(self, mean, std, device: torch.device, random_erasing: float = 0.0):
+    def __init__(
+        self,
+        mean,
+        std,
+        device: torch.device,
+        random_erasing: float = 0.0,
+        channels_last: bool = False,
+    ):
         self.device = device
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale = 1 / (255 * torch.tensor(std, device=device)).view(-1, 1, 1)
         self.shift = -(torch.tensor(mean, device=device) / torch.tensor(std, device=device))
         self.shift = self.shift.view(-1, 1, 1)
@@ -83,7 +91,8 @@ class Normalize:
             self.erase = RandomErasing(random_erasing, mode="pixel", device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True).float() * self.scale + self.shift
+        images = images.to(self.device, non_blocking=True, memory_format=self.format)
+        images = images.float() * self.scale + self.shift
         return images if self.erase is None else self.erase(images)
 
 
@@ -174,8 +183,10 @@ def open_data(config: RunConfig, world: World) -> Data:
         split=split,
         train=train,
         held_out=eval_loader(held_out, config, world),
-        augment=Normalize(mean, std, world.device, config.random_erasing),
-        normalize=Normalize(mean, std, world.device),
+        augment=Normalize(
+            mean, std, world.device, config.random_erasing, config.channels_last
+        ),
+        normalize=Normalize(mean, std, world.device, channels_last=config.channels_last),
         mean=mean,
         std=std,
         held_out_images=len(held_out.images),
@@ -223,6 +234,11 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
 
     The ranks' batches together are those of a single process with the same seed.
     """
+    if config.accumulate > batch_per_process(config, world):
+        raise InputError(
+            f"accumulate: got {config.accumulate}, expected at most the "
+            f"{batch_per_process(config, world)} images that a process has per update"
+        )
     if config.batch_size > len(split.images):
         raise InputError(
             f"batch_size: got {config.batch_size}, but the data has only {len(split.images)} "

@@ -1,5 +1,6 @@
 """A run from end to end: what it writes, how it resumes, what it refuses."""
 
+import gzip
 import itertools
 import json
 import os
@@ -355,3 +356,32 @@ def test_it_learns_digits(tmp_path, capsys):
     log = "\n".join(first)
     for word in ("world size 1", "global batch 64", "lr 0.002", "t2t_vit_7", "performer_layer"):
         assert word in log
+
+
+def test_a_compiled_run_trains_the_same_model(tmp_path, monkeypatch, finished):
+    """With our kernels, in training and in evaluation, each a whole graph; no code is generated."""
+    compile_module, calls = torch.nn.Module.compile, []
+
+    def traced(self, *, mode, **options):
+        calls.append((mode, options))
+        compile_module(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "3", "--compile", "--fused-kernels", "cpu") == 0
+    assert calls == 2 * [("default", {"fullgraph": True, "dynamic": False})]  # with the average
+    for one, other in zip(metrics_of(finished), metrics_of(output), strict=True):
+        assert other["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-2)
+    names = [state_of(path)["state"]["model"].keys() for path in (finished, output)]
+    assert names[0] == names[1]
+
+
+def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--fused-kernels", "cpu", "--profile", "2") == 0
+    summary = (output / "profile.txt").read_text()
+    assert summary in capsys.readouterr().out and len(summary.splitlines()) < 20
+    assert "profile   2 updates, " in summary and "t2t_cpu::performer_layer_backward" in summary
+    with gzip.open(output / "profile.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("forward") == names.count("optimiser") == 2
