@@ -18,7 +18,10 @@ from t2tvit.training.options import add_options
 
 # Import names of what the extras of the package bring.
 EXTRAS = {
-    "train": ("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "yaml"),
+    "train": (
+        *("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm"),
+        *("webdataset", "yaml"),
+    ),
     "export": ("huggingface_hub", "onnx", "onnxruntime", "onnxscript"),
 }
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130

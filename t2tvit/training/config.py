@@ -62,7 +62,9 @@ class RunConfig:
         "digits",
         "what to train on: digits (1,797 real handwritten digits, built in), cifar10[:PATH] or "
         "cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
-        "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), "
+        "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), webdataset:PATH (a "
+        "folder of tar shards, or their names with {split} in them, streamed), timm:NAME[:PATH] "
+        "(a data set of timm with random access, such as timm:hfds/OWNER/NAME), "
         "synthetic[:IMAGES] (random images and labels)",
         metavar="SOURCE",
     )
@@ -104,6 +106,13 @@ class RunConfig:
         None,
         "instead of a crop of random area: resize to the input, pad by so many pixels, crop at "
         "random; none: off",
+        minimum=1,
+    )
+    repeated_augmentation: int = key(
+        "augmentation",
+        1,
+        "how often an image stands in the batches of an update, each time augmented anew; an epoch "
+        "then sees that part of the images",
         minimum=1,
     )
     hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)

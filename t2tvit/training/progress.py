@@ -18,9 +18,9 @@ def say(world: World, text: str) -> None:
 
 
 class Progress:
-    """One epoch's steps."""
+    """One epoch's steps; None where their number is not known."""
 
-    def __init__(self, title: str, steps: int, world: World):
+    def __init__(self, title: str, steps: int | None, world: World):
         self.title, self.steps, self.world = title, steps, world
         self.spoken = time.perf_counter()
         self.bar = tqdm(
@@ -45,4 +45,5 @@ class Progress:
         now = time.perf_counter()
         if self.bar.disable and now - self.spoken > SECONDS_BETWEEN_LINES:
             self.spoken = now
-            say(self.world, f"{self.title}  step {step}/{self.steps}  {text}")
+            of = "" if self.steps is None else f"/{self.steps}"
+            say(self.world, f"{self.title}  step {step}{of}  {text}")

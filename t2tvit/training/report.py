@@ -1,6 +1,7 @@
 """What a run says of itself."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from t2tvit.training.distributed import World
 from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Data, batch_per_process, size_of
 
+MUCH_WAITING = 0.2  # share of the time
 PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
 
@@ -82,6 +84,22 @@ def opening_lines(
 def best_epoch(history: list[dict]) -> dict:
     """The metrics with the highest top-1, the last of equals."""
     return max(history, key=lambda metrics: (metrics["top1"], metrics["epoch"]))
+
+
+def loader_line(metrics: dict, config: RunConfig) -> str:
+    """How fast the loader is, and what to do where the training waits for it."""
+    wait = metrics["loader_wait"]
+    hint = ""
+    if wait > MUCH_WAITING:
+        hint = (
+            f": it is the bottleneck; raise --workers ({os.cpu_count()} CPUs here), or store "
+            "smaller images"
+        )
+    return (
+        f"loader    {config.workers} workers per process can deliver "
+        f"{metrics['loader_images_per_second']:,.0f} images/s; the training waited for them for "
+        f"{wait:.0%} of its time{hint}"
+    )
 
 
 def epoch_line(metrics: dict, epochs: int) -> str:

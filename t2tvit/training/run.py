@@ -43,11 +43,18 @@ from t2tvit.training.keeper import (
 )
 from t2tvit.training.optimiser import build_optimizer, lr_factor
 from t2tvit.training.options import given
-from t2tvit.training.pipeline import Data, open_data
+from t2tvit.training.pipeline import Data, is_stream, open_data
 from t2tvit.training.plots import draw_curves
 from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Progress, say
-from t2tvit.training.report import best_epoch, epoch_line, git_commit, opening_lines, versions
+from t2tvit.training.report import (
+    best_epoch,
+    epoch_line,
+    git_commit,
+    loader_line,
+    opening_lines,
+    versions,
+)
 from t2tvit.training.state import (
     BEST_FILE,
     CONFIG_FILE,
@@ -200,6 +207,13 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
             f"resumed   {place.state_path}, after {state.epochs_done} epochs and {state.step} "
             "updates",
         )
+        workers = resumed["config"]["workers"]
+        if is_stream(data.split) and state.step and workers != config.workers:
+            say(
+                world,
+                f"warning   the order of shards depends on --workers, {config.workers} instead of "
+                f"{workers}: the rest of this epoch repeats some images and leaves others out",
+            )
         if resumed["config"]["epochs"] != config.epochs:
             before = resumed["config"]["epochs"]
             say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
@@ -216,7 +230,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         profiler.after_step()
         keeper.after_step(state)
 
-    drawn = time.perf_counter()
+    drawn, is_first = time.perf_counter(), True
     while state.epochs_done < epochs:
         metrics = one_epoch(state, data, config, epochs, world, output, after_step)
         state.end_epoch(metrics)
@@ -232,6 +246,9 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
                 draw_curves(state.history, output / CURVES_FILE)
                 drawn = time.perf_counter()
         say(world, epoch_line(metrics, epochs) + ("  best" if is_best else ""))
+        if is_first:
+            say(world, loader_line(metrics, config))
+            is_first = False
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
     best = best_epoch(state.history)

@@ -76,7 +76,7 @@ def test_an_epoch_is_what_a_plain_loop_computes():
     seed_everything(1)
     data.train.sampler.set_epoch(0)
     losses, updates, total = [], 0, 4 * len(data.train)
-    for images, labels, _ in data.train:
+    for images, labels, *_ in data.train:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * updates / total))).item()
         rate = CONFIG.min_lr + (CONFIG.lr - CONFIG.min_lr) * cosine
         loss = F.cross_entropy(plain(data.normalize(images)), labels)
@@ -174,7 +174,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_with_their_batch():
     with pytest.raises(NonFiniteLoss, match=match) as caught:
         one_epoch(state, data, config)
     batch = caught.value.batch
-    again = torch.stack([data.train.dataset[index][0] for index in batch["indices"]])
+    again = torch.stack([data.train.dataset[index][0] for index in batch["names"]])
     assert torch.equal(batch["images"], data.augment(again))
 
 

@@ -51,6 +51,7 @@ def test_metrics_have_one_object_per_epoch(finished):
         assert {"train_loss", "eval_loss", "top1", "top5", "images_per_second", "lr"} <= row.keys()
         assert row["eval_images"] == HELD_OUT
         assert 0 <= row["top1"] <= row["top5"] <= 100
+        assert row["loader_images_per_second"] > 0 and 0 < row["loader_wait"] < 1
     assert metrics[-1]["lr"] < metrics[0]["lr"] <= 1e-3
 
 
@@ -286,7 +287,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     model.load_state_dict(kept["model"])
     set_rng_state(kept["rng"])
     assert not model.train()(kept["images"]).isfinite().all()
-    assert kept["targets"].shape == (8, 6) and len(kept["indices"]) == 8
+    assert kept["targets"].shape == (8, 6) and len(kept["names"]) == 8
 
 
 @pytest.fixture
@@ -385,3 +386,12 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
     with gzip.open(output / "profile.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("forward") == names.count("optimiser") == 2
+
+
+def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
+    config = resolve("digits", {"workers": "3"})
+    metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
+    line = report.loader_line(metrics, config)
+    assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
+    assert "19% of its time" in line and "bottleneck" not in line
+    assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, config)
