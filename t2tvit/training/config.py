@@ -274,6 +274,14 @@ class RunConfig:
     keep_checkpoints: int = key(
         "run", 2, "training states to keep; a damaged one gives way to the one before", minimum=1
     )
+    tensorboard: bool = key("run", False, "also write the metrics for TensorBoard")
+    wandb: str | None = key(
+        "run",
+        None,
+        "also send the metrics to this project of Weights & Biases (pip install wandb; "
+        "WANDB_MODE=offline keeps them here); none: off",
+        metavar="PROJECT",
+    )
     seed: int = key(
         "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1
     )

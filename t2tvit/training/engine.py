@@ -17,7 +17,7 @@ from t2tvit.errors import NonFiniteLoss, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, sum_over_ranks
 from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
-from t2tvit.training.progress import Progress, say
+from t2tvit.training.progress import Progress, peak_memory, say
 from t2tvit.training.state import TrainState, rng_state
 
 # How often the loss is read from the device: each time waits for all work queued there.
@@ -59,7 +59,8 @@ def train_epoch(
     Returns:
         ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second`` that
         their workers could deliver, by the time that each image took them, and ``loader_wait``,
-        the share of the time for which the training waited for them; ``lr`` of the last update,
+        the share of the time for which the training waited for them; ``memory_mib``, the most
+        that rank 0 has used so far; ``lr`` of the last update,
         ``skipped_updates``, for which the loss or gradient was not finite, and
         ``unreadable_images``, found so far.
 
@@ -102,7 +103,12 @@ def train_epoch(
         if state.step % CHECK_EVERY == 0 or state.step == len(data.train):
             rate = (state.images - before) * world.size / (time.perf_counter() - started)
             mean = total.item() / max(state.images, 1)
-            progress.show(state.step, f"loss {mean:.3f}, {rate:,.0f} images/s")
+            wait = waited / (time.perf_counter() - started)
+            memory = peak_memory(world.device)
+            progress.show(
+                state.step,
+                f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB",
+            )
         after_step(state)
         asked = time.perf_counter()
     seconds = time.perf_counter() - started
@@ -114,6 +120,7 @@ def train_epoch(
         "images_per_second": (images - before) / seconds,
         "loader_images_per_second": readers * (images - before) / max(reading, 1e-9),
         "loader_wait": waited / world.size / seconds,
+        "memory_mib": peak_memory(world.device),
         "lr": max(group["lr"] for group in state.optimizer.param_groups),
         "skipped_updates": state.skipped,
         "unreadable_images": len(set().union(*gather(world, state.unreadable))),

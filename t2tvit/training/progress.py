@@ -1,8 +1,10 @@
 """How a run speaks: a bar on a terminal, plain lines elsewhere, nothing from other ranks."""
 
+import resource
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 from t2tvit.training.distributed import World
@@ -15,6 +17,14 @@ def say(world: World, text: str) -> None:
     """Print a line, on rank 0 only."""
     if world.is_main:
         print(text, flush=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that has been in use so far, in MiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 class Progress:

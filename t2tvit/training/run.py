@@ -49,6 +49,7 @@ from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Progress, say
 from t2tvit.training.report import (
     best_epoch,
+    closing_lines,
     epoch_line,
     git_commit,
     loader_line,
@@ -69,12 +70,14 @@ from t2tvit.training.state import (
     set_rng_state,
     write_atomically,
 )
+from t2tvit.training.trackers import Trackers
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {
     *("data", "epochs", "workers", "device", "fused_kernels"),
     *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
     *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
+    *("tensorboard", "wandb"),
 }
 CURVES_EVERY = 60  # seconds
 
@@ -230,7 +233,26 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         profiler.after_step()
         keeper.after_step(state)
 
-    drawn, is_first = time.perf_counter(), True
+    with Trackers(output, config, state.epochs_done, world) as trackers:
+        train_epochs(state, data, config, epochs, world, about, keeper, after_step, trackers)
+    for line in closing_lines(state.history, epochs, output):
+        say(world, line)
+
+
+def train_epochs(
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    epochs: int,
+    world: World,
+    about: Weights,
+    keeper: Keeper,
+    after_step: Callable[[TrainState], None],
+    trackers: Trackers,
+) -> None:
+    """Train, evaluate and keep each epoch that is left."""
+    output = keeper.output
+    started, drawn, before = time.perf_counter(), time.perf_counter(), state.epochs_done
     while state.epochs_done < epochs:
         metrics = one_epoch(state, data, config, epochs, world, output, after_step)
         state.end_epoch(metrics)
@@ -242,22 +264,17 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         keeper.save(state)
         if world.is_main:
             write_metrics(output / METRICS_FILE, state.history)
+            trackers.epoch(metrics)
             if time.perf_counter() - drawn > CURVES_EVERY:
                 draw_curves(state.history, output / CURVES_FILE)
                 drawn = time.perf_counter()
-        say(world, epoch_line(metrics, epochs) + ("  best" if is_best else ""))
-        if is_first:
+        done = state.epochs_done
+        left = (time.perf_counter() - started) / (done - before) * (epochs - done)
+        say(world, epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
+        if done == before + 1:
             say(world, loader_line(metrics, config))
-            is_first = False
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
-    best = best_epoch(state.history)
-    say(
-        world,
-        f"finished {epochs} epochs: best top-1 {best['top1']:.2f}% in epoch {best['epoch']}, last "
-        f"{state.history[-1]['top1']:.2f}%; {BEST_FILE}, {LAST_FILE}, {METRICS_FILE} and "
-        f"{CURVES_FILE} are in {output}",
-    )
 
 
 def one_epoch(

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -395,3 +396,39 @@ def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
     assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
     assert "19% of its time" in line and "bottleneck" not in line
     assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, config)
+
+
+def test_metrics_reach_tensorboard_once_and_the_end_says_where_all_lies(tmp_path, capsys):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--tensorboard") == 0
+    options = ("--resume", "auto", "--epochs", "3", "--output", str(output))
+    assert main(["train", *options]) == 0
+    board = events.EventAccumulator(str(output / "tensorboard")).Reload()
+    metrics = metrics_of(output)
+    for name in ("train_loss", "top1", "loader_wait"):
+        written = board.Scalars(name)
+        assert [event.step for event in written] == [1, 2, 3]
+        assert [event.value for event in written] == pytest.approx([row[name] for row in metrics])
+    out = capsys.readouterr().out
+    assert re.search(r"epoch 1/2 .* MiB  0:\d\d:\d\d left", out)
+    end = out[out.rindex("finished 3 epochs in ") :]
+    for path in output.iterdir():
+        assert f"{path} " in end or path.name == "state-00002-00000000.safetensors"
+
+
+def test_metrics_reach_wandb_where_it_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(tmp_path / "run", "--epochs", "2", "--wandb", "tests") == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    option = ("--tensorboard",) if package == "tensorboard" else ("--wandb", "tests")
+    output = ("--output", str(tmp_path / "run"))
+    line = refused(capsys, *TINY, "--epochs", "2", *output, *option)
+    assert f"{package}: not installed; pip install {package}" in line
