@@ -327,7 +327,6 @@ def build_state(
         network = DistributedDataParallel(
             model,
             device_ids=[world.device] if on_gpu else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
     return TrainState(model, network, ema, optimizer, scheduler, scaler), epochs
