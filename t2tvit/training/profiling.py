@@ -50,6 +50,17 @@ class Profiler:
             if not self.left:
                 self.profile.stop()
 
+    def close(self) -> None:
+        """Say so where the run ended too early to be profiled."""
+        if self.left:
+            self.profile.on_trace_ready = None
+            self.profile.stop()
+            say(
+                self.world,
+                f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, the "
+                f"run made {self.left} too few",
+            )
+
     def _write(self, done: profile) -> None:
         done.export_chrome_trace(str(self.output / TRACE_FILE))
         text = summary(done, self.updates, self.world.device)

@@ -235,6 +235,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
 
     with Trackers(output, config, state.epochs_done, world) as trackers:
         train_epochs(state, data, config, epochs, world, about, keeper, after_step, trackers)
+    profiler.close()
     for line in closing_lines(state.history, epochs, output):
         say(world, line)
 

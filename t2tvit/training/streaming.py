@@ -61,7 +61,7 @@ class TrainingStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        # The loader asks its workers in turn, from the first on: this one's turn in the whole epoch.
+        # The loader asks its workers in turn, from the first on; this one's in the whole epoch:
         turn = (worker + self.start) % workers
         first, end = (
             len(range(turn, step, workers)) * self.batch_size for step in (self.start, self.steps)
@@ -110,7 +110,8 @@ class TrainingStream(IterableDataset):
                 image = self.transform(image)
             seconds = time.perf_counter() - started
             return Sample(image, sample.label, problem, sample.place, seconds)
-        raise InputError(f"none of the {len(self.split.images):,} training images can be read: {problem}")
+        count = len(self.split.images)
+        raise InputError(f"none of the {count:,} training images can be read: {problem}")
 
 
 class EvaluationStream(IterableDataset):

@@ -150,8 +150,8 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
     nodes = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
-                *("--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_id=test"),
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
+                *("--nproc_per_node=1", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_id=test"),
                 *(f"--rdzv_endpoint=127.0.0.1:{port}", "--monitor_interval=0.1"),
                 *(f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"),
                 *("-m", "t2tvit", "train", *options, "--output", str(output)),

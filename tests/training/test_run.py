@@ -387,6 +387,9 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
     with gzip.open(output / "profile.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("forward") == names.count("optimiser") == 2
+    assert train(tmp_path / "short", "--epochs", "2", "--profile", "6") == 0
+    assert "no profile: it needs 11 updates, the run made 1 too few" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "profile.txt").exists()
 
 
 def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
