@@ -18,7 +18,10 @@ from t2tvit.training.options import add_options
 
 # Import names of what the extras of the package bring.
 EXTRAS = {
-    "train": ("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm", "yaml"),
+    "train": (
+        *("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm"),
+        *("webdataset", "yaml"),
+    ),
     "export": ("huggingface_hub", "onnx", "onnxruntime", "onnxscript"),
 }
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -50,6 +53,7 @@ examples:
   t2tvit train --output runs/digits --resume auto --epochs 60
   t2tvit train --config imagenet/t2t_vit_14 --data imagefolder:PATH --output runs/t2t_vit_14
   torchrun --nproc_per_node=8 -m t2tvit train --config imagenet/t2t_vit_14 --output runs/t2t_vit_14
+  t2tvit train --output runs/digits --compile --accumulate 2 --profile
   t2tvit train --config transfer/cifar10 --data cifar10:PATH --initial-checkpoint FILE --output DIR
 """
 EVAL_EPILOG = """

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,15 @@ from PIL import Image
 from t2tvit.errors import InputError, unknown_name
 
 # Each source and the channels of its images.
-SOURCES = {"digits": 1, "cifar10": 3, "cifar100": 3, "imagefolder": 3, "synthetic": 3}
+SOURCES = {
+    "digits": 1,
+    "cifar10": 3,
+    "cifar100": 3,
+    "imagefolder": 3,
+    "webdataset": 3,
+    "timm": 3,
+    "synthetic": 3,
+}
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Mean and standard deviation over the training images.
@@ -25,6 +34,8 @@ SPLIT_SEED = 0
 @dataclass(frozen=True)
 class Split:
     """Images of one split, ``images[i]`` being a PIL image and its class index.
+
+    Of :class:`~t2tvit.data.shards.ShardImages` there is a stream instead.
 
     ``mean`` and ``std`` are per channel, of values in [0, 1].
     """
@@ -70,6 +81,14 @@ def open_split(
                 "data: imagefolder needs a path: imagefolder:PATH with train/ and val/"
             )
         return _image_folder(_folder(rest), split)
+    if source == "webdataset":
+        from t2tvit.data.shards import ShardImages
+
+        images = ShardImages(rest, split)
+        classes = [str(index) for index in range(num_classes or images.num_classes())]
+        return Split(images, classes, *IMAGENET_STATISTICS)
+    if source == "timm":
+        return _timm(rest, split, num_classes)
     return _cifar(source, _folder(rest or "data"), split)
 
 
@@ -149,6 +168,64 @@ def _cifar(name: str, folder: Path, split: str) -> Split:
     return Split(ArrayImages(pixels, labels), class_names, *statistics)
 
 
+class ColourImages:
+    """The images of another data set as RGB."""
+
+    def __init__(self, images: Sequence):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            image, label = self.images[index]
+            return image.convert("RGB"), int(label)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"image {index} cannot be read ({error})") from None
+
+
+def _timm(name: str, split: str, num_classes: int | None) -> Split:
+    from timm.data import create_dataset
+
+    name, _, root = name.partition(":")
+    if "/" not in name:
+        raise InputError(f"data: got 'timm:{name}', expected a name such as timm:hfds/OWNER/NAME")
+    wanted = "train" if split == "train" else "validation"
+    try:
+        images = create_dataset(
+            name, root=str(_folder(root)) if root else None, split=wanted, num_classes=num_classes
+        )
+        count = len(images)
+        images[0]
+    except ImportError as error:
+        raise InputError(f"data: timm cannot open {name}: {error}") from None
+    except (AssertionError, KeyError, NotImplementedError, TypeError) as error:
+        raise InputError(
+            f"data: timm's {name} has no random access, which an exact resume needs, or is "
+            f"unknown ({' '.join(str(error).split())[:200]})"
+        ) from None
+    except Exception as error:  # whatever the data set's own library raises
+        raise InputError(
+            f"data: timm cannot open {name}, split {wanted}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    names = _class_names(images) or [str(index) for index in range(num_classes or 0)]
+    if not names:
+        raise InputError(f"data: timm's {name} does not name its classes; give --num-classes")
+    return Split(ColourImages(images), names, *IMAGENET_STATISTICS)
+
+
+def _class_names(images: Sequence) -> list[str]:
+    """What a data set of timm, torchvision or the Hugging Face hub calls its classes, in order."""
+    if hasattr(images, "classes"):
+        return [str(name) for name in images.classes]
+    reader = images.reader
+    if getattr(reader, "class_to_idx", None):
+        return sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    features = getattr(getattr(reader, "dataset", None), "features", {})
+    return list(getattr(features.get("label"), "names", None) or ())
+
+
 def _synthetic(count: int, split: str, img_size: tuple[int, int], num_classes: int) -> Split:
     count, seed = (count, 0) if split == "train" else (count // 4, 1)
     images = SyntheticImages(count, seed, img_size, num_classes)
@@ -180,14 +257,14 @@ def _image_folder(root: Path, split: str) -> Split:
     return Split(images, images.classes, *IMAGENET_STATISTICS)
 
 
-def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """The image in a file as ``mode``; an InputError naming the file where it cannot be read."""
+def load_image(path: str | Path | BinaryIO, mode: str = "RGB", name: str = "") -> Image.Image:
+    """The image in a file as ``mode``; an InputError with its name where it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert(mode)
     except FileNotFoundError:
-        raise InputError(f"image {path} does not exist") from None
+        raise InputError(f"image {name or path} does not exist") from None
     except Exception as error:  # each decoder fails in ways of its own
         raise InputError(
-            f"image {path} cannot be read ({error}); mend or remove the file"
+            f"image {name or path} cannot be read ({error}); mend or remove the file"
         ) from None

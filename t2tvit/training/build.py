@@ -75,6 +75,24 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World
         raise InputError(f"model {config.model} at {size_of(config)} pixels: {error}") from None
 
 
+def speed_up(model: nn.Module, config: RunConfig) -> None:
+    """Apply ``channels_last``, ``grad_checkpointing`` and ``compile``; state-dict keys stay.
+
+    Raises:
+        InputError: the model has no gradient checkpointing.
+    """
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise InputError(f"grad_checkpointing: {config.model} does not support it") from None
+    if config.compile != "none":
+        # In place, so that DistributedDataParallel around it still overlaps its all-reduce.
+        model.compile(fullgraph=True, dynamic=False, mode=config.compile)
+
+
 def check_classes(num_classes: int, split: Split) -> None:
     """Raise an InputError if the data has more classes than the head has outputs."""
     if len(split.class_names) > num_classes:

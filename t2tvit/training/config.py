@@ -33,8 +33,12 @@ def key(
     minimum: float = -math.inf,
     maximum: float = math.inf,
     metavar: str | None = None,
+    bare: object = None,
 ):
-    """A key of the schema: its default, help, and what values it takes beyond its type."""
+    """A key of the schema: its default, help, and what values it takes beyond its type.
+
+    ``bare`` is what its option means without a value.
+    """
     metadata = {
         "group": group,
         "help": help,
@@ -42,6 +46,7 @@ def key(
         "minimum": minimum,
         "maximum": maximum,
         "metavar": metavar,
+        "bare": bare,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -57,7 +62,9 @@ class RunConfig:
         "digits",
         "what to train on: digits (1,797 real handwritten digits, built in), cifar10[:PATH] or "
         "cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
-        "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), "
+        "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), webdataset:PATH (a "
+        "folder of tar shards, or their names with {split} in them, streamed), timm:NAME[:PATH] "
+        "(a data set of timm with random access, such as timm:hfds/OWNER/NAME), "
         "synthetic[:IMAGES] (random images and labels)",
         metavar="SOURCE",
     )
@@ -101,6 +108,13 @@ class RunConfig:
         "random; none: off",
         minimum=1,
     )
+    repeated_augmentation: int = key(
+        "augmentation",
+        1,
+        "how often an image stands in the batches of an update, each time augmented anew; an epoch "
+        "then sees that part of the images",
+        minimum=1,
+    )
     hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)
     color_jitter: float = key(
         "augmentation", 0.0, "strength of brightness, contrast and saturation jitter", minimum=0
@@ -140,6 +154,7 @@ class RunConfig:
         "who computes the tokens-to-token module; auto takes the first backend that can, any other "
         "name is used or refused with the reason",
         choices=BACKEND_CHOICES,
+        bare="auto",
     )
 
     optimizer: str = key(
@@ -200,6 +215,33 @@ class RunConfig:
         minimum=0,
     )
 
+    accumulate: int = key(
+        "speed",
+        1,
+        "pieces in which a process's images of an update go through the model, one after the other "
+        "to save memory; their gradients add up to those of the whole",
+        minimum=1,
+    )
+    compile: str = key(
+        "speed",
+        "none",
+        "torch.compile of the whole model, by this mode; reduce-overhead replays CUDA graphs and "
+        "helps where the GPU waits for the host",
+        choices=("none", "default", "reduce-overhead", "max-autotune"),
+        bare="default",
+    )
+    channels_last: bool = key("speed", False, "channels-last memory format of images and weights")
+    grad_checkpointing: bool = key(
+        "speed", False, "compute the blocks again in the backward pass, to save memory"
+    )
+    profile: int = key(
+        "speed",
+        0,
+        "updates to profile, from the sixth on; writes a trace and a summary; 0: off",
+        minimum=0,
+        bare=10,
+    )
+
     epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)
     warmup_epochs: int = key("schedule", 10, "epochs of linear warm-up", minimum=0)
     warmup_lr: float = key("schedule", 1e-6, "learning rate at the first update", minimum=0)
@@ -231,6 +273,14 @@ class RunConfig:
     )
     keep_checkpoints: int = key(
         "run", 2, "training states to keep; a damaged one gives way to the one before", minimum=1
+    )
+    tensorboard: bool = key("run", False, "also write the metrics for TensorBoard")
+    wandb: str | None = key(
+        "run",
+        None,
+        "also send the metrics to this project of Weights & Biases (pip install wandb; "
+        "WANDB_MODE=offline keeps them here); none: off",
+        metavar="PROJECT",
     )
     seed: int = key(
         "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1

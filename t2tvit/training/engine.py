@@ -3,20 +3,21 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.profiler import record_function
+from torch.utils.data import DataLoader, IterableDataset
 
 from t2tvit.errors import NonFiniteLoss, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, sum_over_ranks
-from t2tvit.training.pipeline import Data, Normalize, batch_indices, batches, begin_epoch
-from t2tvit.training.progress import Progress, say
+from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
+from t2tvit.training.progress import Progress, peak_memory, say
 from t2tvit.training.state import TrainState, rng_state
 
 # How often the loss is read from the device: each time waits for all work queued there.
@@ -56,7 +57,10 @@ def train_epoch(
     ``after_step`` is called where ``state`` is whole, and what it raises ends the epoch.
 
     Returns:
-        ``train_loss`` and ``images_per_second`` over all ranks, ``lr`` of the last update,
+        ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second`` that
+        their workers could deliver, by the time that each image took them, and ``loader_wait``,
+        the share of the time for which the training waited for them; ``memory_mib``, the most
+        that rank 0 has used so far; ``lr`` of the last update,
         ``skipped_updates``, for which the loss or gradient was not finite, and
         ``unreadable_images``, found so far.
 
@@ -72,36 +76,51 @@ def train_epoch(
     state.network.train()
     started, before = time.perf_counter(), state.images
     total = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
-    for images, labels, problems in batches(data.train):
-        note_unreadable(state, problems, config, world)
+    waited, reading, asked = 0.0, 0.0, started
+    for sample in recorded("wait for the loader", batches(data.train)):
+        waited += time.perf_counter() - asked
+        reading += sample.seconds.sum().item()
+        note_unreadable(state, sample.problem, config, world)
         state.scheduler.step_update(state.updates)
-        images, targets = data.augment(images), labels.to(world.device, non_blocking=True)
-        if mix is not None:
-            images, targets = mix(images, targets)
+        with record_function("augment"):
+            images = data.augment(sample.image)
+            targets = sample.label.to(world.device, non_blocking=True)
+            if mix is not None:
+                images, targets = mix(images, targets)
         generators = rng_state()
-        with precision(config, world.device):
-            loss = loss_function(state.network(images), targets)
-        if update(state, loss, config.clip_grad):
+        loss = accumulate(state, images, targets, loss_function, config, world)
+        if update(state, config.clip_grad):
             state.skipped_in_a_row = 0
-            total = total + loss.detach() * len(labels)
+            total = total + loss * len(images)
             state.loss_sum = total
-            state.images += len(labels)
+            state.images += len(images)
         else:
-            batch = {"images": images, "targets": targets, "rng": generators}
-            batch["indices"] = batch_indices(data.train, state.step)
+            names = sample.name.tolist() if isinstance(sample.name, Tensor) else sample.name
+            batch = {"images": images, "targets": targets, "rng": generators, "names": names}
             report_skipped(state, loss.item(), batch, config, len(data.train), world)
         state.updates += 1
         state.step += 1
         if state.step % CHECK_EVERY == 0 or state.step == len(data.train):
             rate = (state.images - before) * world.size / (time.perf_counter() - started)
             mean = total.item() / max(state.images, 1)
-            progress.show(state.step, f"loss {mean:.3f}, {rate:,.0f} images/s")
+            wait = waited / (time.perf_counter() - started)
+            memory = peak_memory(world.device)
+            progress.show(
+                state.step,
+                f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB",
+            )
         after_step(state)
-    sums = torch.stack([total, total.new_tensor(state.images), total.new_tensor(before)])
-    loss_sum, images, before = sum_over_ranks(world, sums).tolist()
+        asked = time.perf_counter()
+    seconds = time.perf_counter() - started
+    sums = total.new_tensor([total.item(), state.images, before, waited, reading])
+    loss_sum, images, before, waited, reading = sum_over_ranks(world, sums).tolist()
+    readers = max(config.workers, 1) * world.size
     return {
         "train_loss": loss_sum / images,
-        "images_per_second": (images - before) / (time.perf_counter() - started),
+        "images_per_second": (images - before) / seconds,
+        "loader_images_per_second": readers * (images - before) / max(reading, 1e-9),
+        "loader_wait": waited / world.size / seconds,
+        "memory_mib": peak_memory(world.device),
         "lr": max(group["lr"] for group in state.optimizer.param_groups),
         "skipped_updates": state.skipped,
         "unreadable_images": len(set().union(*gather(world, state.unreadable))),
@@ -128,14 +147,59 @@ def note_unreadable(
         print(f"warning   process {world.rank}: {problem}; the next takes its place", flush=True)
 
 
-def update(state: TrainState, loss: Tensor, clip_grad: float | None) -> bool:
-    """Backward pass, optimiser step and average; False, and no step, if anything is not finite.
+def recorded(name: str, items: Iterable) -> Iterator:
+    """``items``; a profile names the time that each takes to come."""
+    items = iter(items)
+    while True:
+        with record_function(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def accumulate(
+    state: TrainState,
+    images: Tensor,
+    targets: Tensor,
+    loss_function: nn.Module,
+    config: RunConfig,
+    world: World,
+) -> Tensor:
+    """Put the gradients of the mean loss in place, from ``config.accumulate`` pieces of the batch.
+
+    Returns:
+        The mean loss of this rank's images; the gradients are those of all ranks.
+    """
+    state.optimizer.zero_grad()
+    pieces = list(
+        zip(
+            images.tensor_split(config.accumulate),
+            targets.tensor_split(config.accumulate),
+            strict=True,
+        )
+    )
+    total = torch.zeros((), device=world.device)
+    for number, (part, wanted) in enumerate(pieces, start=1):
+        # The ranks share their gradients once, with the last piece's.
+        alone = world.size > 1 and number < len(pieces)
+        with state.network.no_sync() if alone else contextlib.nullcontext():
+            with record_function("forward"), precision(config, world.device):
+                loss = loss_function(state.network(part), wanted) * (len(part) / len(images))
+            with record_function("backward"):
+                # A loss that is not finite on one rank so reaches the gradients of all.
+                state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+        total += loss.detach()
+    return total
+
+
+@record_function("optimiser")
+def update(state: TrainState, clip_grad: float | None) -> bool:
+    """Optimiser step and average; False, and no step, if a gradient is not finite.
 
     Every rank returns the same.
     """
-    state.optimizer.zero_grad()
-    # A loss that is not finite on one rank so reaches the gradients, which all ranks share.
-    state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
     state.scaler.unscale_(state.optimizer)
     parameters = [value for value in state.model.parameters() if value.grad is not None]
     norm = nn.utils.get_total_norm([value.grad for value in parameters])
@@ -161,12 +225,12 @@ def report_skipped(
     state.skipped += 1
     state.skipped_in_a_row += 1
     where = f"step {state.step + 1} of epoch {state.epochs_done + 1}"
-    ranks = gather(world, (loss, batch["indices"]))
+    ranks = gather(world, (loss, batch["names"]))
     bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
     what = "the loss is not finite" if bad else "the gradient is not finite"
     whose = "; ".join(
-        f"rank {rank}: loss {value}, training images {' '.join(map(str, indices))}"
-        for rank, (value, indices) in (bad or dict(enumerate(ranks))).items()
+        f"rank {rank}: loss {value}, training images {' '.join(map(str, names))}"
+        for rank, (value, names) in (bad or dict(enumerate(ranks))).items()
     )
     if state.skipped_in_a_row > config.max_skipped or state.skipped == steps:
         kept = "; the last checkpoint is intact" if state.epochs_done > 0 else ""
@@ -196,7 +260,8 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     started = time.perf_counter()
-    with Progress("evaluation", len(loader), world) as progress:
+    is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    with Progress("evaluation", None if is_stream else len(loader), world) as progress:
         for step, (images, labels) in enumerate(batches(loader), start=1):
             labels = labels.to(world.device, non_blocking=True)
             with precision(config, world.device):

@@ -11,6 +11,7 @@ from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig
 
 SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
+FUSED = ("adam", "adamw")  # of torch, in one kernel for all parameters
 ADAPTIVE = ("ada", "lamb")  # parts of the names of those that adapt to the gradient's size
 
 
@@ -41,6 +42,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
             opt=config.optimizer,
             lr=config.lr * lr_factor(config),
             momentum=config.momentum,
+            **({"fused": True} if config.optimizer in FUSED else {}),
             param_group_fn=lambda model: parameter_groups(model, config),
         )
     except (AssertionError, ImportError, ValueError) as error:

@@ -35,8 +35,10 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) ->
             options |= {"nargs": "+", "metavar": "NAME=VALUE"}
         elif "tuple" in str(hint):
             options |= {"nargs": "+"}
+        if rules["bare"] is not None:
+            options |= {"nargs": "?", "const": rules["bare"]}
+        group.add_argument("--" + name.replace("_", "-"), **options)
         if name == "fused_kernels":
-            group.add_argument("--fused-kernels", nargs="?", const="auto", **options)
             group.add_argument(
                 "--no-fused-kernels",
                 dest=name,
@@ -45,8 +47,6 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) ->
                 default=argparse.SUPPRESS,
                 help="the same as --fused-kernels=reference: plain PyTorch",
             )
-            continue
-        group.add_argument("--" + name.replace("_", "-"), **options)
 
 
 def _metavar(name: str, hint, choices) -> str:

@@ -5,15 +5,23 @@ import itertools
 import math
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from timm.data import create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+)
 from torchvision.transforms import Compose, RandomCrop, Resize
 
 from t2tvit.data.sources import Split, open_split
@@ -21,6 +29,7 @@ from t2tvit.errors import InputError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import STOP_SIGNALS
+from t2tvit.training.samples import Sample
 from t2tvit.training.state import drawing_from
 
 
@@ -41,7 +50,7 @@ class TransformedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
+        image, label = self.images[index % len(self.images)]
         if self.label_map is not None:
             label = self.label_map[label]
         with drawing_from(self.seed, self.epoch, index):
@@ -49,16 +58,22 @@ class TransformedImages(Dataset):
 
 
 class TrainingImages(TransformedImages):
-    """The same, with why the image could not be read, or no text: the next one stands for it."""
+    """The same; for an image that cannot be read the next one stands.
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        problem = ""
-        for offset in range(len(self)):
+    The ``n``-th repetition of image ``i`` is at ``n * len(self) + i``.
+    """
+
+    def __getitem__(self, index: int) -> Sample:
+        problem, started, count = "", time.perf_counter(), len(self)
+        repetition, index = divmod(index, count)
+        for offset in range(count):
+            place = repetition * count + (index + offset) % count
             try:
-                return *super().__getitem__((index + offset) % len(self)), problem
+                image, label = super().__getitem__(place)
+                return Sample(image, label, problem, index, time.perf_counter() - started)
             except InputError as error:
                 problem = problem or str(error)
-        raise InputError(f"none of the {len(self):,} training images can be read: {problem}")
+        raise InputError(f"none of the {count:,} training images can be read: {problem}")
 
 
 class EpochSampler(DistributedSampler):
@@ -70,11 +85,39 @@ class EpochSampler(DistributedSampler):
         return itertools.islice(super().__iter__(), self.start, None)
 
 
+class RepeatingSampler(RepeatAugSampler):
+    """The same with each image ``repeats`` times in a row over all ranks, each at an index of
+    its own (see :class:`TrainingImages`)."""
+
+    start = 0
+
+    def __init__(self, dataset: Dataset, repeats: int, seed: int, world: World):
+        super().__init__(dataset, world.size, world.rank, num_repeats=repeats, selected_round=0)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        for number, index in enumerate(super().__iter__()):
+            if number >= self.start:
+                repetition = (self.rank + number * self.num_replicas) % self.num_repeats
+                yield repetition * len(self.dataset) + index
+
+
 class Normalize:
     """uint8 batch (B, C, H, W) → float32 on ``device``, normalised, perhaps with erased parts."""
 
-    def __init__(self, mean, std, device: torch.device, random_erasing: float = 0.0):
+    def __init__(
+        self,
+        mean,
+        std,
+        device: torch.device,
+        random_erasing: float = 0.0,
+        channels_last: bool = False,
+    ):
         self.device = device
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.scale = 1 / (255 * torch.tensor(std, device=device)).view(-1, 1, 1)
         self.shift = -(torch.tensor(mean, device=device) / torch.tensor(std, device=device))
         self.shift = self.shift.view(-1, 1, 1)
@@ -83,7 +126,8 @@ class Normalize:
             self.erase = RandomErasing(random_erasing, mode="pixel", device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True).float() * self.scale + self.shift
+        images = images.to(self.device, non_blocking=True, memory_format=self.format)
+        images = images.float() * self.scale + self.shift
         return images if self.erase is None else self.erase(images)
 
 
@@ -163,7 +207,7 @@ def open_data(config: RunConfig, world: World) -> Data:
     mean, std = statistics(config, split.mean, split.std)
     train = train_loader(split, config, world)
     try:
-        train.dataset[0]
+        next(iter(train.dataset)) if is_stream(split) else train.dataset[0]
     except InputError:
         raise
     except Exception as error:  # whatever a policy's operation does not take
@@ -174,8 +218,10 @@ def open_data(config: RunConfig, world: World) -> Data:
         split=split,
         train=train,
         held_out=eval_loader(held_out, config, world),
-        augment=Normalize(mean, std, world.device, config.random_erasing),
-        normalize=Normalize(mean, std, world.device),
+        augment=Normalize(
+            mean, std, world.device, config.random_erasing, config.channels_last
+        ),
+        normalize=Normalize(mean, std, world.device, channels_last=config.channels_last),
         mean=mean,
         std=std,
         held_out_images=len(held_out.images),
@@ -223,14 +269,31 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
 
     The ranks' batches together are those of a single process with the same seed.
     """
+    if config.accumulate > batch_per_process(config, world):
+        raise InputError(
+            f"accumulate: got {config.accumulate}, expected at most the "
+            f"{batch_per_process(config, world)} images that a process has per update"
+        )
     if config.batch_size > len(split.images):
         raise InputError(
             f"batch_size: got {config.batch_size}, but the data has only {len(split.images)} "
             "training images; lower it"
         )
     mean, _ = statistics(config, split.mean, split.std)
-    dataset = TrainingImages(split, train_transform(config, mean), seed=config.seed)
-    sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
+    transform = train_transform(config, mean)
+    if is_stream(split):
+        from t2tvit.training.streaming import TrainingStream
+
+        if config.repeated_augmentation > 1:
+            raise InputError("repeated_augmentation: a stream of shards has each image once")
+        share = batch_per_process(config, world)
+        dataset = TrainingStream(split, transform, share, config.seed, world)
+        sampler = None
+    else:
+        dataset = TrainingImages(split, transform, seed=config.seed)
+        sampler = EpochSampler(dataset, world.size, world.rank, seed=config.seed, drop_last=True)
+        if config.repeated_augmentation > 1:
+            sampler = RepeatingSampler(dataset, config.repeated_augmentation, config.seed, world)
     return DataLoader(
         dataset,
         batch_size=batch_per_process(config, world),
@@ -246,15 +309,16 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
 def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
     """Let ``loader`` of :func:`train_loader` go on after ``step`` batches of ``epoch``."""
     loader.dataset.epoch = epoch
-    loader.sampler.set_epoch(epoch)
-    loader.sampler.start = step * loader.batch_size
+    if isinstance(loader.dataset, IterableDataset):
+        loader.dataset.start = step
+    else:
+        loader.sampler.set_epoch(epoch)
+        loader.sampler.start = step * loader.batch_size
 
 
-def batch_indices(loader: DataLoader, step: int) -> list[int]:
-    """Which images batch ``step`` (from 0) of the epoch at hand has on this rank."""
-    start = step * loader.batch_size
-    order = DistributedSampler.__iter__(loader.sampler)
-    return list(itertools.islice(order, start, start + loader.batch_size))
+def is_stream(split: Split) -> bool:
+    """Whether the images can only be read one after the other."""
+    return hasattr(split.images, "shards")
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -278,10 +342,16 @@ def eval_loader(
     world: World,
     label_map: list[int] | None = None,
 ) -> DataLoader:
-    """Every ``world.size``-th image from ``world.rank`` on: all ranks together see each once."""
-    dataset = TransformedImages(split, eval_transform(config), label_map)
+    """This rank's part of the images: all ranks together see each exactly once."""
+    if is_stream(split):
+        from t2tvit.training.streaming import EvaluationStream
+
+        dataset = EvaluationStream(split, eval_transform(config), label_map, world)
+    else:
+        dataset = TransformedImages(split, eval_transform(config), label_map)
+        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     return DataLoader(
-        Subset(dataset, range(world.rank, len(dataset), world.size)),
+        dataset,
         batch_size=math.ceil(config.batch_size / world.size),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),

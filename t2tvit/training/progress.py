@@ -1,8 +1,10 @@
 """How a run speaks: a bar on a terminal, plain lines elsewhere, nothing from other ranks."""
 
+import resource
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 from t2tvit.training.distributed import World
@@ -17,10 +19,18 @@ def say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-class Progress:
-    """One epoch's steps."""
+def peak_memory(device: torch.device) -> float:
+    """The most memory that has been in use so far, in MiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
-    def __init__(self, title: str, steps: int, world: World):
+
+class Progress:
+    """One epoch's steps; None where their number is not known."""
+
+    def __init__(self, title: str, steps: int | None, world: World):
         self.title, self.steps, self.world = title, steps, world
         self.spoken = time.perf_counter()
         self.bar = tqdm(
@@ -45,4 +55,5 @@ class Progress:
         now = time.perf_counter()
         if self.bar.disable and now - self.spoken > SECONDS_BETWEEN_LINES:
             self.spoken = now
-            say(self.world, f"{self.title}  step {step}/{self.steps}  {text}")
+            of = "" if self.steps is None else f"/{self.steps}"
+            say(self.world, f"{self.title}  step {step}{of}  {text}")

@@ -1,9 +1,12 @@
 """What a run says of itself."""
 
 import importlib.metadata
+import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +15,33 @@ import t2tvit
 from t2tvit.training.build import backend_lines, describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+from t2tvit.training.keeper import STATE_FILES
 from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Data, batch_per_process, size_of
+from t2tvit.training.profiling import TRACE_FILE
+from t2tvit.training.state import (
+    BEST_FILE,
+    CONFIG_FILE,
+    CURVES_FILE,
+    LAST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+)
+from t2tvit.training.trackers import TENSORBOARD_FOLDER
 
+CONTENTS = {
+    BEST_FILE: "weights of the best epoch",
+    LAST_FILE: "weights of the last epoch",
+    STATE_FILES: "training state, for --resume",
+    METRICS_FILE: "metrics of each epoch",
+    CURVES_FILE: "learning curves",
+    CONFIG_FILE: "the resolved configuration",
+    RUN_FILE: "commands, versions, commit, devices",
+    TRACE_FILE: "profile",
+    TENSORBOARD_FOLDER: "for tensorboard --logdir",
+    "wandb": "for wandb sync",
+}
+MUCH_WAITING = 0.2  # share of the time
 PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
 
@@ -84,12 +111,44 @@ def best_epoch(history: list[dict]) -> dict:
     return max(history, key=lambda metrics: (metrics["top1"], metrics["epoch"]))
 
 
-def epoch_line(metrics: dict, epochs: int) -> str:
-    """An epoch's metrics for people."""
+def loader_line(metrics: dict, config: RunConfig) -> str:
+    """How fast the loader is, and what to do where the training waits for it."""
+    wait = metrics["loader_wait"]
+    hint = ""
+    if wait > MUCH_WAITING:
+        hint = (
+            f": it is the bottleneck; raise --workers ({os.cpu_count()} CPUs here), or store "
+            "smaller images"
+        )
+    return (
+        f"loader    {config.workers} workers per process can deliver "
+        f"{metrics['loader_images_per_second']:,.0f} images/s; the training waited for them for "
+        f"{wait:.0%} of its time{hint}"
+    )
+
+
+def closing_lines(history: list[dict], epochs: int, output: Path) -> Iterator[str]:
+    """How a finished run ended, and what lies where."""
+    best = best_epoch(history)
+    hours = sum(metrics["seconds"] for metrics in history) / 3600
+    yield (
+        f"finished {epochs} epochs in {hours:.2f} h: best top-1 {best['top1']:.2f}% in epoch "
+        f"{best['epoch']}, last {history[-1]['top1']:.2f}%"
+    )
+    for name, what in CONTENTS.items():
+        found = sorted(path.name for path in output.glob(name))
+        if found:
+            yield f"  {output / found[-1]!s:<50}  {what}"
+    yield f"  t2tvit eval --run {shlex.quote(str(output))}  measures the best weights again"
+
+
+def epoch_line(metrics: dict, epochs: int, left: float) -> str:
+    """An epoch's metrics for people, with the seconds that are ``left`` to the end."""
     top5 = f"  top-5 {metrics['top5']:6.2f}%" if "top5" in metrics else ""
     return (
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['train_loss']:.4f}  "
         f"held-out loss {metrics['eval_loss']:.4f}  top-1 {metrics['top1']:6.2f}%{top5}  "
         f"{metrics['images_per_second']:,.0f} images/s  lr {metrics['lr']:.2e}  "
-        f"{metrics['seconds']:.1f} s"
+        f"{metrics['seconds']:.1f} s  {metrics['memory_mib']:,.0f} MiB"
+        + (f"  {timedelta(seconds=round(left))} left" if left else "")
     )

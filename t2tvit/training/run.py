@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +26,7 @@ from t2tvit.training.build import (
     create_args,
     describe_device,
     load_weights,
+    speed_up,
     try_forward,
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve, write_yaml
@@ -41,10 +43,19 @@ from t2tvit.training.keeper import (
 )
 from t2tvit.training.optimiser import build_optimizer, lr_factor
 from t2tvit.training.options import given
-from t2tvit.training.pipeline import Data, open_data
+from t2tvit.training.pipeline import Data, is_stream, open_data
 from t2tvit.training.plots import draw_curves
+from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Progress, say
-from t2tvit.training.report import best_epoch, epoch_line, git_commit, opening_lines, versions
+from t2tvit.training.report import (
+    best_epoch,
+    closing_lines,
+    epoch_line,
+    git_commit,
+    loader_line,
+    opening_lines,
+    versions,
+)
 from t2tvit.training.state import (
     BEST_FILE,
     CONFIG_FILE,
@@ -59,11 +70,14 @@ from t2tvit.training.state import (
     set_rng_state,
     write_atomically,
 )
+from t2tvit.training.trackers import Trackers
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {
     *("data", "epochs", "workers", "device", "fused_kernels"),
     *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
+    *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
+    *("tensorboard", "wandb"),
 }
 CURVES_EVERY = 60  # seconds
 
@@ -171,6 +185,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         load_weights(model, Path(config.initial_checkpoint))
     model.to(world.device)
     try_forward(model, config, data.split.channels, world)
+    speed_up(model, config)
     state, epochs = build_state(model, config, len(data.train), world)
     if place.state_path is None:
         seed_everything(config.seed + world.rank)
@@ -195,6 +210,13 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
             f"resumed   {place.state_path}, after {state.epochs_done} epochs and {state.step} "
             "updates",
         )
+        workers = resumed["config"]["workers"]
+        if is_stream(data.split) and state.step and workers != config.workers:
+            say(
+                world,
+                f"warning   the order of shards depends on --workers, {config.workers} instead of "
+                f"{workers}: the rest of this epoch repeats some images and leaves others out",
+            )
         if resumed["config"]["epochs"] != config.epochs:
             before = resumed["config"]["epochs"]
             say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
@@ -205,9 +227,35 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         config=asdict(config) | {"mean": data.mean, "std": data.std},
     )
     keeper = Keeper(output, config, data.split.class_names, world, signals)
-    drawn = time.perf_counter()
+    profiler = Profiler(output, config.profile, world)
+
+    def after_step(state: TrainState) -> None:
+        profiler.after_step()
+        keeper.after_step(state)
+
+    with Trackers(output, config, state.epochs_done, world) as trackers:
+        train_epochs(state, data, config, epochs, world, about, keeper, after_step, trackers)
+    profiler.close()
+    for line in closing_lines(state.history, epochs, output):
+        say(world, line)
+
+
+def train_epochs(
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    epochs: int,
+    world: World,
+    about: Weights,
+    keeper: Keeper,
+    after_step: Callable[[TrainState], None],
+    trackers: Trackers,
+) -> None:
+    """Train, evaluate and keep each epoch that is left."""
+    output = keeper.output
+    started, drawn, before = time.perf_counter(), time.perf_counter(), state.epochs_done
     while state.epochs_done < epochs:
-        metrics = one_epoch(state, data, config, epochs, world, keeper)
+        metrics = one_epoch(state, data, config, epochs, world, output, after_step)
         state.end_epoch(metrics)
         is_best = best_epoch(state.history) is metrics
         about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
@@ -217,31 +265,35 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         keeper.save(state)
         if world.is_main:
             write_metrics(output / METRICS_FILE, state.history)
+            trackers.epoch(metrics)
             if time.perf_counter() - drawn > CURVES_EVERY:
                 draw_curves(state.history, output / CURVES_FILE)
                 drawn = time.perf_counter()
-        say(world, epoch_line(metrics, epochs) + ("  best" if is_best else ""))
+        done = state.epochs_done
+        left = (time.perf_counter() - started) / (done - before) * (epochs - done)
+        say(world, epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
+        if done == before + 1:
+            say(world, loader_line(metrics, config))
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
-    best = best_epoch(state.history)
-    say(
-        world,
-        f"finished {epochs} epochs: best top-1 {best['top1']:.2f}% in epoch {best['epoch']}, last "
-        f"{state.history[-1]['top1']:.2f}%; {BEST_FILE}, {LAST_FILE}, {METRICS_FILE} and "
-        f"{CURVES_FILE} are in {output}",
-    )
 
 
 def one_epoch(
-    state: TrainState, data: Data, config: RunConfig, epochs: int, world: World, keeper: Keeper
+    state: TrainState,
+    data: Data,
+    config: RunConfig,
+    epochs: int,
+    world: World,
+    output: Path,
+    after_step: Callable[[TrainState], None],
 ) -> dict:
     """Train and evaluate once; the metrics that METRICS_FILE gets."""
     epoch, started = state.epochs_done + 1, time.perf_counter()
     with Progress(f"epoch {epoch}/{epochs}", len(data.train), world) as progress:
         try:
-            metrics = train_epoch(state, data, config, world, progress, keeper.after_step)
+            metrics = train_epoch(state, data, config, world, progress, after_step)
         except NonFiniteLoss as error:
-            path = keeper.output / f"not_finite-{world.rank}.safetensors"
+            path = output / f"not_finite-{world.rank}.safetensors"
             write_state(path, error.batch | {"model": state.model.state_dict()})
             text = f"{error}. Each rank's batch is kept with the weights as {path.name} and so on"
             raise NonFiniteLoss(text, error.batch) from None
@@ -268,11 +320,16 @@ def build_state(
     if config.ema_decay is not None:
         power = config.ema_warmup_power
         ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
+        speed_up(ema.module, config)  # a copy is not compiled
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
     network = model
     if world.size > 1:
         on_gpu = world.device.type == "cuda"
-        network = DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
+        network = DistributedDataParallel(
+            model,
+            device_ids=[world.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+        )
     return TrainState(model, network, ema, optimizer, scheduler, scaler), epochs
 
 

@@ -20,5 +20,6 @@ def assert_equal(first, second, place="state"):
 
 
 def without_times(history):
-    times = ("seconds", "images_per_second")
+    times = ("seconds", "images_per_second", "loader_images_per_second", "loader_wait")
+    times += ("memory_mib",)
     return [{key: row[key] for key in row if key not in times} for row in history]

@@ -115,7 +115,7 @@ def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
         ("lr: true", "lr: got True, expected a number"),
         ("lr: .nan", "lr: got nan, expected a number"),
         ("auto_lr: 1", "auto_lr: got 1, expected true or false"),
-        ("layer_decay: 0.9\nbackbone_lr_scale: 0.1", "layer_decay: got 0.9 beside backbone_lr_scale"),
+        ("layer_decay: 0.9\nbackbone_lr_scale: 0.1", "layer_decay: got 0.9 beside backbone_lr"),
         ("mixup: 0.8\nbatch_size: 7", "batch_size: got 7, mixup and cutmix need an even number"),
         ("epochs: 1.5", "epochs: got 1.5, expected a whole number"),
         ("epochs: 0", "epochs: got 0, expected at least 1"),

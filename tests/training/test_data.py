@@ -20,6 +20,7 @@ from t2tvit.training.pipeline import (
     Normalize,
     batch_per_process,
     batches,
+    begin_epoch,
     eval_loader,
     open_data,
     train_loader,
@@ -243,7 +244,7 @@ def test_a_training_image_that_cannot_be_read_gives_way_to_the_next(folder, work
         path = folder / "train" / name
         path.unlink() if name == "ant/2.png" else path.write_bytes(path.read_bytes()[:200])
     config = RunConfig(img_size=32, workers=workers, batch_size=6)
-    ((images, labels, problems),) = batches(train_loader(split, config, ALONE))
+    ((images, labels, problems, *_),) = batches(train_loader(split, config, ALONE))
     assert images.shape == (6, 3, 32, 32)
     assert sorted(labels.tolist()) == [0, 0, 1, 1, 1, 1]
     missing, damaged = sorted(filter(None, problems))
@@ -377,7 +378,7 @@ def test_the_ranks_batches_are_a_single_process_s():
     def labels(rank, size):
         loader = train_loader(split, config, World(rank, size, CPU))
         loader.sampler.set_epoch(3)
-        return [batch.tolist() for _, batch, _ in loader]
+        return [batch.tolist() for _, batch, *_ in loader]
 
     whole, first, second = labels(0, 1), labels(0, 2), labels(1, 2)
     assert len(whole) == 2  # the incomplete third batch is left out
@@ -433,3 +434,70 @@ def test_data_that_do_not_fit_the_configuration(options, world, message):
     config = RunConfig(**{"data": "synthetic:44", "img_size": 16, "batch_size": 8} | options)
     with pytest.raises(InputError, match=message):
         open_data(config, world)
+
+
+def test_repeated_images_are_augmented_anew_and_fill_the_ranks_batches():
+    config = RunConfig(data="synthetic:24", num_classes=1000, img_size=16, workers=0, batch_size=6)
+    config = replace(config, repeated_augmentation=3)
+    split = open_split(config.data, "train", img_size=(16, 16), num_classes=1000)
+
+    def samples(rank, size, step=0):
+        loader = train_loader(split, config, World(rank, size, CPU))
+        begin_epoch(loader, 1, step)
+        return [list(zip(batch.name.tolist(), batch.image)) for batch in loader]
+
+    whole = samples(0, 1)
+    assert [len(batch) for batch in whole] == [6] * 4
+    for batch in whole:
+        assert [index for index, _ in batch[:3]] == 3 * [batch[0][0]]
+        assert not torch.equal(batch[0][1], batch[1][1])
+    for batch, *halves in zip(whole, samples(0, 2), samples(1, 2), strict=True):
+        together = [each for pair in zip(*halves, strict=True) for each in pair]
+        assert [index for index, _ in together] == [index for index, _ in batch]
+        for (_, one), (_, other) in zip(together, batch, strict=True):
+            assert torch.equal(one, other)
+    for (_, one), (_, other) in zip(samples(0, 1, 2)[0], whole[2], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_data_sets_of_timm_are_opened_by_their_names(monkeypatch):
+    import timm.data
+
+    class Images:
+        classes = ["cat", "dog"]
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            if index == 4:
+                raise OSError("broken")
+            return Image.new("L", (20, 30), 9), np.int64(index % 2)
+
+    asked = []
+
+    def create_dataset(name, root, split, **_):
+        asked.append((name, root, split))
+        return Images()
+
+    monkeypatch.setattr(timm.data, "create_dataset", create_dataset)
+    split = open_split("timm:torch/pets:some/where", "val")
+    assert asked == [("torch/pets", "some/where", "validation")]
+    assert (split.class_names, len(split.images)) == (["cat", "dog"], 5)
+    image, label = split.images[1]
+    assert (image.mode, label, type(label)) == ("RGB", 1, int)
+    with pytest.raises(InputError, match="image 4 cannot be read"):
+        split.images[4]
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("timm:pets", "expected a name such as timm:hfds/OWNER/NAME"),
+        ("timm:torch/no_such_set", "no_such_set"),
+        ("timm:hfds/nobody/nothing", "nobody/nothing"),
+    ],
+)
+def test_data_sets_that_timm_cannot_open(spec, message):
+    with pytest.raises(InputError, match=message):
+        open_split(spec, "train")

@@ -1,13 +1,19 @@
 """Two processes under torchrun: one run, one log, every held-out image counted once."""
 
+import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from t2tvit.cli import main
-from tests.training.tiny import HELD_OUT, TINY, metrics_of
+from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -85,3 +91,90 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_pa
     assert "rank 0" not in done.stderr
     files = {path.name for path in (tmp_path / "run").glob("not_finite-*")}
     assert files == {"not_finite-0.safetensors", "not_finite-1.safetensors"}
+
+
+def test_two_processes_learn_what_one_does_with_the_same_global_batch(tmp_path):
+    """Weights after 10 updates, to the precision of float32 sums; here in two pieces each."""
+    off = ("--drop-path", "0", "--random-erasing", "0", "--mixup", "0", "--cutmix", "0")
+    rate = ("--optimizer", "momentum", "--lr", "0.05", "--min-lr", "0.01")
+    options = (*TINY, "--model", "t2t_vit_t_14", *off, *rate, "--epochs", "2")
+    assert main(["train", *options, "--output", str(tmp_path / "one")]) == 0
+    command = (sys.executable, "-m", "tests.training.killed", "2", "", str(tmp_path / "two"))
+    done = subprocess.run(
+        [*command, *options, "--accumulate", "2"], capture_output=True, text=True, timeout=120
+    )
+    assert "end [0, 0]" in done.stdout, done.stderr
+    one, two = (state_of(tmp_path / name)["state"] for name in ("one", "two"))
+    assert one["updates"] == two["updates"] == 10
+    for name, value in one["model"].items():
+        error = (two["model"][name] - value).norm()
+        assert error <= 1e-5 * value.norm() + 1e-6, f"{name}: {error:.1e} of {value.norm():.1e}"
+    first, second = (metrics_of(tmp_path / name)[-1] for name in ("one", "two"))
+    assert second["train_loss"] == pytest.approx(first["train_loss"], rel=1e-5)
+    assert second["top1"] == first["top1"]
+
+
+def test_the_slurm_script_starts_a_process_per_task_and_queues_a_stopped_run_again(tmp_path):
+    """With stand-ins for Slurm's commands and python."""
+    commands = {
+        "scontrol": 'echo "$@" >> "$TRACE"; echo node7; echo node8',
+        "srun": 'shift; SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
+        "python": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*"; echo "$SAYS"',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = Path(__file__).parents[2] / "scripts" / "train.sbatch"
+    for says, is_requeued in (("finished 3 epochs", False), ("stopped by a signal; all", True)):
+        trace = tmp_path / says[:8]
+        done = subprocess.run(
+            ["bash", str(script), "--output", "a run"],
+            env=os.environ
+            | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRACE": str(trace), "SAYS": says}
+            | {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "9 1 16 node7 -m t2tvit train --resume auto --output a run" in done.stdout
+        assert ("requeue 41" in trace.read_text()) == is_requeued
+
+
+def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_path):
+    """Two rendezvous endpoints of one process each; the killed one's node starts both again."""
+    output = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = (*TINY, "--epochs", "8", "--checkpoint-minutes", "0", "--resume", "auto")
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
+                *("--nproc_per_node=1", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_id=test"),
+                *(f"--rdzv_endpoint=127.0.0.1:{port}", "--monitor_interval=0.1"),
+                *(f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"),
+                *("-m", "t2tvit", "train", *options, "--output", str(output)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not list(output.glob("state-*.safetensors")):
+            assert time.monotonic() < deadline and nodes[1].poll() is None, nodes[1].communicate()
+            time.sleep(0.02)
+        (child,) = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        ends = [node.communicate(timeout=200) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    starts = json.loads((output / "run.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[0]["world_size"] == starts[1]["world_size"] == 2
+    assert starts[1]["step"] + starts[1]["epochs_done"] > 0
+    assert [row["epoch"] for row in metrics_of(output)] == list(range(1, 9))

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from t2tvit.errors import NonFiniteLoss
+from t2tvit.training.build import speed_up
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.engine import accumulate, evaluate, train_epoch
 from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Normalize, open_data
 from t2tvit.training.progress import Progress
@@ -75,7 +76,7 @@ def test_an_epoch_is_what_a_plain_loop_computes():
     seed_everything(1)
     data.train.sampler.set_epoch(0)
     losses, updates, total = [], 0, 4 * len(data.train)
-    for images, labels, _ in data.train:
+    for images, labels, *_ in data.train:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * updates / total))).item()
         rate = CONFIG.min_lr + (CONFIG.lr - CONFIG.min_lr) * cosine
         loss = F.cross_entropy(plain(data.normalize(images)), labels)
@@ -173,7 +174,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_with_their_batch():
     with pytest.raises(NonFiniteLoss, match=match) as caught:
         one_epoch(state, data, config)
     batch = caught.value.batch
-    again = torch.stack([data.train.dataset[index][0] for index in batch["indices"]])
+    again = torch.stack([data.train.dataset[index][0] for index in batch["names"]])
     assert torch.equal(batch["images"], data.augment(again))
 
 
@@ -280,3 +281,67 @@ def test_the_log_says_what_batch_and_rate_an_update_has():
     assert "lr 0.1 for batches of 16, scaled by 0.5 to 8" in log(1)
     assert "global batch 8 (4 per process)" in log(2) and "warning" not in log(2)
     assert "warning   3 processes cannot share a batch of 8: an update is made from 6" in log(3)
+
+
+def trained_by(config, model):
+    """The state after an epoch of ``model`` from given generators."""
+    seed_everything(0)
+    data = open_data(config, WORLD)
+    state, _ = build_state(model, config, len(data.train), WORLD)
+    speed_up(model, config)
+    seed_everything(1)
+    return state, one_epoch(state, data, config)
+
+
+def assert_same_training(config, changes, build):
+    """Weights and loss agree to the precision of float32 sums."""
+    first, metrics = trained_by(config, build())
+    second, others = trained_by(replace(config, **changes), build())
+    assert others["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-5)
+    start = build().state_dict()
+    for name, value in first.model.state_dict().items():
+        moved = (value - start[name]).norm()
+        error = (second.model.state_dict()[name] - value).norm()
+        assert error <= 1e-4 * moved, f"{name}: {error:.1e} of a way of {moved:.1e}"
+
+
+def tiny(**options):
+    import t2tvit
+
+    torch.manual_seed(0)
+    return t2tvit.create_model(
+        "t2t_vit_t_14", img_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=6, **options
+    )
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Uneven pieces, mixup and cutmix and random erasing over the whole, clipping of the sum."""
+    config = replace(CONFIG, lr=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.5, clip_grad=0.5)
+    assert_same_training(config, {"accumulate": 3}, tiny)
+
+
+def test_checkpointing_and_channels_last_change_nothing():
+    config = replace(CONFIG, lr=0.1)
+    changes = {"grad_checkpointing": True, "channels_last": True}
+    assert_same_training(config, changes, lambda: tiny(drop_path_rate=0.3))
+
+
+def test_only_the_last_piece_s_gradients_are_shared_between_ranks():
+    shared = []
+
+    class Network(nn.Module):
+        @contextmanager
+        def no_sync(self):
+            shared.append(False)
+            yield
+
+        def forward(self, images):
+            return state.model(images)
+
+    data = open_data(CONFIG, WORLD)
+    state, _ = build_state(Linear(6), CONFIG, len(data.train), WORLD)
+    state.network = Network()
+    images, targets = torch.randn(8, 3, 16, 16), torch.randint(6, (8,))
+    config, two = replace(CONFIG, accumulate=4), World(0, 2, WORLD.device)
+    accumulate(state, images, targets, nn.CrossEntropyLoss(), config, two)
+    assert len(shared) == 3

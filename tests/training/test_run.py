@@ -1,8 +1,10 @@
 """A run from end to end: what it writes, how it resumes, what it refuses."""
 
+import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +52,7 @@ def test_metrics_have_one_object_per_epoch(finished):
         assert {"train_loss", "eval_loss", "top1", "top5", "images_per_second", "lr"} <= row.keys()
         assert row["eval_images"] == HELD_OUT
         assert 0 <= row["top1"] <= row["top5"] <= 100
+        assert row["loader_images_per_second"] > 0 and 0 < row["loader_wait"] < 1
     assert metrics[-1]["lr"] < metrics[0]["lr"] <= 1e-3
 
 
@@ -285,7 +288,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     model.load_state_dict(kept["model"])
     set_rng_state(kept["rng"])
     assert not model.train()(kept["images"]).isfinite().all()
-    assert kept["targets"].shape == (8, 6) and len(kept["indices"]) == 8
+    assert kept["targets"].shape == (8, 6) and len(kept["names"]) == 8
 
 
 @pytest.fixture
@@ -355,3 +358,80 @@ def test_it_learns_digits(tmp_path, capsys):
     log = "\n".join(first)
     for word in ("world size 1", "global batch 64", "lr 0.002", "t2t_vit_7", "performer_layer"):
         assert word in log
+
+
+def test_a_compiled_run_trains_the_same_model(tmp_path, monkeypatch, finished):
+    """With our kernels, in training and in evaluation, each a whole graph; no code is generated."""
+    compile_module, calls = torch.nn.Module.compile, []
+
+    def traced(self, *, mode, **options):
+        calls.append((mode, options))
+        compile_module(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "3", "--compile", "--fused-kernels", "cpu") == 0
+    assert calls == 2 * [("default", {"fullgraph": True, "dynamic": False})]  # with the average
+    for one, other in zip(metrics_of(finished), metrics_of(output), strict=True):
+        assert other["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-2)
+    names = [state_of(path)["state"]["model"].keys() for path in (finished, output)]
+    assert names[0] == names[1]
+
+
+def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--fused-kernels", "cpu", "--profile", "2") == 0
+    summary = (output / "profile.txt").read_text()
+    assert summary in capsys.readouterr().out and len(summary.splitlines()) < 20
+    assert "profile   2 updates, " in summary and "t2t_cpu::performer_layer_backward" in summary
+    with gzip.open(output / "profile.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("forward") == names.count("optimiser") == 2
+    assert train(tmp_path / "short", "--epochs", "2", "--profile", "6") == 0
+    assert "no profile: it needs 11 updates, the run made 1 too few" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "profile.txt").exists()
+
+
+def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
+    config = resolve("digits", {"workers": "3"})
+    metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
+    line = report.loader_line(metrics, config)
+    assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
+    assert "19% of its time" in line and "bottleneck" not in line
+    assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, config)
+
+
+def test_metrics_reach_tensorboard_once_and_the_end_says_where_all_lies(tmp_path, capsys):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--tensorboard") == 0
+    options = ("--resume", "auto", "--epochs", "3", "--output", str(output))
+    assert main(["train", *options]) == 0
+    board = events.EventAccumulator(str(output / "tensorboard")).Reload()
+    metrics = metrics_of(output)
+    for name in ("train_loss", "top1", "loader_wait"):
+        written = board.Scalars(name)
+        assert [event.step for event in written] == [1, 2, 3]
+        assert [event.value for event in written] == pytest.approx([row[name] for row in metrics])
+    out = capsys.readouterr().out
+    assert re.search(r"epoch 1/2 .* MiB  0:\d\d:\d\d left", out)
+    end = out[out.rindex("finished 3 epochs in ") :]
+    for path in output.iterdir():
+        assert f"{path} " in end or path.name == "state-00002-00000000.safetensors"
+
+
+def test_metrics_reach_wandb_where_it_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(tmp_path / "run", "--epochs", "2", "--wandb", "tests") == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    option = ("--tensorboard",) if package == "tensorboard" else ("--wandb", "tests")
+    output = ("--output", str(tmp_path / "run"))
+    line = refused(capsys, *TINY, "--epochs", "2", *output, *option)
+    assert f"{package}: not installed; pip install {package}" in line

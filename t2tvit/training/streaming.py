@@ -1,0 +1,134 @@
+"""Batches from tar shards: each is read from beginning to end, by one worker of one rank.
+
+What a worker delivers follows from the seed, the epoch, the ranks and the workers, so that an epoch
+can be taken up at any batch.
+"""
+
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import shuffle
+
+from t2tvit.data.shards import ShardSample, read_shard
+from t2tvit.data.sources import Split
+from t2tvit.errors import InputError
+from t2tvit.training.distributed import World
+from t2tvit.training.samples import Sample
+from t2tvit.training.state import drawing_from
+
+SHUFFLED = 1000  # undecoded images among which a worker draws the next
+
+
+def shares(shards: list[str], reader: int, readers: int) -> Iterator[ShardSample | InputError]:
+    """What ``reader`` of ``readers`` reads: whole shards where there are enough, else every nth
+    image of all; in place of what cannot be read, the error."""
+    alone = len(shards) >= readers
+    for shard in shards[reader::readers] if alone else shards:
+        try:
+            samples = read_shard(shard)
+            yield from samples if alone else itertools.islice(samples, reader, None, readers)
+        except InputError as error:
+            yield error
+
+
+class TrainingStream(IterableDataset):
+    """Shuffled, augmented samples of this rank; ``epoch`` and ``start`` say where to begin.
+
+    Every rank has the same number of batches. A reader whose shards fall short of its part begins
+    them again, one whose shards hold more leaves the rest out.
+
+    Args:
+        split: of :class:`~t2tvit.data.shards.ShardImages`.
+        transform: PIL image → tensor.
+        batch_size: images of this rank per update.
+        seed: of order and augmentation.
+        world: this rank among all.
+    """
+
+    def __init__(self, split: Split, transform, batch_size: int, seed: int, world: World):
+        self.split, self.transform, self.batch_size = split, transform, batch_size
+        self.seed, self.world = seed, world
+        self.epoch = self.start = 0
+        self.steps = len(split.images) // (batch_size * world.size)
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        # The loader asks its workers in turn, from the first on; this one's in the whole epoch:
+        turn = (worker + self.start) % workers
+        first, end = (
+            len(range(turn, step, workers)) * self.batch_size for step in (self.start, self.steps)
+        )
+        samples = itertools.islice(self._samples(turn, workers), first, None)
+        ahead = deque()
+        for _ in range(first, end):
+            yield self._first_readable(ahead, samples)
+            ahead.popleft()
+
+    def _samples(self, turn: int, workers: int) -> Iterator[tuple[int, ShardSample | InputError]]:
+        """Numbered rounds over this reader's shards, each in another order, without end."""
+        reader = self.world.rank * workers + turn
+        shards, readers = self.split.images.shards, self.world.size * workers
+        order = random.Random(f"{self.seed} {self.epoch}")
+        shards = order.sample(shards, len(shards))
+        draw = random.Random(f"{self.seed} {self.epoch} {reader}")
+        for number in itertools.count():
+            samples = shuffle(SHUFFLED, initial=SHUFFLED, rng=draw)(
+                shares(shards, reader, readers)
+            )
+            empty = True
+            for empty, sample in zip(itertools.repeat(False), samples):
+                yield number, sample
+            if empty:
+                raise InputError(f"data: no images for reader {reader + 1} of {readers}")
+
+    def _first_readable(self, ahead: deque, samples: Iterator) -> Sample:
+        """The next sample; for one that cannot be read the one after it stands, and is used again.
+
+        So the position in the epoch does not depend on what can be read.
+        """
+        problem, started = "", time.perf_counter()
+        for position in range(len(self.split.images) + 1):
+            if position == len(ahead):
+                ahead.append(next(samples))
+            number, sample = ahead[position]
+            try:
+                if isinstance(sample, InputError):
+                    raise sample
+                image = sample.image()
+            except InputError as error:
+                problem = problem or str(error)
+                continue
+            with drawing_from(self.seed, self.epoch, number, sample.number):
+                image = self.transform(image)
+            seconds = time.perf_counter() - started
+            return Sample(image, sample.label, problem, sample.place, seconds)
+        count = len(self.split.images)
+        raise InputError(f"none of the {count:,} training images can be read: {problem}")
+
+
+class EvaluationStream(IterableDataset):
+    """Each image of the split once, over all ranks and workers together."""
+
+    def __init__(self, split: Split, transform, label_map: list[int] | None, world: World):
+        self.split, self.transform = split, transform
+        self.label_map, self.world = label_map, world
+
+    def __iter__(self) -> Iterator[tuple]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        reader = self.world.rank * workers + worker
+        for sample in shares(self.split.images.shards, reader, self.world.size * workers):
+            if isinstance(sample, InputError):
+                raise sample
+            label = sample.label
+            if self.label_map is not None:
+                label = self.label_map[label]
+            yield self.transform(sample.image()), label

@@ -1,0 +1,67 @@
+"""Where the metrics of each epoch go besides the run's own file: TensorBoard, Weights & Biases."""
+
+import hashlib
+from pathlib import Path
+
+from t2tvit.errors import InputError
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Trackers:
+    """What ``config.tensorboard`` and ``config.wandb`` ask for, on rank 0; a context manager.
+
+    Args:
+        output: the run's folder; nothing is written outside of it.
+        config: stored with the run at Weights & Biases.
+        epochs_done: what is known of later epochs, from before an interruption, is replaced.
+        world: other ranks do nothing.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+
+    def __init__(self, output: Path, config: RunConfig, epochs_done: int, world: World):
+        self.writer = self.run = None
+        if config.tensorboard and world.is_main:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("tensorboard: not installed; pip install tensorboard") from None
+            folder = str(output / TENSORBOARD_FOLDER)
+            self.writer = SummaryWriter(folder, purge_step=epochs_done + 1)
+        if config.wandb is not None and world.is_main:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("wandb: not installed; pip install wandb") from None
+            place = str(output.resolve())
+            self.run = wandb.init(
+                project=config.wandb,
+                dir=place,
+                name=output.name,
+                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                resume="allow",
+                config=vars(config),
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+
+    def epoch(self, metrics: dict) -> None:
+        """Report an epoch's numbers."""
+        numbers = {name: value for name, value in metrics.items() if name != "epoch"}
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, metrics["epoch"])
+            self.writer.flush()
+        if self.run is not None:
+            self.run.log(numbers, step=metrics["epoch"])
