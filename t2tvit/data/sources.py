@@ -27,6 +27,7 @@ CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 DIGITS_STATISTICS = ((0.3054,), (0.3760,))
 
+DIGITS = "0123456789"
 HELD_OUT_DIGITS = 360
 SPLIT_SEED = 0
 
@@ -65,9 +66,13 @@ def open_split(
     source, colon, rest = spec.partition(":")
     channels_of(spec)
     if source == "digits":
-        if colon:
-            raise InputError(f"data: got {spec!r}, but digits is built in; write digits")
-        return _digits(split)
+        classes = rest if colon else DIGITS
+        if len(classes) < 2 or len(set(classes)) < len(classes) or not set(classes) <= set(DIGITS):
+            raise InputError(
+                f"data: got {spec!r}, but digits is built in; write digits, or digits:01234 for some "
+                "of its classes"
+            )
+        return _digits(split, sorted(map(int, classes)))
     if source == "synthetic":
         count = rest or "1024"
         if not count.isdecimal() or int(count) < 4:
@@ -138,7 +143,7 @@ class SyntheticImages:
         return Image.fromarray(pixels), int(random.integers(self.num_classes))
 
 
-def _digits(split: str) -> Split:
+def _digits(split: str, classes: list[int]) -> Split:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -152,12 +157,12 @@ def _digits(split: str) -> Split:
         random_state=SPLIT_SEED,
     )
     train_pixels, val_pixels, train_labels, val_labels = parts
-    images = (
-        ArrayImages(train_pixels, train_labels)
-        if split == "train"
-        else ArrayImages(val_pixels, val_labels)
+    pixels, labels = (
+        (train_pixels, train_labels) if split == "train" else (val_pixels, val_labels)
     )
-    return Split(images, [str(digit) for digit in range(10)], *DIGITS_STATISTICS)
+    chosen = np.isin(labels, classes)
+    images = ArrayImages(pixels[chosen], np.searchsorted(classes, labels[chosen]))
+    return Split(images, [str(digit) for digit in classes], *DIGITS_STATISTICS)
 
 
 def _cifar(name: str, folder: Path, split: str) -> Split:

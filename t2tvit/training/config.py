@@ -60,8 +60,8 @@ class RunConfig:
     data: str = key(
         "data",
         "digits",
-        "what to train on: digits (1,797 real handwritten digits, built in), cifar10[:PATH] or "
-        "cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
+        "what to train on: digits (1,797 real handwritten digits, built in; digits:01234 for some of "
+        "them), cifar10[:PATH] or cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
         "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), webdataset:PATH (a "
         "folder of tar shards, or their names with {split} in them, streamed), timm:NAME[:PATH] "
         "(a data set of timm with random access, such as timm:hfds/OWNER/NAME), "
@@ -144,8 +144,8 @@ class RunConfig:
     initial_checkpoint: str | None = key(
         "model",
         None,
-        "weights to start from, .safetensors or .pth(.tar); positions are resized, a head of "
-        "another class count starts afresh",
+        "weights to start from, .safetensors or .pth(.tar); positions are resized, a head of other "
+        "classes starts afresh",
         metavar="FILE",
     )
     fused_kernels: str = key(
@@ -176,7 +176,8 @@ class RunConfig:
     backbone_lr_scale: float = key(
         "optimisation",
         1.0,
-        "learning rate of all but the head, as a share of lr: small for weights to be kept",
+        "learning rate of all but the head, as a share of lr: small for weights to be kept, 0 "
+        "for a frozen backbone",
         minimum=0,
     )
     layer_decay: float | None = key(

@@ -37,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) ->
             options |= {"nargs": "+"}
         if rules["bare"] is not None:
             options |= {"nargs": "?", "const": rules["bare"]}
-        group.add_argument("--" + name.replace("_", "-"), **options)
+        short = ("--init",) if name == "initial_checkpoint" else ()
+        group.add_argument("--" + name.replace("_", "-"), *short, **options)
         if name == "fused_kernels":
             group.add_argument(
                 "--no-fused-kernels",

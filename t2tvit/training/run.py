@@ -65,6 +65,7 @@ from t2tvit.training.state import (
     RUN_FILE,
     TrainState,
     Weights,
+    read_about,
     save_weights,
     seed_everything,
     set_rng_state,
@@ -177,12 +178,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
     model = build_model(config.model, args, config.fused_kernels)
     check_classes(model.num_classes, data.split)
     if config.initial_checkpoint is not None and place.state_path is None:
-        if not Path(config.initial_checkpoint).is_file():
-            raise InputError(
-                f"initial_checkpoint: {config.initial_checkpoint} does not exist; give the weights "
-                "to start from as --initial-checkpoint FILE"
-            )
-        load_weights(model, Path(config.initial_checkpoint))
+        begin_from(model, Path(config.initial_checkpoint), data.split.class_names)
     model.to(world.device)
     try_forward(model, config, data.split.channels, world)
     speed_up(model, config)
@@ -276,6 +272,18 @@ def train_epochs(
             say(world, loader_line(metrics, config))
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
+
+
+def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
+    """Load the weights of ``path``; a head of other classes than ``class_names`` starts afresh."""
+    if not path.is_file():
+        raise InputError(
+            f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"
+        )
+    load_weights(model, path)
+    about = read_about(path)
+    if about is not None and about.class_names not in (None, class_names):
+        model.reset_classifier(model.num_classes)
 
 
 def one_epoch(

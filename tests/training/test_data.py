@@ -313,11 +313,21 @@ def test_an_empty_class_is_refused(folder):
 # Specifications
 
 
+def test_some_of_the_digits_are_renumbered():
+    whole, some = open_split("digits", "val"), open_split("digits:907", "val")
+    expected = [(image.tobytes(), label) for image, label in whole.images if label in (0, 7, 9)]
+    assert some.class_names == ["0", "7", "9"]
+    assert [(image.tobytes(), (0, 7, 9)[label]) for image, label in some.images] == expected
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
         ("digit", "unknown source 'digit'; did you mean 'digits'?"),
         ("digits:here", "digits is built in"),
+        ("digits:", "digits:01234 for some"),
+        ("digits:7", "digits:01234 for some"),
+        ("digits:33", "digits:01234 for some"),
         ("imagefolder", "imagefolder:PATH with train/ and val/"),
         ("imagefolder:/nowhere", "/nowhere/train does not exist"),
         ("synthetic:few", "expected synthetic:IMAGES"),
