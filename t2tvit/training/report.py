@@ -130,9 +130,9 @@ def loader_line(metrics: dict, config: RunConfig) -> str:
 def closing_lines(history: list[dict], epochs: int, output: Path) -> Iterator[str]:
     """How a finished run ended, and what lies where."""
     best = best_epoch(history)
-    hours = sum(metrics["seconds"] for metrics in history) / 3600
+    time = timedelta(seconds=round(sum(metrics["seconds"] for metrics in history)))
     yield (
-        f"finished {epochs} epochs in {hours:.2f} h: best top-1 {best['top1']:.2f}% in epoch "
+        f"finished {epochs} epochs in {time}: best top-1 {best['top1']:.2f}% in epoch "
         f"{best['epoch']}, last {history[-1]['top1']:.2f}%"
     )
     for name, what in CONTENTS.items():
