@@ -94,7 +94,8 @@ def test_machine_code(compiled, architecture):
     for source, folder in compiled.items():
         command = [cuobjdump(), "-sass", "-arch", f"sm_{architecture}", folder / "object.o"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function :|\Z)", text, re.DOTALL):
+        for function in text.split("Function : ")[1:]:
+            name, code = function.split("\n", 1)
             kernel = re.search(r"\d([a-z_]+)_kernelI(\w*)", name)
             if kernel is None:
                 continue
