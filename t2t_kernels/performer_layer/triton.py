@@ -16,7 +16,6 @@ from t2t_kernels._triton import (
     IMPL_DEVICES,
     check_offsets,
     device_guard,
-    dot,
     launch,
     padded,
     rounded,

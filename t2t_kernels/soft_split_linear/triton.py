@@ -33,8 +33,8 @@ from t2t_kernels._triton.split import (
     token_corners,
     unpack_gradient,
 )
-
 from t2t_kernels.soft_split_linear.ops import like_map
+
 
 @triton.jit
 def soft_split_linear_fwd_kernel(

@@ -13,8 +13,8 @@ from PIL import Image
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
-from t2tvit.errors import InputError
 from t2tvit.data.sources import load_image
+from t2tvit.errors import InputError
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL_KEY = "cls"

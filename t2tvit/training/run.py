@@ -11,12 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from torch import nn
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import t2tvit
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss
 from t2tvit.training import distributed

@@ -100,7 +100,7 @@ class Weights:
 
     model: str
     create_args: dict
-    class_names: list[str]
+    class_names: list[str] | None
     config: dict
     epoch: int = 0
     top1: float = 0.0
@@ -154,6 +154,8 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
             return None, {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     stored = json.loads(metadata[key])
+    if not isinstance(stored, dict) or not {"sha256", "content"} <= set(stored):
+        raise ValueError("its metadata has no checksum")
     if stored["sha256"] != digest(tensors, stored["content"]):
         raise ValueError("its checksum is not that of its content")
     return json.loads(stored["content"]), tensors

@@ -5,10 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import t2tvit
 from t2tvit.errors import InputError, RunError
 from t2tvit.training.state import (
+    METADATA_KEY,
     Weights,
     drawing_from,
     read_about,
@@ -90,3 +92,11 @@ def test_drawing_for_an_image_leaves_the_run_s_generators_alone():
         assert draw() != first
     with drawing_from(1, 2, 3):
         assert draw() == first
+
+
+@pytest.mark.parametrize("content", ['{"model": "t2t_vit_7"}', "[]", "no JSON"])
+def test_weights_without_a_checksum_are_refused(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {METADATA_KEY: content})
+    with pytest.raises(InputError, match="weights.safetensors is damaged"):
+        read_about(path)
