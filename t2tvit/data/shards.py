@@ -67,7 +67,13 @@ class ShardImages:
 
     def num_classes(self) -> int:
         """One more than the largest label; reads all shards."""
-        return 1 + max(sample.label for shard in self.shards for sample in read_shard(shard))
+        largest = 0
+        for shard in self.shards:
+            for sample in read_shard(shard):
+                if isinstance(sample, InputError):
+                    raise sample
+                largest = max(largest, sample.label)
+        return 1 + largest
 
     def _stored_count(self) -> int | None:
         """The number of images by the folder's INFO_FILE, if it has one for just these shards."""
@@ -118,24 +124,26 @@ def count_images(shard: str) -> int:
         raise InputError(f"data: the shard {shard} cannot be read ({error})") from None
 
 
-def read_shard(shard: str) -> Iterator[ShardSample]:
-    """The samples of a shard in order.
+def read_shard(shard: str) -> Iterator[ShardSample | InputError]:
+    """The samples of a shard in order; in place of one without image or label, the error.
 
     Raises:
-        InputError: the shard is damaged from here on, or a sample has no image or no label.
+        InputError: the shard is damaged from here on.
     """
     try:
         for sample in tarfile_samples([{"url": shard}]):
             place = f"{shard}/{sample['__key__']}"
             content = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            if content is None or LABEL_KEY not in sample:
+            label = sample.get(LABEL_KEY, b"").strip()
+            if content is None or not label.isdigit():
                 keys = ", ".join(key for key in sample if not key.startswith("__"))
-                raise InputError(
-                    f"data: {place} has {keys}; expected {LABEL_KEY} and one of "
+                yield InputError(
+                    f"data: {place} has {keys}; expected {LABEL_KEY} with a number and one of "
                     f"{', '.join(IMAGE_KEYS)}"
                 )
-            yield ShardSample(place, content, int(sample[LABEL_KEY]))
+                continue
+            yield ShardSample(place, content, int(label))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"data: the shard {shard} cannot be read ({error})") from None
+        raise InputError(
+            f"data: the shard {shard} cannot be read, its rest is left out ({error})"
+        ) from None

@@ -201,7 +201,8 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
         images = create_dataset(
             name, root=str(_folder(root)) if root else None, split=wanted, num_classes=num_classes
         )
-        images[len(images) - 1]
+        len(images)
+        images[0]
     except ImportError as error:
         raise InputError(f"data: timm cannot open {name}: {error}") from None
     except (AssertionError, KeyError, NotImplementedError, TypeError) as error:

@@ -20,7 +20,13 @@ from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.cost import multiply_adds
 from t2tvit.training import distributed
-from t2tvit.training.bench import figure, inference_step, print_table, training_step
+from t2tvit.training.bench import (
+    LARGEST_BATCH,
+    figure,
+    inference_step,
+    print_table,
+    training_step,
+)
 from t2tvit.training.build import build_model, create_args, describe_device, try_forward
 from t2tvit.training.config import RunConfig, convert, from_dict, read_yaml, write_yaml
 from t2tvit.training.distributed import World, on_main
@@ -36,6 +42,12 @@ from t2tvit.training.state import METRICS_FILE, write_atomically
 PACKAGED = Path(__file__).parent / "comparisons"
 # What may differ between the models; all else is the budget, which they share.
 MODEL_KEYS = ("model", "model_args", "drop_path")
+# What may differ between the beginning of a comparison and its continuation, besides more models and
+# seeds: nothing that changes a result.
+MAY_CHANGE = {
+    *("workers", "device", "fused_kernels", "checkpoint_minutes", "keep_checkpoints", "profile"),
+    *("tensorboard", "wandb"),
+}
 REPETITIONS = 10
 CONFIG_FILE, RUNS_FILE, MODELS_FILE = "comparison.yaml", "runs.csv", "models.csv"
 TABLE_FILE = "comparison.md"
@@ -164,7 +176,11 @@ def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
 
 
 def claim(comparison: Comparison, output: Path) -> None:
-    """Record what is compared; a run that is there already is checked when its turn comes."""
+    """Record what is compared in ``output``, which may hold a part of the same comparison.
+
+    Raises:
+        InputError: ``output`` holds another one, or is no folder.
+    """
     values = yaml.safe_load(write_yaml(comparison.shared))
     for key in (*MODEL_KEYS, "seed"):
         del values[key]
@@ -173,10 +189,27 @@ def claim(comparison: Comparison, output: Path) -> None:
         name: {key: getattr(config, key) for key in MODEL_KEYS}
         for name, config in comparison.models.items()
     }
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: {output}: {error.strerror}") from None
+    if (output / CONFIG_FILE).is_file():
+        before = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        for key in values.keys() - MAY_CHANGE - {"models", "seeds"}:
+            refuse_change(output, key, before.get(key), values[key])
+        for name in before["models"].keys() & values["models"].keys():
+            refuse_change(output, name, before["models"][name], values["models"][name])
     write_atomically(
         output / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     )
+
+
+def refuse_change(output: Path, name: str, before: object, now: object) -> None:
+    if before != now:
+        raise InputError(
+            f"--output: {output} holds a comparison with {name} {before!r}, not {now!r}; compare "
+            "into another folder"
+        )
 
 
 def train_all(comparison: Comparison, output: Path, world: World) -> None:
@@ -189,6 +222,7 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
     runs = comparison.runs()
     for number, (name, seed) in enumerate(runs, 1):
         say(world, f"\nrun {number} of {len(runs)}: {name}, seed {seed}")
+        torch._dynamo.reset()  # or compiled models would count against each other's limit
         place = find_place(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)
         with Signals() as signals:
@@ -203,6 +237,7 @@ def report(
         name: [last_top1(place_of(output, name, seed)) for seed in comparison.seeds]
         for name in comparison.models
     }
+    write_atomically(output / RUNS_FILE, runs_csv(top1, comparison.seeds))
     rates = speeds(comparison, world)
     rows = [Measured(name, *costs[name], top1[name], *rates[name]) for name in comparison.models]
     rows.sort(key=lambda row: -statistics.mean(row.top1))
@@ -210,7 +245,6 @@ def report(
     print_table(HEAD, [cells(row) for row in rows])
     for line in notes(comparison, world):
         say(world, line)
-    write_atomically(output / RUNS_FILE, runs_csv(rows, comparison.seeds))
     write_atomically(output / MODELS_FILE, models_csv(rows))
     write_atomically(output / TABLE_FILE, markdown(rows, comparison, world))
     for name, (label, value) in AXES.items():
@@ -230,14 +264,19 @@ def speeds(comparison: Comparison, world: World) -> dict[str, tuple[float, float
     config = comparison.shared
     built_models = {name: built(each, world) for name, each in comparison.models.items()}
     channels = channels_of(config.data)
-    images = torch.randn(config.batch_size, channels, *size_of(config), device=world.device)
+    images = torch.randn(timed_batch(config), channels, *size_of(config), device=world.device)
     classes = min(model.num_classes for model, _ in built_models.values())
-    labels = torch.randint(classes, (config.batch_size,), device=world.device)
+    labels = torch.randint(classes, (len(images),), device=world.device)
     training, inference = (
         rates_of(make, built_models, images, labels, config, world)
         for make in (training_step, inference_step)
     )
     return {name: (training[name], inference[name]) for name in built_models}
+
+
+def timed_batch(config: RunConfig) -> int:
+    """One process times a batch that all of them may share in training."""
+    return min(config.batch_size, LARGEST_BATCH)
 
 
 def rates_of(
@@ -276,10 +315,11 @@ def notes(comparison: Comparison, world: World) -> list[str]:
     return [
         f"{config.data} at {config.img_size}, {config.epochs} epochs of batches of "
         f"{config.batch_size} for every model, {config.optimizer} at lr {config.lr:g}, amp "
-        f"{config.amp}; nothing was tuned for any of them",
+        f"{config.amp}: one recipe for all",
         f"top-1: held out, after the last epoch; mean, least and most of seeds {seeds}",
-        f"images per second: medians of {REPETITIONS} repetitions in turns on "
-        f"{describe_device(world.device)}, without the loader",
+        f"images per second: medians of {REPETITIONS} repetitions in turns with batches of "
+        f"{timed_batch(config)} on {describe_device(world.device)}, the model alone: no loader, "
+        "averaging or compiling",
     ]
 
 
@@ -308,10 +348,14 @@ def models_csv(rows: list[Measured]) -> str:
     )
 
 
-def runs_csv(rows: list[Measured], seeds: Sequence[int]) -> str:
+def runs_csv(top1: dict[str, list[float]], seeds: Sequence[int]) -> str:
     return as_csv(
         ("model", "seed", "top1"),
-        ((row.name, seed, round(top1, 4)) for row in rows for seed, top1 in zip(seeds, row.top1)),
+        (
+            (name, seed, round(value, 4))
+            for name, values in top1.items()
+            for seed, value in zip(seeds, values)
+        ),
     )
 
 

@@ -176,6 +176,8 @@ def export_command(arguments: argparse.Namespace) -> None:
     world = distributed.start(config.device)
     try:
         trained = load_trained(path, config, about, world)
+        if not isinstance(trained.model, T2TBackbone):
+            raise InputError(f"{path} is of {config.model}; only models of this package are exported")
         resize(trained.model, size_of(config))
         about = about or describe_weights(trained, config)
         about = replace(about, create_args=about.create_args | {"img_size": list(size_of(config))})

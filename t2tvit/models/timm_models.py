@@ -42,4 +42,5 @@ def create_timm_model(
     try:
         return timm.create_model(bare, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"model {name} with {options}: {error}") from None
+        hint = "; it may lack stochastic depth: --drop-path 0" if drop_path_rate else ""
+        raise InputError(f"model {name} with {options}: {error}{hint}") from None

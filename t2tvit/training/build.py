@@ -71,7 +71,7 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World
     try:
         with precision(config, world.device):
             model(torch.zeros(1, channels, *size_of(config), device=world.device))
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"model {config.model} at {size_of(config)} pixels: {error}") from None
 
 

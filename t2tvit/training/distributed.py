@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2tvit.errors import InputError, OneRankError, RunError
 
@@ -86,6 +86,13 @@ def sum_over_ranks(world: World, values: Tensor) -> Tensor:
     if world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_buffers(world: World, model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, such as batch norm's statistics, which are the ones kept."""
+    if world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def min_over_ranks(world: World, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from t2tvit.errors import NonFiniteLoss, OneRankError
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, gather, sum_over_ranks
+from t2tvit.training.distributed import World, gather, share_buffers, sum_over_ranks
 from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
 from t2tvit.training.progress import Progress, peak_memory, say
 from t2tvit.training.state import TrainState, rng_state
@@ -257,6 +257,7 @@ def evaluate(
     Returns:
         ``eval_loss``, ``top1``, with five classes or more ``top5``, and ``eval_images``.
     """
+    share_buffers(world, model)
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     started = time.perf_counter()

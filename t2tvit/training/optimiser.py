@@ -62,7 +62,9 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
     if config.backbone_lr_scale == 1:
         return groups
-    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    heads = model.get_classifier()  # distilled models have two
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    head = {id(parameter) for each in heads for parameter in each.parameters()}
     scaled = []
     for group in groups:
         for is_head, scale in ((True, 1.0), (False, config.backbone_lr_scale)):

@@ -171,6 +171,8 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
     """Train to the last epoch of ``config``, writing only into ``place.output``."""
     output = place.output
     on_main(world, lambda: check_output(place))
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
     data = open_data(config, world)
     seed_everything(config.seed)
     args = create_args(config, len(data.split.class_names), data.split.channels)

@@ -136,6 +136,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, conten
         RunError: the disk is full, or the folder not to be written to.
     """
     text = json.dumps(content)
+    tensors = unshared(tensors)
     # One entry: safetensors writes several in any order, and equal runs should give equal files.
     metadata = {key: json.dumps({"sha256": digest(tensors, text), "content": text})}
     # In memory first, so that a full disk is met where it is reported.
@@ -159,6 +160,16 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
     if stored["sha256"] != digest(tensors, stored["content"]):
         raise ValueError("its checksum is not that of its content")
     return json.loads(stored["content"]), tensors
+
+
+def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same values, each in memory of its own, as safetensors wants tied weights."""
+    seen, result = set(), {}
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return result
 
 
 def digest(tensors: dict[str, torch.Tensor], text: str) -> str:

@@ -1,13 +1,22 @@
 """Where the metrics of each epoch go besides the run's own file: TensorBoard, Weights & Biases."""
 
-import hashlib
+import secrets
 from pathlib import Path
 
 from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+from t2tvit.training.state import write_atomically
 
-TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER, ID_FILE = "tensorboard", "wandb_id.txt"
+
+
+def run_id(output: Path) -> str:
+    """The run's name at Weights & Biases, made at its first start and kept with it."""
+    path = output / ID_FILE
+    if not path.is_file():
+        write_atomically(path, secrets.token_hex(8))
+    return path.read_text()
 
 
 class Trackers:
@@ -16,7 +25,7 @@ class Trackers:
     Args:
         output: the run's folder; nothing is written outside of it.
         config: stored with the run at Weights & Biases.
-        epochs_done: what is known of later epochs, from before an interruption, is replaced.
+        epochs_done: what TensorBoard knows of later epochs, from before an interruption, is replaced.
         world: other ranks do nothing.
 
     Raises:
@@ -37,12 +46,12 @@ class Trackers:
                 import wandb
             except ImportError:
                 raise InputError("wandb: not installed; pip install wandb") from None
-            place = str(output.resolve())
+            place = output.resolve()
             self.run = wandb.init(
                 project=config.wandb,
-                dir=place,
-                name=output.name,
-                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                dir=str(place),
+                name=f"{place.parent.name}/{place.name}",
+                id=run_id(output),
                 resume="allow",
                 config=vars(config),
             )

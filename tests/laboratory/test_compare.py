@@ -97,8 +97,11 @@ def test_it_goes_on_where_it_was_stopped(compared, capsys):
         path: path.stat().st_mtime_ns for path in output.glob("*/*/state-*.safetensors")
     }
     assert rows(output / "models.csv")
-    assert main([*command, "--lr", "0.5"]) == 2
-    assert "lr" in capsys.readouterr().err
+    record = (output / "comparison.yaml").read_bytes()
+    for change in (("--lr", "0.5"), ("--epochs", "3"), ("--data", "synthetic:48")):
+        assert main([*command, *change]) == 2
+        assert f"holds a comparison with {change[0][2:]}" in capsys.readouterr().err
+    assert (output / "comparison.yaml").read_bytes() == record
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from t2tvit.cli import main
 from t2tvit.data import open_split
+from t2tvit.data.shards import read_shard
 from t2tvit.errors import InputError
 from t2tvit.training import run
 from t2tvit.training.config import RunConfig
@@ -131,6 +132,24 @@ def test_what_cannot_be_read_is_named_and_the_next_stands_for_it(shards, tmp_pat
     assert any("train-001.tar cannot be read" in problem for problem in problems)
     assert any("train-002.tar/train2/0000 cannot be read" in problem for problem in problems)
     assert len(problems) == 2
+
+
+@pytest.mark.parametrize("label", [b"cat", None])
+def test_a_sample_without_a_number_costs_no_other(shards, tmp_path, label):
+    with tarfile.open(shards / "train-000.tar") as old, tarfile.open(tmp_path / "a.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member).read()
+            if member.name.endswith("0001.cls"):
+                if label is None:
+                    continue
+                content, member.size = label, len(label)
+            new.addfile(member, io.BytesIO(content))
+    whole = [sample.place for sample in read_shard(str(shards / "train-000.tar"))]
+    samples = list(read_shard(str(tmp_path / "a.tar")))
+    assert isinstance(samples[1], InputError) and "0001 has " in str(samples[1])
+    left = [sample.place for sample in samples if not isinstance(sample, InputError)]
+    keys = [place.partition(".tar/")[2] for place in whole]
+    assert [place.partition(".tar/")[2] for place in left] == keys[:1] + keys[2:]
 
 
 def test_shards_that_are_not_there_are_said(shards, tmp_path):

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import t2tvit
 from t2tvit.errors import InputError, RunError
@@ -92,6 +92,14 @@ def test_drawing_for_an_image_leaves_the_run_s_generators_alone():
         assert draw() != first
     with drawing_from(1, 2, 3):
         assert draw() == first
+
+
+def test_tied_weights_are_kept(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    save_weights(model, tmp_path / "tied.safetensors", Weights("timm:tied", {}, None, {}))
+    stored = load_file(tmp_path / "tied.safetensors")
+    assert torch.equal(stored["0.weight"], stored["1.weight"])
 
 
 @pytest.mark.parametrize("content", ['{"model": "t2t_vit_7"}', "[]", "no JSON"])

@@ -24,7 +24,7 @@ from t2tvit.laboratory.visualize.record import DEAD, EXPLODING, Layer, Recorded,
 from t2tvit.models import T2TModule
 from t2tvit.models.t2t_module import SPLITS, TokenConvolution
 from t2tvit.training import distributed
-from t2tvit.training.build import build_model, create_args
+from t2tvit.training.build import build_model, create_args, load_weights
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.inference import describe, load_trained
@@ -125,15 +125,12 @@ def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
     if "img_size" in options and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         arguments_of_model["img_size"] = wanted.img_size
     try:
-        model = timm.create_model(
-            name,
-            pretrained=arguments.pretrained,
-            checkpoint_path=str(arguments.checkpoint or ""),
-            **arguments_of_model,
-        )
+        model = timm.create_model(name, pretrained=arguments.pretrained, **arguments_of_model)
     # timm's models, its loading and its downloads fail in ways of their own.
     except Exception as error:
         raise InputError(f"--model {TIMM}{name}: {type(error).__name__}: {error}") from None
+    if arguments.checkpoint is not None:
+        load_weights(model, arguments.checkpoint)
     data = timm.data.resolve_model_data_config(model)
     found = {
         "img_size": list(data["input_size"][1:]),

@@ -196,6 +196,18 @@ class _Attentions:
         return hook
 
 
+def is_plain(attention: nn.Module) -> bool:
+    """Whether an attention of timm's looks like its plain one."""
+    qkv, proj = getattr(attention, "qkv", None), getattr(attention, "proj", None)
+    return (
+        isinstance(qkv, nn.Linear)
+        and isinstance(proj, nn.Linear)
+        and qkv.out_features == 3 * proj.in_features
+        and hasattr(attention, "scale")
+        and hasattr(attention, "num_heads")
+    )
+
+
 def probabilities(attention: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
     """Attention weights (B, heads, N, N) that made ``output`` of ``x``; None for unknown kinds.
 
@@ -206,7 +218,7 @@ def probabilities(attention: nn.Module, x: Tensor, output: Tensor) -> Tensor | N
         return None
     if isinstance(attention, Attention):
         q, k, v = attention.inputs(x)
-    elif isinstance(getattr(attention, "qkv", None), nn.Linear):
+    elif is_plain(attention):
         q, k, v = attention.qkv(x).chunk(3, dim=2)
     else:
         return None
