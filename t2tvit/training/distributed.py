@@ -46,8 +46,35 @@ def start(device: str) -> World:
         torch.cuda.set_device(place)
     if size == 1:
         return World(0, 1, place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size, place)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        store=torchrun_store(rank, size),
+        rank=rank,
+        world_size=size,
+    )
+    return World(rank, size, place)
+
+
+def torchrun_store(rank: int, size: int) -> dist.Store | None:
+    """Where the processes meet, if that is a store of torchrun's own; else None.
+
+    It outlives a restart, with the addresses of the dead processes in it, and restarts are counted
+    by each node for itself: on one node the count keeps the attempts apart, on several nothing does
+    (pytorch/pytorch#135712).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if size != int(os.environ["LOCAL_WORLD_SIZE"]):
+        if rank == 0 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            print(
+                "warning   torchrun's restarts on several nodes may fail or hang; start it with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every node",
+                flush=True,
+            )
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def stop() -> None:

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from t2tvit.cli import main
+from t2tvit.training.distributed import torchrun_store
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -140,6 +142,20 @@ def test_the_slurm_script_starts_a_process_per_task_and_queues_a_stopped_run_aga
         assert ("requeue 41" in trace.read_text()) == is_requeued
 
 
+def test_a_restart_does_not_meet_the_dead(monkeypatch):
+    """torchrun keeps its store when it starts the processes of a node again."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
+        monkeypatch.setenv(f"MASTER_{name}", str(value))
+    for name, value in {"USE_AGENT_STORE": True, "MAX_RESTARTS": 1, "RESTART_COUNT": 0}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    torchrun_store(0, 2).set("address", "of a process that dies")
+    assert torchrun_store(1, 2).get("address") == b"of a process that dies"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not torchrun_store(0, 2).check(["address"])
+
+
 def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_path):
     """Two rendezvous endpoints of one process each; the killed one's node starts both again."""
     output = tmp_path / "run"
@@ -151,7 +167,7 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
-                *("--nproc_per_node=1", "--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_id=test"),
+                *("--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=test"),
                 *(f"--rdzv_endpoint=127.0.0.1:{port}", "--monitor_interval=0.1"),
                 *(f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"),
                 *("-m", "t2tvit", "train", *options, "--output", str(output)),
@@ -159,6 +175,7 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as docs/training.md says
         )
         for node in range(2)
     ]
@@ -175,6 +192,7 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], ends
     starts = json.loads((output / "run.json").read_text())["starts"]
-    assert len(starts) == 2 and starts[0]["world_size"] == starts[1]["world_size"] == 2
-    assert starts[1]["step"] + starts[1]["epochs_done"] > 0
+    # How often depends on which node notices what first.
+    assert len(starts) >= 2 and {start["world_size"] for start in starts} == {2}
+    assert starts[-1]["step"] + starts[-1]["epochs_done"] > 0
     assert [row["epoch"] for row in metrics_of(output)] == list(range(1, 9))
