@@ -239,7 +239,8 @@ struct Cut {
     // Enough slots for some cores; more only where they are a small part of the work.
     const int64_t tokens = s.batch * s.tokens();
     const int64_t slots =
-        std::max(std::min<int64_t>(16, tokens / 512), std::min<int64_t>(64, tokens / 2048));
+        std::max({std::min<int64_t>(4, tokens / 128), std::min<int64_t>(16, tokens / 512),
+                  std::min<int64_t>(64, tokens / 2048)});
     sharing = std::max<int64_t>(1, std::min(s.batch, slots / chunks));
     group = std::min(sharing, std::max<int64_t>(1, (8 * threads + chunks - 1) / chunks));
   }
