@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from t2t_kernels.measure import interleave, percentiles
@@ -91,7 +93,9 @@ def compare_command(arguments: argparse.Namespace) -> None:
     """
     if arguments.output is None:
         raise InputError("--output: none given; name the folder that the comparison may write to")
-    comparison = read_comparison(arguments.config, arguments.models, arguments.seeds, given(arguments))
+    comparison = read_comparison(
+        arguments.config, arguments.models, arguments.seeds, given(arguments)
+    )
     world = distributed.start(comparison.shared.device)
     output = arguments.output
     try:
@@ -233,20 +237,23 @@ def report(
     comparison: Comparison, costs: dict[str, tuple[int, int]], output: Path, world: World
 ) -> None:
     """Measure the speeds, print the table, and write it with the plots."""
-    top1 = {
-        name: [last_top1(place_of(output, name, seed)) for seed in comparison.seeds]
+    last = {
+        name: [last_metrics(place_of(output, name, seed)) for seed in comparison.seeds]
         for name in comparison.models
     }
+    top1 = {name: [metrics["top1"] for metrics in of_seeds] for name, of_seeds in last.items()}
+    images = max(metrics["eval_images"] for of_seeds in last.values() for metrics in of_seeds)
+    about = notes(comparison, images, world)
     write_atomically(output / RUNS_FILE, runs_csv(top1, comparison.seeds))
     rates = speeds(comparison, world)
     rows = [Measured(name, *costs[name], top1[name], *rates[name]) for name in comparison.models]
     rows.sort(key=lambda row: -statistics.mean(row.top1))
     say(world, "")
     print_table(HEAD, [cells(row) for row in rows])
-    for line in notes(comparison, world):
+    for line in about:
         say(world, line)
     write_atomically(output / MODELS_FILE, models_csv(rows))
-    write_atomically(output / TABLE_FILE, markdown(rows, comparison, world))
+    write_atomically(output / TABLE_FILE, markdown(rows, about))
     for name, (label, value) in AXES.items():
         draw(rows, label, value, output / f"accuracy-{name}.png")
     say(
@@ -255,8 +262,8 @@ def report(
     )
 
 
-def last_top1(place: Path) -> float:
-    return json.loads((place / METRICS_FILE).read_text().splitlines()[-1])["top1"]
+def last_metrics(place: Path) -> dict:
+    return json.loads((place / METRICS_FILE).read_text().splitlines()[-1])
 
 
 def speeds(comparison: Comparison, world: World) -> dict[str, tuple[float, float]]:
@@ -308,7 +315,7 @@ def cells(row: Measured) -> tuple[str, ...]:
     )
 
 
-def notes(comparison: Comparison, world: World) -> list[str]:
+def notes(comparison: Comparison, images: int, world: World) -> list[str]:
     """What the table's figures are."""
     config = comparison.shared
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
@@ -316,17 +323,18 @@ def notes(comparison: Comparison, world: World) -> list[str]:
         f"{config.data} at {config.img_size}, {config.epochs} epochs of batches of "
         f"{config.batch_size} for every model, {config.optimizer} at lr {config.lr:g}, amp "
         f"{config.amp}: one recipe for all",
-        f"top-1: held out, after the last epoch; mean, least and most of seeds {seeds}",
+        f"top-1: of {images:,} held-out images, after the last epoch; mean, least and most of seeds "
+        f"{seeds}; one image is {100 / images:.2f}%",
         f"images per second: medians of {REPETITIONS} repetitions in turns with batches of "
         f"{timed_batch(config)} on {describe_device(world.device)}, the model alone: no loader, "
         "averaging or compiling",
     ]
 
 
-def markdown(rows: list[Measured], comparison: Comparison, world: World) -> str:
+def markdown(rows: list[Measured], notes: list[str]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|--:" * (len(HEAD) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *(f"- {line}" for line in notes(comparison, world))]
+    lines += ["", *(f"- {line}" for line in notes)]
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines += [f"- {about}; source {git_commit() or 'not under git'}", ""]
     lines += [f"![accuracy against {name}](accuracy-{name}.png)" for name in AXES]
@@ -370,17 +378,39 @@ def draw(rows: list[Measured], label: str, value, path: Path) -> None:
     """Accuracy over ``value``: a point per model with its seeds' spread, and its name."""
     drawn = Figure(figsize=(8, 5), layout="constrained")
     axes = drawn.subplots()
+    names = []
     for number, row in enumerate(rows):
         mean = statistics.mean(row.top1)
         spread = [[mean - min(row.top1)], [max(row.top1) - mean]]
         color = COLORS[number % len(COLORS)]
         axes.errorbar(value(row), mean, yerr=spread, fmt="o", color=color, capsize=3)
-        axes.annotate(
-            row.name, (value(row), mean), xytext=(5, 4), textcoords="offset points", fontsize=7,
-            color=color,
-        )  # fmt: skip
+        names.append(
+            axes.annotate(
+                row.name,
+                (value(row), mean),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color=color,
+            )
+        )
     axes.set(xlabel=label, ylabel="held-out top-1 (%), mean and range of the seeds", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.15)
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
+    drawn.draw_without_rendering()
+    keep_apart(names)
     save(drawn, path)
+
+
+def keep_apart(labels: list[Annotation]) -> None:
+    """Move labels down until none lies on another; the highest stays."""
+    placed = []
+    for label in sorted(labels, key=lambda label: -label.get_window_extent().y0):
+        while any(label.get_window_extent().overlaps(other) for other in placed):
+            x, y = label.xyann
+            label.xyann = (x, y - 1)
+        placed.append(label.get_window_extent())
