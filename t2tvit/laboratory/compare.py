@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -69,20 +70,24 @@ class Comparison:
         return [(name, seed) for seed in self.seeds for name in self.models]
 
 
+class Rate(NamedTuple):
+    """Images per second: the median, the 20th and the 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Measured:
-    """A row of the table.
-
-    ``top1`` has each seed's held-out accuracy after the last epoch, in percent; the rates are
-    medians in images per second.
-    """
+    """A row of the table; ``top1`` is each seed's, after the last epoch, in percent."""
 
     name: str
     parameters: int
     multiply_adds: int
     top1: list[float]
-    training_rate: float
-    inference_rate: float
+    training_rate: Rate
+    inference_rate: Rate
 
 
 def compare_command(arguments: argparse.Namespace) -> None:
@@ -266,7 +271,7 @@ def last_metrics(place: Path) -> dict:
     return json.loads((place / METRICS_FILE).read_text().splitlines()[-1])
 
 
-def speeds(comparison: Comparison, world: World) -> dict[str, tuple[float, float]]:
+def speeds(comparison: Comparison, world: World) -> dict[str, tuple[Rate, Rate]]:
     """Images per second in training and inference, the models measured in turns."""
     config = comparison.shared
     built_models = {name: built(each, world) for name, each in comparison.models.items()}
@@ -288,10 +293,11 @@ def timed_batch(config: RunConfig) -> int:
 
 def rates_of(
     make, models: dict, images: Tensor, labels: Tensor, config: RunConfig, world: World
-) -> dict[str, float]:
+) -> dict[str, Rate]:
     steps = {name: make(model, images, labels, config) for name, (model, _) in models.items()}
     seconds = interleave(steps, REPETITIONS, world.device)
-    return {name: len(images) / percentiles(values)[0] for name, values in seconds.items()}
+    rates = {name: [len(images) / each for each in values] for name, values in seconds.items()}
+    return {name: Rate(*percentiles(values)) for name, values in rates.items()}
 
 
 HEAD = ("model", "parameters", "MMACs", "top-1", "seeds", "training", "inference")
@@ -299,7 +305,7 @@ HEAD = ("model", "parameters", "MMACs", "top-1", "seeds", "training", "inference
 AXES = {
     "parameters": ("parameters (millions)", lambda row: row.parameters / 1e6),
     "macs": ("multiply-adds of an image (millions)", lambda row: row.multiply_adds / 1e6),
-    "throughput": ("images per second, training", lambda row: row.training_rate),
+    "throughput": ("images per second, training", lambda row: row.training_rate.median),
 }
 
 
@@ -310,8 +316,10 @@ def cells(row: Measured) -> tuple[str, ...]:
         f"{row.multiply_adds / 1e6:,.1f}",
         f"{statistics.mean(row.top1):.2f}%",
         f"{min(row.top1):.2f}–{max(row.top1):.2f}%",
-        f"{figure(row.training_rate)}/s",
-        f"{figure(row.inference_rate)}/s",
+        *(
+            f"{figure(rate.median)}/s ({figure(rate.low)}–{figure(rate.high)})"
+            for rate in (row.training_rate, row.inference_rate)
+        ),
     )
 
 
@@ -325,9 +333,9 @@ def notes(comparison: Comparison, images: int, world: World) -> list[str]:
         f"{config.amp}: one recipe for all",
         f"top-1: of {images:,} held-out images, after the last epoch; mean, least and most of seeds "
         f"{seeds}; one image is {100 / images:.2f}%",
-        f"images per second: medians of {REPETITIONS} repetitions in turns with batches of "
-        f"{timed_batch(config)} on {describe_device(world.device)}, the model alone: no loader, "
-        "averaging or compiling",
+        f"images per second: median, 20th and 80th percentile of {REPETITIONS} repetitions in turns "
+        f"with batches of {timed_batch(config)} on {describe_device(world.device)}, the model alone: "
+        "no loader, averaging or compiling",
     ]
 
 
@@ -343,13 +351,18 @@ def markdown(rows: list[Measured], notes: list[str]) -> str:
 
 def models_csv(rows: list[Measured]) -> str:
     head = ("model", "parameters", "multiply_adds", "top1_mean", "top1_least", "top1_most")
+    rates = (
+        f"{kind}_images_per_second{of}"
+        for kind in ("training", "inference")
+        for of in ("", "_20th", "_80th")
+    )
     return as_csv(
-        (*head, "training_images_per_second", "inference_images_per_second"),
+        (*head, *rates),
         (
             (
                 *(row.name, row.parameters, row.multiply_adds),
                 *(round(f(row.top1), 4) for f in (statistics.mean, min, max)),
-                *(round(rate, 1) for rate in (row.training_rate, row.inference_rate)),
+                *(round(rate, 1) for rate in (*row.training_rate, *row.inference_rate)),
             )
             for row in rows
         ),
