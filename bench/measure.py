@@ -1,5 +1,6 @@
 """What only the benchmarks measure: launches, peak memory, the largest batch that fits."""
 
+import ctypes
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ Step = Callable[[], object]
 # Of the largest batch: what the models' recipes use are multiples of it.
 GRAIN = 8
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def launches(step: Step, device: torch.device) -> int:
@@ -50,6 +52,8 @@ def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int 
 
 def _peak_resident(prepare: Callable[..., Step], row, threads: int) -> int:
     torch.set_num_threads(threads)
+    # What is freed goes back at once: kept blocks would make the peak a matter of luck.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     # The libraries' own buffers, which a first call allocates.
     prepare(replace(row, batch=1))()
     step = prepare(row)
