@@ -5,7 +5,8 @@ import platform
 import pytest
 import torch
 
-from bench.registry import DEVICE
+from bench.registry import DEVICE, DTYPES
+from bench.report import COPY, PRODUCTS
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling
 
 FAILED = pytest.StashKey[list]()
@@ -71,9 +72,11 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "threads": torch.get_num_threads(),
         "versions": versions,
         "ceilings": {
-            "copy, GB/s": copy_ceiling(DEVICE) / 1e9,
-            "float32 products, TFLOP/s": matmul_ceiling(DEVICE, torch.float32) / 1e12,
-            "bfloat16 products, TFLOP/s": matmul_ceiling(DEVICE, torch.bfloat16) / 1e12,
+            COPY: copy_ceiling(DEVICE) / 1e9,
+            **{
+                name: matmul_ceiling(DEVICE, DTYPES[dtype]) / 1e12
+                for dtype, name in PRODUCTS.items()
+            },
         },
         "failed": config.stash[FAILED],
     }

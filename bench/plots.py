@@ -4,12 +4,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.report import OURS, PLAIN, group
+from bench.report import COPY, OURS, PLAIN, PRODUCTS, group
 
 # Told apart by people of any colour vision.
 OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
 DTYPE_COLORS = {"fp32": "#D55E00", "bf16": "#0072B2"}
-CEILINGS = {"fp32": "float32 products, TFLOP/s", "bf16": "bfloat16 products, TFLOP/s"}
 MARKERS = "osD^vP*X<>hp"
 
 
@@ -69,13 +68,13 @@ def roofline(result: dict) -> Figure | None:
     ]
     if not rows:
         return None
-    bandwidth = result["ceilings"]["copy, GB/s"] / 1e3
+    bandwidth = result["ceilings"][COPY] / 1e3
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     axes = figure.subplots()
     intensities = [row["flops"] / row["minimum_bytes"] for row in rows]
     left, right = min(intensities) / 3, max(intensities) * 3
     for dtype in sorted({row["dtype"] for row in rows}):
-        top = result["ceilings"][CEILINGS[dtype]]
+        top = result["ceilings"][PRODUCTS[dtype]]
         knee = top / bandwidth
         points = sorted({left, min(max(knee, left), right), right})
         axes.plot(

@@ -70,6 +70,18 @@ def result():
 # Report
 
 
+def test_no_row_is_faster_than_its_ceiling_because_the_machine_was_busy(result):
+    rows = [
+        row("a", "cpu", dtype="fp32", tflops=0.07, ceiling_tflops=0.06, mfu=7 / 6),
+        row("b", "cpu", dtype="fp32", tflops=0.06, ceiling_tflops=0.08),
+    ]
+    lower = {name: value / 2 for name, value in result["ceilings"].items()}
+    ceilings = report.share_ceilings(rows, [result["ceilings"], lower])
+    assert ceilings == result["ceilings"] | {"float32 products, TFLOP/s": 0.08}
+    assert [each["ceiling_tflops"] for each in rows] == [0.08, 0.08]
+    assert rows[0]["mfu"] == pytest.approx(7 / 8)
+
+
 def test_the_summary_sets_us_beside_the_best_rival(result):
     text = report.summary(result)
     assert (
