@@ -276,8 +276,8 @@ __device__ inline float probability(float product, float scale, float maximum, f
   return fast_exp2((score(product, scale) - maximum) * kLog2E - logarithm);
 }
 
-// Sums of own rows to memory, through shared memory for the sake of 16-byte stores. The tiles must
-// be out of use.
+// Sums of own rows to memory, through shared memory so that lanes store adjacent elements. The tiles
+// must be out of use.
 struct StagedRows {
   float* rows = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kRows * kPitch<float>;
 
