@@ -16,6 +16,7 @@
 #include <optional>
 
 #include "pack.cuh"
+#include "rows.cuh"
 
 namespace t2t {
 
@@ -51,22 +52,6 @@ struct KeySums {
   const float *maximum, *normalizer;
   const float *packed, *packed_t;  // m × E, and transposed
 };
-
-// A matrix (T, E) per image.
-struct Rows {
-  const void* at;
-  int64_t batch_stride, token_stride, element_stride;
-  bool vectors;
-};
-
-template <typename T>
-Rows rows_of(const torch::stable::Tensor& tensor) {
-  constexpr int64_t V = Vec<T>::size;
-  const bool vectors = tensor.stride(2) == 1 && tensor.stride(0) % V == 0 &&
-                       tensor.stride(1) % V == 0 &&
-                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), vectors};
-}
 
 // NaN stays NaN.
 __device__ inline float within_range(float x) {
@@ -143,16 +128,6 @@ __device__ void store_rows(const Sums<kWidestGroups>& sums, T* to, int tokens, i
       store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column, vectors);
     }
   }
-}
-
-// The sum over the four lanes that share a row.
-__device__ inline float sum_of_row(float value) {
-  value += __shfl_xor_sync(kAllLanes, value, 1);
-  return value + __shfl_xor_sync(kAllLanes, value, 2);
-}
-__device__ inline float largest_of_row(float value) {
-  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
-  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
 }
 
 // |x|²/2 of a tile's rows g and g + 8.

@@ -1,4 +1,5 @@
-// The instructions that CUDA C++ has no name for: matrix products, asynchronous copies.
+// The instructions that CUDA C++ has no name for: matrix products, asynchronous copies, powers of
+// two.
 //
 // Fragments are as the PTX manual draws them. With g = lane / 4 and t = lane % 4, a lane holds of
 // A (16×16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; of B (16×8) the same rows of
@@ -69,6 +70,14 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int kGroups>
 __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// 2^x within two units in the last place; 0 where exp2f would need further instructions, below
+// 2^-126.
+__device__ inline float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 }  // namespace t2t

@@ -42,7 +42,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 
 TOKEN_ATTENTION = register_operation(
-    "token_attention", kernels=("cpu", "triton"), limits={"triton": {"E": 128}}
+    "token_attention",
+    kernels=("cpu", "triton", "cuda"),
+    limits={"triton": {"E": 128}, "cuda": {"E": 64}},
 )
 
 declare(

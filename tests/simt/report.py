@@ -132,6 +132,13 @@ def call_attention(ops, x, dtype):
     ops.performer_attention_backward(y, k, k, k, torch.zeros(32, 64), *sums, 1e-8)
 
 
+def call_token_attention(ops, x, dtype):
+    q = torch.zeros(2, 784, 64, dtype=dtype)
+    y, attended, *statistics = ops.token_attention(q, q, q, 1.0)
+    attended = attended if attended.numel() else y
+    ops.token_attention_backward(y, q, q, q, attended, *statistics, 1.0)
+
+
 def call_layer(ops, x, dtype, kernel_size=3, stride=2, padding=1):
     width = x.shape[1] * kernel_size**2
     shapes = ((width,), (width,), (192, width), (192,), (64, 64), (64,), (64,), (64,))
@@ -153,6 +160,7 @@ CALLS = {
     "soft split": ((2, 3, 224, 224), call_soft_split),
     "project": ((2, 64, 28, 28), call_project),
     "attention": ((2, 3, 8, 8), call_attention),
+    "token attention": ((2, 3, 8, 8), call_token_attention),
     "layer 1": ((2, 3, 224, 224), call_first_layer),
     "layer 2": ((2, 64, 56, 56), call_layer),
 }

@@ -43,6 +43,7 @@ def kernels(compiled):
         ("project_kernelI.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
         ("map_gradient_kernelI", ["ld.global", "st.global"]),
         ("layer_queries_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
+        (r"softmax_\w*kernelI", ["ld.shared"]),
     ],
     ids=[
         "split",
@@ -51,6 +52,7 @@ def kernels(compiled):
         "project",
         "map-gradient",
         "layer-queries",
+        "softmax",
     ],
 )
 def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
@@ -82,6 +84,9 @@ MATRIX = [
     "layer_keys",
     "layer_queries",
     "tail_backward",
+    "softmax",
+    "softmax_queries_backward",
+    "softmax_keys_backward",
 ]
 ASYNCHRONOUS = [*MATRIX, "layer_queries_backward", "layer_keys_backward"]
 

@@ -1,0 +1,188 @@
+"""token_attention's CUDA source, run on the CPU: its own paths, and slips of each kernel."""
+
+import ctypes
+
+import pytest
+import torch
+
+from t2t_kernels import token_attention
+from tests.kernels.test_token_attention import assert_parity
+from tests.simt.build import build_host_library
+from tests.simt.mutations import build_mutated
+from tests.simt.test_soft_split import name
+
+pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# B, T, E, each for a path of the kernels.
+CASES = {
+    "warps-without-rows": (2, 65, 64),
+    "several-blocks-of-an-image": (2, 150, 24),
+    "rows-off-vectors": (3, 33, 33),
+    "whole-tiles": (1, 128, 64),
+    "one-of-each": (2, 3, 1),
+}
+
+
+def arguments(sizes, rms, dtype):
+    torch.manual_seed(sizes[1])
+    return [(torch.randn(sizes) * scale).to(dtype) for scale in (rms, rms, 1.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(case, dtype):
+    assert_parity(arguments(CASES[case], 1.0, dtype), 0.2, "cuda")
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_any_order_of_threads(host_cache, dtype, seed):
+    ctypes.CDLL(build_host_library(host_cache)).simt_seed(ctypes.c_uint64(seed))
+    assert_parity(arguments((2, 70, 40), 2.0, dtype), -0.3, "cuda")
+
+
+def attend(tensors, backend):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = token_attention(*leaves, scale=0.5, backend=backend)
+    return y, *torch.autograd.grad(y.sum(), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_scores_of_minus_infinity(dtype):
+    """Keys of no weight, of which the first tile has no others, and a query that has no others."""
+    q, k, v = arguments((1, 90, 8), 1.0, dtype)
+    q[:, :, 0] = 1
+    k[:, :70, 0] = -torch.inf
+    q[:, 5] = 0
+    ours, plain = (token_attention(q, k, v, scale=0.5, backend=b) for b in ("cuda", "reference"))
+    assert torch.equal(ours.isnan(), plain.isnan()) and not ours[:, :5].isnan().any()
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_nan_goes_where_the_reference_lets_it(dtype, which):
+    tensors = arguments((2, 70, 8), 1.0, dtype)
+    tensors[which][1, 66, 3] = torch.nan
+    for ours, plain in zip(attend(tensors, "cuda"), attend(tensors, "reference"), strict=True):
+        assert torch.equal(ours.isnan(), plain.isnan())
+
+
+def test_wider_than_the_kernel_takes():
+    """The operator's own check; the public function chooses another backend before."""
+    x = torch.zeros(1, 2, 65)
+    with pytest.raises(RuntimeError, match="E up to 64"):
+        torch.ops.t2t_cuda.token_attention(x, x, x, 1.0)
+
+
+SOURCE = "token_attention.cu"
+# A statement that a slip drops, or an expression and what a slip would make of it.
+SLIPS = {
+    "copies-not-waited-for": ("wait_for_copies<0>();", ""),
+    "tiles-used-too-early": ("__syncthreads();\n  }\n\n  // `use(begin", ""),
+    "tiles-overwritten": ("__syncthreads();\n  }\n};", ""),
+    "last-token-left-out": ("begin < tokens", "begin < tokens - 1"),
+    "next-tile-in-this-one's-place": (
+        "load(begin + kTile<T>, turn ^ 1)",
+        "load(begin + kTile<T>, turn)",
+    ),
+    "row-beyond-the-last": ("tokens - begin - top", "tokens - begin - top + 1"),
+    "column-beyond-the-last": ("column < embed", "column <= embed"),
+    "rows-of-another-warp": ("which * kOwned + warp_index() * kRows", "which * kOwned"),
+    "left-fragments-exchanged": (
+        "rows + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8",
+        "rows + (lane_index() % 8 + lane_index() / 16 * 8) * kPitch<T> + lane_index() / 8 % 2 * 8",
+    ),
+    "right-fragments-exchanged": (
+        "tile + (lane % 8 + lane / 16 * 8) * kPitch<T> + lane / 8 % 2 * 8",
+        "tile + lane % 16 * kPitch<T> + lane / 16 * 8",
+    ),
+    "right-fragments-exchanged-2": (
+        "tile + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8",
+        "tile + (lane_index() % 8 + lane_index() / 16 * 8) * kPitch<T> + lane_index() / 8 % 2 * 8",
+    ),
+    "weights-of-the-other-rows": ("pair_of<T>(w[k][1])", "pair_of<T>(w[k][0])"),
+    "column-of-another-key": (
+        "(sums.column(i / 2) + i % 2) * kPitch<T> + k",
+        "(sums.column(i / 2) + (i + 1) % 2) * kPitch<T> + k",
+    ),
+    "weights-overwritten": ("__syncwarp();\n#pragma unroll\n    for (int i = 0; i < 4 * kWide", ""),
+    "weights-before-they-are-there": ("__syncwarp();\n    multiply_tokens", ""),
+    "staged-rows-overwritten": (
+        "__syncwarp();\n#pragma unroll\n    for (int i = 0; i < 2 * kTilesOfEight",
+        "",
+    ),
+    "rows-before-they-are-staged": ("__syncwarp();\n  }\n\n  // To the block's image", ""),
+    "last-row-not-stored": (
+        "block.first + row >= block.tokens",
+        "block.first + row >= block.tokens - 1",
+    ),
+    "keys-beyond-the-last": ("if (key >= block.tokens) w[", ""),
+    "maximum-of-one-lane": ("larger = largest_of_row(larger);", ""),
+    "normalizer-not-shrunk": ("normalizer[half] *= shrink;", ""),
+    "normalizer-of-one-lane": ("normalizer[half] = sum_of_row(normalizer[half]);", ""),
+    "delta-of-one-lane": ("delta[half] = sum_of_row(delta[half]);", ""),
+    "keys-beyond-the-last-backward": ("if (key >= block.tokens) weight", ""),
+    "maximum-of-another-query": (
+        "inside ? p.maximum[query] : INFINITY",
+        "p.maximum[query - (inside ? 0 : 1)]",
+    ),
+    "delta-of-another-turn": ("delta[turn][query]", "delta[0][query]"),
+}
+
+
+@pytest.fixture(scope="module")
+def mutate(cuda_on_host, host_cache, tmp_path_factory):
+    choose, end = build_mutated(
+        host_cache,
+        tmp_path_factory.mktemp("mutated"),
+        [SOURCE],
+        [(SOURCE, *slip) for slip in SLIPS.values()],
+        ["token_attention", "token_attention_backward"],
+    )
+    yield choose
+    end()
+
+
+def beside_nan(tensor):
+    """The same tokens, with a token of NaN after the last one of each image."""
+    images, tokens, embed = tensor.shape
+    wider = tensor.new_full((images, tokens + 1, embed), torch.nan)
+    wider[:, :tokens] = tensor
+    return wider[:, :tokens]
+
+
+def results(ops, dtype):
+    """Of both operators, on tokens that take every kernel through most of its paths."""
+    for sizes, rms in (((2, 150, 24), 2.0), ((1, 65, 13), 1.0)):
+        q, k, v = (beside_nan(tensor) for tensor in arguments(sizes, rms, dtype))
+        # Far below the score of a key that is not there.
+        q[0, :, 0], k[0, :, 0] = 20, -20
+        y, attended, *statistics = ops.token_attention(q, k, v, 0.5)
+        attended = attended if attended.numel() else y
+        yield from (y, attended, *statistics)
+        torch.manual_seed(0)
+        grad = torch.randn(sizes).to(dtype)
+        yield from ops.token_attention_backward(grad, q, k, v, attended, *statistics, 0.5)
+
+
+def differs(dtype):
+    try:
+        mutated = list(results(torch.ops.t2t_mutated, dtype))
+    except RuntimeError as error:
+        return "launch failure" in str(error)
+    return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_no_slip_changes_nothing(mutate, dtype):
+    mutate(-1)
+    assert not differs(dtype)
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slip_is_noticed(mutate, slip):
+    mutate(list(SLIPS).index(slip))
+    assert differs(torch.float32) or differs(torch.bfloat16)
