@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from bench.report import COPY, OURS, PLAIN, PRODUCTS, group
 
 # Told apart by people of any colour vision.
 OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
 DTYPE_COLORS = {"fp32": "#D55E00", "bf16": "#0072B2"}
-MARKERS = "osD^vP*X<>hp"
+MARKERS = "osD^vP*X<>hpd8"
 
 
 def draw(result: dict, path: Path) -> list[Path]:
@@ -96,6 +97,9 @@ def roofline(result: dict) -> Figure | None:
         axes.plot([], [], marker, color=PLAIN_COLOR, label=kind)
     axes.set(xscale="log", yscale="log", xlabel="products' operations per compulsory byte")
     axes.set_ylabel("TFLOP/s")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_title(f"Forward and backward: {result['device']}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -122,7 +126,9 @@ def memory(result: dict) -> Figure | None:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names):
-        for row in (row for row in rows if row["op"] == name):
+        shown = [row for row in rows if row["op"] == name]
+        shown.sort(key=lambda row: row["memory_mib_by_batch"][-1])
+        for row in {row["backend"]: row for row in shown}.values():  # each at its largest batch
             color = OURS_COLOR if row["backend"] in OURS else PLAIN_COLOR
             batches, mib = zip(*row["memory_mib_by_batch"], strict=True)
             axes.plot(batches, mib, "o-", color=color, label=row["backend"])
