@@ -2,7 +2,7 @@
 
 import ctypes
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -63,3 +63,12 @@ def build_mutated(
         chosen.value = index
 
     return choose, declared._destroy
+
+
+def differs(results: Callable[..., Iterable[torch.Tensor]], *arguments) -> bool:
+    """Whether the chosen slip changes what ``results(operators, *arguments)`` gives, or ends it."""
+    try:
+        mutated = list(results(getattr(torch.ops, NAMESPACE), *arguments))
+    except RuntimeError as error:
+        return "launch failure" in str(error)
+    return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, *arguments)))

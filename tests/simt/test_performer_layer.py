@@ -9,7 +9,7 @@ from tests.kernels import test_performer_layer
 from tests.kernels.test_performer_layer import assert_parity
 from tests.kernels.test_reference import performer_params
 from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated
+from tests.simt.mutations import build_mutated, differs
 from tests.simt.test_soft_split import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
@@ -132,21 +132,13 @@ def results(ops, dtype):
     yield from ops.performer_layer_backward(grad, *tensors, seed, *sums, *numbers, True)
 
 
-def differs(dtype):
-    try:
-        mutated = list(results(torch.ops.t2t_mutated, dtype))
-    except RuntimeError as error:
-        return "launch failure" in str(error)
-    return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, dtype)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_no_slip_changes_nothing(mutate, dtype):
     mutate(-1)
-    assert not differs(dtype)
+    assert not differs(results, dtype)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slip_is_noticed(mutate, slip):
     mutate(list(SLIPS).index(slip))
-    assert differs(torch.float32) or differs(torch.bfloat16)
+    assert differs(results, torch.float32) or differs(results, torch.bfloat16)
