@@ -80,12 +80,9 @@ template <typename Run>
 void with_element_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
   using torch::headeronly::ScalarType;
   switch (type) {
-    case ScalarType::Float:
-      return run(float());
-    case ScalarType::BFloat16:
-      return run(torch::headeronly::BFloat16());
-    case ScalarType::Half:
-      return run(torch::headeronly::Half());
+    case ScalarType::Float: return run(float());
+    case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
+    case ScalarType::Half: return run(torch::headeronly::Half());
     default:
       STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
                       torch::headeronly::toString(type));

@@ -20,13 +20,6 @@
 
 namespace t2t {
 
-// Features and embeddings are at most two groups of 32: the sums of a product are 32 registers.
-constexpr int kWidest = 64;
-constexpr int kWidestGroups = kWidest / kGroup;
-static_assert(kWidest <= kShortSum);
-// Of a warp's tiles in shared memory.
-constexpr int kTilePitch = padded_row<float>(kWidest);
-constexpr int kTileFloats = kRows * kTilePitch;
 constexpr int kFeaturePitch = padded_row<float>(kGroup);
 
 // Beyond it |x|² overflows float32; the features there differ by less than float32 resolves anyway.
@@ -82,50 +75,6 @@ __device__ void load_rows(const Rows& rows, int64_t image, int first, int tokens
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       tile[row * kTilePitch + column + e] = limit ? within_range(values[e]) : values[e];
-    }
-  }
-}
-
-// The same in the lanes that hold a product's sums.
-template <typename T>
-__device__ void load_sums(const Rows& rows, int64_t image, int first, int tokens, int embed,
-                          Sums<kWidestGroups>& to) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    const int token = first + sum_row(i % 2);
-    const int column = sum_column(i / 2);
-    const int count = token < tokens ? embed - column : 0;
-    const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
-                  token * rows.token_stride + column * rows.element_stride;
-    float (&values)[8] = to.at[i / 2][i % 2];
-    if (rows.element_stride == 1) {
-      load_eight(values, at, count, rows.vectors);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
-      }
-    }
-  }
-}
-
-// A product's sums as rows of shared memory of type T, and as rows of a contiguous (tokens, embed).
-template <int kGroups, typename T>
-__device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    store_eight(tile + sum_row(i % 2) * pitch + sum_column(i / 2), sums.at[i / 2][i % 2], 8, true);
-  }
-}
-template <typename T>
-__device__ void store_rows(const Sums<kWidestGroups>& sums, T* to, int tokens, int embed,
-                           int64_t token_stride, bool vectors) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    const int row = sum_row(i % 2);
-    const int column = sum_column(i / 2);
-    if (row < tokens) {
-      store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column, vectors);
     }
   }
 }
@@ -306,15 +255,6 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
     result.y.at[i / 16][i / 8 % 2][i % 8] *= result.inverse[i / 8 % 2];
   }
   return result;
-}
-
-// What a lane holds of a product's sums, from a tile.
-__device__ inline void take_sums(const float* tile, Sums<kWidestGroups>& to) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    load_eight(to.at[i / 2][i % 2], tile + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8,
-               true);
-  }
 }
 
 // Gradient of z from that of its features' logs. z is in `tile`, which is overwritten; `factor` is
@@ -518,13 +458,6 @@ __global__ void __launch_bounds__(kCombineWarps* kLanes) combine_kernel(const Co
           sums[j];
     }
   }
-}
-
-inline torch::stable::Tensor new_floats(const torch::stable::Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float);
-}
-inline float* floats_of(const torch::stable::Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
 // Matrices (batches, rows, columns) of contiguous floats, packed as they are or transposed.

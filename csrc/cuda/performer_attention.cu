@@ -172,15 +172,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) keys_backward_kernel(const Key
 }
 
 void check(const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w) {
-  STD_TORCH_CHECK(v.dim() == 3 && w.dim() == 2 && w.size(1) == v.size(2), kName,
-                  ": v or w has the wrong shape");
-  for (const Tensor* tensor : {&k, &q}) {
-    bool same = tensor->dim() == 3 && tensor->scalar_type() == v.scalar_type();
-    for (int i = 0; i < 3; ++i) same = same && tensor->size(i) == v.size(i);
-    STD_TORCH_CHECK(same, kName, ": k, q and v differ in shape or dtype");
-  }
-  STD_TORCH_CHECK(v.size(0) * v.size(1) <= std::numeric_limits<int>::max(), kName,
-                  ": more than 2^31 tokens");
+  check_alike(kName, v, {&k, &q});
+  STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == v.size(2), kName, ": w must be (m, E)");
 }
 
 template <typename T>

@@ -118,8 +118,8 @@ template <typename T>
 __device__ Wide times(const T* tile, const void* packed, int depth, int columns) {
   Wide sums;
   sums.clear();
-  multiply_short(sums, tile, padded_row<T>(kWidest), static_cast<const T*>(packed),
-                 depth * kGroup, depth, (columns + kGroup - 1) / kGroup);
+  multiply_short(sums, tile, padded_row<T>(kWidest), static_cast<const T*>(packed), depth * kGroup,
+                 depth, (columns + kGroup - 1) / kGroup);
   return sums;
 }
 

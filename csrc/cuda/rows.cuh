@@ -1,13 +1,28 @@
-// A matrix of tokens as an operator is given it, and reductions of a row that four lanes share.
+// Matrices of tokens as an operator is given them, their way into a product's sums and back, and
+// reductions of a row that four lanes share.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <limits>
 
 #include "mma.cuh"
 
 namespace t2t {
+
+// Embeddings, features and hidden units are at most two groups of 32, filled up with zeros: the
+// sums of a product are 32 registers.
+constexpr int kWidest = 64;
+constexpr int kWidestGroups = kWidest / kGroup;
+using Wide = Sums<kWidestGroups>;
+static_assert(kWidest <= kShortSum);
+// Of a warp's tiles in shared memory.
+constexpr int kTilePitch = padded_row<float>(kWidest);
+constexpr int kTileFloats = kRows * kTilePitch;
 
 // A matrix (T, E) per image.
 struct Rows {
@@ -25,6 +40,19 @@ Rows rows_of(const torch::stable::Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), vectors};
 }
 
+// Whether all are (B, T, E) of one shape and dtype, with tokens that 32 bits can count.
+inline void check_alike(const char* name, const torch::stable::Tensor& of,
+                        std::initializer_list<const torch::stable::Tensor*> others) {
+  STD_TORCH_CHECK(of.dim() == 3, name, ": expected tensors (B, T, E)");
+  for (const auto* tensor : others) {
+    bool same = tensor->dim() == 3 && tensor->scalar_type() == of.scalar_type();
+    for (int i = 0; i < 3; ++i) same = same && tensor->size(i) == of.size(i);
+    STD_TORCH_CHECK(same, name, ": q, k, v and the gradient must have one shape and dtype");
+  }
+  STD_TORCH_CHECK(of.size(0) * of.size(1) <= std::numeric_limits<int>::max(), name,
+                  ": more than 2^31 tokens");
+}
+
 // The sum over the four lanes that share a row.
 __device__ inline float sum_of_row(float value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
@@ -33,6 +61,67 @@ __device__ inline float sum_of_row(float value) {
 __device__ inline float largest_of_row(float value) {
   value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
   return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+// Tokens first … of an image in the lanes that hold a product's sums, zero beyond `tokens` and
+// `embed`.
+template <typename T>
+__device__ void load_sums(const Rows& rows, int64_t image, int first, int tokens, int embed,
+                          Wide& to) {
+#pragma unroll
+  for (int i = 0; i < 2 * kWidestGroups; ++i) {
+    const int token = first + sum_row(i % 2);
+    const int column = sum_column(i / 2);
+    const int count = token < tokens ? embed - column : 0;
+    const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
+                  token * rows.token_stride + column * rows.element_stride;
+    float (&values)[8] = to.at[i / 2][i % 2];
+    if (rows.element_stride == 1) {
+      load_eight(values, at, count, rows.vectors);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
+      }
+    }
+  }
+}
+
+// A product's sums as rows of shared memory of type T, and as rows of a contiguous (tokens, embed).
+template <int kGroups, typename T>
+__device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    store_eight(tile + sum_row(i % 2) * pitch + sum_column(i / 2), sums.at[i / 2][i % 2], 8, true);
+  }
+}
+template <typename T>
+__device__ void store_rows(const Wide& sums, T* to, int tokens, int embed, int64_t token_stride,
+                           bool vectors) {
+#pragma unroll
+  for (int i = 0; i < 2 * kWidestGroups; ++i) {
+    const int row = sum_row(i % 2);
+    const int column = sum_column(i / 2);
+    if (row < tokens) {
+      store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column, vectors);
+    }
+  }
+}
+
+// What a lane holds of a product's sums, from a tile.
+__device__ inline void take_sums(const float* tile, Wide& to) {
+#pragma unroll
+  for (int i = 0; i < 2 * kWidestGroups; ++i) {
+    load_eight(to.at[i / 2][i % 2], tile + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8,
+               true);
+  }
+}
+
+inline torch::stable::Tensor new_floats(const torch::stable::Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count}, torch::headeronly::ScalarType::Float);
+}
+inline float* floats_of(const torch::stable::Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
 }  // namespace t2t

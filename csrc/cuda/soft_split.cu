@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
         const int column = left + pixel - py * patch_width;
         Vec<T> loaded = {};
         if (row >= 0 && row < map.height && column >= 0 && column < map.width) {
-          loaded = *reinterpret_cast<const Vec<T>*>(
-              x + row * p.row_stride + column * p.column_stride + c);
+          loaded = *reinterpret_cast<const Vec<T>*>(x + row * p.row_stride +
+                                                    column * p.column_stride + c);
         }
         *reinterpret_cast<Vec<T>*>(patch + pixel * pixel_pitch + c) = loaded;
       }
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
             const int column = left + px + 32 * j;
-            loaded[j] = inside && column >= 0 && column < right ? from[column * p.column_stride]
-                                                                : T(0);
+            loaded[j] =
+                inside && column >= 0 && column < right ? from[column * p.column_stride] : T(0);
           }
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
       const int kx = j - line * kernel;
       const int c = line / kernel;
       const int ky = line - c * kernel;
-      const int at = p.channel_vectors ? (ky * patch_width + kx) * pixel_pitch + c
-                                       : line * line_pitch + kx;
+      const int at =
+          p.channel_vectors ? (ky * patch_width + kx) * pixel_pitch + c : line * line_pitch + kx;
 #pragma unroll 4
       for (int t = group; t < tokens; t += groups) {
         made[phase + t * length + j] = patch[at + t * token_step];
@@ -246,8 +246,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
   const Offset element_stride = kStaged ? 1 : static_cast<Offset>(p.element_stride);
   const Offset line_stride = map.kernel * element_stride;
   const Steps<Offset> step = {row_stride - map.stride * line_stride,
-                              token_stride - map.stride * element_stride,
-                              map.kernel * line_stride};
+                              token_stride - map.stride * element_stride, map.kernel * line_stride};
 
   T* staged = reinterpret_cast<T*>(dynamic_shared);
   auto* row_reach = reinterpret_cast<Reach<Offset>*>(staged + p.staged_elements);
@@ -290,8 +289,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
       const int plane = r / height;
       const int y = r - plane * height;
       const int64_t plane_row = (image * (p.channels_last ? 1 : map.channels) + plane) * map.height;
-      T* result = static_cast<T*>(p.result) +
-                  ((plane_row + top + y) * map.width + left) * run_channels;
+      T* result =
+          static_cast<T*>(p.result) + ((plane_row + top + y) * map.width + left) * run_channels;
       const int begin = (i - r * run_vectors) * V - phase_of(result);
       int x = max(begin, 0) / run_channels;
       int c = max(begin, 0) - x * run_channels;
@@ -307,8 +306,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
           if (begin + e < 0 || begin + e >= run) continue;
           const Reach<Offset> column = column_reach[x];
           sum_tokens<1>(sums.at + e,
-                        tokens + row.offset + column.offset + (plane + c) * step.channel,
-                        row.count, column.count, step);
+                        tokens + row.offset + column.offset + (plane + c) * step.channel, row.count,
+                        column.count, step);
           if (++c == run_channels) {
             c = 0;
             ++x;
@@ -394,13 +393,9 @@ Tensor soft_split(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding
   p.row_stride = x.stride(2);
   p.column_stride = x.stride(3);
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      launch_split<uint32_t>(p, device);
-      break;
+    case ScalarType::Float: launch_split<uint32_t>(p, device); break;
     case ScalarType::BFloat16:
-    case ScalarType::Half:
-      launch_split<uint16_t>(p, device);
-      break;
+    case ScalarType::Half: launch_split<uint16_t>(p, device); break;
     default:
       STD_TORCH_CHECK(false, "soft_split: expected float32, bfloat16 or float16, got ",
                       torch::headeronly::toString(x.scalar_type()));
@@ -477,11 +472,10 @@ Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t k
       "soft_split_backward: expected a grad of ", int64_t(p.map.rows) * p.map.columns,
       " tokens of ", p.map.token_width(), " elements, got ", grad.size(1), " of ", grad.size(2));
   const DeviceScope device(grad);
-  Tensor result = torch::stable::empty(
-      {p.map.batch, channels, height, width}, grad.scalar_type(), std::nullopt, grad.device(),
-      std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                    : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor result = torch::stable::empty({p.map.batch, channels, height, width}, grad.scalar_type(),
+                                       std::nullopt, grad.device(), std::nullopt,
+                                       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                     : torch::headeronly::MemoryFormat::Contiguous);
   if (result.numel() == 0) return result;
   p.grad = grad.const_data_ptr();
   p.result = result.mutable_data_ptr();
@@ -490,15 +484,9 @@ Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t k
   p.element_stride = grad.stride(2);
   p.channels_last = channels_last;
   switch (grad.scalar_type()) {
-    case ScalarType::Float:
-      launch_gather<float>(p, device);
-      break;
-    case ScalarType::BFloat16:
-      launch_gather<torch::headeronly::BFloat16>(p, device);
-      break;
-    case ScalarType::Half:
-      launch_gather<torch::headeronly::Half>(p, device);
-      break;
+    case ScalarType::Float: launch_gather<float>(p, device); break;
+    case ScalarType::BFloat16: launch_gather<torch::headeronly::BFloat16>(p, device); break;
+    case ScalarType::Half: launch_gather<torch::headeronly::Half>(p, device); break;
     default:
       STD_TORCH_CHECK(false, "soft_split_backward: expected float32, bfloat16 or float16, got ",
                       torch::headeronly::toString(grad.scalar_type()));

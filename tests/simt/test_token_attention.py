@@ -77,7 +77,7 @@ def test_wider_than_the_kernel_takes():
         torch.ops.t2t_cuda.token_attention(x, x, x, 1.0)
 
 
-SOURCE = "token_attention.cu"
+SOURCE = "softmax.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     "copies-not-waited-for": ("wait_for_copies<0>();", ""),
@@ -138,7 +138,7 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     choose, end = build_mutated(
         host_cache,
         tmp_path_factory.mktemp("mutated"),
-        [SOURCE],
+        ["token_attention.cu"],
         [(SOURCE, *slip) for slip in SLIPS.values()],
         ["token_attention", "token_attention_backward"],
     )
