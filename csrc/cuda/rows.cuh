@@ -109,11 +109,12 @@ __device__ void store_rows(const Wide& sums, T* to, int tokens, int embed, int64
 }
 
 // What a lane holds of a product's sums, from a tile.
-__device__ inline void take_sums(const float* tile, Wide& to) {
+template <typename T>
+__device__ void take_sums(const T* tile, Wide& to) {
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    load_eight(to.at[i / 2][i % 2], tile + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8,
-               true);
+    const T* row = tile + sum_row(i % 2) * padded_row<T>(kWidest);
+    load_eight(to.at[i / 2][i % 2], row + sum_column(i / 2), 8, true);
   }
 }
 

@@ -57,55 +57,57 @@ def test_an_image_does_not_touch_another():
     assert torch.equal(alone[[0, 2]], beside[[0, 2]])
 
 
-LAYER, PHILOX = "performer_layer.cu", "philox.cuh"
+LAYER, COMMON, TAIL = "performer_layer.cu", "layer.cuh", "tail.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
-    "tile-overwritten": (LAYER, "__syncwarp();\n}\n\n__device__ inline void limit", ""),
+    "tile-overwritten": (COMMON, "__syncwarp();\n}\n\n// Everything", ""),
     "keys-before-they-are-there": (LAYER, "__syncwarp();\n    running.add", ""),
-    "features-overwritten": (LAYER, "__syncwarp();\n  keep_rounded(attended.y, operand);", ""),
-    "y-before-it-is-there": (LAYER, "__syncwarp();\n  Wide a = times", ""),
+    "features-overwritten": (TAIL, "__syncwarp();\n  keep_rounded(y, operand);", ""),
+    "y-before-it-is-there": (TAIL, "__syncwarp();\n  Wide a = times", ""),
+    "hidden-overwrites-the-norm": (TAIL, "__syncwarp();\n  keep_rounded(hidden", ""),
     "dropout-of-another-token": (
-        LAYER,
+        TAIL,
         "token * t.embed + sum_column(i / 2)",
         "token * t.embed",
     ),
-    "skip-forgotten": (LAYER, "add(a, made[1]);\n\n", ""),
+    "skip-forgotten": (TAIL, "add(a, v);\n\n", ""),
+    "y-before-it-is-there-backward": (TAIL, "__syncwarp();\n      Wide a = times", ""),
     "features-overwritten-backward": (
         LAYER,
-        "__syncwarp();\n      keep_rounded(attended.y, kept_y);",
+        "__syncwarp();\n    keep_rounded(attended.y, kept_y);",
         "",
     ),
-    "hidden-before-the-norm": (LAYER, "__syncwarp();\n      hidden = times", ""),
+    "hidden-before-the-norm": (TAIL, "__syncwarp();\n      hidden = times", ""),
     "operands-before-they-are-there": (
-        LAYER,
+        TAIL,
         "__syncthreads();\n    add_product(TailSlot::kMlpOut",
         "",
     ),
-    "operands-overwritten": (LAYER, "__syncthreads();\n\n    // mlp_in:", ""),
+    "operands-overwritten": (TAIL, "__syncthreads();\n\n    // mlp_in:", ""),
     "operands-before-they-are-there-2": (
-        LAYER,
+        TAIL,
         "__syncthreads();\n    add_product(TailSlot::kMlpIn",
         "",
     ),
-    "operands-overwritten-2": (LAYER, "__syncthreads();\n\n    // The norm:", ""),
-    "columns-before-they-are-there": (LAYER, "__syncthreads();\n    columns[2]", ""),
+    "operands-overwritten-2": (TAIL, "__syncthreads();\n\n    // The norm:", ""),
+    "columns-before-they-are-there": (TAIL, "__syncthreads();\n    columns[2]", ""),
     "columns-overwritten": (
-        LAYER,
+        TAIL,
         "__syncthreads();\n    scale_and_shift<T>(grad, t.norm_gain",
         "",
     ),
     "operands-before-they-are-there-3": (
-        LAYER,
+        TAIL,
         "__syncthreads();\n    add_product(TailSlot::kProj",
         "",
     ),
-    "operands-overwritten-3": (LAYER, "__syncthreads();\n  }\n\n  const int column", ""),
-    "slot-not-added-to": (LAYER, "first ? sum : at[i * TailSlot::kThreads] + sum", "sum"),
-    "slot-left-out": (LAYER, "i < p.slot_count", "i < p.slot_count - (i > 0)"),
+    "operands-overwritten-3": (TAIL, "__syncthreads();\n  }\n\n  const int column", ""),
+    "slot-not-added-to": (TAIL, "first ? sum : at[i * TailSlot::kThreads] + sum", "sum"),
+    "slot-left-out": (TAIL, "i < p.slot_count", "i < p.slot_count - (i > 0)"),
     "sums-before-they-are-there": (LAYER, "__syncthreads();\n    sums.add", ""),
     "sums-overwritten": (LAYER, "__syncthreads();\n  }\n  sums.store", ""),
     "skip-of-the-values-forgotten": (LAYER, "add(grad_values, skip);", ""),
-    "one-round-less": (PHILOX, "round < 10", "round < 9"),
+    "one-round-less": ("philox.cuh", "round < 10", "round < 9"),
 }
 
 
