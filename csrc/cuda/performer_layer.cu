@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) layer_queries_kernel(const 
                         p.packed + image * p.w.packed_floats(), nullptr};
   const Attended attended = attend(p.w, keys, queries, queries);
 
-  const Wide out = tail_forward(p.tail, attended.y, made[1], first_token, operand);
+  const Wide out = tail_forward<T, true>(
+      p.tail, attended.y, [&](Wide& a) { add(a, made[1]); }, first_token, operand);
   const int embed = projection.embed;
   store_rows(out, static_cast<T*>(p.out) + first_token * embed, projection.tokens - first, embed,
              embed, p.vectors);
@@ -132,8 +133,8 @@ struct TailBackwardParams {
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kLanes, 2)
-    layer_tail_backward_kernel(const TailBackwardParams p) {
-  tail_backward<T>(p.tail, [&](int64_t image, int first, char* shared, T* kept_y) {
+    performer_tail_backward_kernel(const TailBackwardParams p) {
+  tail_backward<T, true>(p.tail, [&](int64_t image, int first, char* shared, T* kept_y) {
     auto* queries = reinterpret_cast<float*>(shared);
     Wide made[2];
     project<T, 2>(p.projection, shared, image, first, {kQuery, kValue}, made);
@@ -385,7 +386,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
       tail.tail.grad_v = to + kValue * embed;
       tail.tail.y_stride = tail.tail.v_stride = static_cast<int>(3 * embed);
       tail.tail.slots = slots.floats();
-      launch_tail_backward<T>(layer_tail_backward_kernel<T>, slots, tail, device);
+      launch_tail_backward<T>(performer_tail_backward_kernel<T>, slots, tail, device);
 
       QueriesBackwardParams queries = {};
       warps = kGradientWarps;

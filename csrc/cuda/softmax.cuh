@@ -496,6 +496,17 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
       .store(static_cast<T*>(p.grad_values), p.grad_stride, block, p.on_top);
 }
 
+template <typename T>
+SoftmaxInputs softmax_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+                             const torch::stable::Tensor& v, double scale) {
+  return {rows_of<T>(q),
+          rows_of<T>(k),
+          rows_of<T>(v),
+          static_cast<int>(v.size(1)),
+          static_cast<int>(v.size(2)),
+          static_cast<float>(scale)};
+}
+
 template <typename T, int kWarps, typename Params>
 void launch_softmax(const DeviceScope& device, const char* name, void (*kernel)(Params),
                     int64_t images, const Params& params) {

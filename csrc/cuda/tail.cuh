@@ -120,9 +120,10 @@ __device__ void keep_rounded(const Wide& sums, T* tile) {
   keep_sums(sums, tile, padded_row<T>(kWidest));
 }
 
-// out of the tokens first_token … of all images; `operand` is the warp's work space.
-template <typename T>
-__device__ Wide tail_forward(const Tail& t, const Wide& y, const Wide& v, int64_t first_token,
+// out of the tokens first_token … of all images; `add_v(a)` adds v, `operand` is the warp's work
+// space.
+template <typename T, bool kDropout, typename AddV>
+__device__ Wide tail_forward(const Tail& t, const Wide& y, AddV add_v, int64_t first_token,
                              T* operand) {
   // What was there may still be read by other lanes.
   __syncwarp();
@@ -130,8 +131,8 @@ __device__ Wide tail_forward(const Tail& t, const Wide& y, const Wide& v, int64_
   __syncwarp();
   Wide a = times(operand, t.proj, t.embed_depth(), t.embed);
   scale_and_shift<T>(a, nullptr, t.proj_bias, t.embed);
-  drop(t, kAfterProj, first_token, a);
-  add(a, v);
+  if (kDropout) drop(t, kAfterProj, first_token, a);
+  add_v(a);
 
   Wide normalized = a;
   float rstd[2];
@@ -152,7 +153,7 @@ __device__ Wide tail_forward(const Tail& t, const Wide& y, const Wide& v, int64_
   __syncwarp();
   Wide out = times(operand, t.mlp_out, t.hidden_depth(), t.embed);
   scale_and_shift<T>(out, nullptr, t.mlp_out_bias, t.embed);
-  drop(t, kAfterMlp, first_token, out);
+  if (kDropout) drop(t, kAfterMlp, first_token, out);
   add(out, a);
   return out;
 }
@@ -199,7 +200,7 @@ __host__ __device__ constexpr int tail_bytes() {
 // `attend(image, first, shared, kept_y)` leaves y of a warp's tokens, rounded, in `kept_y`, where
 // its memory `shared` begins, and returns v. Gradients: those of y and v to memory, those of the
 // parameters to the block's slot.
-template <typename T, typename Attend>
+template <typename T, bool kDropout, typename Attend>
 __device__ void tail_backward(const TailBackward& p, Attend attend) {
   constexpr int kPitch = padded_row<T>(kWidest);
   const Tail& t = p.tail;
@@ -248,7 +249,7 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       __syncwarp();
       Wide a = times(kept_y, t.proj, t.embed_depth(), t.embed);
       scale_and_shift<T>(a, nullptr, t.proj_bias, t.embed);
-      drop(t, kAfterProj, first_token, a);
+      if (kDropout) drop(t, kAfterProj, first_token, a);
       add(a, v);
       normalize_rows(a, t.embed, rstd);
       keep_sums(a, kept_norm, kTilePitch);
@@ -264,7 +265,7 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
     {
       Wide grad, activated = hidden;
       load_sums<T>(p.grad, image, first, p.tokens, t.embed, grad);
-      drop(t, kAfterMlp, first_token, grad);
+      if (kDropout) drop(t, kAfterMlp, first_token, grad);
       keep_rounded(grad, left);
 #pragma unroll
       for (int i = 0; i < 16 * kWidestGroups; ++i) {
@@ -341,7 +342,7 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
                p.v_stride, vectors);
 
     // proj: dropout's gradient by y.
-    drop(t, kAfterProj, first_token, grad);
+    if (kDropout) drop(t, kAfterProj, first_token, grad);
     keep_rounded(grad, left);
     {
       Wide y;

@@ -37,16 +37,6 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
                   ": v must be (B, T, E) with E up to ", kWidest);
 }
 
-template <typename T>
-SoftmaxInputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  return {rows_of<T>(q),
-          rows_of<T>(k),
-          rows_of<T>(v),
-          static_cast<int>(v.size(1)),
-          static_cast<int>(v.size(2)),
-          static_cast<float>(scale)};
-}
-
 Tensor new_statistic(const Tensor& v) {
   return torch::stable::new_empty(v, {v.size(0), v.size(1)}, ScalarType::Float);
 }
@@ -66,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_attention(Tensor q, Tensor k, T
     using T = decltype(zero);
     launch_softmax<T, kForwardWarps>(
         device, "token_attention", softmax_kernel<T>, images,
-        {inputs_of<T>(q, k, v, scale), y.mutable_data_ptr(), floats_of(attended),
+        {softmax_inputs<T>(q, k, v, scale), y.mutable_data_ptr(), floats_of(attended),
          floats_of(maximum), floats_of(normalizer)});
   });
   return {y, attended, maximum, normalizer};
@@ -90,11 +80,18 @@ std::tuple<Tensor, Tensor, Tensor> token_attention_backward(Tensor grad, Tensor 
   const Tensor delta = new_statistic(v), logarithm = new_statistic(v);
   with_element_type(kName, v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const SoftmaxBackwardParams params = {
-        inputs_of<T>(q, k, v, scale), rows_of<T>(grad),          floats_of(attended),
-        floats_of(maximum),           floats_of(normalizer),     floats_of(delta),
-        floats_of(logarithm),         grad_q.mutable_data_ptr(), grad_k.mutable_data_ptr(),
-        grad_v.mutable_data_ptr(),    static_cast<int>(embed),   false};
+    const SoftmaxBackwardParams params = {softmax_inputs<T>(q, k, v, scale),
+                                          rows_of<T>(grad),
+                                          floats_of(attended),
+                                          floats_of(maximum),
+                                          floats_of(normalizer),
+                                          floats_of(delta),
+                                          floats_of(logarithm),
+                                          grad_q.mutable_data_ptr(),
+                                          grad_k.mutable_data_ptr(),
+                                          grad_v.mutable_data_ptr(),
+                                          static_cast<int>(embed),
+                                          false};
     launch_softmax_backward<T>(device, images, params);
   });
   return {grad_q, grad_k, grad_v};

@@ -56,9 +56,9 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
 
 TRANSFORMER_LAYER = register_operation(
     "transformer_layer",
-    kernels=("cpu", "triton"),
+    kernels=("cpu", "triton", "cuda"),
     parts=("soft_split_linear", "token_attention"),
-    limits={"triton": dict.fromkeys("EM", 128)},
+    limits={"triton": dict.fromkeys("EM", 128), "cuda": dict.fromkeys("EM", 64)},
 )
 
 declare(

@@ -23,7 +23,7 @@ CASES = {
     "wide": ((1, 16, 5, 6), (3, 1, 1), (128, 128)),
     "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 7)),
     # Where scores are large, the rounding of one decides an error: many, so that it is not luck.
-    "many": ((2, 20, 24, 24), (3, 2, 1), (32, 40)),
+    "many": ((8, 20, 24, 24), (3, 2, 1), (32, 40)),
     "bands": ((2, 3, 15, 41), (2, 1, 0), (16, 16)),
     "one-token": ((2, 3, 5, 5), (7, 4, 2), (16, 16)),
     "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (16, 16)),
@@ -80,6 +80,8 @@ def assert_parity(tensors, split, backend, layout=contiguous, scale=None):
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_parity(backend, device, case, dtype):
+    if CASES[case][2][0] > OPERATIONS["transformer_layer"].limits.get(backend, {}).get("E", 128):
+        pytest.skip("wider than its kernel takes")
     tensors, split = arguments(case, dtype, device)
     assert_parity(tensors, split, backend)
 
@@ -102,6 +104,8 @@ def test_flat_map(backend, device, value):
 def test_large_scores(backend, device, dtype):
     """q and k of rms 8 with scale 1: nearly one key a query."""
     tensors, split = arguments("many", dtype, device)
+    if backend == "triton" and device.type == "cpu":
+        tensors[0] = tensors[0][:2]  # its interpreter takes seconds for each
     weight = tensors[FIELDS.index("attn_qkv_weight")]
     weight[: 2 * weight.shape[0] // 3].mul_(8)
     assert_parity(tensors, split, backend, scale=1.0)

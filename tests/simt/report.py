@@ -84,7 +84,11 @@ def compile_all(cache: Path) -> dict[str, Path]:
 
 
 def resources(folders: dict[str, Path]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Registers and bytes of static shared memory by kernel and architecture."""
+    """Registers and bytes of static shared memory by kernel and architecture.
+
+    Raises:
+        RuntimeError: two sources have different kernels of one name.
+    """
     result = {}
     for folder in folders.values():
         log = subprocess.run(
@@ -98,7 +102,9 @@ def resources(folders: dict[str, Path]) -> dict[tuple[str, str], tuple[int, int]
             architecture = re.search(r"' for 'sm_(\w+)'", entry)[1]
             registers = int(re.search(r"Used (\d+) registers", entry)[1])
             shared = re.search(r"(\d+) bytes smem", entry)
-            result[kernel_of(entry), architecture] = (registers, int(shared[1]) if shared else 0)
+            key, figures = (kernel_of(entry), architecture), (registers, int(shared[1]) if shared else 0)
+            if result.setdefault(key, figures) != figures:
+                raise RuntimeError(f"two kernels are called {key[0]}: {result[key]} and {figures}")
     return result
 
 
@@ -155,6 +161,20 @@ def call_first_layer(ops, x, dtype):
     call_layer(ops, x, dtype, 7, 4, 2)
 
 
+def call_softmax_layer(ops, x, dtype, kernel_size=3, stride=2, padding=1):
+    width = x.shape[1] * kernel_size**2
+    shapes = ((width,), (width,), (192, width), (64, 64), (64,), (64,), (64,))
+    shapes += ((64, 64), (64,), (64, 64), (64,))
+    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    rest = (kernel_size, stride, padding, 1.0)
+    y, *saved = ops.transformer_layer(x, *params, *rest)
+    ops.transformer_layer_backward(y, x, *params, *saved, *rest, x.shape[1] > 3)
+
+
+def call_first_softmax_layer(ops, x, dtype):
+    call_softmax_layer(ops, x, dtype, 7, 4, 2)
+
+
 # A call of a training step at 224×224 pixels: its map, and what it calls.
 CALLS = {
     "soft split": ((2, 3, 224, 224), call_soft_split),
@@ -163,6 +183,8 @@ CALLS = {
     "token attention": ((2, 3, 8, 8), call_token_attention),
     "layer 1": ((2, 3, 224, 224), call_first_layer),
     "layer 2": ((2, 64, 56, 56), call_layer),
+    "softmax layer 1": ((2, 3, 224, 224), call_first_softmax_layer),
+    "softmax layer 2": ((2, 64, 56, 56), call_softmax_layer),
 }
 
 
