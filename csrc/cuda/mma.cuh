@@ -214,6 +214,14 @@ __device__ void multiply_tokens(OuterSums<kTall, kWide>& sums, const T* a, int a
   }
 }
 
+template <typename T>
+__device__ Vec<T> rounded(const float* from) {
+  Vec<T> vector;
+#pragma unroll
+  for (int e = 0; e < Vec<T>::size; ++e) vector.at[e] = static_cast<T>(from[e]);
+  return vector;
+}
+
 // Eight adjacent elements from global memory, zero beyond `count`; `vectors`: they are aligned.
 template <typename T>
 __device__ void load_eight(float (&to)[8], const T* from, int count, bool vectors) {
@@ -235,12 +243,7 @@ template <typename T>
 __device__ void store_eight(T* to, const float (&from)[8], int count, bool vectors) {
   if (vectors && count >= 8) {
 #pragma unroll
-    for (int i = 0; i < 8; i += Vec<T>::size) {
-      Vec<T> vector;
-#pragma unroll
-      for (int e = 0; e < Vec<T>::size; ++e) vector.at[e] = static_cast<T>(from[i + e]);
-      *reinterpret_cast<Vec<T>*>(to + i) = vector;
-    }
+    for (int i = 0; i < 8; i += Vec<T>::size) store_vector(to + i, rounded<T>(from + i));
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {

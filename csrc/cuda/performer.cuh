@@ -54,7 +54,7 @@ __device__ inline float within_range(float x) {
 // Tokens first … of an image, as floats, zero beyond `tokens` and `embed`; keys and queries are
 // brought within range.
 template <typename T>
-__device__ void load_rows(const Rows& rows, int64_t image, int first, int tokens, int embed,
+__device__ void load_tile(const Rows& rows, int64_t image, int first, int tokens, int embed,
                           bool limit, float* tile) {
   const int units = (embed + 15) / 16 * 2;
   const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride;

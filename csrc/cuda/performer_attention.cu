@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) keys_kernel(const KeysParams p
   running.sums.clear();
   for (int at = first; at < min(first + p.chunk, p.tokens); at += kRows) {
     __syncwarp();
-    load_rows<T>(p.keys, image, at, p.tokens, p.w.embed, true, keys);
-    load_rows<T>(p.values, image, at, p.tokens, p.w.embed, false, values);
+    load_tile<T>(p.keys, image, at, p.tokens, p.w.embed, true, keys);
+    load_tile<T>(p.values, image, at, p.tokens, p.w.embed, false, values);
     __syncwarp();
     running.add(p.w, keys, values, blockIdx.y, p.tokens - at, features, shrink);
   }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesPa
   const int64_t image = tile / p.tiles;
   const int first = static_cast<int>(tile - image * p.tiles) * kRows;
   float* queries = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kTileFloats;
-  load_rows<T>(p.queries, image, first, p.tokens, p.w.embed, true, queries);
+  load_tile<T>(p.queries, image, first, p.tokens, p.w.embed, true, queries);
   __syncwarp();
   const KeySums keys = {p.maximum + image * p.w.count, p.normalizer + image * p.w.count,
                         p.packed + image * p.w.packed_floats(), nullptr};
@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes)
   for (int block_at = first; block_at < min(first + p.chunk, p.tokens);
        block_at += kGradientWarps * kRows) {
     const int at = block_at + warp_index() * kRows;
-    load_rows<T>(p.queries, image, at, p.tokens, p.w.embed, true, queries);
+    load_tile<T>(p.queries, image, at, p.tokens, p.w.embed, true, queries);
     __syncwarp();
     const Attended attended = attend(p.w, keys, queries, features);
     Sums<kWidestGroups> grad;
-    load_sums<T>(p.grads, image, at, p.tokens, p.w.embed, grad);
+    load_rows<T>(p.grads, image, at, p.tokens, p.w.embed, grad);
     const Sums<kWidestGroups> grad_queries = attend_backward(
         p.w, keys, attended, grad, queries, features, grads, of_normalizer + warp_index() * kRows);
     store_rows(grad_queries, static_cast<T*>(p.grad_queries) + (image * p.tokens + at) * p.w.embed,
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) keys_backward_kernel(const Key
   const int first = static_cast<int>(tile - image * p.tiles) * kRows;
   float* keys = reinterpret_cast<float*>(dynamic_shared) + warp_index() * 2 * kTileFloats;
   float* values = keys + kTileFloats;
-  load_rows<T>(p.keys, image, first, p.tokens, p.w.embed, true, keys);
-  load_rows<T>(p.values, image, first, p.tokens, p.w.embed, false, values);
+  load_tile<T>(p.keys, image, first, p.tokens, p.w.embed, true, keys);
+  load_tile<T>(p.values, image, first, p.tokens, p.w.embed, false, values);
   __syncwarp();
   const KeySums sums = {p.maximum + image * p.w.count, nullptr, nullptr, nullptr};
   const KeySums grads = {nullptr, p.normalizer + image * p.w.count,

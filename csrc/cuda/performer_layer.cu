@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes)
     __syncwarp();
     const Attended attended = attend(p.w, keys, queries, features);
     Wide grad;
-    load_sums<T>(grad_y, image, first, projection.tokens, p.w.embed, grad);
+    load_rows<T>(grad_y, image, first, projection.tokens, p.w.embed, grad);
     const Wide grad_queries = attend_backward(p.w, keys, attended, grad, queries, features, grads,
                                               of_normalizer + warp_index() * kRows);
     store_rows(grad_queries,
@@ -249,11 +249,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
   const bool vectors = p.w.embed % Vec<T>::size == 0;
   T* to = static_cast<T*>(p.grad_kqv) + (image * projection.tokens + first) * row;
   store_rows(grad_keys, to + kKey * p.w.embed, projection.tokens - first, p.w.embed, row, vectors);
-  Wide skip;
-  load_sums<T>({static_cast<const T*>(p.grad_kqv) + kValue * p.w.embed, projection.tokens * row,
-                row, 1, vectors},
-               image, first, projection.tokens, p.w.embed, skip);
-  add(grad_values, skip);
+  add_rows<T>({static_cast<const T*>(p.grad_kqv) + kValue * p.w.embed, projection.tokens * row, row,
+               1, vectors},
+              image, first, projection.tokens, p.w.embed, grad_values);
   store_rows(grad_values, to + kValue * p.w.embed, projection.tokens - first, p.w.embed, row,
              vectors);
 }

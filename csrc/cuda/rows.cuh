@@ -63,27 +63,43 @@ __device__ inline float largest_of_row(float value) {
   return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
 }
 
-// Tokens first … of an image in the lanes that hold a product's sums, zero beyond `tokens` and
-// `embed`.
+// Part `i` of what a lane holds of a product's sums: eight elements of tokens first … of an image,
+// zero beyond `tokens` and `embed`.
 template <typename T>
-__device__ void load_sums(const Rows& rows, int64_t image, int first, int tokens, int embed,
+__device__ void load_part(const Rows& rows, int64_t image, int first, int tokens, int embed, int i,
+                          float (&values)[8]) {
+  const int token = first + sum_row(i % 2);
+  const int column = sum_column(i / 2);
+  const int count = token < tokens ? embed - column : 0;
+  const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
+                token * rows.token_stride + column * rows.element_stride;
+  if (rows.element_stride == 1) {
+    load_eight(values, at, count, rows.vectors);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
+    }
+  }
+}
+// All parts; or each of them added to what is there, which needs fewer registers.
+template <typename T>
+__device__ void load_rows(const Rows& rows, int64_t image, int first, int tokens, int embed,
                           Wide& to) {
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    const int token = first + sum_row(i % 2);
-    const int column = sum_column(i / 2);
-    const int count = token < tokens ? embed - column : 0;
-    const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
-                  token * rows.token_stride + column * rows.element_stride;
-    float (&values)[8] = to.at[i / 2][i % 2];
-    if (rows.element_stride == 1) {
-      load_eight(values, at, count, rows.vectors);
-    } else {
+    load_part<T>(rows, image, first, tokens, embed, i, to.at[i / 2][i % 2]);
+  }
+}
+template <typename T>
+__device__ void add_rows(const Rows& rows, int64_t image, int first, int tokens, int embed,
+                         Wide& to) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
-      }
-    }
+  for (int i = 0; i < 2 * kWidestGroups; ++i) {
+    float values[8];
+    load_part<T>(rows, image, first, tokens, embed, i, values);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to.at[i / 2][i % 2][e] += values[e];
   }
 }
 
@@ -92,7 +108,11 @@ template <int kGroups, typename T>
 __device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i) {
-    store_eight(tile + sum_row(i % 2) * pitch + sum_column(i / 2), sums.at[i / 2][i % 2], 8, true);
+    T* to = tile + sum_row(i % 2) * pitch + sum_column(i / 2);
+#pragma unroll
+    for (int e = 0; e < 8; e += Vec<T>::size) {
+      *reinterpret_cast<Vec<T>*>(to + e) = rounded<T>(sums.at[i / 2][i % 2] + e);
+    }
   }
 }
 template <typename T>

@@ -216,13 +216,13 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
   // A warp has 16 rows of each matrix, a thread one column of each vector: of the left operand the
   // first 64 threads, of the right one the others.
   float* slot = p.slots + int64_t(blockIdx.x) * TailSlot::kFloats;
-  float columns[4] = {};
-  const auto column_sum = [&](const T* tile) {
+  const auto add_columns = [&](int vector, const T* tile, bool first) {
     float total = 0.f;
     for (int row = 0; row < kWarps * kRows; ++row) {
       total += static_cast<float>(tile[row * kPitch + threadIdx.x % kWidest]);
     }
-    return total;
+    float& at = slot[vector + threadIdx.x % kWidest];
+    at = first ? total : at + total;
   };
   const auto add_product = [&](int matrix, bool first) {
     OuterSums<1, kWidest / 8> sums;
@@ -236,8 +236,10 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
     }
   };
 
+  const bool upper = threadIdx.x < kWidest;
   const int64_t groups = (p.tokens + kWarps * kRows - 1) / (kWarps * kRows);
   for (int64_t item = blockIdx.x; item < p.images * groups; item += gridDim.x) {
+    const bool begins = item == blockIdx.x;
     const int64_t image = item / groups;
     const int first =
         static_cast<int>(item - image * groups) * kWarps * kRows + warp_index() * kRows;
@@ -264,7 +266,7 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
     // mlp_out: dropout's gradient by the activated units.
     {
       Wide grad, activated = hidden;
-      load_sums<T>(p.grad, image, first, p.tokens, t.embed, grad);
+      load_rows<T>(p.grad, image, first, p.tokens, t.embed, grad);
       if (kDropout) drop(t, kAfterMlp, first_token, grad);
       keep_rounded(grad, left);
 #pragma unroll
@@ -275,8 +277,8 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       keep_rounded(activated, right);
     }
     __syncthreads();
-    add_product(TailSlot::kMlpOut, item == blockIdx.x);
-    columns[0] += column_sum(lefts);
+    add_product(TailSlot::kMlpOut, begins);
+    if (upper) add_columns(TailSlot::kMlpOutBias, lefts, begins);
     Wide grad_hidden = times(left, t.mlp_out_t, t.embed_depth(), t.hidden);
     __syncthreads();
 
@@ -295,8 +297,8 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       keep_rounded(normalized, right);
     }
     __syncthreads();
-    add_product(TailSlot::kMlpIn, item == blockIdx.x);
-    columns[1] += column_sum(lefts);
+    add_product(TailSlot::kMlpIn, begins);
+    if (upper) add_columns(TailSlot::kMlpInBias, lefts, begins);
     Wide grad = times(left, t.mlp_in_t, t.hidden_depth(), t.embed);
     __syncthreads();
 
@@ -313,7 +315,8 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       keep_rounded(product, right);
     }
     __syncthreads();
-    columns[2] += column_sum(threadIdx.x < kWidest ? lefts : rights);
+    add_columns(upper ? TailSlot::kNormOffset : TailSlot::kNormGain, upper ? lefts : rights,
+                begins);
     __syncthreads();
     scale_and_shift<T>(grad, t.norm_gain, nullptr, t.embed);
     {
@@ -325,16 +328,14 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
         product.at[i / 16][i / 8 % 2][i % 8] *= normalized.at[i / 16][i / 8 % 2][i % 8];
       }
       row_means(product, t.embed, mean_of_product);
-      Wide skip;
-      load_sums<T>(p.grad, image, first, p.tokens, t.embed, skip);
 #pragma unroll
       for (int i = 0; i < 16 * kWidestGroups; ++i) {
         const int half = i / 8 % 2;
         float& value = grad.at[i / 16][half][i % 8];
         value = (value - mean[half] - normalized.at[i / 16][half][i % 8] * mean_of_product[half]) *
-                    rstd[half] +
-                skip.at[i / 16][half][i % 8];
+                rstd[half];
       }
+      add_rows<T>(p.grad, image, first, p.tokens, t.embed, grad);
     }
     const int left_tokens = p.tokens - first;
     const bool vectors = t.embed % Vec<T>::size == 0;
@@ -350,22 +351,12 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       keep_rounded(y, right);
     }
     __syncthreads();
-    add_product(TailSlot::kProj, item == blockIdx.x);
-    columns[3] += column_sum(lefts);
+    add_product(TailSlot::kProj, begins);
+    if (upper) add_columns(TailSlot::kProjBias, lefts, begins);
     const Wide grad_y = times(left, t.proj_t, t.embed_depth(), t.embed);
     store_rows(grad_y, static_cast<T*>(p.grad_y) + first_token * p.y_stride, left_tokens, t.embed,
                p.y_stride, vectors);
     __syncthreads();
-  }
-
-  const int column = threadIdx.x % kWidest;
-  if (threadIdx.x < kWidest) {
-    slot[TailSlot::kMlpOutBias + column] = columns[0];
-    slot[TailSlot::kMlpInBias + column] = columns[1];
-    slot[TailSlot::kNormOffset + column] = columns[2];
-    slot[TailSlot::kProjBias + column] = columns[3];
-  } else {
-    slot[TailSlot::kNormGain + column] = columns[2];
   }
 }
 

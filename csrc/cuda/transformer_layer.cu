@@ -75,19 +75,8 @@ __global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T> ? 1 : 0)
   take_sums(rows.rows, y);
   const int64_t first_token = block.row(block.first);
   const bool vectors = block.embed % Vec<T>::size == 0;
-  // Piece by piece, and not earlier: beside the product by which y is projected there are no
-  // registers for all of v.
   const auto add_v = [&](Wide& a) {
-    const T* values = static_cast<const T*>(p.in.values.at) + first_token * block.embed;
-#pragma unroll
-    for (int i = 0; i < 2 * kWidestGroups; ++i) {
-      const int row = sum_row(i % 2), column = sum_column(i / 2);
-      const int count = block.first + row < block.tokens ? block.embed - column : 0;
-      float v[8];
-      load_eight(v, values + row * block.embed + column, count, vectors);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) a.at[i / 2][i % 2][e] += v[e];
-    }
+    add_rows<T>(p.in.values, block.image, block.first, block.tokens, block.embed, a);
   };
   T* operand = reinterpret_cast<T*>(rows.rows);
   const Wide out = tail_forward<T, false>(p.tail, y, add_v, first_token, operand);
@@ -117,7 +106,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
       float& value = v[0].at[i / 16][i / 8 % 2][i % 8];
       value = static_cast<float>(static_cast<T>(value));
     }
-    load_sums<float>(p.attended, image, first, tokens, embed, y);
+    load_rows<float>(p.attended, image, first, tokens, embed, y);
     keep_rounded(y, kept_y);
     return v[0];
   });

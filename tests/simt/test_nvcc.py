@@ -44,7 +44,7 @@ def kernels(compiled):
         ("map_gradient_kernelI", ["ld.global", "st.global"]),
         ("layer_queries_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
         ("layer_project_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
-        (r"(softmax_\w*|layer_attend_)kernelI", ["ld.shared"]),
+        (r"(softmax_\w*|layer_attend_)kernelI", ["ld.shared", "st.global"]),
     ],
     ids=[
         "split",

@@ -80,7 +80,7 @@ SLIPS = {
         "of_divisor[0]",
     ),
     "part-left-out": (PERFORMER, "i < p.parts_per_image", "i < p.parts_per_image - (i > 0)"),
-    "tiles-loaded-too-early": (ATTENTION, "__syncwarp();\n    load_rows<T>(p.keys", ""),
+    "tiles-loaded-too-early": (ATTENTION, "__syncwarp();\n    load_tile<T>(p.keys", ""),
     "tiles-used-too-early": (ATTENTION, "__syncwarp();\n    running.add", ""),
     "gradients-summed-too-early": (ATTENTION, "__syncthreads();\n    sums.add", ""),
     "gradients-overwritten": (ATTENTION, "__syncthreads();\n  }\n  sums.store", ""),

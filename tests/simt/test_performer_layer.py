@@ -70,7 +70,8 @@ SLIPS = {
         "token * t.embed + sum_column(i / 2)",
         "token * t.embed",
     ),
-    "skip-forgotten": (TAIL, "add(a, v);\n\n", ""),
+    "skip-forgotten": (TAIL, "add_v(a);", ""),
+    "skip-forgotten-backward": (TAIL, "add(a, v);", ""),
     "y-before-it-is-there-backward": (TAIL, "__syncwarp();\n      Wide a = times", ""),
     "features-overwritten-backward": (
         LAYER,
@@ -90,7 +91,7 @@ SLIPS = {
         "",
     ),
     "operands-overwritten-2": (TAIL, "__syncthreads();\n\n    // The norm:", ""),
-    "columns-before-they-are-there": (TAIL, "__syncthreads();\n    columns[2]", ""),
+    "columns-before-they-are-there": (TAIL, "__syncthreads();\n    add_columns(upper ?", ""),
     "columns-overwritten": (
         TAIL,
         "__syncthreads();\n    scale_and_shift<T>(grad, t.norm_gain",
@@ -101,12 +102,13 @@ SLIPS = {
         "__syncthreads();\n    add_product(TailSlot::kProj",
         "",
     ),
-    "operands-overwritten-3": (TAIL, "__syncthreads();\n  }\n\n  const int column", ""),
+    "operands-overwritten-3": (TAIL, "__syncthreads();\n  }\n}\n\nstruct TailFinishParams", ""),
     "slot-not-added-to": (TAIL, "first ? sum : at[i * TailSlot::kThreads] + sum", "sum"),
+    "columns-not-added-to": (TAIL, "first ? total : at + total", "total"),
     "slot-left-out": (TAIL, "i < p.slot_count", "i < p.slot_count - (i > 0)"),
     "sums-before-they-are-there": (LAYER, "__syncthreads();\n    sums.add", ""),
     "sums-overwritten": (LAYER, "__syncthreads();\n  }\n  sums.store", ""),
-    "skip-of-the-values-forgotten": (LAYER, "add(grad_values, skip);", ""),
+    "skip-of-the-values-forgotten": (LAYER, "add_rows<T>({static_cast", ""),
     "one-round-less": ("philox.cuh", "round < 10", "round < 9"),
 }
 

@@ -79,7 +79,7 @@ SLIPS = {
     "rows-of-another-image": (LAYER, "image * projection.tokens + first", "first"),
     "last-row-not-stored": (LAYER, "projection.tokens - first", "projection.tokens - first - 1"),
     "y-overwritten": (TAIL, "__syncwarp();\n  keep_rounded(y, operand);", ""),
-    "value-of-another-row": (LAYER, "values + row * block.embed + column", "values + column"),
+    "skip-forgotten": (LAYER, "add_rows<T>(p.in.values", ""),
     "last-result-not-stored": (
         LAYER,
         "block.tokens - block.first",
