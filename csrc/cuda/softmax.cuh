@@ -284,7 +284,7 @@ struct StagedRows {
   __device__ void store(T* to, int stride, const Block& block, bool on_top = false) const {
     const bool vectors = block.embed % Vec<T>::size == 0;
     to += block.row(block.first) * stride;
-#pragma unroll
+#pragma unroll 2
     for (int i = lane_index(); i < kRows * kTilesOfEight; i += kLanes) {
       const int row = i / kTilesOfEight, column = i % kTilesOfEight * 8;
       if (block.first + row >= block.tokens) break;
