@@ -118,14 +118,16 @@ class Layer {
     with_element_type(name, x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       projection.patches = make_patches<T>(map_, x);
-      projection.packed = packed_sections<T>(x, sections);
-      this->tail.proj = packed_linear<T>(x, proj, embed, embed, false);
-      this->tail.mlp_in = packed_linear<T>(x, mlp_in, hidden, embed, false);
-      this->tail.mlp_out = packed_linear<T>(x, mlp_out, embed, hidden, false);
-      if (!backward) return;
-      this->tail.proj_t = packed_linear<T>(x, proj, embed, embed, true);
-      this->tail.mlp_in_t = packed_linear<T>(x, mlp_in, hidden, embed, true);
-      this->tail.mlp_out_t = packed_linear<T>(x, mlp_out, embed, hidden, true);
+      projection.packed = packed_sections(x, sections);
+      this->tail.proj = packed_linear(x, proj, embed, embed, false);
+      this->tail.mlp_in = packed_linear(x, mlp_in, hidden, embed, false);
+      this->tail.mlp_out = packed_linear(x, mlp_out, embed, hidden, false);
+      if (backward) {
+        this->tail.proj_t = packed_linear(x, proj, embed, embed, true);
+        this->tail.mlp_in_t = packed_linear(x, mlp_in, hidden, embed, true);
+        this->tail.mlp_out_t = packed_linear(x, mlp_out, embed, hidden, true);
+      }
+      launch_pack<T>(packings_, 1, device_);
     });
   }
 
@@ -156,10 +158,9 @@ class Layer {
   Tail tail = {};
 
  private:
-  template <typename T>
   const void* packed_sections(const torch::stable::Tensor& like, const void* weight) {
     const Patches& patches = projection.patches;
-    PackParams p = {};
+    Packing p = {};
     p.from = weight;
     p.depth = patches.width();
     p.columns = 3 * projection.embed;
@@ -170,13 +171,12 @@ class Layer {
     p.inner_stride = patches.by_tap ? map_.kernel * map_.kernel : 1;
     p.groups_per_section = projection.groups;
     p.groups = 3 * projection.groups;
-    return pack<T>(like, p);
+    return packed(like, p);
   }
   // The weight (outputs × inputs) of a linear map as inputs × outputs, or as it is.
-  template <typename T>
   const void* packed_linear(const torch::stable::Tensor& like, const void* weight, int64_t outputs,
                             int64_t inputs, bool transposed) {
-    PackParams p = {};
+    Packing p = {};
     p.from = weight;
     p.depth = static_cast<int>(transposed ? outputs : inputs);
     p.columns = p.section = static_cast<int>(transposed ? inputs : outputs);
@@ -184,19 +184,19 @@ class Layer {
     p.outer_stride = transposed ? inputs : 1;
     p.column_stride = transposed ? 1 : inputs;
     p.groups = p.groups_per_section = static_cast<int>(divide_up(p.columns, kGroup));
-    return pack<T>(like, p);
+    return packed(like, p);
   }
-  template <typename T>
-  const void* pack(const torch::stable::Tensor& like, PackParams p) {
+  const void* packed(const torch::stable::Tensor& like, Packing p) {
     kept_.push_back(torch::stable::new_empty(like, {packed_size(p.depth, p.groups)}));
     p.to = kept_.back().mutable_data_ptr();
-    launch_pack<T>(p, 1, device_);
+    packings_.push_back(p);
     return p.to;
   }
 
   DeviceScope device_;
   Geometry map_ = {};
   std::vector<torch::stable::Tensor> kept_;
+  std::vector<Packing> packings_;
 };
 
 }  // namespace t2t

@@ -1,6 +1,9 @@
 // Weights in the order in which `multiply` loads them.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "geometry.h"
 #include "launch.h"
 #include "mma.cuh"
@@ -10,7 +13,7 @@ namespace t2t {
 // A matrix B (depth × columns) in memory. Row k begins at k / inner · outer_stride +
 // k % inner · inner_stride. The columns are equal sections, each of which begins a group when
 // packed.
-struct PackParams {
+struct Packing {
   const void* from;
   void* to;
   int64_t batch_stride, outer_stride, inner_stride, column_stride;
@@ -19,9 +22,17 @@ struct PackParams {
 };
 
 constexpr int kPackThreads = 256;
+// Matrices of one launch: those of a T2T layer.
+constexpr int kMostPackings = 7;
 
+struct PackParams {
+  Packing of[kMostPackings];
+};
+
+// blockIdx.y: one of a batch of matrices; blockIdx.z: which packing.
 template <typename T>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackParams p) {
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackParams params) {
+  const Packing& p = params.of[blockIdx.z];
   const int64_t element = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
   const int column = element % kGroup;
   const int k = element / kGroup % p.padded_depth;
@@ -46,12 +57,20 @@ inline int64_t packed_size(int64_t depth, int64_t groups) {
 }
 
 template <typename T>
-void launch_pack(PackParams p, int batches, const DeviceScope& device) {
-  const int64_t blocks = divide_up(packed_size(p.depth, p.groups), kPackThreads);
-  p.padded_depth = static_cast<int>(divide_up(p.depth, 16) * 16);
+void launch_pack(const std::vector<Packing>& packings, int batches, const DeviceScope& device) {
+  STD_TORCH_CHECK(packings.size() <= kMostPackings, "pack: too many matrices");
+  PackParams params = {};
+  int64_t blocks = 0;
+  int count = 0;
+  for (Packing p : packings) {
+    blocks = std::max(blocks, divide_up(packed_size(p.depth, p.groups), kPackThreads));
+    p.padded_depth = static_cast<int>(divide_up(p.depth, 16) * 16);
+    params.of[count++] = p;
+  }
   device.launch("pack", pack_kernel<T>,
-                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batches)), kPackThreads,
-                0, p);
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batches),
+                     static_cast<unsigned>(count)),
+                kPackThreads, 0, params);
 }
 
 }  // namespace t2t

@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kCombineWarps* kLanes) combine_kernel(const Co
 inline torch::stable::Tensor packed_floats(const torch::stable::Tensor& from, int64_t batches,
                                            int rows, int columns, bool transposed,
                                            const DeviceScope& device) {
-  PackParams p = {};
+  Packing p = {};
   p.from = from.const_data_ptr();
   p.batch_stride = int64_t(rows) * columns;
   p.inner = 1;
@@ -475,7 +475,7 @@ inline torch::stable::Tensor packed_floats(const torch::stable::Tensor& from, in
   p.groups = p.groups_per_section = static_cast<int>(divide_up(p.columns, kGroup));
   torch::stable::Tensor to = new_floats(from, batches * packed_size(p.depth, p.groups));
   p.to = to.mutable_data_ptr();
-  launch_pack<float>(p, batches, device);
+  launch_pack<float>({p}, batches, device);
   return to;
 }
 

@@ -577,7 +577,7 @@ bool rows_are_vectors(const void* p, int64_t elements) {
 template <typename T>
 Tensor packed_weight(const Patches& patches, const Tensor& weight, const DeviceScope& device) {
   const int area = patches.map.kernel * patches.map.kernel;
-  PackParams p = {};
+  Packing p = {};
   p.from = weight.const_data_ptr();
   p.depth = patches.width();
   p.columns = p.section = static_cast<int>(weight.size(0));
@@ -588,7 +588,7 @@ Tensor packed_weight(const Patches& patches, const Tensor& weight, const DeviceS
   p.groups = p.groups_per_section = static_cast<int>(divide_up(p.columns, kGroup));
   Tensor packed = torch::stable::new_empty(weight, {packed_size(p.depth, p.groups)});
   p.to = packed.mutable_data_ptr();
-  launch_pack<T>(p, 1, device);
+  launch_pack<T>({p}, 1, device);
   return packed;
 }
 
@@ -742,7 +742,7 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
   p.rounds = static_cast<int>(divide_up(p.groups, kMapGroups));
 
   // A matrix per tap: depth is the outputs, columns are channels.
-  PackParams pack = {};
+  Packing pack = {};
   pack.from = weight.const_data_ptr();
   pack.depth = p.outputs;
   pack.inner = 1;
@@ -753,7 +753,7 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
   pack.groups = pack.groups_per_section = p.groups;
   Tensor packed = torch::stable::new_empty(weight, {area * packed_size(p.outputs, p.groups)});
   pack.to = packed.mutable_data_ptr();
-  launch_pack<T>(pack, area, device);
+  launch_pack<T>({pack}, area, device);
 
   p.x = patches.x;
   p.grad = grad.const_data_ptr();
