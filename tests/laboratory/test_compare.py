@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -138,6 +139,13 @@ def test_the_packaged_comparison_has_the_paper_s_kinds_of_model():
     assert {"t2t_vit_7", "t2t_vit_t_14", "vit_s_16", "vit_s_16_se", "vit_dense"} <= kinds
     assert {"vit_s_16_resnext", "vit_s_16_ghost", "vit_wide", "timm:resnet10t"} <= kinds
     assert [path.stem for path in PACKAGED.glob("*.yaml")] == ["digits"]
+
+
+def test_the_documented_results_are_those_of_the_packaged_comparison(tmp_path):
+    comparison = read_comparison("digits", [], [0, 1], {"epochs": "12"})
+    compare.claim(comparison, tmp_path)
+    documented = Path(__file__).parents[2] / "docs" / "comparison" / "comparison.yaml"
+    assert (tmp_path / "comparison.yaml").read_text() == documented.read_text()
 
 
 def test_a_model_that_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):

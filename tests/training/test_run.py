@@ -356,7 +356,7 @@ def test_it_learns_digits(tmp_path, capsys):
     assert metrics_of(tmp_path / "run")[-1]["top1"] > 75
     first = capsys.readouterr().out.splitlines()[:12]
     log = "\n".join(first)
-    for word in ("world size 1", "global batch 64", "lr 0.002", "t2t_vit_7", "performer_layer"):
+    for word in ("world size 1", "global batch 64", "lr 0.001", "t2t_vit_7", "performer_layer"):
         assert word in log
 
 
