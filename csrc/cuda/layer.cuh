@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -15,7 +16,7 @@
 
 namespace t2t {
 
-// From patches to the three sections k, q and v, in the order of the weight.
+// From patches to k, q and v: sections in the order of the weight, which differs between layers.
 struct Projection {
   Patches patches;
   Norm norm;

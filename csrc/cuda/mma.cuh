@@ -222,7 +222,7 @@ __device__ Vec<T> rounded(const float* from) {
   return vector;
 }
 
-// Eight adjacent elements from global memory, zero beyond `count`; `vectors`: they are aligned.
+// Eight adjacent elements from memory, zero beyond `count`; `vectors`: they are aligned.
 template <typename T>
 __device__ void load_eight(float (&to)[8], const T* from, int count, bool vectors) {
   if (vectors && count >= 8) {
@@ -238,7 +238,7 @@ __device__ void load_eight(float (&to)[8], const T* from, int count, bool vector
   }
 }
 
-// The opposite, rounded.
+// The opposite, rounded, and to global memory only: see store_vector.
 template <typename T>
 __device__ void store_eight(T* to, const float (&from)[8], int count, bool vectors) {
   if (vectors && count >= 8) {

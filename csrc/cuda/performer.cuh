@@ -193,7 +193,7 @@ struct RunningSums {
 
 // What the backward of a tile of queries needs besides the features.
 struct Attended {
-  Sums<kWidestGroups> y;
+  Wide y;
   float inverse[2];  // 1 / D of rows g and g + 8
   float slope[2];    // the derivative of D by |q|²/2
 };
@@ -204,7 +204,7 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
   Attended result;
   float half[2];
   half_squares(queries, w.embed, half);
-  Sums<kWidestGroups> logs;
+  Wide logs;
   logs.clear();
   multiply_short(logs, queries, kTilePitch, w.packed, w.embed_depth() * kGroup, w.embed_depth(),
                  w.groups());
@@ -259,10 +259,9 @@ __device__ inline Attended attend(const Features& w, const KeySums& keys, const 
 
 // Gradient of z from that of its features' logs. z is in `tile`, which is overwritten; `factor` is
 // the gradient of |z|²/2. Where z is out of range the clamp passes no gradient.
-__device__ inline Sums<kWidestGroups> input_gradient(const Features& w,
-                                                     const Sums<kWidestGroups>& log_gradients,
-                                                     const float (&factor)[2], float* tile) {
-  Sums<kWidestGroups> z, result;
+__device__ inline Wide input_gradient(const Features& w, const Wide& log_gradients,
+                                      const float (&factor)[2], float* tile) {
+  Wide z, result;
   take_sums(tile, z);
   keep_sums(log_gradients, tile, kTilePitch);
   __syncwarp();
@@ -281,11 +280,10 @@ __device__ inline Sums<kWidestGroups> input_gradient(const Features& w,
 // Gradient of the queries in a tile, which is overwritten, from that of y. What the gradients of
 // the sums are made of stays: the features, the gradient of N = y·D in `kept_grads`, and that of D
 // by row.
-__device__ inline Sums<kWidestGroups> attend_backward(const Features& w, const KeySums& keys,
-                                                      const Attended& attended,
-                                                      Sums<kWidestGroups>& grads, float* queries,
-                                                      const float* features, float* kept_grads,
-                                                      float* normalizer_gradients) {
+__device__ inline Wide attend_backward(const Features& w, const KeySums& keys,
+                                       const Attended& attended, Wide& grads, float* queries,
+                                       const float* features, float* kept_grads,
+                                       float* normalizer_gradients) {
   float of_divisor[2] = {};
 #pragma unroll
   for (int i = 0; i < 16 * kWidestGroups; ++i) {
@@ -300,7 +298,7 @@ __device__ inline Sums<kWidestGroups> attend_backward(const Features& w, const K
   }
   keep_sums(grads, kept_grads, kTilePitch);
   __syncwarp();
-  Sums<kWidestGroups> log_gradients;
+  Wide log_gradients;
   log_gradients.clear();
   multiply_short(log_gradients, kept_grads, kTilePitch, keys.packed_t, w.embed_depth() * kGroup,
                  w.embed_depth(), w.groups());
@@ -322,10 +320,9 @@ __device__ inline Sums<kWidestGroups> attend_backward(const Features& w, const K
 
 // Gradients of the keys and values in tiles, which are overwritten, from those of the sums.
 __device__ inline void keys_backward(const Features& w, const KeySums& keys, const KeySums& grads,
-                                     float* key_tile, float* value_tile,
-                                     Sums<kWidestGroups>& key_gradients,
-                                     Sums<kWidestGroups>& value_gradients) {
-  Sums<kWidestGroups> features, log_gradients;
+                                     float* key_tile, float* value_tile, Wide& key_gradients,
+                                     Wide& value_gradients) {
+  Wide features, log_gradients;
   key_logs(w, key_tile, 0, features);
   log_gradients.clear();
   multiply_short(log_gradients, value_tile, kTilePitch, grads.packed_t, w.embed_depth() * kGroup,

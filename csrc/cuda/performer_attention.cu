@@ -12,8 +12,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <cmath>
 #include <tuple>
 
 #include "performer.cuh"
@@ -69,7 +67,6 @@ struct QueriesParams {
   void* y;
   int tokens, tiles;
   int64_t images;
-  bool vectors;  // of y
 };
 
 template <typename T>
@@ -85,7 +82,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) queries_kernel(const QueriesPa
                         p.packed + image * p.w.packed_floats(), nullptr};
   const Attended attended = attend(p.w, keys, queries, queries);
   store_rows(attended.y, static_cast<T*>(p.y) + (image * p.tokens + first) * p.w.embed,
-             p.tokens - first, p.w.embed, p.w.embed, p.vectors);
+             p.tokens - first, p.w.embed, p.w.embed);
 }
 
 struct QueriesBackwardParams {
@@ -95,7 +92,6 @@ struct QueriesBackwardParams {
   void* grad_queries;
   int tokens, chunk, chunks;  // tokens of an image and of a block; blocks of an image
   Parts parts;
-  bool vectors;  // of grad_queries
 };
 
 constexpr int kQueriesBackwardFloats = kGradientWarps * (3 * kTileFloats + kRows);
@@ -124,12 +120,12 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes)
     load_tile<T>(p.queries, image, at, p.tokens, p.w.embed, true, queries);
     __syncwarp();
     const Attended attended = attend(p.w, keys, queries, features);
-    Sums<kWidestGroups> grad;
+    Wide grad;
     load_rows<T>(p.grads, image, at, p.tokens, p.w.embed, grad);
-    const Sums<kWidestGroups> grad_queries = attend_backward(
-        p.w, keys, attended, grad, queries, features, grads, of_normalizer + warp_index() * kRows);
+    const Wide grad_queries = attend_backward(p.w, keys, attended, grad, queries, features, grads,
+                                              of_normalizer + warp_index() * kRows);
     store_rows(grad_queries, static_cast<T*>(p.grad_queries) + (image * p.tokens + at) * p.w.embed,
-               p.tokens - at, p.w.embed, p.w.embed, p.vectors);
+               p.tokens - at, p.w.embed, p.w.embed);
     __syncthreads();
     sums.add(p.w, all_features, all_grads, of_normalizer);
     __syncthreads();
@@ -144,7 +140,6 @@ struct KeysBackwardParams {
   void *grad_keys, *grad_values;
   int tokens, tiles;
   int64_t images;
-  bool vectors;  // of the gradients
 };
 
 template <typename T>
@@ -162,23 +157,17 @@ __global__ void __launch_bounds__(kWarps* kLanes) keys_backward_kernel(const Key
   const KeySums grads = {nullptr, p.normalizer + image * p.w.count,
                          p.packed + image * p.w.packed_floats(),
                          p.packed_t + image * p.w.packed_t_floats()};
-  Sums<kWidestGroups> grad_keys, grad_values;
+  Wide grad_keys, grad_values;
   keys_backward(p.w, sums, grads, keys, values, grad_keys, grad_values);
   const int64_t at = (image * p.tokens + first) * p.w.embed;
-  store_rows(grad_keys, static_cast<T*>(p.grad_keys) + at, p.tokens - first, p.w.embed, p.w.embed,
-             p.vectors);
+  store_rows(grad_keys, static_cast<T*>(p.grad_keys) + at, p.tokens - first, p.w.embed, p.w.embed);
   store_rows(grad_values, static_cast<T*>(p.grad_values) + at, p.tokens - first, p.w.embed,
-             p.w.embed, p.vectors);
+             p.w.embed);
 }
 
 void check(const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w) {
   check_alike(kName, v, {&k, &q});
   STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == v.size(2), kName, ": w must be (m, E)");
-}
-
-template <typename T>
-bool rows_are_vectors(int64_t embed) {
-  return embed % Vec<T>::size == 0;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor q, Tensor v,
@@ -233,7 +222,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
     queries.tokens = keys.tokens;
     queries.tiles = static_cast<int>(tiles);
     queries.images = images;
-    queries.vectors = rows_are_vectors<T>(embed);
     device.launch("performer_attention_queries", queries_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * tiles, kWarps))), kWarps * kLanes,
                   kWarps * kTileFloats * sizeof(float), queries);
@@ -283,7 +271,6 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
     queries.chunk = static_cast<int>(chunk);
     queries.chunks = static_cast<int>(chunks);
     queries.parts = parts.parts();
-    queries.vectors = rows_are_vectors<T>(embed);
     device.launch("performer_attention_queries_backward", queries_backward_kernel<T>,
                   dim3(static_cast<unsigned>(images * chunks)), kGradientWarps * kLanes,
                   kQueriesBackwardFloats * sizeof(float), queries);
@@ -304,7 +291,6 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
     keys.tokens = queries.tokens;
     keys.tiles = static_cast<int>(tiles);
     keys.images = images;
-    keys.vectors = queries.vectors;
     device.launch("performer_attention_keys_backward", keys_backward_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * tiles, kWarps))), kWarps * kLanes,
                   kWarps * 2 * kTileFloats * sizeof(float), keys);

@@ -7,9 +7,9 @@
 //
 // Backward, three such passes lead to the gradient of k, q and v, the only memory per token, and
 // what remains is the backward of soft_split_linear:
-//   tail      forward again up to the MLP, then back through the tail: the gradient of y (to q's
-//   place),
-//             that of the skip (to v's), and a slot of the tail's own gradients per block
+//   tail      forward again up to the MLP, then back through the tail: the gradient of y goes to
+//   q's
+//             place, that of the skip to v's, the tail's own to a slot per block
 //   queries   that of y becomes that of q, and parts of those of the sums
 //   keys      that of k, and the rest of that of v
 // Operands of the tail's products are rounded to the map's type, as plain PyTorch rounds every
@@ -21,7 +21,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -91,7 +90,6 @@ struct QueriesParams {
   const float *maximum, *normalizer, *packed;
   void* out;
   int warp_bytes;
-  bool vectors;  // of out
 };
 
 constexpr int kQueriesBytes = kTileFloats * sizeof(float);
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) layer_queries_kernel(const 
       p.tail, attended.y, [&](Wide& a) { add(a, made[1]); }, first_token, operand);
   const int embed = projection.embed;
   store_rows(out, static_cast<T*>(p.out) + first_token * embed, projection.tokens - first, embed,
-             embed, p.vectors);
+             embed);
 }
 
 struct TailBackwardParams {
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes)
     store_rows(grad_queries,
                static_cast<T*>(p.grad_kqv) + (image * projection.tokens + first) * row +
                    kQuery * p.w.embed,
-               projection.tokens - first, p.w.embed, row, vectors);
+               projection.tokens - first, p.w.embed, row);
     __syncthreads();
     sums.add(p.w, all_features, all_grads, of_normalizer);
     __syncthreads();
@@ -248,12 +246,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
   const int64_t row = 3 * p.w.embed;
   const bool vectors = p.w.embed % Vec<T>::size == 0;
   T* to = static_cast<T*>(p.grad_kqv) + (image * projection.tokens + first) * row;
-  store_rows(grad_keys, to + kKey * p.w.embed, projection.tokens - first, p.w.embed, row, vectors);
+  store_rows(grad_keys, to + kKey * p.w.embed, projection.tokens - first, p.w.embed, row);
   add_rows<T>({static_cast<const T*>(p.grad_kqv) + kValue * p.w.embed, projection.tokens * row, row,
                1, vectors},
               image, first, projection.tokens, p.w.embed, grad_values);
-  store_rows(grad_values, to + kValue * p.w.embed, projection.tokens - first, p.w.embed, row,
-             vectors);
+  store_rows(grad_values, to + kValue * p.w.embed, projection.tokens - first, p.w.embed, row);
 }
 
 // Without dropout there is no seed.
@@ -314,7 +311,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     queries.normalizer = floats_of(normalizer);
     queries.packed = floats_of(packed);
     queries.out = out.mutable_data_ptr();
-    queries.vectors = f.embed % Vec<T>::size == 0;
     device.launch("performer_layer_queries", layer_queries_kernel<T>,
                   dim3(static_cast<unsigned>(divide_up(images * tiles, warps))), warps * kLanes,
                   warps * queries.warp_bytes, queries);

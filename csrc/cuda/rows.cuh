@@ -103,7 +103,7 @@ __device__ void add_rows(const Rows& rows, int64_t image, int first, int tokens,
   }
 }
 
-// A product's sums as rows of shared memory of type T, and as rows of a contiguous (tokens, embed).
+// A product's sums as rows of shared memory of type T.
 template <int kGroups, typename T>
 __device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
 #pragma unroll
@@ -115,15 +115,17 @@ __device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
     }
   }
 }
+// The first `tokens` rows of them to memory of our own, where `to` and the stride are aligned if
+// the rows' width is.
 template <typename T>
-__device__ void store_rows(const Wide& sums, T* to, int tokens, int embed, int64_t token_stride,
-                           bool vectors) {
+__device__ void store_rows(const Wide& sums, T* to, int tokens, int embed, int64_t token_stride) {
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
     const int row = sum_row(i % 2);
     const int column = sum_column(i / 2);
     if (row < tokens) {
-      store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column, vectors);
+      store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column,
+                  embed % Vec<T>::size == 0);
     }
   }
 }

@@ -338,9 +338,8 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
       add_rows<T>(p.grad, image, first, p.tokens, t.embed, grad);
     }
     const int left_tokens = p.tokens - first;
-    const bool vectors = t.embed % Vec<T>::size == 0;
     store_rows(grad, static_cast<T*>(p.grad_v) + first_token * p.v_stride, left_tokens, t.embed,
-               p.v_stride, vectors);
+               p.v_stride);
 
     // proj: dropout's gradient by y.
     if (kDropout) drop(t, kAfterProj, first_token, grad);
@@ -355,7 +354,7 @@ __device__ void tail_backward(const TailBackward& p, Attend attend) {
     if (upper) add_columns(TailSlot::kProjBias, lefts, begins);
     const Wide grad_y = times(left, t.proj_t, t.embed_depth(), t.embed);
     store_rows(grad_y, static_cast<T*>(p.grad_y) + first_token * p.y_stride, left_tokens, t.embed,
-               p.y_stride, vectors);
+               p.y_stride);
     __syncthreads();
   }
 }

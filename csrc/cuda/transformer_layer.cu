@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) layer_project_kernel(const 
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     store_rows(made[i], static_cast<T*>(p.to[i]) + (image * projection.tokens + first) * embed,
-               projection.tokens - first, embed, embed, embed % Vec<T>::size == 0);
+               projection.tokens - first, embed, embed);
   }
 }
 
@@ -62,10 +62,10 @@ struct AttendParams {
   float *attended, *maximum, *normalizer;
 };
 
-// Half types get along with the 128 registers of two blocks a multiprocessor. float32 does not on
-// 12.0, where shared memory holds only one.
+// Half types get along with the 128 registers of two blocks a multiprocessor, float32 does not on
+// 12.0. Only there and on 8.0 would shared memory hold no second one: 9.0 pays for it.
 template <typename T>
-__global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T> ? 1 : 0)
+__global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T> ? 1 : 2)
     layer_attend_kernel(const AttendParams p) {
   const Block<T, kForwardWarps> block(p.in);
   const StagedRows rows = attend<T>(p.in, block, p.maximum, p.normalizer);
@@ -74,14 +74,13 @@ __global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T> ? 1 : 0)
   Wide y;
   take_sums(rows.rows, y);
   const int64_t first_token = block.row(block.first);
-  const bool vectors = block.embed % Vec<T>::size == 0;
   const auto add_v = [&](Wide& a) {
     add_rows<T>(p.in.values, block.image, block.first, block.tokens, block.embed, a);
   };
   T* operand = reinterpret_cast<T*>(rows.rows);
   const Wide out = tail_forward<T, false>(p.tail, y, add_v, first_token, operand);
   store_rows(out, static_cast<T*>(p.out) + first_token * block.embed, block.tokens - block.first,
-             block.embed, block.embed, vectors);
+             block.embed, block.embed);
 }
 
 struct TailBackwardParams {
@@ -99,8 +98,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2)
     Wide v[1], y;
     project<T, 1>(p.projection, shared, image, first, {kValue}, v);
     store_rows(v[0], static_cast<T*>(p.values) + (image * tokens + first) * embed, tokens - first,
-               embed, embed, embed % Vec<T>::size == 0);
-    // As the forward read it back.
+               embed, embed);
+    // Rounded, as the forward read it.
 #pragma unroll
     for (int i = 0; i < 16 * kWidestGroups; ++i) {
       float& value = v[0].at[i / 16][i / 8 % 2][i % 8];

@@ -21,6 +21,7 @@ import torch
 from torch.utils import cpp_extension
 
 import t2t_kernels  # noqa: F401  declares the operators
+from tests.kernels.test_reference import performer_params, transformer_params
 from tests.simt.build import CUDA_SOURCES, TORCH, build_host_library
 
 NVCC = shutil.which("nvcc") or cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc")
@@ -102,7 +103,8 @@ def resources(folders: dict[str, Path]) -> dict[tuple[str, str], tuple[int, int]
             architecture = re.search(r"' for 'sm_(\w+)'", entry)[1]
             registers = int(re.search(r"Used (\d+) registers", entry)[1])
             shared = re.search(r"(\d+) bytes smem", entry)
-            key, figures = (kernel_of(entry), architecture), (registers, int(shared[1]) if shared else 0)
+            key = kernel_of(entry), architecture
+            figures = registers, int(shared[1]) if shared else 0
             if result.setdefault(key, figures) != figures:
                 raise RuntimeError(f"two kernels are called {key[0]}: {result[key]} and {figures}")
     return result
@@ -146,15 +148,11 @@ def call_token_attention(ops, x, dtype):
 
 
 def call_layer(ops, x, dtype, kernel_size=3, stride=2, padding=1):
-    width = x.shape[1] * kernel_size**2
-    shapes = ((width,), (width,), (192, width), (192,), (64, 64), (64,), (64,), (64,))
-    shapes += ((64, 64), (64,), (64, 64), (64,))
-    params = [torch.zeros(32, 64), *(torch.zeros(shape, dtype=dtype) for shape in shapes)]
+    params = performer_params(x.shape[1] * kernel_size**2, 64, 32, 64, dtype=dtype)
     rest = (kernel_size, stride, padding, 1e-8, 0.1)
     seed = torch.zeros(1, dtype=torch.int64)
     y, *sums = ops.performer_layer(x, *params, seed, *rest)
-    need_x = x.shape[1] > 3
-    ops.performer_layer_backward(y, x, *params, seed, *sums, *rest, need_x)
+    ops.performer_layer_backward(y, x, *params, seed, *sums, *rest, x.shape[1] > 3)
 
 
 def call_first_layer(ops, x, dtype):
@@ -162,10 +160,7 @@ def call_first_layer(ops, x, dtype):
 
 
 def call_softmax_layer(ops, x, dtype, kernel_size=3, stride=2, padding=1):
-    width = x.shape[1] * kernel_size**2
-    shapes = ((width,), (width,), (192, width), (64, 64), (64,), (64,), (64,))
-    shapes += ((64, 64), (64,), (64, 64), (64,))
-    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    params = transformer_params(x.shape[1] * kernel_size**2, 64, 64, dtype=dtype)
     rest = (kernel_size, stride, padding, 1.0)
     y, *saved = ops.transformer_layer(x, *params, *rest)
     ops.transformer_layer_backward(y, x, *params, *saved, *rest, x.shape[1] > 3)

@@ -20,6 +20,8 @@ CASES = {
     "several-blocks-of-tails": ((3, 3, 10, 11), (3, 1, 1), (24, 8)),
     "token-larger-than-shared-memory": ((1, 64, 6, 6), (5, 2, 2), (16, 24)),
     "rows-off-vectors": ((2, 3, 7, 6), (3, 1, 1), (13, 33)),
+    # Rows of half types begin anywhere, those of float32 at vectors.
+    "half-a-vector": ((2, 3, 7, 9), (3, 2, 1), (20, 36)),
     "one-of-each": ((2, 3, 5, 4), (3, 2, 1), (1, 1)),
 }
 
@@ -37,6 +39,19 @@ def arguments(case, dtype):
 def test_parity(case, dtype):
     tensors, split = arguments(case, dtype)
     assert_parity(tensors, split, "cuda", channels_last)
+
+
+def test_gradient_that_is_not_contiguous():
+    tensors, split = arguments("half-a-vector", torch.bfloat16)
+    y, *saved = torch.ops.t2t_cuda.transformer_layer(*tensors, *split, 0.2)
+
+    def backward(grad):
+        ops = torch.ops.t2t_cuda
+        return ops.transformer_layer_backward(grad, *tensors, *saved, *split, 0.2, True)
+
+    transposed = torch.randn(y.mT.shape).to(y.dtype).mT
+    for grad in (transposed, y[:1, :1, :1].expand(y.shape)):
+        assert all(map(torch.equal, backward(grad), backward(grad.contiguous())))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -72,10 +87,12 @@ def test_wider_than_the_kernel_takes(sizes):
 
 
 LAYER, SOFTMAX, TAIL = "transformer_layer.cu", "softmax.cuh", "tail.cuh"
+ROWS = "rows.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it. More of them, in
 # what the layer shares, are in the tests of performer_layer and token_attention.
 SLIPS = {
     "tile-of-another-image": (LAYER, "tile - image * projection.tiles", "tile"),
+    "rows-taken-for-vectors": (ROWS, "embed % Vec<T>::size == 0", "embed % 4 == 0"),
     "rows-of-another-image": (LAYER, "image * projection.tokens + first", "first"),
     "last-row-not-stored": (LAYER, "projection.tokens - first", "projection.tokens - first - 1"),
     "y-overwritten": (TAIL, "__syncwarp();\n  keep_rounded(y, operand);", ""),
@@ -106,12 +123,13 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
 
 
 def results(ops, dtype):
-    """Of both operators, on a map that takes every kernel through most of its paths."""
-    tensors, split = arguments("several-blocks-of-tails", dtype)
-    y, *saved = ops.transformer_layer(*tensors, *split, 0.3)
-    yield from (y, *saved)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-    yield from ops.transformer_layer_backward(grad, *tensors, *saved, *split, 0.3, True)
+    """Of both operators, on maps that take every kernel through most of its paths."""
+    for case in ("several-blocks-of-tails", "half-a-vector"):
+        tensors, split = arguments(case, dtype)
+        y, *saved = ops.transformer_layer(*tensors, *split, 0.3)
+        yield from (y, *saved)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+        yield from ops.transformer_layer_backward(grad, *tensors, *saved, *split, 0.3, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
