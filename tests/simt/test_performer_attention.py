@@ -69,7 +69,7 @@ SLIPS = {
     "products-before-features": (PERFORMER, "__syncwarp();\n  result.y.clear();", ""),
     "products-before-gradients": (
         PERFORMER,
-        "__syncwarp();\n  Sums<kWidestGroups> log_gradients;",
+        "__syncwarp();\n  Wide log_gradients;",
         "",
     ),
     "products-before-log-gradients": (PERFORMER, "__syncwarp();\n  result.clear();", ""),
