@@ -6,6 +6,16 @@
 // column g; of the sums (16×8) rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
 
+// Hopper alone multiplies by warpgroup: four warps, the first of which has an index divisible by
+// four, 16 rows each as above, by one right operand in shared memory.
+namespace t2t {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
+}  // namespace t2t
+
 #ifdef T2T_CUDA_ON_CPU
 #include <ptx_on_cpu.h>
 #else
@@ -70,6 +80,65 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int kGroups>
 __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Keeps the compiler from moving what it does with registers to the other side of a fence.
+__device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }
+__device__ inline void settle(uint32_t& value) { asm volatile("" : "+r"(value)); }
+template <typename Element, int kCount>
+__device__ void settle(Element (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) settle(values[i]);
+}
+
+// Comes between the warpgroup's own use of a product's registers, of which `registers` have been
+// written, and the product.
+template <typename... Registers>
+__device__ void start_products(Registers&... registers) {
+  (settle(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+#define T2T_SUMS(j) "+f"(d[j][0][0]), "+f"(d[j][0][1]), "+f"(d[j][1][0]), "+f"(d[j][1][1])
+#define T2T_WGMMA(type)                                                                          \
+  asm volatile(                                                                                  \
+      "{ .reg .pred add; setp.ne.b32 add, %37, 0; "                                              \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38; }"              \
+      : T2T_SUMS(0), T2T_SUMS(1), T2T_SUMS(2), T2T_SUMS(3), T2T_SUMS(4), T2T_SUMS(5),            \
+        T2T_SUMS(6), T2T_SUMS(7)                                                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)))
+
+// Starts d += A·B, or d = A·B if not `add`, of 16 rows a warp and 64 columns; `b` describes the
+// right operand (see operand_at), one of whose rows holds a column of B, or a row if kTransposed.
+template <typename T, bool kTransposed>
+__device__ void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    T2T_WGMMA("bf16");
+  } else {
+    static_assert(std::is_same_v<T, torch::headeronly::Half>);
+    T2T_WGMMA("f16");
+  }
+}
+#undef T2T_WGMMA
+#undef T2T_SUMS
+
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until the committed products, to which `sums` belong, are done.
+template <typename... Sums>
+__device__ void wait_for_products(Sums&... sums) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  (settle(sums), ...);
+}
+
+// Lets warpgroup products see what the calling thread has written to shared memory, once a barrier
+// has followed.
+__device__ inline void show_to_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // 2^x within two units in the last place; 0 where exp2f would need further instructions, below

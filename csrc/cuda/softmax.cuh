@@ -8,6 +8,8 @@
 //
 // Half types multiply on the matrix unit: own rows stay in registers as left operands, and so do
 // the weights p and g, whose sums lie in the lanes where the next product wants its left operand.
+// On Hopper four warps multiply together, so that a tile is read once for 64 rows instead of 16;
+// each lane holds what it would hold on its warp's own.
 #pragma once
 
 #include <cmath>
@@ -24,18 +26,31 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename T>
 constexpr bool kExact = std::is_same_v<T, float>;
+// Whether warps multiply by group, and how many therefore stay together.
+template <typename T>
+constexpr bool kByWarpgroup = kHasWarpgroups && !kExact<T>;
+template <typename T>
+constexpr int kTogether = kByWarpgroup<T> ? 4 : 1;
 // Rows of a tile, and those that the backward weighs at a time: what three blocks of a half type
-// have registers for. Of float32 two blocks fit in shared memory.
+// have registers for, but by warpgroup what a product is fast with, and registers for two. Of
+// float32 two blocks fit in shared memory.
 template <typename T>
 constexpr int kTile = kExact<T> ? 32 : 64;
 template <typename T>
-constexpr int kSlice = kExact<T> ? 32 : 16;
+constexpr int kSlice = kExact<T> ? 32 : kByWarpgroup<T> ? 64 : 16;
 template <typename T>
-constexpr int kBackwardBlocks = kExact<T> ? 2 : 3;
-// From a row of shared memory to the next, of tokens and of float32's weights.
+constexpr int kBackwardBlocks = kExact<T> || kByWarpgroup<T> ? 2 : 3;
+// From a row of shared memory to the next, of tokens and of float32's weights. Rows are padded, but
+// wgmma wants them swizzled.
 template <typename T>
-constexpr int kPitch = padded_row<T>(kWidest);
+constexpr int kPitch = kByWarpgroup<T> ? kWidest : padded_row<T>(kWidest);
 constexpr int kWeightsPitch = padded_row<float>(kRows);
+
+// Where an element lies in rows of tokens.
+template <typename T>
+__device__ int place(int row, int column) {
+  return row * kPitch<T> + (kByWarpgroup<T> ? column ^ row % 8 * 8 : column);
+}
 
 // Forward, a block owns 128 rows of one matrix: 128 operations a byte that it reads from the L2
 // cache, with 64 rows half of that. Backward it owns 64 of two.
@@ -55,9 +70,10 @@ __device__ T* own_rows() {
 __device__ inline float* weights_of_warp() {
   return own_rows<float>() + kOwnRows * kPitch<float> + warp_index() * kTile<float> * kWeightsPitch;
 }
+// The host's part does not know the device's pitch; no row takes more than a padded one.
 template <typename T>
 constexpr size_t shared_bytes(int warps) {
-  const int elements = (4 * kTile<T> + (kExact<T> ? kOwnRows : 0)) * kPitch<T> +
+  const int elements = (4 * kTile<T> + (kExact<T> ? kOwnRows : 0)) * padded_row<T>(kWidest) +
                        (kExact<T> ? warps * kTile<T> * kWeightsPitch : 0);
   return elements * sizeof(T);
 }
@@ -101,9 +117,10 @@ struct Block {
     const int count = column < embed ? tokens - begin - top : 0;
     const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride +
                     (begin + top) * rows.token_stride + column * rows.element_stride;
-    to += top * kPitch<T> + column;
     if (vectors) {
       constexpr int kStep = kThreads * Vec<T>::size / kWidest;
+      static_assert(kStep % 8 == 0, "a thread's rows are swizzled alike");
+      to += place<T>(top, column);
 #pragma unroll
       for (int i = 0; i < kCount; i += kStep) {
         copy_async(to + i * kPitch<T>, from, i < count);
@@ -113,7 +130,7 @@ struct Block {
       constexpr int kStep = kThreads / kWidest;
 #pragma unroll 2
       for (int i = 0; i < kCount; i += kStep) {
-        to[i * kPitch<T>] = i < count ? *from : static_cast<T>(0.f);
+        to[place<T>(top + i, column)] = i < count ? *from : static_cast<T>(0.f);
         from += kStep * rows.token_stride;
       }
     }
@@ -134,18 +151,21 @@ struct Block {
   __device__ static void wait_for_tiles() {
     commit_copies();
     wait_for_copies<0>();
+    if constexpr (kByWarpgroup<T>) show_to_products();
     __syncthreads();
   }
 
   // `use(begin, turn)` for all tiles in order, the first of which is there; the next one is fetched
-  // meanwhile. A warp without rows only helps to fetch.
+  // meanwhile. Warps that have no rows, nor one that they multiply with, only help to fetch.
   template <typename Load, typename Use>
   __device__ void walk(Load load, Use use) const {
+    const int first_together = warp_index() / kTogether<T> * kTogether<T>;
+    const bool has_rows = first_of_block + first_together * kRows < tokens;
 #pragma unroll 1
     for (int begin = 0, turn = 0; begin < tokens; begin += kTile<T>, turn ^= 1) {
       wait_for_tiles();
       if (begin + kTile<T> < tokens) load(begin + kTile<T>, turn ^ 1);
-      if (first < tokens) use(begin, turn);
+      if (has_rows) use(begin, turn);
     }
     __syncthreads();
   }
@@ -157,9 +177,10 @@ struct Left {
   uint32_t at[kWidest / 16][4];
 
   __device__ explicit Left(const T* rows) {
-    const T* row = rows + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8;
 #pragma unroll
-    for (int k = 0; k < kWidest / 16; ++k) load_matrices(at[k], row + k * 16);
+    for (int k = 0; k < kWidest / 16; ++k) {
+      load_matrices(at[k], rows + place<T>(lane_index() % 16, k * 16 + lane_index() / 16 * 8));
+    }
   }
 };
 template <>
@@ -172,10 +193,18 @@ struct Left<float> {
 // A·Bᵀ of a warp's own rows and rows of a tile.
 template <int kWide, typename T>
 __device__ OuterSums<1, kWide> multiply_rows(const Left<T>& left, const T* tile) {
-  const int lane = lane_index();
   OuterSums<1, kWide> sums;
-  sums.clear();
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (kByWarpgroup<T>) {
+    const uint64_t right = operand_at(tile);
+    start_products();
+#pragma unroll
+    for (int k = 0; k < kWidest / 16; ++k) {
+      multiply_async<T, false>(sums.at[0], left.at[k], right + k * kOperandColumns, k > 0);
+    }
+    commit_products();
+    wait_for_products(sums.at[0]);
+  } else if constexpr (kExact<T>) {
+    sums.clear();
     const float* top = left.rows + sums.row(0, 0) * kPitch<T>;
     const float* bottom = left.rows + sums.row(0, 1) * kPitch<T>;
 #pragma unroll 2
@@ -194,7 +223,9 @@ __device__ OuterSums<1, kWide> multiply_rows(const Left<T>& left, const T* tile)
       }
     }
   } else {
-    const T* row = tile + (lane % 8 + lane / 16 * 8) * kPitch<T> + lane / 8 % 2 * 8;
+    sums.clear();
+    const int lane = lane_index();
+    const T* row = tile + place<T>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 #pragma unroll
     for (int k = 0; k < kWidest / 16; ++k) {
 #pragma unroll
@@ -224,7 +255,7 @@ __device__ uint32_t pair_of(const float (&pair)[2]) {
 template <int kWide, typename T>
 __device__ void add_weighted(OuterSums<1, kTilesOfEight>& sums, const OuterSums<1, kWide>& weights,
                              const T* tile) {
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (kExact<T>) {
     float* transposed = weights_of_warp();
     __syncwarp();
 #pragma unroll
@@ -235,20 +266,33 @@ __device__ void add_weighted(OuterSums<1, kTilesOfEight>& sums, const OuterSums<
     __syncwarp();
     multiply_tokens(sums, transposed, kWeightsPitch, tile, kPitch<T>, 8 * kWide);
   } else {
-    const T* row = tile + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8;
+    uint32_t left[kWide / 2][4];
 #pragma unroll
-    for (int k = 0; k < kWide; k += 2) {
-      const auto& w = weights.at[0];
-      const uint32_t left[4] = {pair_of<T>(w[k][0]), pair_of<T>(w[k][1]), pair_of<T>(w[k + 1][0]),
-                                pair_of<T>(w[k + 1][1])};
+    for (int i = 0; i < 2 * kWide; ++i) {
+      left[i / 4][i % 4] = pair_of<T>(weights.at[0][i / 2][i % 2]);
+    }
+    if constexpr (kByWarpgroup<T>) {
+      const uint64_t right = operand_at(tile);
+      start_products(sums.at[0], left);
 #pragma unroll
-      for (int j = 0; j < kTilesOfEight; j += 2) {
-        uint32_t right[4];
-        load_matrices_transposed(right, row + k * 8 * kPitch<T> + j * 8);
-        auto& d = sums.at[0][j];
-        auto& e = sums.at[0][j + 1];
-        mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left, right[0], right[1]);
-        mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left, right[2], right[3]);
+      for (int k = 0; k < kWide / 2; ++k) {
+        multiply_async<T, true>(sums.at[0], left[k], right + k * kOperandRows, true);
+      }
+      commit_products();
+      wait_for_products(sums.at[0]);
+    } else {
+      const T* row = tile + place<T>(lane_index() % 16, lane_index() / 16 * 8);
+#pragma unroll
+      for (int k = 0; k < kWide / 2; ++k) {
+#pragma unroll
+        for (int j = 0; j < kTilesOfEight; j += 2) {
+          uint32_t right[4];
+          load_matrices_transposed(right, row + k * 16 * kPitch<T> + j * 8);
+          auto& d = sums.at[0][j];
+          auto& e = sums.at[0][j + 1];
+          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[k], right[0], right[1]);
+          mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[k], right[2], right[3]);
+        }
       }
     }
   }
@@ -401,10 +445,9 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
     const int row = grad_queries.row(0, half);
     const bool inside = block.first + row < block.tokens;
     if (inside) {
-      const T* grad = block.own_of_warp(1) + row * kPitch<T>;
       const float* attended = p.attended + block.row(block.first + row) * block.embed;
       for (int e = lane_index() % 4; e < block.embed; e += 4) {
-        delta[half] += static_cast<float>(grad[e]) * attended[e];
+        delta[half] += static_cast<float>(block.own_of_warp(1)[place<T>(row, e)]) * attended[e];
       }
       maximum[half] = p.maximum[block.row(block.first + row)];
       logarithm[half] = log2f(p.normalizer[block.row(block.first + row)]);

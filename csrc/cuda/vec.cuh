@@ -5,8 +5,9 @@
 
 #include <cstdint>
 
-// One name for all kernels: CUDA gives every kernel the same block of dynamic shared memory.
-extern __shared__ uint4 dynamic_shared[];
+// One name for all kernels: CUDA gives every kernel the same block of dynamic shared memory. The
+// alignment is that of the swizzle in operand_at.
+alignas(1024) extern __shared__ uint4 dynamic_shared[];
 
 namespace t2t {
 

@@ -35,7 +35,13 @@ COMPILER = [
 LINKER = ["-shared", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
 
 
-def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -> Path:
+# What nvcc defines where it compiles for Hopper's own instructions.
+HOPPER = ("-D__CUDA_ARCH_FEAT_SM90_ALL",)
+
+
+def build_host_library(
+    cache_dir: Path, sources: Sequence[Path] | None = None, options: Sequence[str] = ()
+) -> Path:
     """Compile ``sources`` (default: all of ``csrc/cuda``) for the CPU, once per content.
 
     Returns:
@@ -48,7 +54,7 @@ def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -
     if sources is None:
         sources = sorted(CUDA_SOURCES.glob("*.cu"))
     folders = {source.parent for source in sources} | {HERE, HERE / "include"}
-    digest = hashlib.sha256(repr((COMPILER, LINKER, torch.__version__)).encode())
+    digest = hashlib.sha256(repr((COMPILER, options, LINKER, torch.__version__)).encode())
     for path in sorted(path for folder in folders for path in folder.glob("*.[ch]*")):
         digest.update(path.name.encode() + path.read_bytes())
     cache_dir = Path(cache_dir)
@@ -62,7 +68,8 @@ def build_host_library(cache_dir: Path, sources: Sequence[Path] | None = None) -
             (source, Path(folder) / f"{source.stem}.o") for source in (*sources, HERE / "simt.cpp")
         ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
-            list(compilers.map(lambda unit: _run("-x", "c++", "-c", unit[0], "-o", unit[1]), units))
+            command = (*options, "-x", "c++", "-c")
+            list(compilers.map(lambda unit: _run(*command, unit[0], "-o", unit[1]), units))
         # Renamed when complete: another process may build the same.
         unfinished = Path(folder) / "library.so"
         _run(*(object for _, object in units), *LINKER, "-o", unfinished)

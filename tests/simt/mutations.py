@@ -18,6 +18,8 @@ def build_mutated(
     sources: Sequence[str],
     slips: Sequence[tuple[str, str, str]],
     operators: Sequence[str],
+    options: Sequence[str] = (),
+    namespace: str = NAMESPACE,
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
     """Build a copy of ``sources`` that holds all slips, one of which can be chosen: compiled once.
 
@@ -27,7 +29,9 @@ def build_mutated(
         sources: names of files in ``csrc/cuda``.
         slips: (file, what it says, what a slip would make of it). A statement is dropped if the slip
             is empty, an expression replaced.
-        operators: those that the source registers. They appear in ``torch.ops.t2t_mutated``.
+        operators: those that the source registers.
+        options: of the compiler.
+        namespace: where in ``torch.ops`` they appear.
 
     Returns:
         A function that chooses a slip by its index, −1 for none, and one that ends the namespace.
@@ -42,7 +46,7 @@ def build_mutated(
         )
     for source in sources:
         texts[source] = texts[source].replace(
-            "LIBRARY_IMPL(t2t_cuda,", f"LIBRARY_IMPL({NAMESPACE},"
+            "LIBRARY_IMPL(t2t_cuda,", f"LIBRARY_IMPL({namespace},"
         )
     declaration = (
         'extern "C" { inline __attribute__((visibility("default"))) int mutation = -1; }\n'
@@ -51,9 +55,9 @@ def build_mutated(
     for file, text in texts.items():
         (folder / file).write_text(text)
 
-    library = build_host_library(host_cache, [folder / source for source in sources])
+    library = build_host_library(host_cache, [folder / source for source in sources], options)
     torch.ops.load_library(library)
-    declared = torch.library.Library(NAMESPACE, "DEF")
+    declared = torch.library.Library(namespace, "DEF")
     for operator in operators:
         schema = str(getattr(torch.ops.t2t_cuda, operator).default._schema)
         declared.define(schema.removeprefix("t2t_cuda::"))
@@ -65,10 +69,12 @@ def build_mutated(
     return choose, declared._destroy
 
 
-def differs(results: Callable[..., Iterable[torch.Tensor]], *arguments) -> bool:
+def differs(
+    results: Callable[..., Iterable[torch.Tensor]], *arguments, namespace: str = NAMESPACE
+) -> bool:
     """Whether the chosen slip changes what ``results(operators, *arguments)`` gives, or ends it."""
     try:
-        mutated = list(results(getattr(torch.ops, NAMESPACE), *arguments))
+        mutated = list(results(getattr(torch.ops, namespace), *arguments))
     except RuntimeError as error:
         return "launch failure" in str(error)
     return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, *arguments)))

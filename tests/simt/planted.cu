@@ -15,7 +15,15 @@ enum Fault {
   kTooMuchShared,
   kNoWait,
   kNoLane,
-  kCopyMisaligned
+  kCopyMisaligned,
+  kNotShown,
+  kNotFenced,
+  kNotCommitted,
+  kNotAwaited,
+  kNoWarp,
+  kOtherMatrix,
+  kOffPattern,
+  kOverwritten
 };
 
 // Reverses the elements of each block in static shared memory, then negates them in dynamic.
@@ -70,4 +78,45 @@ extern "C" __attribute__((visibility("default"))) const char* run_warp(float* va
   config.blockDim = dim3(32);
   config.dynamicSmemBytes = 512;
   return cudaGetErrorString(cudaLaunchKernelEx(&config, copy_and_exchange, values, fault));
+}
+
+// Writes 16 rows of 64 numbers four times: a warpgroup's product, each of whose warps has the unit
+// matrix as its left operand.
+__global__ void multiply_by_unit(float* values, int fault) {
+  using T = torch::headeronly::BFloat16;
+  auto* rows = reinterpret_cast<T*>(dynamic_shared);
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = threadIdx.x; i < 16 * 64; i += 128) {
+    const int row = i / 64, column = i % 64;
+    rows[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8] = values[i];
+  }
+  if (fault != kNotShown) t2t::show_to_products();
+  __syncthreads();
+
+  const uint32_t one_of_two = g / 2 == t ? 0x3F80u << g % 2 * 16 : 0;
+  const uint32_t unit[4] = {one_of_two, 0, 0, one_of_two};
+  const uint64_t eight_rows = 1024 / 16, first = t2t::shared_address(rows) / 16;
+  uint64_t right = first | eight_rows << 32 | uint64_t(1) << 62;
+  if (fault == kOffPattern) right += 128 / 16;
+  if (fault == kOtherMatrix && warp == 2) right += 2;
+  if (fault == kNoWarp && warp == 2) return;
+  float sums[8][2][2];
+  if (fault != kNotFenced) t2t::start_products(sums);
+  t2t::multiply_async<T, true>(sums, unit, right, false);
+  if (fault != kNotCommitted) t2t::commit_products();
+  if (fault == kOverwritten) rows[threadIdx.x] = -1.f;
+  if (fault != kNotAwaited) t2t::wait_for_products(sums);
+  for (int i = 0; i < 32; ++i) {
+    const int row = warp * 16 + i / 2 % 2 * 8 + g, column = i / 4 * 8 + t * 2 + i % 2;
+    values[row * 64 + column] = sums[i / 4][i / 2 % 2][i % 2];
+  }
+}
+
+// `values` are 64 rows of 64 floats, the first 16 of them the operand.
+extern "C" __attribute__((visibility("default"))) const char* run_group(float* values, int fault) {
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(128);
+  config.dynamicSmemBytes = 2048;
+  return cudaGetErrorString(cudaLaunchKernelEx(&config, multiply_by_unit, values, fault));
 }

@@ -5,9 +5,11 @@
 // as far as it can: nothing but a barrier keeps one from being far ahead of another. So work that
 // needs a barrier which is not there finds its input missing: shared memory starts out as 0xFF
 // bytes, which are NaN in every floating type, and asynchronous copies arrive when they are waited
-// for and not before. Errors are reported for threads that miss a barrier others wait at, for lanes
-// that miss what their warp does together, for writes beyond the shared memory that was asked for,
-// for accesses not aligned to their type, and for launches beyond a GPU's limits.
+// for and not before. A warpgroup's products are carried out when they are waited for, too, and see
+// shared memory as it was shown to them. Errors are reported for threads that miss a barrier others
+// wait at, for lanes that miss what their warp or warpgroup does together, for products of memory
+// that was not shown to them or has changed since, for writes beyond the shared memory that was
+// asked for, for accesses not aligned to their type, and for launches beyond a GPU's limits.
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -15,10 +17,12 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -34,7 +38,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 // What a block gets without asking for more, what every GPU has for one that asks, and room to see
 // what is written beyond.
 constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
-thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
+alignas(1024) thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
 
 namespace simt {
 namespace {
@@ -42,13 +46,20 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned char kPoison = 0xFF;
 
-constexpr size_t kLanes = 32;
+constexpr size_t kLanes = 32, kWarpgroup = 128;
+// Where the dynamic shared memory of a kernel without any other begins on a GPU.
+constexpr uint32_t kFirstAddress = 1024;
 
 enum class State { kReady, kAtBarrier, kWithWarp, kDone };
 
 struct Copy {
   void* to;
   std::array<unsigned char, 16> bytes;
+};
+
+struct Product {
+  float* sums;
+  std::function<void(float*)> multiply;
 };
 
 struct Fiber {
@@ -63,6 +74,10 @@ struct Fiber {
   Collective collective;
   void* operands;
   std::vector<std::vector<Copy>> copies;  // under way, the group that is still open last
+  std::vector<Product> products;          // under way
+  std::map<float*, std::vector<float>> sums_under_way;
+  size_t committed;
+  bool may_multiply, has_shown;
 };
 
 std::mutex one_launch;
@@ -71,7 +86,9 @@ bool only_record = false;
 std::string recorded;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<size_t> arrived;  // lanes of each warp that wait for the others
+std::vector<size_t> arrived[2];  // lanes of each warp, of each warpgroup, that wait for the others
+// Dynamic shared memory when a thread last showed what it wrote, and as products see it.
+std::vector<unsigned char> shown, seen;
 jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* thread_body;
@@ -130,7 +147,7 @@ void start_fibers() {
     fibers.push_back(std::make_unique<Fiber>());
     getcontext(&fibers.back()->entry);
   }
-  arrived.assign((block_threads() + kLanes - 1) / kLanes, 0);
+  for (auto& counts : arrived) counts.assign((block_threads() + kLanes - 1) / kLanes, 0);
   for (size_t i = 0; i < block_threads(); ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned row = i / blockDim.x;
@@ -139,6 +156,10 @@ void start_fibers() {
     fiber.started = false;
     fiber.state = State::kReady;
     fiber.copies.assign(1, {});
+    fiber.products.clear();
+    fiber.sums_under_way.clear();
+    fiber.committed = 0;
+    fiber.may_multiply = fiber.has_shown = false;
     fiber.entry.uc_stack.ss_sp = fiber.stack.get();
     fiber.entry.uc_stack.ss_size = kStackBytes;
     fiber.entry.uc_link = nullptr;
@@ -151,9 +172,10 @@ void start_fibers() {
 bool pass_barrier() {
   const std::span<const std::unique_ptr<Fiber>> threads(fibers.data(), block_threads());
   const Fiber& first = *threads[0];
+  bool all_have_shown = true;
   for (const auto& fiber : threads) {
     if (fiber->state == State::kWithWarp) {
-      failure = "lanes wait for others of their warp, which are elsewhere";
+      failure = "lanes wait for others of their warp or warpgroup, which are elsewhere";
     } else if (fiber->state != first.state) {
       const int line = (fiber->state == State::kDone ? first : *fiber).line;
       failure = "threads exited while others wait at the barrier in line " + std::to_string(line);
@@ -164,7 +186,11 @@ bool pass_barrier() {
     if (!failure.empty()) return false;
   }
   if (first.state == State::kDone) return false;
-  for (const auto& fiber : threads) fiber->state = State::kReady;
+  for (const auto& fiber : threads) {
+    fiber->state = State::kReady;
+    all_have_shown &= std::exchange(fiber->has_shown, false);
+  }
+  if (all_have_shown) seen = shown;
   return true;
 }
 
@@ -185,10 +211,18 @@ void run_warp(size_t warp) {
   }
 }
 
+// A warp that came last to what its group does together has let the others go on.
+bool any_can_run() {
+  return std::any_of(fibers.begin(), fibers.begin() + block_threads(),
+                     [](const auto& fiber) { return fiber->state == State::kReady; });
+}
+
 // Until all threads are done or one has failed.
 void run_block(size_t dynamic_bytes) {
   start_fibers();
-  std::vector<size_t> warps(arrived.size());
+  shown.assign(dynamic_bytes, kPoison);
+  seen = shown;
+  std::vector<size_t> warps((block_threads() + kLanes - 1) / kLanes);
   std::iota(warps.begin(), warps.end(), 0);
   do {
     std::shuffle(warps.begin(), warps.end(), random_order);
@@ -196,7 +230,7 @@ void run_block(size_t dynamic_bytes) {
       run_warp(warp);
       if (!failure.empty()) return;
     }
-  } while (pass_barrier());
+  } while (any_can_run() || pass_barrier());
   if (!failure.empty()) return;
 
   const auto* bytes = reinterpret_cast<const unsigned char*>(dynamic_shared);
@@ -217,23 +251,26 @@ void barrier(int line) {
   suspend();
 }
 
-void together(Collective collective, void* operands) {
-  const size_t warp = running->number / kLanes;
+void fail(const char* why) {
+  failure = why;
+  suspend();
+}
+
+void together(Collective collective, void* operands, size_t count) {
+  const size_t group = running->number / count;
   running->collective = collective;
   running->operands = operands;
-  if (++arrived[warp] < kLanes) {
+  size_t& here = arrived[count != kLanes][group];
+  if (++here < count) {
     running->state = State::kWithWarp;
     suspend();
     return;
   }
-  arrived[warp] = 0;
-  void* of_lanes[kLanes];
-  for (size_t i = 0; i < kLanes; ++i) {
-    Fiber& lane = *fibers[warp * kLanes + i];
-    if (lane.collective != collective) {
-      failure = "lanes of a warp do different things together";
-      suspend();
-    }
+  here = 0;
+  void* of_lanes[kWarpgroup];
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& lane = *fibers[group * count + i];
+    if (lane.collective != collective) fail("lanes of a warp do different things together");
     of_lanes[i] = lane.operands;
     lane.state = State::kReady;
   }
@@ -242,8 +279,7 @@ void together(Collective collective, void* operands) {
 
 void expect_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 == 0) return;
-  failure = "an instruction of 16 bytes at an address that is not aligned to them";
-  suspend();
+  fail("an instruction of 16 bytes at an address that is not aligned to them");
 }
 
 void copy_later(void* to, const void* from, bool inside) {
@@ -261,6 +297,57 @@ void wait_for_copies(size_t groups_left) {
       std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
     groups.erase(groups.begin());
   }
+}
+
+void start_products() { running->may_multiply = true; }
+
+void multiply_later(float* sums, std::function<void(float*)> multiply) {
+  if (!running->may_multiply) fail("a product's registers are not fenced");
+  if (running->sums_under_way.try_emplace(sums, sums, sums + 32).second) {
+    std::fill_n(sums, 32, std::numeric_limits<float>::quiet_NaN());
+  }
+  running->products.push_back({sums, std::move(multiply)});
+}
+
+void commit_products() { running->committed = running->products.size(); }
+
+void wait_for_products() {
+  auto& products = running->products;
+  for (size_t i = 0; i < running->committed; ++i) {
+    products[i].multiply(running->sums_under_way[products[i].sums].data());
+  }
+  products.erase(products.begin(), products.begin() + running->committed);
+  running->committed = 0;
+  running->may_multiply = false;
+  std::erase_if(running->sums_under_way, [&](const auto& under_way) {
+    const auto& [sums, values] = under_way;
+    for (const Product& product : products) {
+      if (product.sums == sums) return false;
+    }
+    std::copy(values.begin(), values.end(), sums);
+    return true;
+  });
+}
+
+void show_to_products() {
+  running->has_shown = true;
+  std::memcpy(shown.data(), dynamic_shared, shown.size());
+}
+
+uint32_t shared_address(const void* p) {
+  return kFirstAddress + (static_cast<const unsigned char*>(p) -
+                          reinterpret_cast<const unsigned char*>(dynamic_shared));
+}
+
+// 16 bits of it.
+const void* seen_by_products(uint32_t address) {
+  const size_t offset = address - kFirstAddress;
+  if (offset >= seen.size()) fail("a product reads beyond the dynamic shared memory");
+  const auto* now = reinterpret_cast<const unsigned char*>(dynamic_shared) + offset;
+  if (std::memcmp(now, &seen[offset], 2) != 0) {
+    fail("a product reads shared memory that was not shown to it, or that has changed meanwhile");
+  }
+  return &seen[offset];
 }
 
 cudaError_t allow_shared(const void* kernel, size_t bytes) {

@@ -94,6 +94,8 @@ MATRIX = [
     "softmax_keys_backward",
 ]
 ASYNCHRONOUS = [*MATRIX, "layer_queries_backward", "layer_keys_backward"]
+# For Hopper by warpgroup.
+WARPGROUP = ["layer_attend", "softmax", "softmax_queries_backward", "softmax_keys_backward"]
 
 
 @pytest.mark.parametrize("architecture", report.ARCHITECTURES)
@@ -111,13 +113,23 @@ def test_machine_code(compiled, architecture):
                 continue
             half = "Half" in kernel[2] or "BFloat16" in kernel[2]
             if kernel[1] in MATRIX:
-                assert ("HMMA" in code) == half, f"{name} of {source}"
+                assert bool(re.search("HG?MMA", code)) == half, f"{name} of {source}"
                 seen.add((kernel[1], half))
             else:
                 assert "HMMA" not in code or kernel[1] in ASYNCHRONOUS, f"{name} of {source}"
+            by_warpgroup = architecture == "90a" and half and kernel[1] in WARPGROUP
+            assert ("HGMMA" in code) == by_warpgroup, f"{name} of {source}"
             if kernel[1] in ASYNCHRONOUS:
                 assert "LDGSTS" in code, f"{name} of {source} copies nothing asynchronously"
     assert seen == {(kernel, half) for kernel in MATRIX for half in (False, True)}
+
+
+def test_shared_memory_begins_where_a_swizzle_may(compiled):
+    """wgmma permutes address bits: its operands' offsets hold from a multiple of 1024 on only."""
+    for folder in compiled.values():
+        (ptx,) = folder.glob("*compute_90a.ptx")
+        text = ptx.read_text()
+        assert "wgmma" not in text or ".extern .shared .align 1024 .b8 dynamic_shared[]" in text
 
 
 def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):

@@ -11,6 +11,8 @@ from tests.simt.build import HERE, build_host_library
 # In the order of planted.cu.
 FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned", "shared"]
 FAULTS += ["no-wait", "no-lane", "copy-misaligned"]
+FAULTS += ["not-shown", "not-fenced", "not-committed", "not-awaited"]
+FAULTS += ["no-warp", "other-matrix", "off-pattern", "overwritten"]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,46 @@ def test_fault_of_a_warp_is_reported(run_warp, fault, expected):
     _, message = run_warp(fault)
     assert expected in message
     assert run_warp("none") == (True, "no error"), "the next launch has to be as new"
+
+
+@pytest.fixture(scope="module")
+def run_group(host_cache):
+    """Runs planted.cu's warpgroup; returns the results, what they should be, the message."""
+    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library.run_group.restype = ctypes.c_char_p
+
+    def run(fault: str) -> tuple[torch.Tensor, torch.Tensor, str]:
+        values = torch.arange(64.0 * 64).remainder(251).view(64, 64)
+        expected = values[:16].repeat(4, 1)
+        address = ctypes.c_void_p(values.data_ptr())
+        message = library.run_group(address, FAULTS.index(fault)).decode()
+        return values, expected, message
+
+    return run
+
+
+def test_runs_a_correct_warpgroup(run_group):
+    values, expected, message = run_group("none")
+    assert torch.equal(values, expected) and message == "no error"
+
+
+@pytest.mark.parametrize("fault", ["not-committed", "not-awaited"])
+def test_products_arrive_at_their_wait(run_group, fault):
+    values, _, message = run_group(fault)
+    assert values.isnan().all() and message == "no error"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("not-shown", "shared memory that was not shown to it"),
+        ("overwritten", "or that has changed meanwhile"),
+        ("not-fenced", "registers are not fenced"),
+        ("no-warp", "lanes wait for others of their warp or warpgroup"),
+        ("other-matrix", "warps of a group multiply by different matrices"),
+        ("off-pattern", "does not begin where its swizzle's pattern does"),
+    ],
+)
+def test_fault_of_a_warpgroup_is_reported(run_group, fault, expected):
+    assert expected in run_group(fault)[-1]
+    assert run_group("none")[-1] == "no error", "the next launch has to be as new"

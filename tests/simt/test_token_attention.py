@@ -92,18 +92,21 @@ SLIPS = {
     "column-beyond-the-last": ("column < embed", "column <= embed"),
     "rows-of-another-warp": ("which * kOwned + warp_index() * kRows", "which * kOwned"),
     "left-fragments-exchanged": (
-        "rows + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8",
-        "rows + (lane_index() % 8 + lane_index() / 16 * 8) * kPitch<T> + lane_index() / 8 % 2 * 8",
+        "place<T>(lane_index() % 16, k * 16 + lane_index() / 16 * 8)",
+        "place<T>(lane_index() % 8 + lane_index() / 16 * 8, k * 16 + lane_index() / 8 % 2 * 8)",
     ),
     "right-fragments-exchanged": (
-        "tile + (lane % 8 + lane / 16 * 8) * kPitch<T> + lane / 8 % 2 * 8",
-        "tile + lane % 16 * kPitch<T> + lane / 16 * 8",
+        "place<T>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8)",
+        "place<T>(lane % 16, lane / 16 * 8)",
     ),
     "right-fragments-exchanged-2": (
-        "tile + lane_index() % 16 * kPitch<T> + lane_index() / 16 * 8",
-        "tile + (lane_index() % 8 + lane_index() / 16 * 8) * kPitch<T> + lane_index() / 8 % 2 * 8",
+        "place<T>(lane_index() % 16, lane_index() / 16 * 8)",
+        "place<T>(lane_index() % 8 + lane_index() / 16 * 8, lane_index() / 8 % 2 * 8)",
     ),
-    "weights-of-the-other-rows": ("pair_of<T>(w[k][1])", "pair_of<T>(w[k][0])"),
+    "weights-of-the-other-rows": (
+        "pair_of<T>(weights.at[0][i / 2][i % 2])",
+        "pair_of<T>(weights.at[0][i / 2][0])",
+    ),
     "column-of-another-key": (
         "(sums.column(i / 2) + i % 2) * kPitch<T> + k",
         "(sums.column(i / 2) + (i + 1) % 2) * kPitch<T> + k",

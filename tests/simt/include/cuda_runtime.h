@@ -65,12 +65,16 @@ namespace simt {
 // Suspends the calling thread until all threads of its block wait at the same line.
 void barrier(int line);
 
-// What the lanes of a warp do together; it is given the operands of all 32 of them.
+// What the lanes of a warp, or warpgroup, do together; it is given the operands of all of them.
 using Collective = void (*)(void* const* of_lanes);
 
-// Suspends the calling thread until all lanes of its warp are here, and does it once for all.
-void together(Collective collective, void* operands);
+// Suspends the calling thread until all lanes of its warp, or all 128 of its warpgroup, are here,
+// and does it once for all.
+void together(Collective collective, void* operands, size_t count = 32);
 inline void only_wait(void* const*) {}
+
+// Ends the launch.
+void fail(const char* why);
 
 // Fails the launch if 16 bytes cannot be accessed there.
 void expect_aligned(const void* p);
@@ -79,6 +83,21 @@ void expect_aligned(const void* p);
 void copy_later(void* to, const void* from, bool inside);
 void commit_copies();
 void wait_for_copies(size_t groups_left);
+
+// A product of the calling thread's part of a warpgroup: `multiply` is given the 32 sums when it is
+// waited for; until then they are NaN.
+void start_products();
+void multiply_later(float* sums, std::function<void(float*)> multiply);
+void commit_products();
+void wait_for_products();
+
+// The 32-bit address of a place in dynamic shared memory.
+uint32_t shared_address(const void* p);
+
+// Dynamic shared memory as products see it: as it was at the latest barrier to which every thread
+// came after it had shown what it wrote.
+void show_to_products();
+const void* seen_by_products(uint32_t address);
 
 // Lets `kernel` have more shared memory than it may without asking, as far as a GPU goes.
 cudaError_t allow_shared(const void* kernel, size_t bytes);

@@ -10,6 +10,14 @@
 namespace t2t {
 
 template <typename T>
+float element_of(uint32_t pair, int i) {
+  const auto bits = static_cast<uint16_t>(pair >> (16 * i));
+  T value;
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
+
+template <typename T>
 void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0,
          uint32_t b1) {
   struct Operands {
@@ -19,23 +27,17 @@ void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uin
   } own = {{&d0, &d1, &d2, &d3}, a, {b0, b1}};
   simt::together(
       [](void* const* lanes) {
-        const auto element = [](uint32_t pair, int i) {
-          const auto bits = static_cast<uint16_t>(pair >> (16 * i));
-          T value;
-          std::memcpy(&value, &bits, 2);
-          return static_cast<float>(value);
-        };
         float left[16][16], right[16][8];
         for (int lane = 0; lane < 32; ++lane) {
           const auto& o = *static_cast<const Operands*>(lanes[lane]);
           const int g = lane / 4, t = lane % 4;
           for (int i = 0; i < 2; ++i) {
-            left[g][2 * t + i] = element(o.a[0], i);
-            left[g + 8][2 * t + i] = element(o.a[1], i);
-            left[g][2 * t + 8 + i] = element(o.a[2], i);
-            left[g + 8][2 * t + 8 + i] = element(o.a[3], i);
-            right[2 * t + i][g] = element(o.b[0], i);
-            right[2 * t + 8 + i][g] = element(o.b[1], i);
+            left[g][2 * t + i] = element_of<T>(o.a[0], i);
+            left[g + 8][2 * t + i] = element_of<T>(o.a[1], i);
+            left[g][2 * t + 8 + i] = element_of<T>(o.a[2], i);
+            left[g + 8][2 * t + 8 + i] = element_of<T>(o.a[3], i);
+            right[2 * t + i][g] = element_of<T>(o.b[0], i);
+            right[2 * t + 8 + i][g] = element_of<T>(o.b[1], i);
           }
         }
         float sums[16][8] = {};
@@ -55,6 +57,8 @@ void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uin
       },
       &own);
 }
+
+inline uint32_t shared_address(const void* p) { return simt::shared_address(p); }
 
 template <bool kTransposed>
 void load_matrices_of_warp(uint32_t (&r)[4], const void* row) {
@@ -99,6 +103,75 @@ inline void commit_copies() { simt::commit_copies(); }
 template <int kGroups>
 void wait_for_copies() {
   simt::wait_for_copies(kGroups);
+}
+
+inline void show_to_products() { simt::show_to_products(); }
+
+// Element (k, n) of a right operand in the canonical layout with rows of 128 bytes: 64 elements
+// along k, or along n if transposed, eight such rows, and so on across them.
+template <typename T>
+float right_element(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n) {
+  const auto bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) * 16; };
+  const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
+  if (descriptor >> 62 != 1) simt::fail("a matrix is not swizzled over 128 bytes");
+  if (descriptor >> 49 & 7 || start >> 7 & 7) {
+    simt::fail("a matrix does not begin where its swizzle's pattern does");
+  }
+  const uint32_t along = transposed ? n : k, across = transposed ? k : n;
+  const uint32_t address = start + along % 64 * 2 + along / 64 * leading + across % 8 * 128 +
+                           across / 8 * stride;
+  const uint32_t swizzled = address ^ (address >> 7 & 7) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, simt::seen_by_products(swizzled), 2);
+  return element_of<T>(bits, 0);
+}
+
+template <typename... Registers>
+void start_products(Registers&...) {
+  simt::start_products();
+}
+template <typename T, bool kTransposed>
+void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  struct Operands {
+    const uint32_t* a;
+    uint64_t b;
+    bool add;
+    float rows[2][16];  // of the left operand, those of the thread's sums
+  } own = {a, b, add, {}};
+  simt::together(
+      [](void* const* threads) {
+        const auto of = [&](int i) -> Operands& { return *static_cast<Operands*>(threads[i]); };
+        for (int i = 0; i < 128; ++i) {
+          if (of(i).b != of(0).b || of(i).add != of(0).add) {
+            simt::fail("warps of a group multiply by different matrices");
+          }
+          for (int k = 0; k < 32; ++k) {
+            const auto& from = of(i / 4 * 4 + k / 2 % 4);
+            of(i).rows[k / 16][k % 16] = element_of<T>(from.a[k / 8 % 2 * 2 + k / 16], k % 2);
+          }
+        }
+      },
+      &own, 128);
+  const int first_column = threadIdx.x % 4 * 2;
+  simt::multiply_later(&d[0][0][0], [=](float* sums) {
+    for (int i = 0; i < 16; ++i) {
+      float sum[2] = {};
+      for (int k = 0; k < 16; ++k) {
+        const float right =
+            right_element<T>(b, kTransposed, k, i / 2 * 8 + first_column + i % 2);
+        for (int half = 0; half < 2; ++half) sum[half] += own.rows[half][k] * right;
+      }
+      for (int half = 0; half < 2; ++half) {
+        float& total = sums[i / 2 * 4 + half * 2 + i % 2];
+        total = add ? total + sum[half] : sum[half];
+      }
+    }
+  });
+}
+inline void commit_products() { simt::commit_products(); }
+template <typename... Sums>
+void wait_for_products(Sums&...) {
+  simt::wait_for_products();
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
