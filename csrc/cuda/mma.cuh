@@ -223,8 +223,8 @@ __device__ Vec<T> rounded(const float* from) {
 }
 
 // wgmma's descriptor of a right operand: rows of 64 elements of 16 bits in shared memory that begin
-// at a multiple of 1024, the eight 16-byte parts of row i at their index ^ i % 8. To it can be added
-// the distance to where the rows, or columns, of the next 16 terms of the sums begin.
+// at a multiple of 1024, the eight 16-byte parts of row i at their index ^ i % 8. To it can be
+// added the distance to where the rows, or columns, of the next 16 terms of the sums begin.
 constexpr uint64_t kOperandRows = 16 * 128 / 16, kOperandColumns = 16 * 2 / 16;
 __device__ inline uint64_t operand_at(const void* rows) {
   constexpr uint64_t kToNextEightRows = 8 * 128 / 16, kSwizzledOver128Bytes = 1;

@@ -100,14 +100,14 @@ __device__ void start_products(Registers&... registers) {
 }
 
 #define T2T_SUMS(j) "+f"(d[j][0][0]), "+f"(d[j][0][1]), "+f"(d[j][1][0]), "+f"(d[j][1][1])
-#define T2T_WGMMA(type)                                                                          \
-  asm volatile(                                                                                  \
-      "{ .reg .pred add; setp.ne.b32 add, %37, 0; "                                              \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
-      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38; }"              \
-      : T2T_SUMS(0), T2T_SUMS(1), T2T_SUMS(2), T2T_SUMS(3), T2T_SUMS(4), T2T_SUMS(5),            \
-        T2T_SUMS(6), T2T_SUMS(7)                                                                 \
+#define T2T_WGMMA(type)                                                                            \
+  asm volatile(                                                                                    \
+      "{ .reg .pred add; setp.ne.b32 add, %37, 0; "                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                  \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"   \
+      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38; }"                \
+      : T2T_SUMS(0), T2T_SUMS(1), T2T_SUMS(2), T2T_SUMS(3), T2T_SUMS(4), T2T_SUMS(5), T2T_SUMS(6), \
+        T2T_SUMS(7)                                                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)))
 
 // Starts d += A·B, or d = A·B if not `add`, of 16 rows a warp and 64 columns; `b` describes the

@@ -37,7 +37,9 @@ constexpr int kTogether = kByWarpgroup<T> ? 4 : 1;
 template <typename T>
 constexpr int kTile = kExact<T> ? 32 : 64;
 template <typename T>
-constexpr int kSlice = kExact<T> ? 32 : kByWarpgroup<T> ? 64 : 16;
+constexpr int kSlice = kExact<T>         ? 32
+                       : kByWarpgroup<T> ? 64
+                                         : 16;
 template <typename T>
 constexpr int kBackwardBlocks = kExact<T> || kByWarpgroup<T> ? 2 : 3;
 // From a row of shared memory to the next, of tokens and of float32's weights. Rows are padded, but
@@ -309,14 +311,14 @@ __device__ inline float probability(float product, float scale, float maximum, f
 // Sums of own rows to memory, through shared memory so that lanes store adjacent elements. The
 // tiles must be out of use.
 struct StagedRows {
-  float* rows = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kRows * kPitch<float>;
+  float* rows = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kTileFloats;
 
   __device__ StagedRows(const OuterSums<1, kTilesOfEight>& sums, const float (&factor)[2]) {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2 * kTilesOfEight; ++i) {
       const float (&pair)[2] = sums.at[0][i / 2][i % 2];
-      *reinterpret_cast<float2*>(rows + sums.row(0, i % 2) * kPitch<float> + sums.column(i / 2)) = {
+      *reinterpret_cast<float2*>(rows + sums.row(0, i % 2) * kTilePitch + sums.column(i / 2)) = {
           pair[0] * factor[i % 2], pair[1] * factor[i % 2]};
     }
     __syncwarp();
@@ -324,8 +326,8 @@ struct StagedRows {
 
   // To the block's image in (images, tokens, embed), or on top of what is there; from a token to
   // the next are `stride` elements.
-  template <typename T, typename Block>
-  __device__ void store(T* to, int stride, const Block& block, bool on_top = false) const {
+  template <typename T, typename BlockOfRows>
+  __device__ void store(T* to, int stride, const BlockOfRows& block, bool on_top = false) const {
     const bool vectors = block.embed % Vec<T>::size == 0;
     to += block.row(block.first) * stride;
 #pragma unroll 2
@@ -333,7 +335,7 @@ struct StagedRows {
       const int row = i / kTilesOfEight, column = i % kTilesOfEight * 8;
       if (block.first + row >= block.tokens) break;
       float values[8];
-      load_eight(values, rows + row * kPitch<float> + column, 8, true);
+      load_eight(values, rows + row * kTilePitch + column, 8, true);
       T* at = to + row * stride + column;
       if (on_top) {
         float below[8];
@@ -550,12 +552,12 @@ SoftmaxInputs softmax_inputs(const torch::stable::Tensor& q, const torch::stable
           static_cast<float>(scale)};
 }
 
-template <typename T, int kWarps, typename Params>
+template <typename T, int kWarpsOfBlock, typename Params>
 void launch_softmax(const DeviceScope& device, const char* name, void (*kernel)(Params),
                     int64_t images, const Params& params) {
-  const int64_t blocks = images * params.in.blocks_per_image(kWarps);
-  device.launch(name, kernel, dim3(static_cast<unsigned>(blocks)), kWarps * kLanes,
-                shared_bytes<T>(kWarps), params);
+  const int64_t blocks = images * params.in.blocks_per_image(kWarpsOfBlock);
+  device.launch(name, kernel, dim3(static_cast<unsigned>(blocks)), kWarpsOfBlock * kLanes,
+                shared_bytes<T>(kWarpsOfBlock), params);
 }
 
 template <typename T>

@@ -62,10 +62,13 @@ struct AttendParams {
   float *attended, *maximum, *normalizer;
 };
 
-// Half types get along with the 128 registers of two blocks a multiprocessor, float32 does not on
-// 12.0. Only there and on 8.0 would shared memory hold no second one: 9.0 pays for it.
+// Half types get along with the 128 registers of two blocks a multiprocessor; nvcc finds that by
+// itself, and where it is told it spills on 10.0, unless it multiplies by warpgroup. float32 spills
+// with two on 12.0; only 9.0 has the shared memory for a second block, and pays for it.
 template <typename T>
-__global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T> ? 1 : 2)
+__global__ void __launch_bounds__(kForwardWarps* kLanes, kExact<T>         ? 1
+                                                         : kByWarpgroup<T> ? 2
+                                                                           : 0)
     layer_attend_kernel(const AttendParams p) {
   const Block<T, kForwardWarps> block(p.in);
   const StagedRows rows = attend<T>(p.in, block, p.maximum, p.normalizer);
