@@ -10,6 +10,7 @@ from t2t_kernels import library
 from t2t_kernels.token_attention import ops as contract
 from tests.kernels.test_token_attention import assert_parity
 from tests.simt import test_token_attention as common
+from tests.simt import test_transformer_layer as layer
 from tests.simt.build import HOPPER, build_host_library
 from tests.simt.mutations import build_mutated, differs
 from tests.simt.test_soft_split import name
@@ -17,6 +18,8 @@ from tests.simt.test_soft_split import name
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend", "hopper")
 
 NAMESPACE = "t2t_hopper"
+OPERATIONS = ("token_attention", "transformer_layer")
+SOURCES = ["token_attention.cu", "transformer_layer.cu", "soft_split_linear.cu"]
 SOFTMAX, MATRIX = "softmax.cuh", "mma.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
@@ -73,9 +76,9 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
     choose, end = build_mutated(
         host_cache,
         folder,
-        ["token_attention.cu"],
+        SOURCES,
         list(SLIPS.values()),
-        ["token_attention", "token_attention_backward"],
+        [operation + suffix for operation in OPERATIONS for suffix in ("", "_backward")],
         HOPPER,
         NAMESPACE,
     )
@@ -84,7 +87,7 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
         functools.partial(contract._backward, getattr(torch.ops, NAMESPACE)),
         setup_context=contract._setup_context,
     )
-    path = build_host_library(host_cache, [folder / "token_attention.cu"], HOPPER)
+    path = build_host_library(host_cache, [folder / source for source in SOURCES], HOPPER)
     yield choose, ctypes.CDLL(path).simt_seed
     end()
 
@@ -117,10 +120,11 @@ def test_nan_goes_where_the_reference_lets_it(which):
     common.test_nan_goes_where_the_reference_lets_it(torch.bfloat16, which)
 
 
-def test_same_sums_as_a_warp_alone():
+@pytest.mark.parametrize("results", [common.results, layer.results], ids=OPERATIONS)
+def test_same_sums_as_a_warp_alone(results):
     """To the last bit: in the stand-in both add the products of 16 terms one after the other."""
     for dtype in (torch.float32, torch.bfloat16):
-        assert not differs(common.results, dtype, namespace=NAMESPACE)
+        assert not differs(results, dtype, namespace=NAMESPACE)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
