@@ -74,7 +74,7 @@ class Layer {
         const torch::stable::Tensor& norm_bias, const torch::stable::Tensor& weight,
         const std::optional<torch::stable::Tensor>& bias, const TailTensors& tail,
         int64_t kernel_size, int64_t stride, int64_t padding, bool backward)
-      : device_(x) {
+      : name_(name), dtype_(x.scalar_type()), device_(x) {
     STD_TORCH_CHECK(x.dim() == 4, name, ": x must have 4 dimensions, got ", x.dim());
     map_ = make_geometry(name, x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride,
                          padding);
@@ -133,6 +133,33 @@ class Layer {
   }
 
   const DeviceScope& device() const { return device_; }
+
+  // The gradient of the layer's result; a kernel would read beyond any other.
+  void check_gradient(const torch::stable::Tensor& grad) const {
+    STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == projection.images &&
+                        grad.size(1) == projection.tokens && grad.size(2) == projection.embed &&
+                        grad.scalar_type() == dtype_,
+                    name_, ": grad has the wrong shape or dtype");
+  }
+
+  // The tail's backward of it; from a token to the next of `grad_y` and `grad_v` are so many
+  // elements. Its `warp_bytes` are the caller's to choose.
+  template <typename T>
+  TailBackward tail_backward_of(const torch::stable::Tensor& grad, const TailSlots& slots,
+                                void* grad_y, int64_t y_stride, void* grad_v,
+                                int64_t v_stride) const {
+    TailBackward p = {};
+    p.tail = tail;
+    p.images = projection.images;
+    p.tokens = projection.tokens;
+    p.grad = rows_of<T>(grad);
+    p.grad_y = grad_y;
+    p.grad_v = grad_v;
+    p.y_stride = static_cast<int>(y_stride);
+    p.v_stride = static_cast<int>(v_stride);
+    p.slots = slots.floats();
+    return p;
+  }
 
   // The projection with a chunk such that `warps` warps, each of at least `least` bytes, fit beside
   // `fixed` bytes. Fewer warps are better than chunks, if there may be fewer.
@@ -194,6 +221,8 @@ class Layer {
     return p.to;
   }
 
+  const char* name_;
+  torch::headeronly::ScalarType dtype_;
   DeviceScope device_;
   Geometry map_ = {};
   std::vector<torch::stable::Tensor> kept_;

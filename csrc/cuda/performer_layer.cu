@@ -126,13 +126,13 @@ struct TailBackwardParams {
   Projection projection;
   Features w;
   const float *maximum, *normalizer, *packed;
-  TailBackward tail;
+  TailBackward backward;
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kLanes, 2)
     performer_tail_backward_kernel(const TailBackwardParams p) {
-  tail_backward<T, true>(p.tail, [&](int64_t image, int first, char* shared, T* kept_y) {
+  tail_backward<T, true>(p.backward, [&](int64_t image, int first, char* shared, T* kept_y) {
     auto* queries = reinterpret_cast<float*>(shared);
     Wide made[2];
     project<T, 2>(p.projection, shared, image, first, {kQuery, kValue}, made);
@@ -340,9 +340,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   STD_TORCH_CHECK(f.embed == layer.tail.embed, kName, ": w must be (m, E)");
   const int64_t images = layer.projection.images, tokens = layer.projection.tokens;
   const int64_t tiles = layer.projection.tiles, hidden = layer.tail.hidden, embed = f.embed;
-  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == images && grad.size(1) == tokens &&
-                      grad.size(2) == embed && grad.scalar_type() == x.scalar_type(),
-                  kName, ": grad has the wrong shape or dtype");
+  layer.check_gradient(grad);
   Tensor grad_kqv = torch::stable::new_empty(x, {images, tokens, 3 * embed});
   maximum = torch::stable::contiguous(maximum);
   normalizer = torch::stable::contiguous(normalizer);
@@ -364,22 +362,17 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
     using T = decltype(zero);
     if (images > 0) {
       TailBackwardParams tail = {};
+      T* to = static_cast<T*>(grad_kqv.mutable_data_ptr());
+      tail.backward = layer.tail_backward_of<T>(grad, slots, to + kQuery * embed, 3 * embed,
+                                                to + kValue * embed, 3 * embed);
       int warps = kWarps;
-      tail.projection = layer.in_shared<T>(warps, std::max(kQueriesBytes, tail_bytes<T>()),
-                                           tail_operand_bytes<T>(), tail.tail.warp_bytes, false);
+      tail.projection =
+          layer.in_shared<T>(warps, std::max(kQueriesBytes, tail_bytes<T>()),
+                             tail_operand_bytes<T>(), tail.backward.warp_bytes, false);
       tail.w = f;
       tail.maximum = floats_of(maximum);
       tail.normalizer = floats_of(normalizer);
       tail.packed = floats_of(*packed);
-      T* to = static_cast<T*>(grad_kqv.mutable_data_ptr());
-      tail.tail.tail = layer.tail;
-      tail.tail.images = images;
-      tail.tail.tokens = static_cast<int>(tokens);
-      tail.tail.grad = rows_of<T>(grad);
-      tail.tail.grad_y = to + kQuery * embed;
-      tail.tail.grad_v = to + kValue * embed;
-      tail.tail.y_stride = tail.tail.v_stride = static_cast<int>(3 * embed);
-      tail.tail.slots = slots.floats();
       launch_tail_backward<T>(performer_tail_backward_kernel<T>, slots, tail, device);
 
       QueriesBackwardParams queries = {};

@@ -453,7 +453,8 @@ template <typename T, typename Params>
 void launch_tail_backward(void (*kernel)(Params), const TailSlots& slots, const Params& params,
                           const DeviceScope& device) {
   device.launch("tail_backward", kernel, dim3(static_cast<unsigned>(slots.count())),
-                kWarps * kLanes, tail_operand_bytes<T>() + kWarps * params.tail.warp_bytes, params);
+                kWarps * kLanes, tail_operand_bytes<T>() + kWarps * params.backward.warp_bytes,
+                params);
 }
 
 }  // namespace t2t

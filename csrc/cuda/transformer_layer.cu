@@ -90,14 +90,14 @@ struct TailBackwardParams {
   Projection projection;
   Rows attended;
   void* values;  // (image, token, embed)
-  TailBackward tail;
+  TailBackward backward;
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kLanes, 2)
     transformer_tail_backward_kernel(const TailBackwardParams p) {
   const int embed = p.projection.embed, tokens = p.projection.tokens;
-  tail_backward<T, false>(p.tail, [&](int64_t image, int first, char* shared, T* kept_y) {
+  tail_backward<T, false>(p.backward, [&](int64_t image, int first, char* shared, T* kept_y) {
     Wide v[1], y;
     project<T, 1>(p.projection, shared, image, first, {kValue}, v);
     store_rows(v[0], static_cast<T*>(p.values) + (image * tokens + first) * embed, tokens - first,
@@ -175,9 +175,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
   const int64_t images = layer.projection.images, tokens = layer.projection.tokens;
   const int64_t embed = layer.projection.embed;
   check_alike(kName, grad, {&q, &k});
-  STD_TORCH_CHECK(grad.size(0) == images && grad.size(1) == tokens && grad.size(2) == embed &&
-                      grad.scalar_type() == x.scalar_type(),
-                  kName, ": grad has the wrong shape or dtype");
+  layer.check_gradient(grad);
   Tensor grad_qkv = torch::stable::new_empty(x, {images, tokens, 3 * embed});
   const TailSlots slots(x, images, tokens, device);
   std::optional<TailTensors> grads;
@@ -192,30 +190,23 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
       const Tensor delta = new_floats(x, images * tokens);
       const Tensor logarithm = new_floats(x, images * tokens);
       T* to = static_cast<T*>(grad_qkv.mutable_data_ptr());
-      const int stride_of_grad = static_cast<int>(3 * embed);
 
       TailBackwardParams tail = {};
+      tail.backward = layer.tail_backward_of<T>(grad, slots, grad_y.mutable_data_ptr(), embed,
+                                                to + kValue * embed, 3 * embed);
       int warps = kWarps;
       tail.projection = layer.in_shared<T>(warps, tail_bytes<T>(), tail_operand_bytes<T>(),
-                                           tail.tail.warp_bytes, false);
+                                           tail.backward.warp_bytes, false);
       tail.attended = rows_of<float>(attended);
       tail.values = values.mutable_data_ptr();
-      tail.tail.tail = layer.tail;
-      tail.tail.images = images;
-      tail.tail.tokens = static_cast<int>(tokens);
-      tail.tail.grad = rows_of<T>(grad);
-      tail.tail.grad_y = grad_y.mutable_data_ptr();
-      tail.tail.y_stride = static_cast<int>(embed);
-      tail.tail.grad_v = to + kValue * embed;
-      tail.tail.v_stride = stride_of_grad;
-      tail.tail.slots = slots.floats();
       launch_tail_backward<T>(transformer_tail_backward_kernel<T>, slots, tail, device);
 
       launch_softmax_backward<T>(
           device, images,
           {softmax_inputs<T>(q, k, values, scale), rows_of<T>(grad_y), floats_of(attended),
            floats_of(maximum), floats_of(normalizer), floats_of(delta), floats_of(logarithm),
-           to + kQuery * embed, to + kKey * embed, to + kValue * embed, stride_of_grad, true});
+           to + kQuery * embed, to + kKey * embed, to + kValue * embed, static_cast<int>(3 * embed),
+           true});
     }
     grads = slots.finish<T>(embed, layer.tail.hidden, x, device);
   });
