@@ -4,6 +4,7 @@ A command imports the trainer when it runs, so that ``--help`` and ``models`` ne
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from t2t_kernels import BackendUnavailable
 from t2tvit import __version__
-from t2tvit.errors import InputError, OneRankError, RunError, unknown_name
+from t2tvit.errors import InputError, RunError, SaidElsewhere, unknown_name
+from t2tvit.terminal import printable, standard_output
 from t2tvit.training.config import KEYS
 from t2tvit.training.options import add_options
 
@@ -123,18 +125,61 @@ examples:
 """
 
 
+def is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return word == "none"
+    return True
+
+
+# How options of several values show them, and what is one of them.
+SEVERAL = {"N": is_number, "NAME=VALUE": lambda word: "=" in word}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line that the caller prints."""
 
     def error(self, message: str):
         raise InputError(f"{message}; see {self.prog} --help")
 
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self.separate(args), namespace)
+
+    def words(self) -> argparse.Action | None:
+        """The argument that takes any number of words; argparse fills it from one place only."""
+        return next((each for each in self._get_positional_actions() if each.nargs == "*"), None)
+
+    def separate(self, args: Sequence[str] | None) -> list[str] | None:
+        """``args`` with the words that follow an option of several values, but are none of them,
+        before the option: ``--img-size 96 cat.png`` means ``cat.png --img-size 96``."""
+        if args is None or not self._get_positional_actions():
+            return args
+        result, option, is_value = [], 0, None
+        for number, word in enumerate(args):
+            if word == "--":
+                return result + list(args[number:])
+            action = self._option_string_actions.get(word)
+            if action is not None or word.startswith("--"):
+                option = len(result)
+                is_value = SEVERAL.get(getattr(action, "metavar", None))
+                is_several = getattr(action, "nargs", None) == "+" and is_value is not None
+                is_value = is_value if is_several else None
+            elif is_value is not None and len(result) > option + 1 and not is_value(word):
+                result.insert(option, word)
+                option, is_value = option + 1, lambda word: False
+                continue
+            result.append(word)
+        return result
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 the user can mend it."""
+    """Run a command; returns the exit status: 0: done, 1: failed, 2: invalid input or unavailable
+    backend."""
     try:
-        arguments = parse(argv)
-        arguments.command(arguments)
+        with standard_output():
+            arguments = parse(argv)
+            arguments.command(arguments)
     except (InputError, BackendUnavailable) as error:
         complain(error)
         return USER_ERROR
@@ -148,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return FAILED  # the reader of our output has gone
+    except SaidElsewhere as error:
+        return error.status
     except RunError as error:
         complain(error)
         return FAILED
@@ -160,18 +205,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def complain(error: Exception) -> None:
     """One line on standard error; what every process meets, only the first of each node says."""
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
-        where = "" if rank == "0" else f" (process {rank})"
-        print(f"t2tvit: error{where}:", " ".join(str(error).split()), file=sys.stderr)
+    of_one_rank = getattr(error, "of_one_rank", False)
+    if sys.stderr is None or os.environ.get("LOCAL_RANK", "0") != "0" and not of_one_rank:
+        return
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    where = f" (process {rank})" if rank != "0" or of_one_rank and not is_alone else ""
+    with contextlib.suppress(OSError):  # nothing more can be said
+        line = printable(" ".join(str(error).split()))
+        print(f"t2tvit: error{where}: {line}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed command line; an unknown option is answered with the nearest known one."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments, unknown = build_parser().parse_known_args(argv)
+    words = arguments.parser.words()
     for text in unknown:
         command = arguments.parser.prog
+        if words is not None and not text.startswith("-"):
+            value = text if words.type is None else words.type(text)
+            setattr(arguments, words.dest, [*getattr(arguments, words.dest), value])
+            continue
         if not text.startswith("--"):
-            raise InputError(f"{command}: got {text!r}, which belongs to no option")
+            raise InputError(f"{command}: unexpected argument {text!r}")
         known = re.findall(r"--[a-z0-9-]+", arguments.parser.format_usage())
         raise InputError(unknown_name(f"option of {command}", text.partition("=")[0], known))
     return arguments

@@ -2,15 +2,28 @@
 
 from t2t_kernels.errors import unknown_name
 
-__all__ = ["InputError", "NonFiniteLoss", "OneRankError", "RunError", "unknown_name"]
+__all__ = [
+    *("InputError", "NonFiniteLoss", "OneRankError", "RunError", "SaidElsewhere"),
+    "unknown_name",
+]
 
 
 class InputError(ValueError):
-    """Bad input from the user. The message says what is wrong, where, and how to mend it."""
+    """Bad input from the user. The message says what is wrong, where, and how to fix it."""
 
 
 class OneRankError(InputError):
     """An InputError that other processes of the run need not meet, such as an unreadable image."""
+
+    of_one_rank = True
+
+
+class SaidElsewhere(Exception):
+    """This process ends, with ``status``, because of an error that another process reports."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
 
 
 class RunError(RuntimeError):

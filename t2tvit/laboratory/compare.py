@@ -94,7 +94,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit compare`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
     """
     if arguments.output is None:
         raise InputError("--output: none given; name the folder that the comparison may write to")
@@ -230,7 +230,8 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
     """
     runs = comparison.runs()
     for number, (name, seed) in enumerate(runs, 1):
-        say(world, f"\nrun {number} of {len(runs)}: {name}, seed {seed}")
+        say(world, "")
+        say(world, f"run {number} of {len(runs)}: {name}, seed {seed}")
         torch._dynamo.reset()  # or compiled models would count against each other's limit
         place = find_place(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)

@@ -12,6 +12,7 @@ from t2tvit.errors import InputError
 from t2tvit.laboratory.class_names import names_of, read_names
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.models.checkpoint import read_state_dict
+from t2tvit.terminal import printable
 from t2tvit.training.build import build_model, create_args
 from t2tvit.training.config import resolve
 from t2tvit.training.options import given
@@ -25,7 +26,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit convert`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         RunError: the target cannot be written.
     """
     target = arguments.target
@@ -40,7 +41,7 @@ def convert_command(arguments: argparse.Namespace) -> None:
     write(model, about, target)
     height, width = model.img_size
     what = f"{about.model}, {model.num_classes} classes, {height}×{width}"
-    print(f"{arguments.source} → {target}: {what}")
+    print(printable(f"{arguments.source} → {target}: {what}"))
 
 
 def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:

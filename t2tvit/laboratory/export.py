@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from t2tvit.errors import InputError, RunError, unknown_name
 from t2tvit.laboratory.convert import described
 from t2tvit.models import T2TBackbone, load_checkpoint
+from t2tvit.terminal import printable
 from t2tvit.training import distributed
 from t2tvit.training.build import build_model
 from t2tvit.training.config import RunConfig
@@ -164,7 +165,7 @@ def export_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit export`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         BackendUnavailable: the kernels asked for cannot run.
         RunError: what was exported does not compute what the model does; it is not kept.
     """
@@ -237,10 +238,10 @@ def export(what: Exporting, formats: list[str], folder: Path) -> None:
             verdict = verify(what, FORMATS[name].read(what, written), name)
             size = written.stat().st_size / 2**20
             written.replace(target)
-        print(f"{target}  {size:.1f} MiB  {verdict}", flush=True)
+        print(f"{printable(str(target))}  {size:.1f} MiB  {verdict}", flush=True)
     about = folder / f"{what.about.model}.json"
     about.write_text(json.dumps(feeding(what.about), indent=2, ensure_ascii=False) + "\n")
-    print(f"{about}  how to prepare images, and the classes")
+    print(f"{printable(str(about))}  how to prepare images, and the classes")
 
 
 @torch.no_grad()

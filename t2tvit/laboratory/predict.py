@@ -33,7 +33,7 @@ def predict_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit predict`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend; of images that cannot be read, after all others.
+        InputError: something the user can fix; of images that cannot be read, after all others.
         BackendUnavailable: the backend asked for cannot run.
     """
     for name in ("top_k", "images"):

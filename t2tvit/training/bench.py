@@ -48,7 +48,7 @@ def bench_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit bench`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         BackendUnavailable: the backend asked for cannot run.
         RunError: fused and reference disagree, so nothing is timed.
     """

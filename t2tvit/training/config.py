@@ -5,6 +5,7 @@ line.
 """
 
 import math
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,15 @@ from t2tvit.errors import InputError, unknown_name
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
+# Modes of torch.compile in which a replay reuses the memory of the gradients (pytorch/pytorch#169545).
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+# The policies that timm reads; it ignores a section without a number, and so a mistyped one.
+NUMBER = r"\d+(\.\d*)?"
+POLICY = re.compile(
+    rf"rand(-([mn]\d+|p{NUMBER}|mstd{NUMBER}|mmax\d+|inc[01]|t\w*))*"
+    rf"|augmix(-([mwd]\d+|a{NUMBER}|b[01]|mstd{NUMBER}))*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})*"
+)
 # Arguments of create_model that model_args may not hold, and what sets them.
 ELSEWHERE = {
     "img_size": "--img-size",
@@ -309,6 +319,11 @@ class RunConfig:
                 f"layer_decay: got {self.layer_decay:g} beside backbone_lr_scale "
                 f"{self.backbone_lr_scale:g}; use one of them"
             )
+        if self.accumulate > 1 and self.compile in CUDA_GRAPHS:
+            raise InputError(
+                f"accumulate: got {self.accumulate} with compile {self.compile}, whose CUDA graphs "
+                "overwrite the gradients of the piece before; use --compile default, or --accumulate 1"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise InputError(
                 f"batch_size: got {self.batch_size}, mixup and cutmix need an even number; change "
@@ -437,6 +452,11 @@ def convert(name: str, value: object, source: str) -> object:
     else:
         expected = " or ".join(_describe(kind) for kind in kinds)
         raise InputError(f"{source}: got {value!r}, expected {expected}")
+    if name == "auto_augment" and not POLICY.fullmatch(converted):
+        raise InputError(
+            f"auto_augment: timm cannot read the policy {converted!r}; expected one such as "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or original"
+        )
     if rules["choices"] is not None and converted not in rules["choices"]:
         raise InputError(f"{source}: {unknown_name('value', converted, rules['choices'])}")
     for number in converted if isinstance(converted, tuple) else (converted,):

@@ -31,10 +31,10 @@ def start(device: str) -> World:
         InputError: ``device`` is ``"cuda"`` and there is none, or none for this process.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    count = torch.cuda.device_count()
+    count = 0 if device == "cpu" else torch.cuda.device_count()
     if device == "cuda" and count == 0:
         raise InputError("device: got cuda, but torch sees no CUDA device; use cpu or auto")
-    if device == "cpu" or count == 0:
+    if count == 0:
         place = torch.device("cpu")
     else:
         if local_rank >= count:

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, IterableDataset
 
 from t2tvit.errors import NonFiniteLoss, OneRankError
+from t2tvit.terminal import printable
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, share_buffers, sum_over_ranks
 from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
@@ -87,7 +88,7 @@ def train_epoch(
             targets = sample.label.to(world.device, non_blocking=True)
             if mix is not None:
                 images, targets = mix(images, targets)
-        generators = rng_state()
+        generators = rng_state(world.device)
         loss = accumulate(state, images, targets, loss_function, config, world)
         if update(state, config.clip_grad):
             state.skipped_in_a_row = 0
@@ -144,7 +145,8 @@ def note_unreadable(
                 f"{len(state.unreadable)} training images cannot be read, the last: {problem}; or "
                 "raise --max-unreadable"
             )
-        print(f"warning   process {world.rank}: {problem}; the next takes its place", flush=True)
+        line = f"warning   process {world.rank}: {problem}; the next takes its place"
+        print(printable(line), flush=True)
 
 
 def recorded(name: str, items: Iterable) -> Iterator:

@@ -43,7 +43,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit eval`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         BackendUnavailable: the backend asked for cannot run.
     """
     path, config, about = describe(arguments)

@@ -16,7 +16,7 @@ from t2tvit.training.state import TrainState, read_tensors, rng_state, write_ten
 
 STATE_FILES = "state-*.safetensors"
 CONTENT_KEY, TENSOR_KEY = "t2tvit_state", "__tensor__"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # On a GPU the ranks agree on what to do only so often: each time waits for all work queued there.
 AGREE_EVERY = 10
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Remembers, while entered, that SIGTERM or SIGUSR1 has come; a second one ends the process."""
+    """Remembers, while entered, that SIGTERM, SIGUSR1 or SIGHUP has come; a second one ends the process."""
 
     received: int | None = None
 
@@ -93,7 +93,7 @@ class Keeper:
         ranks = gather(
             self.world,
             {
-                "rng": rng_state(),
+                "rng": rng_state(self.world.device),
                 "loss_sum": float(state.loss_sum),
                 "images": state.images,
                 "unreadable": sorted(state.unreadable),
@@ -110,8 +110,7 @@ class Keeper:
             "class_names": self.class_names,
         }
         write_state(state_path(self.output, state), content)
-        for path in states_in(self.output)[self.config.keep_checkpoints :]:
-            path.unlink()
+        remove_oldest(self.output, self.config.keep_checkpoints)
 
 
 def state_path(output: Path, state: TrainState) -> Path:
@@ -122,6 +121,12 @@ def state_path(output: Path, state: TrainState) -> Path:
 def states_in(output: Path) -> list[Path]:
     """The files of training states, the newest first."""
     return sorted(output.glob(STATE_FILES), reverse=True)
+
+
+def remove_oldest(output: Path, keep: int) -> None:
+    """Remove all training states but the ``keep`` newest."""
+    for path in states_in(output)[keep:]:
+        path.unlink()
 
 
 def find_state(output: Path) -> tuple[Path | None, list[str]]:

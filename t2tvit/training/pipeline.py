@@ -299,7 +299,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         batch_size=batch_per_process(config, world),
         sampler=sampler,
         num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=world.device.type == "cuda",
         drop_last=True,
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # or beginning an epoch again would draw from the run's
@@ -354,7 +354,7 @@ def eval_loader(
         dataset,
         batch_size=math.ceil(config.batch_size / world.size),
         num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=world.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
 

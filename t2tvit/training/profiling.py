@@ -65,7 +65,8 @@ class Profiler:
         done.export_chrome_trace(str(self.output / TRACE_FILE))
         text = summary(done, self.updates, self.world.device)
         write_atomically(self.output / SUMMARY_FILE, text + "\n")
-        say(self.world, text)
+        for line in text.splitlines():
+            say(self.world, line)
         say(self.world, f"          the trace is {self.output / TRACE_FILE}, for ui.perfetto.dev")
 
 

@@ -7,6 +7,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from t2tvit.terminal import printable
 from t2tvit.training.distributed import World
 
 # Without a terminal, an epoch longer than this says how far it has come.
@@ -14,9 +15,9 @@ SECONDS_BETWEEN_LINES = 30
 
 
 def say(world: World, text: str) -> None:
-    """Print a line, on rank 0 only."""
+    """Print a line, on rank 0 only; what ``text`` has of newlines and the like is escaped."""
     if world.is_main:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def peak_memory(device: torch.device) -> float:

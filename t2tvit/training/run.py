@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit train`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         BackendUnavailable: the backend asked for cannot run.
         RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
     """
@@ -100,7 +100,7 @@ def train(arguments: argparse.Namespace) -> None:
     except Stopped:
         say(world, f"stopped by a signal; all that was done is kept. Go on with: {go_on}")
     except KeyboardInterrupt:
-        say(world, f"\ninterrupted; the last checkpoint is kept. Go on with: {go_on}")
+        say(world, f"interrupted; the last checkpoint is kept. Go on with: {go_on}")
         raise
     finally:
         distributed.stop()
@@ -353,7 +353,7 @@ def restore(
     if len(ranks) == world.size:
         state.loss_sum, state.images = ranks[world.rank]["loss_sum"], ranks[world.rank]["images"]
         state.unreadable = set(ranks[world.rank]["unreadable"])
-        set_rng_state(ranks[world.rank]["rng"])
+        set_rng_state(ranks[world.rank]["rng"], world.device)
         return
     if world.is_main:
         state.loss_sum = sum(rank["loss_sum"] for rank in ranks)

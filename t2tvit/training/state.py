@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -26,6 +26,8 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 METADATA_KEY = "t2tvit"
+# The other devices are asked only where they are used: asking opens a context on a GPU.
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -149,11 +151,13 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
     Raises:
         FileNotFoundError, SafetensorError, ValueError: the file is missing or damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if key not in metadata:
-            return None, {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    # Not by safe_open, which takes no path that is not UTF-8.
+    content = path.read_bytes()
+    tensors = load(content)
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    metadata = json.loads(header).get("__metadata__", {})
+    if key not in metadata:
+        return None, {}
     stored = json.loads(metadata[key])
     if not isinstance(stored, dict) or not {"sha256", "content"} <= set(stored):
         raise ValueError("its metadata has no checksum")
@@ -182,26 +186,26 @@ def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
     return result.hexdigest()
 
 
-def rng_state() -> dict:
-    """The state of every generator that this process draws from."""
+def rng_state(device: torch.device = CPU) -> dict:
+    """The state of every generator that this process, which computes on ``device``, draws from."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_rng_state(state: dict) -> None:
-    """Continue the sequences of :func:`rng_state`."""
+def set_rng_state(state: dict, device: torch.device = CPU) -> None:
+    """Continue the sequences of :func:`rng_state` on ``device``."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def seed_everything(seed: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import t2tvit
-from t2tvit.cli import complain, main
+from t2tvit.cli import complain, main, parse
 from t2tvit.errors import InputError, OneRankError
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
@@ -86,7 +86,7 @@ REFUSALS = {
     "no-command": ((), "the following arguments are required: COMMAND"),
     "unknown-command": (("trian",), "invalid choice: 'trian'"),
     "unknown-option": (("train", "--epocs", "3"), "did you mean '--epochs'?"),
-    "stray-word": (("train", "digits"), "got 'digits', which belongs to no option"),
+    "stray-word": (("train", "digits"), "unexpected argument 'digits'"),
     "unknown-config": (("train", "--config", "digit"), "did you mean 'digits'?"),
     "missing-config": (("train", "--config", "{tmp}/gone.yaml"), "No such file"),
     "wrong-type": (("train", "--epochs", "ten"), "--epochs: got 'ten', expected a whole number"),
@@ -342,3 +342,26 @@ def test_every_process_says_what_only_it_meets(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "0")
     complain(InputError("all meet this"))
     assert "all meet this" in capsys.readouterr().err
+
+
+# The parser
+
+
+@pytest.mark.parametrize(
+    "line, name, words",
+    [
+        ("predict --run r --img-size 96 a.png", "files", "a.png"),
+        ("predict --run r --img-size 96 128 a.png b.png", "files", "a.png b.png"),
+        ("predict --run r x.png --mean 0.5 0.5 0.5 a.png --top-k 3 b.png", "files", "x.png a.png b.png"),
+        ("predict --run r --model-args depth=1 a.png", "files", "a.png"),
+        ("predict --run r --img-size 96 -", "files", "-"),
+        ("predict --run r --img-size 96 -- --odd", "files", "--odd"),
+        ("visualize --output o --img-size 96 a.png", "images", "a.png"),
+        ("compare --seeds 0 1 t2t_vit_7 --output o", "models", "t2t_vit_7"),
+        ("convert --img-size 96 a.pth b.pth", "source", "a.pth"),
+    ],
+)
+def test_an_option_of_several_values_leaves_the_words_behind_them(line, name, words):
+    found = getattr(parse(line.split()), name)
+    found = found if isinstance(found, list) else [found]
+    assert " ".join(str(each) for each in found) == words

@@ -51,7 +51,7 @@ def visualize_command(arguments: argparse.Namespace) -> None:
     """Run ``t2tvit visualize`` with its parsed arguments.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: something the user can fix.
         BackendUnavailable: the kernels asked for cannot run.
     """
     if arguments.channels < 1:
