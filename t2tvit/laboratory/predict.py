@@ -1,27 +1,32 @@
 """``t2tvit predict``: classes of image files, folders and lists, or of held-out images."""
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
+from t2tvit.data.shards import ShardImages, read_shard
 from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
 from t2tvit.errors import InputError
+from t2tvit.figures import figure_file
 from t2tvit.laboratory.class_names import names_of, read_names, readable
+from t2tvit.terminal import print_json, printable
 from t2tvit.training import distributed
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
 from t2tvit.training.inference import Trained, describe, held_out, load_trained
 from t2tvit.training.pipeline import Normalize, eval_transform, statistics
-from t2tvit.training.plots import draw_predictions
+from t2tvit.training.plots import Prediction, draw_predictions, thumbnail
 
 MODES = {1: "L", 3: "RGB"}
 STDIN = "-"
@@ -40,6 +45,8 @@ def predict_command(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option}: got {getattr(arguments, name)}, expected at least 1")
+    if arguments.plot is not None:
+        arguments.plot = figure_file(arguments.plot, "--plot")
     path, config, about = describe(arguments)
     world = distributed.start(config.device)
     try:
@@ -65,32 +72,32 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         source = HeldOutImages(trained, arguments.images, names)
         mean, std = statistics(config, source.split.mean, source.split.std)
     normalize = Normalize(mean, std, world.device)
-    width = max(len(title) for title in source.titles)
+    titles = [printable(title) for title in source.titles]
+    width = max(map(len, titles))
     predicted, unreadable = {}, []
     for index, shares in classify(trained, source, normalize, world):
         if isinstance(shares, str):
             unreadable.append(shares)
             if arguments.json:
-                print(json.dumps(source.record(index) | {"error": shares}), flush=True)
+                print_json(source.record(index) | {"error": shares})
             continue
         ranked = rank(shares, names, arguments.top_k)
-        if index < arguments.images:
-            predicted[index] = ranked[0]
+        predicted[index] = ranked[0]
         if arguments.json:
             predictions = [
                 {"class": name, "index": number, "probability": round(share, 6)}
                 for name, number, share in ranked
             ]
-            record = source.record(index) | {"predictions": predictions}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print_json(source.record(index) | {"predictions": predictions})
         else:
-            row = "  ".join(f"{name} {share:.1%}" for name, _, share in ranked)
-            print(f"{source.titles[index]:<{width}}  {row}", flush=True)
-    summary = source.summary([name for name, _, _ in predicted.values()])
+            row = "  ".join(f"{printable(name)} {share:.1%}" for name, _, share in ranked)
+            print(f"{titles[index]:<{width}}  {row}", flush=True)
+    summary = source.summary({index: number for index, (_, number, _) in predicted.items()})
     if summary is not None and not arguments.json:
-        print(summary)
+        print(printable(summary))
     if arguments.plot is not None and predicted:
-        draw(arguments.plot, source, predicted, summary or f"{config.model}, {path}")
+        shown = dict(islice(predicted.items(), arguments.images))
+        draw(arguments.plot, source, shown, summary or f"{config.model}, {path}")
         print(f"drawn to {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
@@ -123,31 +130,37 @@ class FileImages(Dataset):
     def image(self, index: int) -> Image.Image:
         return load_image(self.paths[index], self.mode)
 
-    def label(self, index: int) -> None:
+    def name(self, index: int) -> str:
+        return self.paths[index].name
+
+    def actual(self, index: int) -> None:
         return None
 
     def record(self, index: int) -> dict:
         return {"file": self.titles[index]}
 
-    def summary(self, predicted: Sequence[str]) -> None:
+    def summary(self, predicted: dict[int, int]) -> None:
         return None
 
 
 class HeldOutImages(Dataset):
-    """The same random held-out images of the configured data each time."""
+    """The same random held-out images of the configured data each time.
+
+    ``files`` has the path of each image, or SHARD/KEY, and None if the images are in no files.
+    """
 
     def __init__(self, trained: Trained, wanted: int, names: list[str] | None):
         self.split, label_map = held_out(trained)
         self.data, self.transform = trained.config.data, eval_transform(trained.config)
         count = len(self.split.images)
         self.drawn = sorted(random.Random(0).sample(range(count), min(wanted, count)))
-        self.images, labels = zip(*(self.split.images[index] for index in self.drawn))
-        self.labels = [
-            name_of(names, label_map[label] if label_map else label) for label in labels
+        self.images, labels, self.files = zip(*held_out_images(self.split.images, self.drawn))
+        self.numbers = [label_map[label] if label_map else label for label in labels]
+        self.labels = [name_of(names, number) for number in self.numbers]
+        self.places = [
+            file or f"{self.data} {index}" for file, index in zip(self.files, self.drawn)
         ]
-        self.titles = [
-            f"{self.data} {index}, is {name}" for index, name in zip(self.drawn, self.labels)
-        ]
+        self.titles = [f"{place}, is {label}" for place, label in zip(self.places, self.labels)]
 
     def __len__(self) -> int:
         return len(self.drawn)
@@ -158,15 +171,39 @@ class HeldOutImages(Dataset):
     def image(self, index: int) -> Image.Image:
         return self.images[index]
 
-    def label(self, index: int) -> str:
-        return self.labels[index]
+    def name(self, index: int) -> str:
+        return Path(self.places[index]).name
+
+    def actual(self, index: int) -> tuple[str, int]:
+        """The name and the number of the image's class."""
+        return self.labels[index], self.numbers[index]
 
     def record(self, index: int) -> dict:
-        return {"data": self.data, "held_out": self.drawn[index], "label": self.labels[index]}
+        place = {"data": self.data, "held_out": self.drawn[index]}
+        if self.files[index] is not None:
+            place["file"] = self.files[index]
+        return place | {"label": self.labels[index]}
 
-    def summary(self, predicted: Sequence[str]) -> str:
-        right = sum(name == label for name, label in zip(predicted, self.labels))
-        return f"{right} of {len(self)} right, drawn at random from the held-out {self.data}"
+    def summary(self, predicted: dict[int, int]) -> str:
+        right = sum(number == self.numbers[index] for index, number in predicted.items())
+        return f"{right} of {len(predicted)} right, drawn at random from the held-out {self.data}"
+
+
+def held_out_images(images: Sequence, drawn: list[int]) -> Iterator[tuple[Image.Image, int, str | None]]:
+    """Each image that is ``drawn``, with its label and its file."""
+    if isinstance(images, ShardImages):
+        samples = chain.from_iterable(map(read_shard, images.shards))
+        wanted = set(drawn)
+        for index, sample in zip(range(drawn[-1] + 1), samples):
+            if index not in wanted:
+                continue
+            if isinstance(sample, InputError):
+                raise sample
+            yield sample.image(), sample.label, sample.place
+        return
+    paths = [path for path, _ in images.samples] if isinstance(images, ImageFolder) else None
+    for index in drawn:
+        yield *images[index], paths and paths[index]
 
 
 def gather(given: Sequence[Path]) -> list[Path]:
@@ -239,12 +276,14 @@ def name_of(names: list[str] | None, index: int) -> str:
     return readable(names[index]) if known else f"class {index}"
 
 
-def draw(path: Path, source, predicted: dict[int, tuple[str, int, float]], title: str) -> None:
-    draw_predictions(
-        [source.image(index) for index in predicted],
-        [name for name, _, _ in predicted.values()],
-        [share for _, _, share in predicted.values()],
-        [source.label(index) for index in predicted],
-        title,
-        path,
-    )
+def draw(
+    path: Path, source: Dataset, predicted: dict[int, tuple[str, int, float]], title: str
+) -> None:
+    predictions = []
+    for index, (name, number, share) in predicted.items():
+        made = Prediction(thumbnail(source.image(index)), source.name(index), name, share)
+        if source.actual(index) is not None:
+            actual, actual_number = source.actual(index)
+            made = replace(made, actual=actual, right=number == actual_number)
+        predictions.append(made)
+    draw_predictions(predictions, title, path)

@@ -1,70 +1,136 @@
 """Figures: learning curves and predictions, as PNG files."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from t2tvit.errors import InputError
+from t2tvit.figures import drawable, fitted, literal_text
 
 # Told apart by people of any colour vision; the signs say the same.
 TRAIN_COLOR, HELD_OUT_COLOR = "#0072B2", "#D55E00"
 RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
+# The grid of predictions: at most so many columns, widths in inches, font sizes in points.
 MAX_COLUMNS = 8
+CELL_WIDTH, CELL_MARGIN, MIN_WIDTH = 1.5, 0.15, 6.0
+SIZE, SMALL_SIZE, TITLE_SIZE = 8.5, 6.5, 12
+POINTS = 72  # of an inch
+CELL_PIXELS = 256
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image with its name, the predicted class and its probability, and the actual class.
+
+    ``right`` says whether they are the same; it and ``actual`` are None if that is not known.
+    """
+
+    image: Image.Image
+    name: str
+    predicted: str
+    probability: float
+    actual: str | None = None
+    right: bool | None = None
 
 
 def draw_curves(history: Sequence[dict], path: Path) -> None:
     """Loss and accuracy over the epochs."""
+    with literal_text():
+        save(curves(history), path)
+
+
+def curves(history: Sequence[dict]) -> Figure:
     epochs = [metrics["epoch"] for metrics in history]
+    # A line shows no value that has none beside it.
+    values = [metrics[name] for metrics in history for name in ("train_loss", "eval_loss", "top1")]
+    sign = "o" if len(epochs) == 1 or not all(map(math.isfinite, values)) else ""
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
     for name, label, color in (
         ("train_loss", "training", TRAIN_COLOR),
         ("eval_loss", "held out", HELD_OUT_COLOR),
     ):
-        losses.plot(epochs, [metrics[name] for metrics in history], color=color, label=label)
+        values = [metrics[name] for metrics in history]
+        losses.plot(epochs, values, f"{sign}-", color=color, label=label)
     losses.set(xlabel="epoch", title="loss (training: with augmentation and smoothing)")
     losses.set_ylim(bottom=0)
     losses.legend(frameon=False)
     top1 = [metrics["top1"] for metrics in history]
-    best = max(range(len(top1)), key=lambda index: (top1[index], index))
-    accuracy.plot(epochs, top1, color=HELD_OUT_COLOR)
-    accuracy.plot(epochs[best], top1[best], "o", color=HELD_OUT_COLOR)
-    accuracy.set(xlabel="epoch", ylim=(0, 102))
-    accuracy.set_title(f"held-out top-1, best {top1[best]:.2f}% in epoch {epochs[best]}")
+    accuracy.plot(epochs, top1, f"{sign}-", color=HELD_OUT_COLOR)
+    accuracy.set(xlabel="epoch", ylim=(0, 102), title="held-out top-1")
+    finite = [(value, epoch) for value, epoch in zip(top1, epochs) if math.isfinite(value)]
+    if finite:
+        best, epoch = max(finite)
+        accuracy.plot(epoch, best, "o", color=HELD_OUT_COLOR)
+        accuracy.set_title(f"held-out top-1, best {best:.2f}% in epoch {epoch}")
     accuracy.yaxis.set_major_formatter("{x:g}%")
+    margin = max(0.5, 0.03 * len(epochs))
     for axes in (losses, accuracy):
+        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    return figure
 
 
-def draw_predictions(
-    images: Sequence[Image.Image],
-    predicted: Sequence[str],
-    confidence: Sequence[float],
-    actual: Sequence[str | None],
-    title: str,
-    path: Path,
-) -> None:
-    """A grid of images, each with its predicted class; where the actual one is known, ✓ or ✗."""
-    columns = min(MAX_COLUMNS, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.4 * max(columns, 4), 1.65 * rows + 0.5), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
+def draw_predictions(predictions: Sequence[Prediction], title: str, path: Path) -> None:
+    """A grid of images with names and predicted classes; ✓ or ✗ if the actual one is known."""
+    texts = [title]
+    for each in predictions:
+        texts += [each.name, each.predicted, each.actual or ""]
+    with literal_text(texts):
+        save(grid(predictions, title), path)
+
+
+def grid(predictions: Sequence[Prediction], title: str) -> Figure:
+    columns = min(MAX_COLUMNS, len(predictions))
+    rows = -(-len(predictions) // columns)
+    width = max(columns * CELL_WIDTH, MIN_WIDTH)
+    room = (width / columns - CELL_MARGIN) * POINTS
+    captions = [caption(each, room) for each in predictions]
+    names = [fitted(drawable(each.name), room, SMALL_SIZE) for each in predictions]
+    heading = fitted(drawable(title), (width - CELL_MARGIN) * POINTS, TITLE_SIZE, lines=3)
+    lines = max(text.count("\n") + 1 for text in captions)
+    height = rows * (CELL_WIDTH + (lines * SIZE + 2 * SMALL_SIZE) * 1.3 / POINTS)
+    height += (heading.count("\n") + 1) * 1.5 * TITLE_SIZE / POINTS
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(heading, fontsize=TITLE_SIZE)
+    cells = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in cells[len(predictions) :]:
         axes.set_axis_off()
-    for axes, image, name, share, truth in zip(grid, images, predicted, confidence, actual):
-        axes.imshow(image, cmap="gray" if image.mode == "L" else None)
-        text, color = f"{name}  {share:.0%}", "black"
-        if truth is not None:
-            right = name == truth
-            text = f"✓ {text}" if right else f"✗ {text}, is {truth}"
-            color = RIGHT_COLOR if right else WRONG_COLOR
-        axes.set_title(text, color=color, fontsize=10)
-    save(figure, path)
+    for axes, each, text, name in zip(cells, predictions, captions, names):
+        axes.imshow(each.image, cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        color = {None: "black", True: RIGHT_COLOR, False: WRONG_COLOR}[each.right]
+        axes.set_title(text, color=color, fontsize=SIZE)
+        axes.set_xlabel(name, color="0.4", fontsize=SMALL_SIZE)
+    return figure
+
+
+def caption(prediction: Prediction, width: float) -> str:
+    """The predicted class and, if it is wrong, the actual one, in lines of ``width`` points."""
+    sign = {None: "", True: "✓ ", False: "✗ "}[prediction.right]
+    text = f"{sign}{drawable(prediction.predicted)}"
+    share = f"{prediction.probability:.0%}"
+    lines = fitted(f"{text}  {share}", width, SIZE)
+    if "…" in lines:
+        lines = f"{fitted(text, width, SIZE, lines=2)}\n{share}"
+    if prediction.right is False:
+        lines += "\n" + fitted(f"is {drawable(prediction.actual)}", width, SIZE, lines=2)
+    return lines
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """The image, made smaller if a cell has fewer pixels."""
+    small = image.copy()
+    small.thumbnail((CELL_PIXELS, CELL_PIXELS))
+    return small
 
 
 def save(figure: Figure, path: Path) -> None:
