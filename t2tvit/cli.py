@@ -302,7 +302,10 @@ def build_parser() -> argparse.ArgumentParser:
         "are taken to be ImageNet's",
     )
     command.add_argument(
-        "--plot", type=Path, metavar="PNG", help="draw the images with what was predicted"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the images with the predicted classes; .png without another extension",
     )
     command.add_argument(
         "--images",

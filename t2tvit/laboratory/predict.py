@@ -98,7 +98,7 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
     if arguments.plot is not None and predicted:
         shown = dict(islice(predicted.items(), arguments.images))
         draw(arguments.plot, source, shown, summary or f"{config.model}, {path}")
-        print(f"drawn to {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
+        print(printable(f"drawn to {arguments.plot}"), file=sys.stderr if arguments.json else sys.stdout)
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         counted = f"{len(unreadable)} of {len(source)} images: " if len(source) > 1 else ""
@@ -189,7 +189,9 @@ class HeldOutImages(Dataset):
         return f"{right} of {len(predicted)} right, drawn at random from the held-out {self.data}"
 
 
-def held_out_images(images: Sequence, drawn: list[int]) -> Iterator[tuple[Image.Image, int, str | None]]:
+def held_out_images(
+    images: Sequence, drawn: list[int]
+) -> Iterator[tuple[Image.Image, int, str | None]]:
     """Each image that is ``drawn``, with its label and its file."""
     if isinstance(images, ShardImages):
         samples = chain.from_iterable(map(read_shard, images.shards))

@@ -137,6 +137,8 @@ REFUSALS = {
     "no-image": (("predict", "--run", "{run}", "{bare}"), "cannot be read"),
     "top-0": (("predict", "--run", "{run}", "--top-k", "0"), "--top-k: got 0"),
     "plot-nowhere": (("predict", "--run", "{run}", "--plot", "{tmp}/no/x.png"), "cannot write"),
+    "plot-folder": (("predict", "--run", "{run}", "--plot", "{tmp}"), "is a folder"),
+    "plot-format": (("predict", "--run", "{run}", "--plot", "{tmp}/x.doc"), "extension .doc"),
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
     "unknown-rival": (("bench", "--against", "resnet5000"), "unknown model of timm"),
     "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),

@@ -3,6 +3,10 @@
 import io
 import json
 import sys
+import tarfile
+import warnings
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,9 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
 from PIL import Image  # noqa: E402
 
+from t2tvit.cli import main  # noqa: E402
+from t2tvit.laboratory import predict  # noqa: E402
+from tests.layout import HOSTILE  # noqa: E402
 from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
 
 
@@ -80,8 +87,6 @@ def test_images_that_cannot_be_read_do_not_stop_the_others(folder, tmp_path, cap
     line = run(capsys, "predict", *source, status=2)
     for text in ("2 of 8 images: ", "2.JPG cannot be read", "gone.png does not exist"):
         assert text in line
-    from t2tvit.cli import main
-
     plot = tmp_path / "plot.png"
     options = [str(argument) for argument in (*source, "--plot", plot, "--images", "3")]
     assert main(["predict", "--json", *options]) == 2
@@ -98,6 +103,81 @@ def test_held_out_images_as_json(tmp_path, capsys):
     out = run(capsys, "predict", "--checkpoint", source, *options, "--top-k", "1")
     right = sum(record["predictions"][0]["class"] == record["label"] for record in records)
     assert out.splitlines()[-1].startswith(f"{right} of 3 right, drawn at random")
+
+
+def test_held_out_images_of_a_folder_are_named(tmp_path, capsys, monkeypatch):
+    random = np.random.default_rng(0)
+    for split, name in product(("train", "val"), CLASS_NAMES):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"${number}.png")
+    drawn = []
+    monkeypatch.setattr(predict, "draw_predictions", lambda found, *_: drawn.extend(found))
+    options = ("--data", f"imagefolder:{tmp_path}/data", "--images", "4")
+    source = ("--checkpoint", weights(tmp_path))
+    records = lines(capsys, *source, *options, "--plot", tmp_path / "figure")
+    for record, prediction in zip(records, drawn, strict=True):
+        file = Path(record["file"])
+        assert file.is_file() and file.parent == tmp_path / "data" / "val" / record["label"]
+        assert (prediction.name, prediction.actual) == (file.name, record["label"])
+        assert prediction.right == (prediction.predicted == record["label"])
+    out = run(capsys, "predict", *source, *options).splitlines()
+    for line, record in zip(out, records, strict=False):
+        assert line.startswith(f"{record['file']}, is {record['label']}  ")
+
+
+def test_held_out_images_of_shards_are_named(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 1), ("val", 3)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for shard in range(2):
+            with tarfile.open(tmp_path / "data" / split / f"{shard}.tar", "w") as tar:
+                for number in range(count):
+                    file = io.BytesIO()
+                    pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(file, "png")
+                    for key, content in (("png", file.getvalue()), ("cls", str(number).encode())):
+                        member = tarfile.TarInfo(f"key{number}.{key}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    options = ("--data", f"webdataset:{tmp_path}/data", "--images", "9")
+    records = lines(capsys, "--checkpoint", weights(tmp_path, "012"), *options)
+    places = product(range(2), range(3))
+    assert [(record["file"], record["label"]) for record in records] == [
+        (f"{tmp_path}/data/val/{shard}.tar/key{number}", str(number)) for shard, number in places
+    ]
+
+
+def test_the_plot_says_what_it_is_called(folder, tmp_path, capsys):
+    source = ("--checkpoint", weights(tmp_path), folder / "1.png", "--plot")
+    out = run(capsys, "predict", *source, tmp_path / "figure")
+    assert out.splitlines()[-1] == f"drawn to {tmp_path / 'figure.png'}"
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    # Refused before anything is classified.
+    for name in ("figure.xyz", "gone/figure.png", "images"):
+        assert main(["predict", *map(str, source), str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("t2tvit: error: --plot: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_hostile_names_are_classified_and_drawn(mode, count, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    names = [name.replace("/", "")[:120] for name in HOSTILE if name.strip()][:count]
+    for number, name in enumerate(names):
+        size = [(60, 40), (900, 2), (2, 900)][number % 3]
+        Image.new("L", size, 99).save(tmp_path / "images" / f"{name}.png")
+    options = {} if mode == "RGB" else {"in_chans": 1}
+    source = weights(tmp_path, ["$x^2$", "\\frac{$", "猫" * 30], **options)
+    statistics = ("--mean", "0.5", "--std", "0.5") if mode == "L" else ()
+    arguments = ("--checkpoint", source, tmp_path / "images", *statistics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = run(capsys, "predict", *arguments, "--plot", tmp_path / "$figure$.png")
+    assert len(out.splitlines()) == count + 1
+    assert (tmp_path / "$figure$.png").is_file()
 
 
 def test_nothing_to_classify(tmp_path, capsys, monkeypatch):
