@@ -4,23 +4,30 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
-from matplotlib.ticker import LogLocator
+from matplotlib.path import Path as Line
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from t2t_kernels.measure import interleave, percentiles
 from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.models.cost import multiply_adds
 from t2tvit.training import distributed
 from t2tvit.training.bench import (
@@ -36,7 +43,7 @@ from t2tvit.training.distributed import World, on_main
 from t2tvit.training.keeper import Signals, Stopped
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import size_of
-from t2tvit.training.plots import save
+from t2tvit.training.plots import RESOLUTION, save
 from t2tvit.training.progress import say
 from t2tvit.training.report import git_commit, versions
 from t2tvit.training.run import choose_config, find_place, run
@@ -55,6 +62,8 @@ REPETITIONS = 10
 CONFIG_FILE, RUNS_FILE, MODELS_FILE = "comparison.yaml", "runs.csv", "models.csv"
 TABLE_FILE = "comparison.md"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+# In points: the names' font, a point with its surroundings, and the room between point and name.
+NAME_SIZE, MARKER_RADIUS, NEAR = 7, 4, 6
 
 
 @dataclass(frozen=True)
@@ -389,42 +398,96 @@ def as_csv(head: Sequence[str], rows) -> str:
 
 
 def draw(rows: list[Measured], label: str, value, path: Path) -> None:
+    """Write the file of :func:`plot`."""
+    with literal_text(row.name for row in rows):
+        save(plot(rows, label, value), path)
+
+
+def plot(rows: list[Measured], label: str, value) -> Figure:
     """Accuracy over ``value``: a point per model with its seeds' spread, and its name."""
-    drawn = Figure(figsize=(8, 5), layout="constrained")
+    # Labels are placed in pixels, so the resolution is that of the file.
+    drawn = Figure(figsize=(8, 5), dpi=RESOLUTION, layout="constrained")
     axes = drawn.subplots()
-    names = []
+    bars = []
     for number, row in enumerate(rows):
         mean = statistics.mean(row.top1)
         spread = [[mean - min(row.top1)], [max(row.top1) - mean]]
         color = COLORS[number % len(COLORS)]
         axes.errorbar(value(row), mean, yerr=spread, fmt="o", color=color, capsize=3)
-        names.append(
-            axes.annotate(
-                row.name,
-                (value(row), mean),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color=color,
-            )
-        )
+        bars.append((min(row.top1), mean, max(row.top1)))
     axes.set(xlabel=label, ylabel="held-out top-1 (%), mean and range of the seeds", xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.margins(x=0.15, y=0.1)
+    low, high = axes.get_xlim()
+    if high / low < 10:  # a narrow range may hold no round number of a logarithmic axis
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.xaxis.set_minor_formatter("")
-    axes.margins(x=0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -1), min(high, 101))
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     drawn.draw_without_rendering()
-    keep_apart(names)
-    save(drawn, path)
+    drawn.set_layout_engine("none")
+    name_points(axes, [row.name for row in rows], [value(row) for row in rows], bars)
+    return drawn
 
 
-def keep_apart(labels: list[Annotation]) -> None:
-    """Move labels down until none lies on another; the highest stays."""
-    placed = []
-    for label in sorted(labels, key=lambda label: -label.get_window_extent().y0):
-        while any(label.get_window_extent().overlaps(other) for other in placed):
-            x, y = label.xyann
-            label.xyann = (x, y - 1)
-        placed.append(label.get_window_extent())
+def name_points(
+    axes: Axes, names: Sequence[str], xs: Sequence[float], bars: Sequence[tuple[float, float, float]]
+) -> None:
+    """Write each name beside its point, off the other names, points and error bars.
+
+    ``bars`` are the lowest, the mean and the largest y of each point. A name that has no room
+    next to its point is moved away and a line leads to it.
+    """
+    frame, pixel = axes.get_window_extent(), axes.figure.dpi / 72
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    centers, taken, named, lines = [], [], [], []
+    for x, bar in zip(xs, bars):
+        (left, bottom), center, (_, top) = axes.transData.transform([(x, y) for y in bar])
+        centers.append(center)
+        taken.append(Bbox([[left, bottom], [left, top]]).padded(2 * pixel))
+        taken.append(Bbox([center, center]).padded(MARKER_RADIUS * pixel))
+    for number, (name, center) in enumerate(zip(names, centers)):
+        color = COLORS[number % len(COLORS)]
+        label = axes.annotate(
+            fitted(drawable(name), 0.4 * frame.width / pixel, NAME_SIZE),
+            (xs[number], bars[number][1]),
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=NAME_SIZE,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
+        )
+        size = np.array(Text.get_window_extent(label, renderer).size)
+        fewest = math.inf
+        for distance, offset in offsets(*(size / pixel)):
+            middle = center + offset * pixel
+            box, line = Bbox([middle - size / 2, middle + size / 2]), Line([center, middle])
+            inside = frame.contains(*box.min) and frame.contains(*box.max)
+            covered = sum(other.overlaps(box) for other in taken)
+            crossed = sum(other.intersects_bbox(box, filled=False) for other in lines)
+            crossed += sum(line.intersects_bbox(other, filled=False) for other in named)
+            faults = 100 * (not inside) + covered + crossed
+            if faults < fewest:
+                best, fewest = (distance, offset, box, line), faults
+            if not faults:
+                break
+        distance, label.xyann, box, line = best
+        label.arrow_patch.set_visible(distance > NEAR)
+        taken.append(box)
+        named.append(box)
+        lines += [line] if distance > NEAR else []
+
+
+def offsets(width: float, height: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Where a name's centre can be, seen from its point: the nearest places first, in points."""
+    for distance in range(NEAR, 400, 4):
+        for angle in sorted(np.linspace(-np.pi, np.pi, 16, endpoint=False), key=abs):
+            x, y = np.clip(np.sqrt(2) * np.array([np.cos(angle), np.sin(angle)]), -1, 1)
+            yield distance, np.array([x * (distance + width / 2), y * (distance + height / 2)])

@@ -19,7 +19,7 @@ RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
 MAX_COLUMNS = 8
 CELL_WIDTH, CELL_MARGIN, MIN_WIDTH = 1.5, 0.15, 6.0
 SIZE, SMALL_SIZE, TITLE_SIZE = 8.5, 6.5, 12
-POINTS = 72  # of an inch
+POINTS, RESOLUTION = 72, 120  # to an inch, the second in pixels
 CELL_PIXELS = 256
 
 
@@ -135,6 +135,6 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 def save(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=RESOLUTION)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write the figure {path}: {error}") from None

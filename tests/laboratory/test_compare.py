@@ -2,15 +2,29 @@
 
 import csv
 import json
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from matplotlib.text import Annotation, Text
 
 from t2tvit.cli import main
 from t2tvit.errors import InputError
+from t2tvit.figures import literal_text
 from t2tvit.laboratory import compare
-from t2tvit.laboratory.compare import PACKAGED, folder_of, read_comparison
+from t2tvit.laboratory.compare import (
+    AXES,
+    PACKAGED,
+    Measured,
+    Rate,
+    folder_of,
+    plot,
+    read_comparison,
+)
+from tests.layout import check_layout
 
 TINY = {
     "data": "synthetic:40",
@@ -153,3 +167,48 @@ def test_a_model_that_cannot_run_is_said_before_anything_is_written(tmp_path, ca
     assert main([*command, "--data", "synthetic:8", "--num-classes", "3"]) == 2
     assert "no_such_model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# Plots
+
+
+def measured(count: int, name: str = "model") -> list[Measured]:
+    """Models in a few heaps."""
+    random = np.random.default_rng(count)
+    rows = []
+    for number in range(count):
+        size = int(10 ** random.choice([5.5, 6, 6.02]) * random.uniform(1, 1.02))
+        top1 = list(random.choice([90, 99.5]) + random.uniform(-1, 0.5, 3))
+        rate = Rate(size / 100, size / 110, size / 90)
+        rows.append(Measured(f"{name} {number}", size, 7 * size, top1, rate, rate))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["T2T", "a long name, which says all of its options", "$\\frac{$"])
+@pytest.mark.parametrize("count", [1, 14])
+def test_names_cover_neither_each_other_nor_points(name, count):
+    rows = measured(count, name)
+    with literal_text([name]):
+        for label, value in AXES.values():
+            figure = plot(rows, label, value)
+            check_layout(figure)
+            (axes,) = figure.axes
+            names = [text for text in axes.texts if isinstance(text, Annotation)]
+            assert len(names) == count
+            for row in rows:
+                for y in (min(row.top1), statistics.mean(row.top1), max(row.top1)):
+                    point = axes.transData.transform((value(row), y))
+                    assert not any(Text.get_window_extent(text).contains(*point) for text in names)
+
+
+def test_a_narrow_range_has_ticks():
+    rows = measured(3)
+    for number, row in enumerate(rows):
+        rows[number] = replace(row, parameters=710_000 + number, top1=[100.0])
+    with literal_text():
+        figure = plot(rows, *AXES["parameters"])
+        check_layout(figure)
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 3
+    assert axes.get_ylim()[1] <= 101
