@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.report import COPY, OURS, PLAIN, PRODUCTS, group
+from t2tvit.files import write_figure
 
 # Told apart by people of any colour vision.
 OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
@@ -20,7 +21,7 @@ def draw(result: dict, path: Path) -> list[Path]:
         figure = plot(result)
         if figure is not None:
             file = path.with_name(f"{path.stem}-{name}.png")
-            figure.savefig(file, dpi=100)
+            write_figure(file, figure, dpi=100)
             written.append(file)
     return written
 

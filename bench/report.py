@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 from t2t_kernels.backends import BACKENDS
+from t2tvit.errors import RunError
+from t2tvit.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -106,7 +108,7 @@ def keep(result: dict) -> Path:
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
     return path
 
 
@@ -114,12 +116,12 @@ def publish(path: Path) -> None:
     """Beside a kept result, write its tables (``.md``) and plots (``.png``)."""
     result = json.loads(path.read_text())
     text = f"{summary(result)}\n\n## Every row\n\n{every_row(result)}\n"
-    path.with_suffix(".md").write_text(text)
+    write_atomically(path.with_suffix(".md"), text)
 
     from bench import plots  # needs matplotlib, which the tables can do without
 
     text += "".join(f"\n![{plot.stem}]({plot.name})\n" for plot in plots.draw(result, path))
-    path.with_suffix(".md").write_text(text)
+    write_atomically(path.with_suffix(".md"), text)
 
 
 def group(row: dict) -> str:
@@ -279,19 +281,18 @@ def main() -> int:
             result = collect(arguments.runs)
             arguments.output.mkdir(parents=True, exist_ok=True)
             path = arguments.output / "result.json"
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            write_atomically(path, json.dumps(result, indent=1) + "\n")
             publish(path)
             print(f"wrote {path} and its tables and plots")
             return 0
-        paths = [keep(collect(arguments.runs))] if arguments.runs else newest()
-    except (OSError, ValueError) as error:
+        for path in [keep(collect(arguments.runs))] if arguments.runs else newest():
+            publish(path)
+            print(f"kept {path} with its tables and plots")
+        write_atomically(README, updated(README.read_text()))
+        print(f"the tables of {README.name} are up to date")
+    except (OSError, RunError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    for path in paths:
-        publish(path)
-        print(f"kept {path} with its tables and plots")
-    README.write_text(updated(README.read_text()))
-    print(f"the tables of {README.name} are up to date")
     return 0
 
 

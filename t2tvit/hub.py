@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from t2tvit.errors import InputError, RunError
+from t2tvit.files import write_atomically
 from t2tvit.models.backbone import T2TBackbone
 from t2tvit.models.checkpoint import load_checkpoint
 from t2tvit.models.registry import create_model
@@ -154,8 +155,11 @@ def _config(model: T2TBackbone, class_names: Sequence[str] | None) -> Mapping[st
 
 
 def _write(model: T2TBackbone, config: Mapping[str, object], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{LOCAL}{folder}: {error.strerror}") from None
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
+    write_atomically(folder / WEIGHTS_FILE, save(tensors))
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / CONFIG_FILE, text + "\n")

@@ -28,6 +28,7 @@ from t2t_kernels.measure import interleave, percentiles
 from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.figures import drawable, fitted, literal_text
+from t2tvit.files import write_atomically
 from t2tvit.models.cost import multiply_adds
 from t2tvit.training import distributed
 from t2tvit.training.bench import (
@@ -47,7 +48,7 @@ from t2tvit.training.plots import RESOLUTION, save
 from t2tvit.training.progress import say
 from t2tvit.training.report import git_commit, versions
 from t2tvit.training.run import choose_config, find_place, run
-from t2tvit.training.state import METRICS_FILE, write_atomically
+from t2tvit.training.state import METRICS_FILE
 
 PACKAGED = Path(__file__).parent / "comparisons"
 # What may differ between the models; all else is the budget, which they share.

@@ -3,12 +3,14 @@
 import argparse
 import math
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from t2tvit import hub
 from t2tvit.errors import InputError
+from t2tvit.files import write_atomically
 from t2tvit.laboratory.class_names import names_of, read_names
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.models.checkpoint import read_state_dict
@@ -123,7 +125,7 @@ def write(model: T2TBackbone, about: Weights, target: str) -> None:
         state = model.state_dict()
         # Both names, as the published evaluation reads either; the tensors are stored once.
         content = {"arch": about.model, "state_dict": state, "state_dict_ema": state}
-        try:
-            torch.save(content, target)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"TARGET: cannot write {target}: {error}") from None
+        # In memory first: torch.save into a file aborts the process if the disk is full.
+        buffer = BytesIO()
+        torch.save(content, buffer)
+        write_atomically(Path(target), buffer.getbuffer())

@@ -3,17 +3,20 @@
 import argparse
 import copy
 import json
+import re
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError, RunError, unknown_name
+from t2tvit.files import write_atomically
 from t2tvit.laboratory.convert import described
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.terminal import printable
@@ -23,7 +26,7 @@ from t2tvit.training.config import RunConfig
 from t2tvit.training.inference import Trained, describe, load_trained
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import size_of, statistics
-from t2tvit.training.state import Weights, save_weights
+from t2tvit.training.state import Weights, weights_file
 
 DTYPES = ("float32", "float16", "bfloat16")
 INPUT, OUTPUT = "images", "logits"
@@ -32,6 +35,8 @@ LARGEST_BATCH = 4096
 # Relative error of the logits, in roundings of the dtype: other libraries sum in other orders.
 ROUNDINGS = 50
 SEED = 0
+# In the C++ that AOTInductor generates for a package.
+STRIDE_CHECK = re.compile(r"if \((\d+ != (\w+)_stride\[(\d+)\])\)")
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -45,7 +50,7 @@ class Exporting:
     images: Tensor
 
 
-def write_onnx(what: Exporting, path: Path) -> None:
+def write_onnx(what: Exporting) -> bytes:
     import onnxscript  # noqa: F401  a missing package is better named here than by the exporter
 
     # The exporter talks on standard output.
@@ -64,7 +69,7 @@ def write_onnx(what: Exporting, path: Path) -> None:
     for node in (*graph, *graph.inputs, *graph.outputs):
         node.metadata_props.clear()  # source lines and paths of this machine
     program.model.metadata_props["t2tvit"] = json.dumps(feeding(what.about))
-    program.save(path)
+    return program.model_proto.SerializeToString()
 
 
 def soft_split_as_convolution(x, kernel_size, dilation, padding, stride):
@@ -110,19 +115,46 @@ def program_of(what: Exporting) -> torch.export.ExportedProgram:
     return program
 
 
-def write_program(what: Exporting, path: Path) -> None:
-    torch.export.save(program_of(what), path)
+def write_program(what: Exporting) -> bytes:
+    content = BytesIO()
+    torch.export.save(program_of(what), content)
+    return content.getvalue()
 
 
 def read_program(what: Exporting, path: Path) -> Runner:
     return torch.export.load(path).module()
 
 
-def write_package(what: Exporting, path: Path) -> None:
+def write_package(what: Exporting) -> bytes:
     from torch._inductor import aoti_compile_and_package
 
-    with torch.no_grad():
-        aoti_compile_and_package(program_of(what), package_path=str(path))
+    content = BytesIO()
+    with torch.no_grad(), checked_inputs():
+        aoti_compile_and_package(program_of(what), package_path=content)
+    return content.getvalue()
+
+
+@contextmanager
+def checked_inputs() -> Iterator[None]:
+    """Packages that AOTInductor generates inside refuse images that they would misread.
+
+    It generates a check of dtype, shape, strides and device, but runs it only if the environment of
+    whoever loads the package asks for it. Strides of dimensions of size 1 do not matter.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    generate = CppWrapperCpu.generate_input_output_runtime_checks
+
+    def generate_checks(self):
+        written = len(self.prefix._lines)
+        generate(self)
+        for index, line in enumerate(self.prefix._lines[written:], written):
+            if isinstance(line, str):
+                line = line.replace("!_check_aoti_runtime_check_inputs_env()", "false")
+                self.prefix._lines[index] = STRIDE_CHECK.sub(r"if (\2_size[\3] != 1 && \1)", line)
+
+    with patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", generate_checks):
+        yield
 
 
 def read_package(what: Exporting, path: Path) -> Runner:
@@ -131,8 +163,8 @@ def read_package(what: Exporting, path: Path) -> Runner:
     return aoti_load_package(str(path))
 
 
-def write_weights(what: Exporting, path: Path) -> None:
-    save_weights(what.model, path, what.about)
+def write_weights(what: Exporting) -> bytes:
+    return weights_file(what.model, what.about)
 
 
 def read_weights(what: Exporting, path: Path) -> Runner:
@@ -143,10 +175,13 @@ def read_weights(what: Exporting, path: Path) -> Runner:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its suffix, what writes it and what runs it."""
+    """A kind of file: its suffix, what makes its content and what runs it.
+
+    The content is made in memory: PyTorch's writers abort the process if the disk is full.
+    """
 
     suffix: str
-    write: Callable[[Exporting, Path], None]
+    write: Callable[[Exporting], bytes]
     read: Callable[[Exporting, Path], Runner]
     dtypes: tuple[str, ...] = DTYPES
     takes_kernels: bool = False
@@ -232,15 +267,20 @@ def export(what: Exporting, formats: list[str], folder: Path) -> None:
         raise InputError(f"--output {folder}: {error.strerror}") from None
     for name in formats:
         target = folder / (what.about.model + FORMATS[name].suffix)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-            written = Path(scratch) / target.name
-            FORMATS[name].write(what, written)
-            verdict = verify(what, FORMATS[name].read(what, written), name)
-            size = written.stat().st_size / 2**20
-            written.replace(target)
+        content = FORMATS[name].write(what)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+                written = Path(scratch) / target.name
+                written.write_bytes(content)
+                verdict = verify(what, FORMATS[name].read(what, written), name)
+                written.replace(target)
+        except OSError as error:
+            kept = "; the previous content is intact" if target.exists() else ""
+            raise RunError(f"cannot write {target}: {error.strerror}{kept}") from None
+        size = len(content) / 2**20
         print(f"{printable(str(target))}  {size:.1f} MiB  {verdict}", flush=True)
     about = folder / f"{what.about.model}.json"
-    about.write_text(json.dumps(feeding(what.about), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(about, json.dumps(feeding(what.about), indent=2, ensure_ascii=False) + "\n")
     print(f"{printable(str(about))}  how to prepare images, and the classes")
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from t2tvit.errors import InputError
 from t2tvit.figures import drawable, fitted, literal_text
+from t2tvit.files import write_figure
 
 # Told apart by people of any colour vision; the signs say the same.
 TRAIN_COLOR, HELD_OUT_COLOR = "#0072B2", "#D55E00"
@@ -135,6 +136,6 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 def save(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=RESOLUTION)
-    except (OSError, ValueError) as error:
+        write_figure(path, figure, dpi=RESOLUTION)
+    except ValueError as error:
         raise InputError(f"cannot write the figure {path}: {error}") from None

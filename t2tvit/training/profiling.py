@@ -1,13 +1,14 @@
 """``--profile``: a trace of some updates, and a summary of it that fits a screen."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from t2tvit.files import write_atomically
 from t2tvit.training.distributed import World
 from t2tvit.training.progress import say
-from t2tvit.training.state import write_atomically
 
 TRACE_FILE = "profile.json.gz"
 SUMMARY_FILE = "profile.txt"
@@ -62,7 +63,9 @@ class Profiler:
             )
 
     def _write(self, done: profile) -> None:
-        done.export_chrome_trace(str(self.output / TRACE_FILE))
+        with tempfile.NamedTemporaryFile(suffix=".json") as trace:  # the writer ignores a full disk
+            done.export_chrome_trace(trace.name)
+            write_atomically(self.output / TRACE_FILE, Path(trace.name).read_bytes())
         text = summary(done, self.updates, self.world.device)
         write_atomically(self.output / SUMMARY_FILE, text + "\n")
         for line in text.splitlines():

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss
+from t2tvit.files import WRITING, write_atomically
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
@@ -68,7 +69,6 @@ from t2tvit.training.state import (
     save_weights,
     seed_everything,
     set_rng_state,
-    write_atomically,
 )
 from t2tvit.training.trackers import Trackers
 
@@ -402,7 +402,7 @@ def claim(place: Place, epochs_done: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
-    for leftover in output.glob(".*.writing"):  # of a run that was killed
+    for leftover in output.glob(WRITING):  # of a run that was killed
         leftover.unlink()
     for name, content in kept.items():
         write_atomically(output / name, content)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from t2tvit.errors import InputError, RunError
+from t2tvit.errors import InputError
+from t2tvit.files import write_atomically
 
 BEST_FILE = "best.safetensors"
 LAST_FILE = "last.safetensors"
@@ -110,8 +110,13 @@ class Weights:
 
 def save_weights(model: nn.Module, path: Path, about: Weights) -> None:
     """Write a self-describing .safetensors file that ``t2tvit.load_checkpoint`` reads."""
+    write_atomically(path, weights_file(model, about))
+
+
+def weights_file(model: nn.Module, about: Weights) -> bytes:
+    """The content of :func:`save_weights`' file."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_tensors(path, tensors, METADATA_KEY, asdict(about))
+    return tensors_file(tensors, METADATA_KEY, asdict(about))
 
 
 def read_about(path: Path) -> Weights | None:
@@ -137,12 +142,17 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, conten
     Raises:
         RunError: the disk is full, or the folder not to be written to.
     """
+    # In memory first, so that a full disk is met where it is reported.
+    write_atomically(path, tensors_file(tensors, key, content))
+
+
+def tensors_file(tensors: dict[str, torch.Tensor], key: str, content: object) -> bytes:
+    """The content of :func:`write_tensors`' file."""
     text = json.dumps(content)
     tensors = unshared(tensors)
     # One entry: safetensors writes several in any order, and equal runs should give equal files.
     metadata = {key: json.dumps({"sha256": digest(tensors, text), "content": text})}
-    # In memory first, so that a full disk is met where it is reported.
-    write_atomically(path, save(tensors, metadata))
+    return save(tensors, metadata)
 
 
 def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.Tensor]]:
@@ -229,28 +239,3 @@ def drawing_from(*entropy: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
-
-
-def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
-    """Replace ``path`` as a whole: a crash leaves the old file or the new one, nothing between.
-
-    Raises:
-        RunError: the disk is full, or the folder not to be written to.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # or a power cut could undo the renaming
-        os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        kept = "; what it held before is intact" if path.exists() else ""
-        raise RunError(f"cannot write {path}: {error.strerror}{kept}") from None

@@ -4,9 +4,9 @@ import secrets
 from pathlib import Path
 
 from t2tvit.errors import InputError
+from t2tvit.files import write_atomically
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.state import write_atomically
 
 TENSORBOARD_FOLDER, ID_FILE = "tensorboard", "wandb_id.txt"
 

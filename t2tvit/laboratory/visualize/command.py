@@ -15,6 +15,7 @@ from t2t_kernels import output_size
 from t2t_kernels import soft_split as split_tokens
 from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.files import write_atomically, write_png
 from t2tvit.laboratory.class_names import names_of, readable
 from t2tvit.laboratory.survey import TIMM
 from t2tvit.laboratory.visualize import draw
@@ -205,7 +206,7 @@ def visualize(
     facts["performer"] = show_t2t_attention(page, folder, recorded, pictures)
     show_features(page, folder, recorded.layers, pictures, channels)
     page.write(folder / "index.html")
-    (folder / "layers.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_atomically(folder / "layers.json", json.dumps(facts, indent=1) + "\n")
     dead = sum(len(layer["dead"]) for layer in facts["layers"])
     exploding = sum(len(layer["exploding"]) for layer in facts["layers"])
     print(
@@ -221,7 +222,7 @@ def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None
         file = f"image{index}.png"
         enlarged = max(1, 224 // max(picture.size))
         size = (picture.width * enlarged, picture.height * enlarged)
-        picture.resize(size, Image.Resampling.NEAREST).save(folder / file)
+        write_png(folder / file, picture.resize(size, Image.Resampling.NEAREST))
         caption = name
         if shares is not None and shares.shape[1] > 1:
             values, numbers = shares[index].topk(min(TOP_K, shares.shape[1]))
@@ -287,7 +288,7 @@ def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int
         shown = choose(layer.maps.shape[1], channels, dead, exploding)
         for index, (name, _) in enumerate(pictures):
             file = f"layer{number:02}-image{index}.png"
-            draw.feature_grid(layer.maps[index], shown, dead, exploding).save(folder / file)
+            write_png(folder / file, draw.feature_grid(layer.maps[index], shown, dead, exploding))
             listed = f", {len(dead)} dead {some(dead)}" if dead else ""
             listed += f", {len(exploding)} exploding {some(exploding)}" if exploding else ""
             of = f"{len(shown)} of {layer.maps.shape[1]} channels"
@@ -332,7 +333,7 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
             length = draw.colored(tokens.norm(dim=1).reshape(grid))
             cells += [length, draw.components(tokens, grid), draw.components(after, grid)]
         file = f"tokens-image{index}.png"
-        draw.mosaic(cells, 3, 224).save(folder / file)
+        write_png(folder / file, draw.mosaic(cells, 3, 224))
         page.pictures((file, f"{picture_name}: three soft splits, from top to bottom"))
 
 
@@ -354,12 +355,12 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
     for index, (name, picture) in enumerate(pictures):
         rollout, heads = f"rollout-image{index}.png", f"heads-image{index}.png"
         laid = draw.overlay(picture, attended.rollout[index])
-        draw.mosaic([laid], 1, 320).save(folder / rollout)
+        write_png(folder / rollout, draw.mosaic([laid], 1, 320))
         cells = []
         for layer in attended.heads:
             row = [draw.colored(head) for head in layer[index]]
             cells += row + [255 + 0 * row[0]] * (most - len(row))
-        draw.mosaic(cells, most, max(24, min(64, 720 // most))).save(folder / heads)
+        write_png(folder / heads, draw.mosaic(cells, most, max(24, min(64, 720 // most))))
         page.pictures((rollout, f"{name}: rollout"), (heads, f"{len(attended.heads)} layers"))
 
 
@@ -391,7 +392,7 @@ def show_study(page, folder, name: str, found: Study, pictures, number: int) -> 
             for query, position in enumerate(found.positions)
         ]
         file = f"t2t{number}-image{index}.png"
-        draw.mosaic(cells, len(found.positions), 200).save(folder / file)
+        write_png(folder / file, draw.mosaic(cells, len(found.positions), 200))
         rows = "; ".join(kind for kind, _ in kinds)
         page.pictures((file, f"{picture_name}: what four tokens attend to; rows: {rows}"))
     return {

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from t2tvit.files import write_figure
+
 # Told apart by people of any colour vision.
 DEAD_COLOR, EXPLODING_COLOR, PLAIN_COLOR = (0, 114, 178), (213, 94, 0), (255, 255, 255)
 BORDER = 3
@@ -99,4 +101,4 @@ def draw_approximation(
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from t2tvit.files import write_atomically
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
        color: #1a1a1a; background: #fff; }
@@ -66,9 +68,9 @@ class Page:
 
     def write(self, path: Path) -> None:
         body = "\n".join(self.parts)
-        path.write_text(
+        write_atomically(
+            path,
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
             f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n",
-            encoding="utf-8",
         )
