@@ -369,7 +369,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files (default: the two photographs that scikit-learn ships)",
+        help="image files, folders of them, or - for a list on standard input (default: held-out "
+        "images of --run; without --run two photographs that scikit-learn ships)",
     )
     command.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the folder of page and pictures"

@@ -174,6 +174,10 @@ class HeldOutImages(Dataset):
     def name(self, index: int) -> str:
         return Path(self.places[index]).name
 
+    def caption(self, index: int) -> str:
+        """The image's name and class."""
+        return f"{self.name(index)}, is {self.labels[index]}"
+
     def actual(self, index: int) -> tuple[str, int]:
         """The name and the number of the image's class."""
         return self.labels[index], self.numbers[index]

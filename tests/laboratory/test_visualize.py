@@ -3,6 +3,10 @@
 import json
 import math
 import re
+import warnings
+from html import escape
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +35,11 @@ from t2tvit.laboratory.visualize.record import (  # noqa: E402
     probabilities,
     record,
 )
-from tests.laboratory.tiny import model, run, weights  # noqa: E402
+from t2tvit.figures import literal_text  # noqa: E402
+from t2tvit.terminal import printable  # noqa: E402
+from t2tvit.training.state import Weights, save_weights  # noqa: E402
+from tests.laboratory.tiny import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.layout import HOSTILE, check_layout  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
@@ -255,6 +263,85 @@ def test_a_vit_on_t2t_tokens(tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert "A &lt;title&gt;" in page and "patch_embed.tokens_to_token.attention1" in page
     assert (tmp_path / "tokens-image0.png").is_file() and (tmp_path / "t2t0-image1.png").is_file()
+
+
+def test_the_images_of_a_run_and_of_folders(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split, name in product(("train", "val"), CLASS_NAMES):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for number in range(7):
+            pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{name}{number}.png")
+    config = CONFIG | {"data": f"imagefolder:{tmp_path}/data", "mean": None, "std": None}
+    about = Weights("t2t_vit_7", ARGS, CLASS_NAMES, config)
+    save_weights(model(), tmp_path / "best.safetensors", about)
+    source = ("visualize", "--run", tmp_path, "--output", tmp_path / "out")
+    run(capsys, *source)
+    page = check_page(tmp_path / "out")
+    captions = re.findall(r"<figcaption>(\w+)\d.png, is (\w+): predicted \w+ [\d.]+%, ", page)
+    assert len(captions) == 4 and all(file == name for file, name in captions)
+    assert "china.jpg" not in page
+    # The same images have the same predictions as those of t2tvit predict.
+    records = run(capsys, "predict", "--run", tmp_path, "--images", "4", "--json").splitlines()
+    for record in map(json.loads, records):
+        best = record["predictions"][0]
+        start = f"{Path(record['file']).name}, is {record['label']}: predicted {best['class']} "
+        assert f"{start}{best['probability']:.1%}" in page
+    # A folder, as predict takes it, up to a page's number of images.
+    out = run(capsys, *source, tmp_path / "data" / "val")
+    assert out.startswith("showing the first 16 of 21 images\n")
+    page = check_page(tmp_path / "out")
+    assert "daisy0.png: predicted" in page and "violet1.png: predicted" in page
+
+
+def test_hostile_names_on_the_page(tmp_path, capsys):
+    names = [name.replace("/", "")[:100] for name in HOSTILE if name.strip()][:12]
+    (tmp_path / "$x$ \udcff\n").mkdir()
+    for name in names:
+        Image.effect_noise((60, 40), 90).save(tmp_path / "$x$ \udcff\n" / f"{name}.png")
+    (tmp_path / "$y$\n").mkdir()
+    source = weights(tmp_path / "$y$\n", ["$x^2$", "<b>", "caf\udce9"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments = ("--checkpoint", source, tmp_path / "$x$ \udcff\n")
+        out = run(capsys, "visualize", *arguments, "--output", tmp_path / "out")
+    assert len(out.splitlines()) == 1
+    page = check_page(tmp_path / "out")
+    for name in names:
+        assert escape(f"{printable(name)}.png: predicted") in page
+    assert "&lt;b&gt;" in page and "caf\\udce9" in page and "<b>" not in page
+
+
+def test_headings_are_written_beside_the_cells():
+    cells = 4 * [np.full((4, 8, 3), 99, dtype=np.uint8)]
+    plain = draw.mosaic(cells, 2, 40)
+    assert plain.size == (2 * 46, 2 * 26)
+    named = draw.mosaic(cells, 2, 40, heads=("head 0", "a long heading"), rows=("one", "two"))
+    pixels = np.asarray(named, dtype=int)
+    dark = (pixels.sum(2) < 250) & (pixels != 99).any(2)
+    columns = np.flatnonzero(dark[: draw.LINE].any(0))
+    assert columns.max() > named.width / 2 > columns.min() and columns.max() < named.width
+    rows = np.flatnonzero(dark[draw.LINE :, :20].any(1))
+    assert rows.size and rows.max() - rows.min() > 20
+    # The cells are whole and as many as before.
+    grey = (pixels == 99).all(2)
+    assert grey.sum() == 4 * 40 * 20
+
+
+def test_the_page_says_which_channels_it_shows(tmp_path):
+    pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
+    visualize(model(), IMAGES, pictures, tmp_path, title="Title", channels=10)
+    page = (tmp_path / "index.html").read_text()
+    assert "attention1, a: 10 of 64 channels (0, 6, 12, 19, 25, 32, 38, 44, …)" in page
+    assert 'name="viewport"' in page
+
+
+@pytest.mark.parametrize("title", ["tokens_to_token.attention1", "$x$"])
+def test_the_plot_of_random_features(title):
+    errors = {32: 0.9, 64: 0.5, 1024: 0.1}
+    with literal_text():
+        figure = draw.approximation(errors, (40, 0.7), 0.95, title)
+        check_layout(figure)
 
 
 def test_what_the_user_can_mend(tmp_path, capsys):

@@ -17,6 +17,7 @@ from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.files import write_atomically, write_png
 from t2tvit.laboratory.class_names import names_of, readable
+from t2tvit.laboratory.predict import MODES, HeldOutImages, gather
 from t2tvit.laboratory.survey import TIMM
 from t2tvit.laboratory.visualize import draw
 from t2tvit.laboratory.visualize.page import Page
@@ -24,6 +25,7 @@ from t2tvit.laboratory.visualize.performer import Study, study
 from t2tvit.laboratory.visualize.record import DEAD, EXPLODING, Layer, Recorded, record
 from t2tvit.models import T2TModule
 from t2tvit.models.t2t_module import SPLITS, TokenConvolution
+from t2tvit.terminal import printable
 from t2tvit.training import distributed
 from t2tvit.training.build import build_model, create_args, load_weights
 from t2tvit.training.config import RunConfig, resolve
@@ -32,13 +34,17 @@ from t2tvit.training.inference import describe, load_trained
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import Normalize, eval_transform, statistics
 
-MODES = {1: "L", 3: "RGB"}
 TOP_K = 5
+# Images on a page: of a run's held-out ones, and of those that the user names.
+HELD_OUT_IMAGES, MOST_IMAGES = 4, 16
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with what it needs to be shown: its title, preprocessing, classes."""
+    """A model with what it needs to be shown: its title, preprocessing, classes.
+
+    ``held_out`` has images to show if the user names none.
+    """
 
     model: nn.Module
     title: str
@@ -46,6 +52,7 @@ class Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: list[str] | None
+    held_out: HeldOutImages | None = None
 
 
 def visualize_command(arguments: argparse.Namespace) -> None:
@@ -61,7 +68,7 @@ def visualize_command(arguments: argparse.Namespace) -> None:
     world = distributed.start(options.get("device", "auto"))
     try:
         subject = find_subject(arguments, options, world)
-        pictures = open_images(arguments.images, len(subject.mean))
+        pictures = open_images(arguments.images, subject)
         transform = eval_transform(subject.config)
         pixels = torch.stack([transform(picture) for _, picture in pictures])
         normalize = Normalize(subject.mean, subject.std, world.device)
@@ -96,9 +103,13 @@ def find_subject(arguments: argparse.Namespace, options: dict, world: World) -> 
 def trained_subject(arguments: argparse.Namespace, world: World) -> Subject:
     path, config, about = describe(arguments)
     trained = load_trained(path, config, about, world)
-    mean, std = statistics(config, *(values[: trained.channels] for values in IMAGENET_STATISTICS))
     names = names_of(trained.class_names, trained.model.num_classes)
-    return Subject(trained.model, f"{config.model}, {path}", config, mean, std, names)
+    known, held_out = (values[: trained.channels] for values in IMAGENET_STATISTICS), None
+    if arguments.run is not None and not arguments.images:
+        held_out = HeldOutImages(trained, HELD_OUT_IMAGES, names)
+        known = held_out.split.mean, held_out.split.std
+    mean, std = statistics(config, *known)
+    return Subject(trained.model, f"{config.model}, {path}", config, mean, std, names, held_out)
 
 
 def new_subject(config: RunConfig) -> Subject:
@@ -147,12 +158,22 @@ def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
     return Subject(model, f"{TIMM}{name}, {weights}", config, mean, std, names)
 
 
-def open_images(paths: Sequence[Path], channels: int) -> list[tuple[str, Image.Image]]:
-    """The images with their names; without any, the two photographs that scikit-learn ships."""
+def open_images(given: Sequence[Path], subject: Subject) -> list[tuple[str, Image.Image]]:
+    """The images with their names: files and those in folders, or held-out ones of the run.
+
+    Without either, the two photographs that scikit-learn ships.
+    """
+    channels = len(subject.mean)
     if channels not in MODES:
         raise InputError(f"visualize reads grey or colour images, not {channels} channels")
-    if paths:
-        return [(path.name, load_image(path, MODES[channels])) for path in paths]
+    if given:
+        paths = gather(given)
+        if len(paths) > MOST_IMAGES:
+            print(f"showing the first {MOST_IMAGES} of {len(paths):,} images")
+        return [(path.name, load_image(path, MODES[channels])) for path in paths[:MOST_IMAGES]]
+    if subject.held_out is not None:
+        images = subject.held_out
+        return [(images.caption(index), images.image(index)) for index in range(len(images))]
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()
@@ -209,13 +230,12 @@ def visualize(
     write_atomically(folder / "layers.json", json.dumps(facts, indent=1) + "\n")
     dead = sum(len(layer["dead"]) for layer in facts["layers"])
     exploding = sum(len(layer["exploding"]) for layer in facts["layers"])
-    print(
-        f"{folder / 'index.html'}: {title}; {len(recorded.layers)} layers, {dead} dead and "
-        f"{exploding} exploding channels"
-    )
+    counts = f"{len(recorded.layers)} layers, {dead} dead and {exploding} exploding channels"
+    print(printable(f"{folder / 'index.html'}: {title}; {counts}"))
 
 
 def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None:
+    page.heading("Images")
     files = []
     shares = recorded.logits.softmax(1) if recorded.logits.dim() == 2 else None
     for index, (name, picture) in enumerate(pictures):
@@ -230,7 +250,7 @@ def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None
                 f"{readable(class_names[number]) if class_names else f'class {number}'} {value:.1%}"
                 for number, value in zip(numbers.tolist(), values.tolist())
             )
-            caption += ": " + ", ".join(ranked)
+            caption += ": predicted " + ", ".join(ranked)
         files.append((file, caption))
     page.pictures(*files)
 
@@ -238,8 +258,8 @@ def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None
 def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
     page.heading("Layers")
     page.legend(
-        f"nowhere in any image larger than {DEAD:g} of the layer's largest value",
-        f"somewhere not finite, or {EXPLODING:g} times as large as the median channel's largest",
+        f"in every image at most {DEAD:g} times the layer's largest value",
+        f"in some image not finite, or {EXPLODING:g} times the median channel's largest value",
     )
     facts = []
     for layer in layers:
@@ -256,7 +276,7 @@ def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
             }
         )
     page.table(
-        ("layer", "map", "channels", "dead", "exploding", "largest |x|", "median channel's"),
+        ("layer", "map", "channels", "dead", "exploding", "largest |x|", "of the median channel"),
         (
             (
                 fact["layer"],
@@ -282,7 +302,11 @@ def finite(value: float) -> float | None:
 
 def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int) -> None:
     page.heading("Feature maps")
-    page.text("Each channel in its own range, dark to bright; frames mark dead and exploding ones.")
+    page.text(
+        "Each channel is scaled to its own range, dark to bright. Frames mark dead and exploding "
+        "channels. Of a layer with more channels than are shown, some of the dead and exploding "
+        "ones are shown and the others are evenly spaced."
+    )
     for number, layer in enumerate(layers):
         dead, exploding = layer.dead, layer.exploding
         shown = choose(layer.maps.shape[1], channels, dead, exploding)
@@ -291,7 +315,9 @@ def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int
             write_png(folder / file, draw.feature_grid(layer.maps[index], shown, dead, exploding))
             listed = f", {len(dead)} dead {some(dead)}" if dead else ""
             listed += f", {len(exploding)} exploding {some(exploding)}" if exploding else ""
-            of = f"{len(shown)} of {layer.maps.shape[1]} channels"
+            count = layer.maps.shape[1]
+            of = f"{len(shown)} of {count} channels"
+            of += f" {some(shown)}" if len(shown) < count else ""
             page.folded(f"{layer.name}, {name}: {of}{listed}", file, opened=number < 3)
 
 
@@ -316,8 +342,9 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
         return
     page.heading("Soft splits")
     page.text(
-        "For each soft split: the tokens' length, the first three principal components of the "
-        "tokens that it cuts (as red, green and blue), and those of what the layer makes of them."
+        "Each row is a soft split with its grid of tokens. The columns are the length (L2 norm) of "
+        "the tokens, their first three principal components as red, green and blue, and the "
+        "principal components of the layer's output."
     )
     maps = {layer.name: layer.maps for layer in recorded.layers}
     name = next(filter(None, names))
@@ -333,8 +360,11 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
             length = draw.colored(tokens.norm(dim=1).reshape(grid))
             cells += [length, draw.components(tokens, grid), draw.components(after, grid)]
         file = f"tokens-image{index}.png"
-        write_png(folder / file, draw.mosaic(cells, 3, 224))
-        page.pictures((file, f"{picture_name}: three soft splits, from top to bottom"))
+        grids = ["×".join(map(str, x.shape[2:])) for x in outputs]
+        rows = [f"soft split {number}, {grid}" for number, grid in enumerate(grids, 1)]
+        heads = ("length of the tokens", "tokens of the split", "output of the layer")
+        write_png(folder / file, draw.mosaic(cells, 3, 224, heads=heads, rows=rows))
+        page.pictures((file, f"{picture_name}: the three soft splits"))
 
 
 def show_attention(page, folder, recorded: Recorded, pictures) -> None:
@@ -343,13 +373,13 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
         return
     page.heading("Attention of the class token")
     if attended.unknown:
-        page.text(f"Of a kind not known here, and left out: {', '.join(attended.unknown)}.")
+        page.text(f"Not shown, because their kind is unknown: {', '.join(attended.unknown)}.")
     if not attended.names:
         return
     page.text(
-        "Left: rollout, the product over the layers of the heads' mean attention with the skip. "
-        "Right: each layer (row) and head (column). A model without a class token shows the mean "
-        "over its tokens."
+        "Left: attention rollout, the product over all layers of the mean attention of the heads, "
+        "with the skip connections. Right: one row per layer and one column per head, both "
+        "numbered from 0. For a model without a class token, the mean over all tokens is shown."
     )
     most = max(heads.shape[1] for heads in attended.heads)
     for index, (name, picture) in enumerate(pictures):
@@ -360,8 +390,11 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
         for layer in attended.heads:
             row = [draw.colored(head) for head in layer[index]]
             cells += row + [255 + 0 * row[0]] * (most - len(row))
-        write_png(folder / heads, draw.mosaic(cells, most, max(24, min(64, 720 // most))))
-        page.pictures((rollout, f"{name}: rollout"), (heads, f"{len(attended.heads)} layers"))
+        side = max(24, min(64, 720 // most))
+        columns = [f"head {number}" for number in range(most)]
+        table = draw.mosaic(cells, most, side, heads=columns, rows=attended.names)
+        write_png(folder / heads, table)
+        page.pictures((rollout, f"{name}: rollout"), (heads, f"{name}: heads of each layer"))
 
 
 def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]:
@@ -381,7 +414,7 @@ def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]
 
 
 def show_study(page, folder, name: str, found: Study, pictures, number: int) -> dict:
-    kinds = [("layer", found.maps)]
+    kinds = [("the layer", found.maps)]
     if found.approximations:
         kinds.append(("softmax of q·k", found.softmax))
     page.heading(name, 3)
@@ -392,9 +425,11 @@ def show_study(page, folder, name: str, found: Study, pictures, number: int) -> 
             for query, position in enumerate(found.positions)
         ]
         file = f"t2t{number}-image{index}.png"
-        write_png(folder / file, draw.mosaic(cells, len(found.positions), 200))
-        rows = "; ".join(kind for kind, _ in kinds)
-        page.pictures((file, f"{picture_name}: what four tokens attend to; rows: {rows}"))
+        heads = [f"token at row {y}, column {x}" for y, x in found.positions]
+        rows = [kind for kind, _ in kinds]
+        picture = draw.mosaic(cells, len(heads), 200, heads=heads, rows=rows)
+        write_png(folder / file, picture)
+        page.pictures((file, f"{picture_name}: attention of four tokens, each marked orange"))
     return {
         str(key): {name: finite(value) for name, value in asdict(approximation).items()}
         for key, approximation in found.approximations.items()
@@ -407,15 +442,15 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
     }
     own, uniform = found.approximations["own"], found.approximations["uniform"]
     if not all(map(math.isfinite, (*errors.values(), own.distance, uniform.distance))):
-        page.text("Queries or keys are not finite: there is nothing to compare.")
+        page.text("Not compared with the softmax, because queries or keys are not finite.")
         return
     file = f"features-{name.rpartition('.')[2]}.png"
     draw.draw_approximation(
         errors, (features, own.distance), uniform.distance, name, folder / file
     )
-    page.pictures((file, "distance of attention from the softmax, by random features"))
+    page.pictures((file, "distance from softmax attention by number of random features"))
     page.table(
-        ("features", "distance", "error of the attended values", "sum of the weights"),
+        ("features", "distance", "relative error of the output", "sum of the weights"),
         (
             (
                 {"own": f"the model's {features}", "uniform": "uniform attention"}.get(key, key),
@@ -427,8 +462,8 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
         ),
     )
     page.text(
-        "Distance is the share of softmax(q·k) that the weights miss, 0 to 1. A sum of the weights "
-        "below 1 is what the published eps takes; near 0 it has turned the attention off. The "
-        "published features have rows of length √m rather than √E, so they stand for a flatter "
-        "kernel than the softmax; the model has been trained with them as they are."
+        "Distance is the share of softmax(q·k) that the weights do not cover, from 0 to 1. The eps "
+        "of the published layer makes the sum of the weights smaller than 1; near 0, the attention "
+        "is off. The published features have rows of length √m instead of √E, so they approximate "
+        "a flatter kernel than the softmax; the model was trained with them."
     )

@@ -1,20 +1,27 @@
 """Pictures of maps: mosaics with marked cells, overlays, principal components, curves."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.font_manager import findfont
+from matplotlib.ticker import NullLocator
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from t2tvit.figures import FONT, drawable, literal_text
 from t2tvit.files import write_figure
 
 # Told apart by people of any colour vision.
 DEAD_COLOR, EXPLODING_COLOR, PLAIN_COLOR = (0, 114, 178), (213, 94, 0), (255, 255, 255)
-BORDER = 3
+TEXT_COLOR = (26, 26, 26)
+# In pixels: the frame of a cell, and the height of a heading.
+BORDER, LINE = 3, 18
 
 
 def colored(values: Tensor) -> np.ndarray:
@@ -26,25 +33,46 @@ def colored(values: Tensor) -> np.ndarray:
 
 
 def mosaic(
-    cells: Sequence[np.ndarray], columns: int, side: int, colors: Sequence[tuple] | None = None
+    cells: Sequence[np.ndarray],
+    columns: int,
+    side: int,
+    colors: Sequence[tuple] | None = None,
+    heads: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Image.Image:
     """Cells (h, w, 3) row by row, all as large as the first, its longer side ``side`` pixels.
 
-    Each has a frame of its own of ``colors``.
+    Each has a frame of its own of ``colors``; ``heads`` are written above the columns, ``rows`` to
+    the left of the rows.
     """
+    font = heading_font()
     h, w = cells[0].shape[:2]
     scale = side / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
-    step_x, step_y = size[0] + 2 * BORDER, size[1] + 2 * BORDER
-    rows = -(-len(cells) // columns)
-    picture = Image.new("RGB", (columns * step_x, rows * step_y), PLAIN_COLOR)
+    left, head = (math.ceil(max(map(font.getlength, texts), default=0)) for texts in (rows, heads))
+    left += 4 * BORDER if rows else 0
+    top = LINE if heads else 0
+    step_x = max(size[0], head) + 2 * BORDER
+    step_y = max(size[1], LINE if rows else 0) + 2 * BORDER
+    picture = Image.new("RGB", (left + columns * step_x, top + -(-len(cells) // columns) * step_y))
+    picture.paste(PLAIN_COLOR, (0, 0, *picture.size))
+    text = ImageDraw.Draw(picture)
+    for column, name in enumerate(heads):
+        text.text((left + (column + 0.5) * step_x, LINE / 2), name, TEXT_COLOR, font, "mm")
+    for row, name in enumerate(rows):
+        text.text((left - 2 * BORDER, top + (row + 0.5) * step_y), name, TEXT_COLOR, font, "rm")
     for index, cell in enumerate(cells):
-        x, y = index % columns * step_x, index // columns * step_y
+        x, y = left + index % columns * step_x, top + index // columns * step_y
         if colors is not None:
             picture.paste(colors[index], (x, y, x + step_x, y + step_y))
         resized = Image.fromarray(cell).resize(size, Image.Resampling.NEAREST)
-        picture.paste(resized, (x + BORDER, y + BORDER))
+        picture.paste(resized, (x + (step_x - size[0]) // 2, y + (step_y - size[1]) // 2))
     return picture
+
+
+@cache
+def heading_font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont(FONT), 12)
 
 
 def feature_grid(
@@ -89,16 +117,24 @@ def draw_approximation(
     errors: Mapping[int, float], own: tuple[int, float], uniform: float, title: str, path: Path
 ) -> None:
     """Distance from the softmax by the number of features."""
+    with literal_text([title]):
+        write_figure(path, approximation(errors, own, uniform, title), dpi=110)
+
+
+def approximation(
+    errors: Mapping[int, float], own: tuple[int, float], uniform: float, title: str
+) -> Figure:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(list(errors), list(errors.values()), "o-", color="#0072B2", label="fresh, length √E")
-    axes.plot(*own, "D", color="#D55E00", label="the model's")
+    axes.plot(list(errors), list(errors.values()), "o-", color="#0072B2", label="new features of length √E")
+    axes.plot(*own, "D", color="#D55E00", label="the model's features")
     axes.axhline(uniform, color="0.5", linestyle="--", label="uniform attention")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(errors), [str(count) for count in errors])
-    axes.set(xlabel="random features", ylabel="distance from softmax", title=title)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="random features", ylabel="distance from softmax", title=drawable(title))
     axes.set_ylim(0, 1)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    write_figure(path, figure, dpi=110)
+    return figure

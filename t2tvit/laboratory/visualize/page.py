@@ -1,15 +1,17 @@
 """The HTML page that shows the pictures and says what they are."""
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from t2tvit.files import write_atomically
+from t2tvit.terminal import printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
+       color: #1a1a1a; background: #fff; overflow-wrap: anywhere; }
 img { max-width: 100%; }
+.table { overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; }
 th, td { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
@@ -18,7 +20,7 @@ summary { cursor: pointer; }
 .dead { color: #0072B2; font-weight: bold; }
 .exploding { color: #D55E00; font-weight: bold; }
 .row { display: flex; gap: 1rem; flex-wrap: wrap; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 100%; }
 figcaption { color: #555; }
 """
 
@@ -47,7 +49,8 @@ class Page:
         for row in rows:
             cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
             lines.append(f"<tr>{cells}</tr>")
-        self.parts.append("<table>\n" + "\n".join(lines) + "\n</table>")
+        rows = "\n".join(lines)
+        self.parts.append(f'<div class="table"><table>\n{rows}\n</table></div>')
 
     def pictures(self, *files: tuple[str, str]) -> None:
         """Files beside the page with their captions, next to one another."""
@@ -71,6 +74,12 @@ class Page:
         write_atomically(
             path,
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
             f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n",
         )
+
+
+def escape(text: str) -> str:
+    """``text`` for HTML: one line, of characters that a file in UTF-8 can hold."""
+    return html.escape(printable(text))
