@@ -3,27 +3,36 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from bench.report import COPY, OURS, PLAIN, PRODUCTS, group
+from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.files import write_figure
 
 # Told apart by people of any colour vision.
 OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
 DTYPE_COLORS = {"fp32": "#D55E00", "bf16": "#0072B2"}
 MARKERS = "osD^vP*X<>hpd8"
+TITLE_SIZE = 10  # points
 
 
 def draw(result: dict, path: Path) -> list[Path]:
     """Every plot that ``result`` has figures for, named after ``path``; the files written."""
     written = []
-    for name, plot in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
-        figure = plot(result)
-        if figure is not None:
-            file = path.with_name(f"{path.stem}-{name}.png")
-            write_figure(file, figure, dpi=100)
-            written.append(file)
+    with literal_text([result["device"]]):
+        for name, plot in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
+            figure = plot(result)
+            if figure is not None:
+                file = path.with_name(f"{path.stem}-{name}.png")
+                write_figure(file, figure, dpi=100)
+                written.append(file)
     return written
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """Write ``title`` above the figure, in as many lines as it needs."""
+    width = 72 * (figure.get_figwidth() - 0.3)
+    figure.suptitle(fitted(drawable(title), width, TITLE_SIZE, lines=3), fontsize=TITLE_SIZE)
 
 
 def speedup(result: dict) -> Figure | None:
@@ -52,12 +61,16 @@ def speedup(result: dict) -> Figure | None:
     axes.axvline(1, color=PLAIN_COLOR, linewidth=1)
     axes.set_yticks(*zip(*ticks), fontsize=7)
     axes.set_ylim(position - 0.1, -0.9)
-    axes.set_title(f"Times as fast as the reference (20% to 80%): {result['device']}", fontsize=10)
+    entitle(
+        figure,
+        "Speed relative to the reference, median with 20th and 80th percentile: "
+        f"{result['device']}",
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     for color, label in ((OURS_COLOR, "ours"), (RIVAL_COLOR, "rivals")):
         axes.barh(0, 0, color=color, label=label)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -96,14 +109,16 @@ def roofline(result: dict) -> Figure | None:
         )
     for kind, marker in zip(kinds, MARKERS * 2):
         axes.plot([], [], marker, color=PLAIN_COLOR, label=kind)
-    axes.set(xscale="log", yscale="log", xlabel="products' operations per compulsory byte")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP of matrix products per byte of inputs and outputs")
     axes.set_ylabel("TFLOP/s")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.set_title(f"Forward and backward: {result['device']}", fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter("")
+    entitle(figure, f"Throughput of forward and backward: {result['device']}")
     axes.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     return figure
 
 
@@ -120,10 +135,8 @@ def memory(result: dict) -> Figure | None:
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.8 * lines + 0.4), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    what = "allocated at the peak" if "peak_mib" in rows[0] else "saved for the backward"
-    figure.suptitle(
-        f"MiB {what} of a training step, {rows[0]['dtype']}: {result['device']}", fontsize=10
-    )
+    what = "Peak memory" if "peak_mib" in rows[0] else "Memory saved for the backward pass"
+    entitle(figure, f"{what} of a training step (MiB, {rows[0]['dtype']}): {result['device']}")
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(panels, names):
@@ -134,7 +147,8 @@ def memory(result: dict) -> Figure | None:
             batches, mib = zip(*row["memory_mib_by_batch"], strict=True)
             axes.plot(batches, mib, "o-", color=color, label=row["backend"])
         axes.set_title(name, fontsize=9)
-        axes.set_xlabel("images")
+        axes.set_xlabel("images per batch")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)

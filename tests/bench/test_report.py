@@ -109,6 +109,22 @@ def test_a_result_is_kept_with_its_tables_and_plots(result, tmp_path, monkeypatc
     assert report.newest() == [path]
 
 
+@pytest.mark.parametrize("device", ["A GPU", "a $GPU$ with a long name " * 9])
+@pytest.mark.parametrize("plot", ["speedup", "roofline", "memory"])
+def test_the_text_of_plots_does_not_overlap(plot, device, result):
+    pytest.importorskip("matplotlib", reason="needs matplotlib", exc_type=ImportError)
+    from bench import plots
+    from t2tvit.figures import literal_text
+    from tests.layout import check_layout, texts
+
+    committed = json.loads(report.newest()[0].read_text())
+    for each in (result, committed):
+        with literal_text():
+            figure = getattr(plots, plot)(each | {"device": device})
+            check_layout(figure)
+            assert not any("mathdefault" in text.get_text() for text in texts(figure))
+
+
 def test_readme_tables_are_those_generated_from_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     assert report.updated(readme) == readme, "run python -m bench.report"

@@ -15,6 +15,7 @@ from t2t_kernels import output_size
 from t2t_kernels import soft_split as split_tokens
 from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.figures import shortened
 from t2tvit.files import write_atomically, write_png
 from t2tvit.laboratory.class_names import names_of, readable
 from t2tvit.laboratory.predict import MODES, HeldOutImages, gather
@@ -392,7 +393,8 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
             cells += row + [255 + 0 * row[0]] * (most - len(row))
         side = max(24, min(64, 720 // most))
         columns = [f"head {number}" for number in range(most)]
-        table = draw.mosaic(cells, most, side, heads=columns, rows=attended.names)
+        rows = [shortened(layer, 40) for layer in attended.names]
+        table = draw.mosaic(cells, most, side, heads=columns, rows=rows)
         write_png(folder / heads, table)
         page.pictures((rollout, f"{name}: rollout"), (heads, f"{name}: heads of each layer"))
 
