@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 
 from t2tvit.errors import RunError
@@ -19,6 +20,17 @@ UNSAFE_IN_TEXT = re.compile(UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x09\x0b-\
 def printable(text: str) -> str:
     """``text`` on one line: newlines and other unsafe characters become backslash escapes."""
     return UNSAFE.sub(_escape, text)
+
+
+def padded(text: str, width: int) -> str:
+    """``text`` with spaces behind it, so that it takes ``width`` columns of a terminal."""
+    return text + " " * (width - columns(text))
+
+
+def columns(text: str) -> int:
+    """The columns of a terminal that ``text`` takes: two for a wide letter, none for an accent."""
+    shown = [letter for letter in text if unicodedata.category(letter) not in ("Mn", "Me", "Cf")]
+    return len(shown) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in shown)
 
 
 def print_json(record: dict) -> None:

@@ -20,7 +20,7 @@ from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
 from t2tvit.errors import InputError
 from t2tvit.figures import figure_file
 from t2tvit.laboratory.class_names import names_of, read_names, readable
-from t2tvit.terminal import print_json, printable
+from t2tvit.terminal import columns, padded, print_json, printable
 from t2tvit.training import distributed
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
@@ -73,7 +73,7 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         mean, std = statistics(config, source.split.mean, source.split.std)
     normalize = Normalize(mean, std, world.device)
     titles = [printable(title) for title in source.titles]
-    width = max(map(len, titles))
+    width = max(map(columns, titles))
     predicted, unreadable = {}, []
     for index, shares in classify(trained, source, normalize, world):
         if isinstance(shares, str):
@@ -91,13 +91,16 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
             print_json(source.record(index) | {"predictions": predictions})
         else:
             row = "  ".join(f"{printable(name)} {share:.1%}" for name, _, share in ranked)
-            print(f"{titles[index]:<{width}}  {row}", flush=True)
+            print(f"{padded(titles[index], width)}  {row}", flush=True)
     summary = source.summary({index: number for index, (_, number, _) in predicted.items()})
     if summary is not None and not arguments.json:
         print(printable(summary))
     if arguments.plot is not None and predicted:
         shown = dict(islice(predicted.items(), arguments.images))
-        draw(arguments.plot, source, shown, summary or f"{config.model}, {path}")
+        title = summary or f"{config.model}, {path}"
+        if len(shown) < len(source):
+            title += f", {len(shown)} of {len(source):,} images"
+        draw(arguments.plot, source, shown, title)
         print(printable(f"drawn to {arguments.plot}"), file=sys.stderr if arguments.json else sys.stdout)
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")

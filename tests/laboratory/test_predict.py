@@ -180,6 +180,18 @@ def test_hostile_names_are_classified_and_drawn(mode, count, tmp_path, capsys):
     assert (tmp_path / "$figure$.png").is_file()
 
 
+def test_the_table_is_aligned_for_wide_letters(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for name in ("plain", "猫と犬", "cafe\u0301", "＄"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "images" / f"{name}.png")
+    out = run(capsys, "predict", "--checkpoint", weights(tmp_path), tmp_path / "images")
+    starts = set()
+    for line in out.splitlines():
+        start = min(map(line.index, CLASS_NAMES))
+        starts.add(start + sum(letter in "猫と犬＄" for letter in line) - line.count("\u0301"))
+    assert len(starts) == 1
+
+
 def test_nothing_to_classify(tmp_path, capsys, monkeypatch):
     source = ("predict", "--checkpoint", weights(tmp_path))
     (tmp_path / "empty").mkdir()
