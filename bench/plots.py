@@ -109,8 +109,8 @@ def roofline(result: dict) -> Figure | None:
         )
     for kind, marker in zip(kinds, MARKERS * 2):
         axes.plot([], [], marker, color=PLAIN_COLOR, label=kind)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP of matrix products per byte of inputs and outputs")
-    axes.set_ylabel("TFLOP/s")
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
+    axes.set_xlabel("FLOP of matrix products per byte of inputs and outputs")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter("{x:g}")

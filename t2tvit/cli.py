@@ -89,7 +89,7 @@ examples:
 VISUALIZE_EPILOG = """
 Writes index.html with PNGs beside it: feature maps of every layer with dead and exploding channels
 marked and counted (layers.json has the numbers), tokens of the soft splits, attention of the class
-token by head and rolled out, and for Performer layers what their random features make of a softmax.
+token by head and as rollout, and for Performer layers how close their random features are to softmax.
 --model takes one of ours or timm:NAME; without weights it is newly initialised.
 
 examples:

@@ -1,9 +1,11 @@
 """Text in figures: any file or class name is drawn literally, in a font that has it, and fits."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,8 +25,8 @@ def figure_file(path: Path, option: str) -> Path:
     """The file that a figure for ``path`` is written to: without an extension it becomes a PNG.
 
     Raises:
-        InputError: an unknown extension, a missing folder, or a folder in place of the file. The
-            message begins with ``option``.
+        InputError: an unknown extension, a folder in place of the file, or a folder that does not
+            exist or cannot be written to. The message begins with ``option``.
     """
     formats = sorted(set(FigureCanvasAgg.get_supported_filetypes()) - UNSUPPORTED)
     if path.suffix[1:].lower() not in (*formats, ""):
@@ -34,12 +36,17 @@ def figure_file(path: Path, option: str) -> Path:
         )
     file = path if path.suffix else Path(f"{path}.png")
     for place in (path, file):
-        if place.is_dir():
+        if os.path.isdir(place):
             raise InputError(f"{option}: {place} is a folder; give the name of a file")
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise InputError(
             f"{option}: cannot write {file}: the folder {file.parent} does not exist; create it"
         )
+    try:
+        with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):
+            pass
+    except OSError as error:
+        raise InputError(f"{option}: cannot write {file}: {error.strerror}") from None
     return file
 
 

@@ -87,6 +87,8 @@ def test_a_figure_without_an_extension_is_a_png(tmp_path):
     assert figure_file(tmp_path / "figure", "--plot") == tmp_path / "figure.png"
     for name in ("figure.PNG", "figure.pdf", "figure.jpeg", "$x.svg"):
         assert figure_file(tmp_path / name, "--plot") == tmp_path / name
+    assert figure_file(Path("$a.png"), "--plot") == Path("$a.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,7 @@ def test_a_figure_without_an_extension_is_a_png(tmp_path):
         ("folder.png", "folder.png is a folder"),
         ("gone/figure.png", "the folder .*gone does not exist; create it"),
         ("file/figure.png", "the folder .*file does not exist"),
+        (f"{'x' * 260}.png", "cannot write .*: File name too long"),
     ],
 )
 def test_files_that_cannot_be_figures(name, message, tmp_path):
@@ -216,7 +219,3 @@ def test_grey_images_keep_their_range():
     with literal_text():
         figure = grid([Prediction(dark, "a", "b", 1.0)], "title")
     assert figure.axes[0].images[0].get_clim() == (0, 255)
-
-
-def test_paths_are_not_changed():
-    assert figure_file(Path("$a.png"), "--plot") == Path("$a.png")

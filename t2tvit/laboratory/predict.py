@@ -101,7 +101,8 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         if len(shown) < len(source):
             title += f", {len(shown)} of {len(source):,} images"
         draw(arguments.plot, source, shown, title)
-        print(printable(f"drawn to {arguments.plot}"), file=sys.stderr if arguments.json else sys.stdout)
+        stream = sys.stderr if arguments.json else sys.stdout
+        print(printable(f"drawn to {arguments.plot}"), file=stream)
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         counted = f"{len(unreadable)} of {len(source)} images: " if len(source) > 1 else ""

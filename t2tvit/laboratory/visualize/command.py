@@ -125,7 +125,10 @@ def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
     import timm
 
     if arguments.run is not None or arguments.config is not None:
-        raise InputError("--model: one of timm goes with --checkpoint, --pretrained or neither")
+        raise InputError(
+            "--model timm:NAME: expected neither --run nor --config; --checkpoint or --pretrained "
+            "gives its weights"
+        )
     name = options.pop("model").removeprefix(TIMM)
     if not timm.is_model(name.partition(".")[0]):
         raise InputError(f"--model: {unknown_name('model of timm', name, timm.list_models())}")

@@ -126,7 +126,8 @@ def approximation(
 ) -> Figure:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(list(errors), list(errors.values()), "o-", color="#0072B2", label="new features of length √E")
+    label = "new features of length √E"
+    axes.plot(list(errors), list(errors.values()), "o-", color="#0072B2", label=label)
     axes.plot(*own, "D", color="#D55E00", label="the model's features")
     axes.axhline(uniform, color="0.5", linestyle="--", label="uniform attention")
     axes.set_xscale("log", base=2)
