@@ -65,6 +65,9 @@ examples:
   t2tvit eval --checkpoint 81.5_T2T_ViT_14.pth.tar --model t2t_vit_14 --data imagefolder:PATH
 """
 PREDICT_EPILOG = """
+Held-out images are named by their path (imagefolder), by SHARD/KEY (webdataset) or by their index. The
+plot is written in the format of its extension and shows the first --images images.
+
 examples:
   t2tvit predict --run runs/digits --plot predictions.png
   t2tvit predict --run runs/flowers photo.jpg folder --top-k 3
@@ -369,8 +372,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, folders of them, or - for a list on standard input (default: held-out "
-        "images of --run; without --run two photographs that scikit-learn ships)",
+        help="image files, folders of them, or - for a list on standard input, of which the first "
+        "16 are shown (default: four held-out images of --run; without --run the two photographs "
+        "that scikit-learn ships)",
     )
     command.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="the folder of page and pictures"
