@@ -111,18 +111,16 @@ def compare_command(arguments: argparse.Namespace) -> None:
     comparison = read_comparison(
         arguments.config, arguments.models, arguments.seeds, given(arguments)
     )
-    world = distributed.start(comparison.shared.device)
     output = arguments.output
-    try:
-        costs = {name: cost(config, world) for name, config in comparison.models.items()}
-        on_main(world, lambda: claim(comparison, output))
-        train_all(comparison, output, world)
-        if world.is_main:
-            report(comparison, costs, output, world)
-    except Stopped:
-        say(world, f"stopped by a signal; the same command goes on with what is in {output}")
-    finally:
-        distributed.stop()
+    with distributed.joined(comparison.shared.device) as world:
+        try:
+            costs = {name: cost(config, world) for name, config in comparison.models.items()}
+            on_main(world, lambda: claim(comparison, output))
+            train_all(comparison, output, world)
+            if world.is_main:
+                report(comparison, costs, output, world)
+        except Stopped:
+            say(world, f"stopped by a signal; the same command goes on with what is in {output}")
 
 
 def read_comparison(

@@ -1,14 +1,22 @@
-"""One process or many: what torchrun says, and the few collectives a run needs."""
+"""One process or many: what torchrun says, the few collectives a run needs, and who reports errors."""
 
+import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from t2tvit.errors import InputError, OneRankError, RunError
+from t2t_kernels import BackendUnavailable
+from t2tvit.errors import InputError, OneRankError, RunError, SaidElsewhere
+
+REPORTED = (InputError, RunError, BackendUnavailable)  # with one line, by the command line
+PATIENCE = 5.0  # seconds, for another process to say why it ends
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -47,13 +56,16 @@ def start(device: str) -> World:
     if size == 1:
         return World(0, 1, place)
     rank = int(os.environ["RANK"])
+    store = torchrun_store(rank, size)
+    if store is None:
+        store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        store=torchrun_store(rank, size),
+        store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=size,
     )
-    return World(rank, size, place)
+    return World(rank, size, place, dist.PrefixStore("errors", store))
 
 
 def torchrun_store(rank: int, size: int) -> dist.Store | None:
@@ -77,6 +89,128 @@ def torchrun_store(rank: int, size: int) -> dist.Store | None:
     return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[World]:
+    """This process among all, until it leaves; of an error that ends the run one of them tells.
+
+    Raises:
+        InputError: see :func:`start`.
+        SaidElsewhere: another process reports the error.
+        RunError: a loader process or another process of the run was lost, or memory ran out.
+    """
+    world = start(device)
+    try:
+        yield world
+    except Exception as error:
+        cause = explained(error)
+        if world.size == 1:
+            if cause is error:
+                raise
+            raise cause from None
+        cause = attributed(cause, world)
+        if cause is error and not isinstance(cause, REPORTED):
+            raise
+        # What still refers to the process group would keep the others waiting.
+        traceback.clear_frames(error.__traceback__)
+        stop()
+        leave(world)
+        raise cause from None
+    finally:
+        stop()
+
+
+def explained(error: Exception) -> Exception:
+    """``error``, or what it means where PyTorch's own words do not tell the user."""
+    text = " ".join(str(error).split())
+    if isinstance(error, REPORTED):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(
+            f"the GPU's memory is full; lower --batch-size, raise --accumulate, or use "
+            f"--grad-checkpointing ({text})"
+        )
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return RunError(
+            f"a loader process was lost, perhaps for lack of memory; lower --workers or --batch-size "
+            f"({text})"
+        )
+    return error
+
+
+def attributed(error: Exception, world: World) -> Exception:
+    """What this process raises for ``error``, so that just one process reports the cause."""
+    if isinstance(error, SaidElsewhere):
+        return error
+    if is_lost_connection(error):
+        return lost(world)
+    text = str(error)
+    with contextlib.suppress(RuntimeError):  # the store has gone with its process
+        world.store.set("cause", text)
+        world.store.set(f"cause {world.rank}", text)
+    if not isinstance(error, REPORTED):
+        return error
+    if not world.is_main and not getattr(error, "of_one_rank", False):
+        if said(world, "cause 0") == text:
+            return SaidElsewhere(1 if isinstance(error, RunError) else 2)
+        error.of_one_rank = True
+    return error
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed, because another process has ended."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
+def lost(world: World) -> Exception:
+    """What this process raises when another has ended: it speaks if that one could not."""
+    if said(world, "cause") is not None:
+        return SaidElsewhere(1)
+    with contextlib.suppress(RuntimeError):
+        if has_store() and world.store.add("lost", 1) > 1:
+            return SaidElsewhere(1)
+    error = RunError(
+        "another process of the run was lost, perhaps killed for lack of memory; the last "
+        "checkpoint is intact"
+    )
+    error.of_one_rank = True
+    return error
+
+
+def said(world: World, key: str) -> str | None:
+    """What a process has stored under ``key``, or does soon."""
+    deadline = time.monotonic() + PATIENCE
+    with contextlib.suppress(RuntimeError):
+        while has_store() and time.monotonic() < deadline:
+            if world.store.check([key]):
+                return world.store.get(key).decode()
+            time.sleep(0.05)
+    return None
+
+
+def has_store() -> bool:
+    """Whether the store answers; it may have gone with its process, and to ask it would log noise."""
+    try:
+        place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        socket.create_connection(place, timeout=PATIENCE).close()
+    except OSError:
+        return False
+    return True
+
+
+def leave(world: World) -> None:
+    """Where the main process holds the store, it ends after the others, which ask for the cause."""
+    with contextlib.suppress(RuntimeError):
+        if not has_store():
+            return
+        left, deadline = world.store.add("left", 1), time.monotonic() + PATIENCE
+        if world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            while left < world.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                left = world.store.add("left", 0)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -93,6 +227,9 @@ def on_main(world: World, function: Callable[[], object]) -> object:
             outcome[0] = function()
         except (InputError, RunError) as error:
             outcome[1] = error
+        except Exception:
+            dist.broadcast_object_list([None, SaidElsewhere(1)], device=world.device)
+            raise
     dist.broadcast_object_list(outcome, device=world.device)
     if outcome[1] is not None:
         raise outcome[1]

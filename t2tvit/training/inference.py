@@ -47,8 +47,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         BackendUnavailable: the backend asked for cannot run.
     """
     path, config, about = describe(arguments)
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)
         split, label_map = held_out(trained)
         loader = eval_loader(split, config, world, label_map)
@@ -56,8 +55,6 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         started = time.perf_counter()
         metrics = evaluate(trained.model, loader, normalize, config, world)
         rate = metrics["eval_images"] / (time.perf_counter() - started)
-    finally:
-        distributed.stop()
     top5 = f"  top-5 {metrics['top5']:.2f}%" if "top5" in metrics else ""
     say(
         world,

@@ -31,7 +31,9 @@ class Signals:
     received: int | None = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        # What is ignored, such as SIGHUP under nohup, stays so.
+        heeded = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *_):
@@ -40,7 +42,7 @@ class Signals:
 
     def _receive(self, number, frame):
         self.received = number
-        for each in STOP_SIGNALS:
+        for each in self.before:
             signal.signal(each, signal.SIG_DFL)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from t2tvit.data.sources import Split
-from t2tvit.errors import InputError, NonFiniteLoss
+from t2tvit.errors import InputError, NonFiniteLoss, RunError
 from t2tvit.files import WRITING, write_atomically
 from t2tvit.training import distributed
 from t2tvit.training.build import (
@@ -38,6 +39,7 @@ from t2tvit.training.keeper import (
     Stopped,
     find_state,
     read_state,
+    remove_oldest,
     set_aside,
     write_state,
 )
@@ -92,18 +94,16 @@ def train(arguments: argparse.Namespace) -> None:
     """
     place = find_place(arguments.output, arguments.resume)
     config = choose_config(arguments.config, given(arguments), place)
-    world = distributed.start(config.device)
     go_on = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
-    try:
-        with Signals() as signals:
-            run(config, place, world, signals)
-    except Stopped:
-        say(world, f"stopped by a signal; all that was done is kept. Go on with: {go_on}")
-    except KeyboardInterrupt:
-        say(world, f"interrupted; the last checkpoint is kept. Go on with: {go_on}")
-        raise
-    finally:
-        distributed.stop()
+    with distributed.joined(config.device) as world:
+        try:
+            with Signals() as signals:
+                run(config, place, world, signals)
+        except Stopped:
+            say(world, f"stopped by a signal; all that was done is kept. Go on with: {go_on}")
+        except KeyboardInterrupt:
+            say(world, f"interrupted; the last checkpoint is kept. Go on with: {go_on}")
+            raise
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,9 @@ def find_place(output: Path | None, resume: str | None) -> Place:
         raise InputError("--output: none given; name the folder that the run may write to")
     if resume == "auto":
         path, damaged = find_state(output)
+        beginning = read_record(output).get("beginning")
+        if path is None and beginning is not None and beginning["state"] is not None:
+            path = Path(beginning["state"])  # interrupted before it was copied
     return Place(output, resume, path, damaged)
 
 
@@ -149,8 +152,12 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     named) takes the packaged ``digits``.
     """
     if place.state_path is None:
-        if name is None and place.resume == "auto" and (place.output / CONFIG_FILE).exists():
-            name = place.output / CONFIG_FILE  # interrupted before its first checkpoint
+        if name is None and place.resume == "auto":  # interrupted before its first checkpoint
+            beginning = read_record(place.output).get("beginning")
+            if beginning is not None:
+                return from_dict(beginning["config"], overrides)
+            if (place.output / CONFIG_FILE).exists():
+                name = place.output / CONFIG_FILE
         if name is None and overrides.get("data", "digits").partition(":")[0] == "digits":
             name = "digits"
         return resolve(name, overrides)
@@ -195,7 +202,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
                 f"{state.epochs_done}; raise --epochs"
             )
 
-    on_main(world, lambda: claim(place, state.epochs_done))
+    on_main(world, lambda: claim(place, config, state.epochs_done))
     on_main(world, lambda: record_start(config, output, state, data, world))
     for line in opening_lines(config, data, model, epochs, world):
         say(world, line)
@@ -371,7 +378,7 @@ def check_output(place: Place) -> None:
     """Refuse an output folder that holds anything but the run to resume."""
     output = place.output
     try:
-        if not output.exists() or not any(output.iterdir()):
+        if not output.exists() or all(path.match(WRITING) for path in output.iterdir()):
             return
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
@@ -380,15 +387,25 @@ def check_output(place: Place) -> None:
             f"--output {output} is not empty; go on with its run by --resume auto, or choose "
             "another --output"
         )
-    if place.moves or not (output / RUN_FILE).exists():
+    record = read_record(output)
+    if place.moves:
+        beginning = record.get("beginning")
+        is_known = beginning is not None and beginning["state"] is not None
+        is_known = is_known and Path(beginning["state"]).parent == place.state_path.parent.resolve()
+    else:
+        is_known = place.state_path is not None or record
+    if not is_known:
         raise InputError(
             f"--output {output} is not empty and does not hold the run to resume; choose another "
             "--output"
         )
 
 
-def claim(place: Place, epochs_done: int) -> None:
-    """Make the output folder, with what a run from another folder has kept there."""
+def claim(place: Place, config: RunConfig, epochs_done: int) -> None:
+    """Make the output folder, with what a run from another folder has kept there.
+
+    Until it is whole, RUN_FILE says how to begin again.
+    """
     output = place.output
     kept = {}
     if place.moves:
@@ -404,10 +421,17 @@ def claim(place: Place, epochs_done: int) -> None:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
     for leftover in output.glob(WRITING):  # of a run that was killed
         leftover.unlink()
+    if place.state_path is None or place.moves:
+        source = place.state_path.parent.resolve() / place.state_path.name if place.moves else None
+        state = None if source is None else str(source)
+        beginning = {"state": state, "config": asdict(config)}
+        record = {"starts": []} | read_record(output) | {"beginning": beginning}
+        write_atomically(output / RUN_FILE, json.dumps(record, indent=2) + "\n")
     for name, content in kept.items():
         write_atomically(output / name, content)
     if place.state_path is not None:
         set_aside(output / place.state_path.name)
+        remove_oldest(output, config.keep_checkpoints)
 
 
 def record_start(
@@ -416,7 +440,14 @@ def record_start(
     """Write the configuration, the circumstances, and the metrics of the epochs done."""
     write_atomically(output / CONFIG_FILE, write_yaml(config))
     path = output / RUN_FILE
-    before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    record = read_record(output)
+    if not record and os.path.lexists(path):
+        aside = path.with_name(f"{path.name}.set-aside")
+        try:
+            os.replace(path, aside)
+        except OSError as error:
+            raise RunError(f"cannot rename {path}: {error.strerror}; remove it") from None
+        say(world, f"warning   {path} is no record of a run: it is now {aside.name}")
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -427,9 +458,30 @@ def record_start(
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    record = {"class_names": data.split.class_names, "starts": [*before, start]}
+    record = {"class_names": data.split.class_names, "starts": [*record.get("starts", []), start]}
     write_atomically(path, json.dumps(record, indent=2) + "\n")
     write_metrics(output / METRICS_FILE, state.history)
+
+
+def read_record(output: Path) -> dict:
+    """What RUN_FILE says: ``starts``, and ``beginning`` of a run that has not got further.
+
+    Empty where there is none, or another's, or a damaged one.
+    """
+    try:
+        record = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
+        return {}
+    beginning = record.get("beginning")
+    if beginning is not None and not (
+        isinstance(beginning, dict)
+        and isinstance(beginning.get("state"), str | None)
+        and isinstance(beginning.get("config"), dict)
+    ):
+        return {}
+    return record
 
 
 def write_metrics(path: Path, history: list[dict]) -> None:

@@ -1,0 +1,50 @@
+"""``t2tvit`` with a fault in the first update of some ranks.
+
+Usage: python -m tests.training.faults FAULT RANK,... ARGUMENT...
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from t2tvit.cli import main
+from t2tvit.errors import InputError, RunError
+from t2tvit.training import engine
+
+accumulate = engine.accumulate
+
+
+def input_error(*_):
+    raise InputError("something is wrong with the input")
+
+
+def run_error(*_):
+    raise RunError("something broke")
+
+
+def bug(*_):
+    raise KeyError("a mistake in the program")
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def vanished(*inputs):
+    shutil.rmtree(Path(sys.argv[sys.argv.index("--output") + 1]))
+    return accumulate(*inputs)
+
+
+def worker(*inputs):
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    return accumulate(*inputs)
+
+
+if __name__ == "__main__":
+    fault, ranks, *arguments = sys.argv[1:]
+    if os.environ["RANK"] in ranks.split(","):
+        engine.accumulate = globals()[fault]
+    sys.exit(main(arguments))

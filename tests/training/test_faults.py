@@ -1,0 +1,80 @@
+"""What two processes say when one of them fails: the cause, once."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.tiny import TINY
+
+OPTIONS = ("train", *TINY, "--epochs", "2", "--workers", "1", "--checkpoint-minutes", "0")
+FAULTS = {
+    "input_error": (2, "something is wrong with the input"),
+    "run_error": (1, "something broke"),
+    "vanished": (1, "No such file or directory"),
+    "worker": (1, "a loader process was lost"),
+    "killed": (1, "another process of the run was lost"),
+}
+
+
+def alone(fault, ranks, output):
+    """Exit statuses and standard errors of two processes that are started by hand, as by Slurm."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = (sys.executable, "-m", "tests.training.faults", fault, ranks)
+    children = [
+        subprocess.Popen(
+            [*command, *OPTIONS, "--output", str(output)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    return [child.returncode for child in children], errors
+
+
+@pytest.mark.parametrize("ranks", ["0", "1", "0,1"])
+@pytest.mark.parametrize("fault", ["input_error", "run_error"])
+def test_an_error_is_told_once_with_the_rank_that_met_it(tmp_path, fault, ranks):
+    status, text = FAULTS[fault]
+    codes, errors = alone(fault, ranks, tmp_path / "run")
+    where = " (process 1)" if ranks == "1" else ""
+    assert "".join(errors) == f"t2tvit: error{where}: {text}\n"
+    assert all(codes[int(rank)] == status for rank in ranks.split(",")) and all(codes)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("fault", ["vanished", "worker", "killed"])
+def test_what_is_lost_is_told_in_one_line(tmp_path, fault, rank):
+    _, text = FAULTS[fault]
+    codes, errors = alone(fault, rank, tmp_path / "run")
+    error = "".join(errors)
+    assert all(codes), codes
+    assert error.startswith("t2tvit: error") and error.count("\n") == 1, error
+    assert text in error
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback_and_only_that(tmp_path):
+    codes, errors = alone("bug", "1", tmp_path / "run")
+    assert codes == [1, 1]
+    assert errors[0] == "" and errors[1].endswith("KeyError: 'a mistake in the program'\n")
+    assert errors[1].count("Traceback") == 1
+
+
+@pytest.mark.parametrize("fault", ["input_error", "vanished", "worker"])
+def test_under_torchrun_the_cause_is_told_once_as_well(tmp_path, fault):
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    command += ("-m", "tests.training.faults", fault, "1", *OPTIONS)
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("t2tvit: error") == 1 and FAULTS[fault][1] in done.stderr
+    assert done.stderr.count("Traceback") == 1, "torchrun's own, and no other"
