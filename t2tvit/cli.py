@@ -5,10 +5,12 @@ A command imports the trainer when it runs, so that ``--help`` and ``models`` ne
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from t2t_kernels import BackendUnavailable
@@ -46,7 +48,7 @@ COMPARED_KEYS = ("model", "model_args", "seed", "initial_checkpoint")
 BENCH_KEYS = ("data", "img_size", "workers", *MODEL_KEYS, "batch_size", "amp", "seed", "device")
 
 CONFIG_HELP = (
-    "a YAML file, or a packaged config: digits, imagenet/MODEL, imagenet/finetune_384, "
+    "a YAML file, or a packaged config: digits, finetune/small, imagenet/MODEL, imagenet/finetune_384, "
     "transfer/cifar10, transfer/cifar100"
 )
 TRAIN_EPILOG = """
@@ -180,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0: done, 1: failed, 2: invalid input or unavailable
     backend."""
     try:
-        with standard_output():
+        with standard_output(), quiet_libraries():
             arguments = parse(argv)
             arguments.command(arguments)
     except (InputError, BackendUnavailable) as error:
@@ -203,6 +205,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(error)
         return FAILED
     return 0
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside, PyTorch does not warn of more workers than CPUs, or of nvcc without a GPU."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 def complain(error: Exception) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ from t2tvit.training.keeper import Signals, Stopped
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import size_of
 from t2tvit.training.plots import RESOLUTION, save
-from t2tvit.training.progress import say
+from t2tvit.training.progress import duration, say
 from t2tvit.training.report import git_commit, versions
 from t2tvit.training.run import choose_config, find_place, run
 from t2tvit.training.state import METRICS_FILE
@@ -237,14 +238,23 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
         InputError: ``output`` holds a run of another configuration.
     """
     runs = comparison.runs()
+    started, whole = time.perf_counter(), []
     for number, (name, seed) in enumerate(runs, 1):
         say(world, "")
-        say(world, f"run {number} of {len(runs)}: {name}, seed {seed}")
+        left = len(runs) - number + 1
+        times = ""
+        if whole:
+            times = f"; {duration(time.perf_counter() - started)} so far"
+            times += f", about {duration(statistics.mean(whole) * left)} left"
+        say(world, f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
         torch._dynamo.reset()  # or compiled models would count against each other's limit
         place = find_place(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)
         with Signals() as signals:
-            run(choose_config(None, asdict(config), place), place, world, signals)
+            begun = time.perf_counter()
+            run(choose_config(None, asdict(config), place), place, world, signals, left)
+            if place.state_path is None:
+                whole.append(time.perf_counter() - begun)
 
 
 def report(

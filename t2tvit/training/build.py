@@ -1,11 +1,13 @@
 """Models as a run needs them: built from a configuration, proved to run, described in its log."""
 
+import copy
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from t2t_kernels.backends import explain
 from t2tvit.data.sources import Split
@@ -16,7 +18,7 @@ from t2tvit.models.timm_models import TIMM, create_timm_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
-from t2tvit.training.pipeline import size_of
+from t2tvit.training.pipeline import batch_per_process, size_of
 
 
 def create_args(config: RunConfig, num_classes: int, channels: int) -> dict:
@@ -73,6 +75,34 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World
             model(torch.zeros(1, channels, *size_of(config), device=world.device))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"model {config.model} at {size_of(config)} pixels: {error}") from None
+
+
+def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: World) -> None:
+    """If the model gets single images, train on one, which batch norm may not take.
+
+    Raises:
+        InputError: it does not.
+    """
+    if batch_per_process(config, world) // config.accumulate > 1:
+        return
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    trial = copy.deepcopy(model).train()
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), precision(config, world.device):
+        try:
+            trial(torch.zeros(1, channels, *size_of(config), device=world.device))
+        except ValueError as error:
+            raise InputError(f"{single_images(config)} ({error})") from None
+
+
+def single_images(config: RunConfig) -> str:
+    """What to change if the model cannot train on so few images at once."""
+    accumulate = "" if config.accumulate == 1 else f" or lower --accumulate {config.accumulate}"
+    return (
+        f"batch_size: got {config.batch_size}, too few images at once for {config.model} to train "
+        f"on; raise --batch-size{accumulate}"
+    )
 
 
 def speed_up(model: nn.Module, config: RunConfig) -> None:

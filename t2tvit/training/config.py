@@ -8,12 +8,13 @@ import math
 import re
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from t2tvit.errors import InputError, unknown_name
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+WARMUP_SHARE = 5  # of the epochs, where the warm-up would be longer than the run
 BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 # Modes of torch.compile in which a replay reuses the memory of the gradients (pytorch/pytorch#169545).
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -301,11 +302,6 @@ class RunConfig:
     )
 
     def __post_init__(self):
-        if self.warmup_epochs >= self.epochs:
-            raise InputError(
-                f"warmup_epochs: got {self.warmup_epochs}, expected fewer than the {self.epochs} "
-                "epochs; lower it or raise epochs"
-            )
         if self.lr < self.min_lr:
             raise InputError(
                 f"lr: got {self.lr:g}, expected at least min_lr = {self.min_lr:g}; lower min_lr too"
@@ -362,6 +358,26 @@ def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored
     for name, value in overrides.items():
         checked[name] = convert(name, value, "--" + name.replace("_", "-"))
     return RunConfig(**checked)
+
+
+def fitted(config: RunConfig, images: int) -> tuple[RunConfig, list[str]]:
+    """``config`` for so few training images or epochs, with a line for each key that changes."""
+    lines = []
+    if config.batch_size > images:
+        batch = images - images % 2 if config.mixup or config.cutmix else images
+        lines.append(
+            f"batch     {batch} instead of {config.batch_size}: there are only {images} training "
+            "images; a lower --batch-size gives more updates"
+        )
+        config = replace(config, batch_size=max(batch, 1))
+    if config.warmup_epochs >= config.epochs:
+        warmup = config.epochs // WARMUP_SHARE
+        lines.append(
+            f"warm-up   {warmup} instead of {config.warmup_epochs} epochs: the run has only "
+            f"{config.epochs}"
+        )
+        config = replace(config, warmup_epochs=warmup)
+    return config, lines
 
 
 def packaged_names() -> list[str]:

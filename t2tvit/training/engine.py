@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, IterableDataset
 
-from t2tvit.errors import NonFiniteLoss, OneRankError
+from t2tvit.errors import InputError, NonFiniteLoss, OneRankError
 from t2tvit.terminal import printable
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, share_buffers, sum_over_ranks
@@ -187,8 +187,16 @@ def accumulate(
         # The ranks share their gradients once, with the last piece's.
         alone = world.size > 1 and number < len(pieces)
         with state.network.no_sync() if alone else contextlib.nullcontext():
-            with record_function("forward"), precision(config, world.device):
-                loss = loss_function(state.network(part), wanted) * (len(part) / len(images))
+            try:
+                with record_function("forward"), precision(config, world.device):
+                    loss = loss_function(state.network(part), wanted) * (len(part) / len(images))
+            except InputError:
+                raise
+            except ValueError as error:  # PyTorch's and timm's of shapes; the rest are faults
+                raise InputError(
+                    f"model {config.model} does not train on {len(part)} images of "
+                    f"{tuple(part.shape[1:])}: {error}; change --batch-size, --accumulate or --model"
+                ) from None
             with record_function("backward"):
                 # A loss that is not finite on one rank so reaches the gradients of all.
                 state.scaler.scale(loss * (1 + 0 * loss.detach())).backward()

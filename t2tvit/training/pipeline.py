@@ -193,17 +193,28 @@ class Data:
     held_out_images: int
 
 
-def open_data(config: RunConfig, world: World) -> Data:
-    """Both splits of ``config.data``, this rank's share of each.
+def open_splits(config: RunConfig) -> tuple[Split, Split]:
+    """The training and the held-out images of ``config.data``.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    train, held_out = (
+        open_split(config.data, name, img_size=size_of(config), num_classes=config.num_classes)
+        for name in ("train", "val")
+    )
+    return train, held_out
+
+
+def open_data(
+    config: RunConfig, world: World, splits: tuple[Split, Split] | None = None
+) -> Data:
+    """This rank's share of ``splits``, by default of those of :func:`open_splits`.
 
     Raises:
         InputError: the data cannot be read, or does not fit the configuration.
     """
-    size = size_of(config)
-    split, held_out = (
-        open_split(config.data, name, img_size=size, num_classes=config.num_classes)
-        for name in ("train", "val")
-    )
+    split, held_out = splits or open_splits(config)
     mean, std = statistics(config, split.mean, split.std)
     train = train_loader(split, config, world)
     try:

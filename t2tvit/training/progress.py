@@ -12,6 +12,8 @@ from t2tvit.training.distributed import World
 
 # Without a terminal, an epoch longer than this says how far it has come.
 SECONDS_BETWEEN_LINES = 30
+# The first updates compile, tune and allocate; the next are timed, so many and so long at least.
+NOT_TIMED, LEAST_TIMED, SECONDS_TIMED = 2, 3, 3.0
 
 
 def say(world: World, text: str) -> None:
@@ -33,7 +35,7 @@ class Progress:
 
     def __init__(self, title: str, steps: int | None, world: World):
         self.title, self.steps, self.world = title, steps, world
-        self.spoken = time.perf_counter()
+        self.started = self.spoken = time.perf_counter()
         self.bar = tqdm(
             total=steps,
             desc=title,
@@ -57,4 +59,55 @@ class Progress:
         if self.bar.disable and now - self.spoken > SECONDS_BETWEEN_LINES:
             self.spoken = now
             of = "" if self.steps is None else f"/{self.steps}"
-            say(self.world, f"{self.title}  step {step}{of}  {text}")
+            elapsed = duration(now - self.started)
+            say(self.world, f"{self.title}  step {step}{of}  {elapsed}  {text}")
+
+
+class Forecast:
+    """Says once, after the first updates, how long the run will take.
+
+    Args:
+        updates: how many are left, with the evaluations counted as updates.
+        what: the epochs that they are, in words.
+        runs: how many such runs there are, for instance in a comparison.
+        world: rank 0 speaks.
+    """
+
+    def __init__(self, updates: float, what: str, runs: int, world: World):
+        self.updates, self.what, self.runs, self.world = updates, what, runs, world
+        self.done, self.started = 0, 0.0
+        self.is_due = True
+
+    def after_step(self) -> None:
+        """An update is done."""
+        self.done += 1
+        if self.done == NOT_TIMED:
+            self.started = time.perf_counter()
+        timed = self.done - NOT_TIMED
+        if not self.is_due or timed < LEAST_TIMED:
+            return
+        seconds = time.perf_counter() - self.started
+        if seconds < SECONDS_TIMED:
+            return
+        self.is_due = False
+        each = seconds / timed
+        whole = each * self.updates
+        runs = "" if self.runs == 1 else f", {duration(whole * self.runs)} for {self.runs} such runs"
+        say(
+            self.world,
+            f"time      about {duration(whole)} for {self.what}{runs} ({each:.2g} s per update)",
+        )
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units, such as "2 h 10 min"."""
+    seconds = round(seconds)
+    for unit, name, smaller, smaller_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= unit:
+            rest = seconds % unit // smaller
+            return f"{seconds // unit} {name}" + (f" {rest} {smaller_name}" if rest else "")
+    return f"{seconds} s"

@@ -28,9 +28,10 @@ from t2tvit.training.build import (
     describe_device,
     load_weights,
     speed_up,
+    try_batch_norm,
     try_forward,
 )
-from t2tvit.training.config import RunConfig, from_dict, resolve, write_yaml
+from t2tvit.training.config import RunConfig, fitted, from_dict, resolve, write_yaml
 from t2tvit.training.distributed import World, on_main
 from t2tvit.training.engine import evaluate, train_epoch
 from t2tvit.training.keeper import (
@@ -45,10 +46,10 @@ from t2tvit.training.keeper import (
 )
 from t2tvit.training.optimiser import build_optimizer, lr_factor
 from t2tvit.training.options import given
-from t2tvit.training.pipeline import Data, is_stream, open_data
+from t2tvit.training.pipeline import Data, is_stream, open_data, open_splits
 from t2tvit.training.plots import draw_curves
 from t2tvit.training.profiling import Profiler
-from t2tvit.training.progress import Progress, say
+from t2tvit.training.progress import Forecast, Progress, say
 from t2tvit.training.report import (
     best_epoch,
     closing_lines,
@@ -72,7 +73,7 @@ from t2tvit.training.state import (
     seed_everything,
     set_rng_state,
 )
-from t2tvit.training.trackers import Trackers
+from t2tvit.training.trackers import Trackers, check_trackers
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {
@@ -82,6 +83,7 @@ MAY_CHANGE = {
     *("tensorboard", "wandb"),
 }
 CURVES_EVERY = 60  # seconds
+EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -174,13 +176,22 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     return config
 
 
-def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None:
-    """Train to the last epoch of ``config``, writing only into ``place.output``."""
+def run(
+    config: RunConfig, place: Place, world: World, signals: Signals, runs: int = 1
+) -> None:
+    """Train to the last epoch of ``config``, writing only into ``place.output``.
+
+    It is the first of ``runs`` that will take about as long.
+    """
     output = place.output
     on_main(world, lambda: check_output(place))
+    on_main(world, lambda: check_trackers(config))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    data = open_data(config, world)
+    splits = open_splits(config)
+    asked = config
+    config, changes = fitted(config, len(splits[0].images))
+    data = open_data(config, world, splits)
     seed_everything(config.seed)
     args = create_args(config, len(data.split.class_names), data.split.channels)
     model = build_model(config.model, args, config.fused_kernels)
@@ -189,6 +200,7 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         begin_from(model, Path(config.initial_checkpoint), data.split.class_names)
     model.to(world.device)
     try_forward(model, config, data.split.channels, world)
+    try_batch_norm(model, config, data.split.channels, world)
     speed_up(model, config)
     state, epochs = build_state(model, config, len(data.train), world)
     if place.state_path is None:
@@ -202,9 +214,11 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
                 f"{state.epochs_done}; raise --epochs"
             )
 
-    on_main(world, lambda: claim(place, config, state.epochs_done))
-    on_main(world, lambda: record_start(config, output, state, data, world))
+    on_main(world, lambda: claim(place, asked, state.epochs_done))
+    on_main(world, lambda: record_start(asked, output, state, data, world))
     for line in opening_lines(config, data, model, epochs, world):
+        say(world, line)
+    for line in changes:
         say(world, line)
     for reason in place.damaged:
         say(world, f"warning   {reason}: going on from {place.state_path} instead")
@@ -230,10 +244,16 @@ def run(config: RunConfig, place: Place, world: World, signals: Signals) -> None
         class_names=data.split.class_names,
         config=asdict(config) | {"mean": data.mean, "std": data.std},
     )
-    keeper = Keeper(output, config, data.split.class_names, world, signals)
+    keeper = Keeper(output, asked, data.split.class_names, world, signals)
     profiler = Profiler(output, config.profile, world)
+    steps = len(data.train)
+    left = epochs - state.epochs_done
+    evaluation = EVALUATION_COST * data.held_out_images / config.batch_size
+    updates = left * (steps + evaluation) - state.step
+    forecast = Forecast(updates, f"{left} epochs", runs, world)
 
     def after_step(state: TrainState) -> None:
+        forecast.after_step()
         profiler.after_step()
         keeper.after_step(state)
 
@@ -459,8 +479,8 @@ def record_start(
         "git_commit": git_commit(),
     }
     record = {"class_names": data.split.class_names, "starts": [*record.get("starts", []), start]}
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
     write_metrics(output / METRICS_FILE, state.history)
+    write_atomically(path, json.dumps(record, indent=2) + "\n")  # the last: now the start is whole
 
 
 def read_record(output: Path) -> dict:

@@ -19,6 +19,20 @@ def run_id(output: Path) -> str:
     return path.read_text()
 
 
+def check_trackers(config: RunConfig) -> None:
+    """Raise an InputError if what ``config`` asks for is not installed."""
+    try:
+        if config.tensorboard:
+            import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise InputError("tensorboard: not installed; pip install tensorboard") from None
+    try:
+        if config.wandb is not None:
+            import wandb  # noqa: F401
+    except ImportError:
+        raise InputError("wandb: not installed; pip install wandb") from None
+
+
 class Trackers:
     """What ``config.tensorboard`` and ``config.wandb`` ask for, on rank 0; a context manager.
 
@@ -27,25 +41,18 @@ class Trackers:
         config: stored with the run at Weights & Biases.
         epochs_done: what TensorBoard knows of later epochs, from before an interruption, is replaced.
         world: other ranks do nothing.
-
-    Raises:
-        InputError: the package is not installed.
     """
 
     def __init__(self, output: Path, config: RunConfig, epochs_done: int, world: World):
         self.writer = self.run = None
         if config.tensorboard and world.is_main:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("tensorboard: not installed; pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             folder = str(output / TENSORBOARD_FOLDER)
             self.writer = SummaryWriter(folder, purge_step=epochs_done + 1)
         if config.wandb is not None and world.is_main:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("wandb: not installed; pip install wandb") from None
+            import wandb
+
             place = output.resolve()
             self.run = wandb.init(
                 project=config.wandb,

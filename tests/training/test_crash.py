@@ -49,10 +49,10 @@ def test_a_run_that_is_killed_or_stopped_at_random_ends_as_if_it_had_not_been(
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     attempts(ranks, "", whole, *options)
-    log = attempts(ranks, "TERM KILL KILL USR1 KILL KILL", parts, *options)
-    for name in ("TERM", "USR1"):
+    log = attempts(ranks, "TERM KILL KILL USR1 HUP KILL KILL", parts, *options)
+    for name in ("TERM", "USR1", "HUP"):
         assert f"{name} {[0] * ranks}\n" in log
-    assert log.count(f"--output {parts} --resume auto") == 2
+    assert log.count(f"--output {parts} --resume auto") == 3
     assert log.count(f"KILL {[-9] * ranks}\n") >= 2, "the run was over before it was killed"
     starts = json.loads((parts / "run.json").read_text())["starts"]
     assert sum(start["step"] > 0 for start in starts) >= 2

@@ -16,10 +16,12 @@ from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
-from t2tvit.training import report, run
-from t2tvit.training.config import resolve
+from t2tvit.training import progress, report, run
+from t2tvit.training.config import RunConfig, resolve
+from t2tvit.training.distributed import World
 from t2tvit.training.keeper import read_state
-from t2tvit.training.state import read_about, set_rng_state
+from t2tvit.training.pipeline import open_data
+from t2tvit.training.state import read_about, rng_state, set_rng_state, write_atomically
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
@@ -435,3 +437,176 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys,
     output = ("--output", str(tmp_path / "run"))
     line = refused(capsys, *TINY, "--epochs", "2", *output, *option)
     assert f"{package}: not installed; pip install {package}" in line
+    assert not (tmp_path / "run").exists()
+
+
+DAMAGED_RECORDS = {
+    "empty": b"",
+    "cut": b'{"class_names": ["0"], "sta',
+    "foreign": b'{"name": "another tool"}',
+    "list": b"[1, 2]",
+    "starts-of-another-kind": b'{"starts": 3}',
+    "binary": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_RECORDS.values(), ids=DAMAGED_RECORDS)
+def test_a_damaged_record_is_set_aside_and_the_run_resumes(tmp_path, finished, capsys, content):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "run.json").write_bytes(content)
+    assert main(["train", "--output", str(output), "--resume", "auto", "--epochs", "4"]) == 0
+    assert f"{output}/run.json is no record of a run" in capsys.readouterr().out
+    assert (output / "run.json.set-aside").read_bytes() == content
+    (start,) = json.loads((output / "run.json").read_text())["starts"]
+    assert start["epochs_done"] == 3
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
+
+
+def test_a_state_suffices_to_resume(tmp_path, finished):
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copy(newest(finished), output)
+    assert main(["train", "--output", str(output), "--resume", "auto", "--epochs", "4"]) == 0
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("files", range(7))
+@pytest.mark.parametrize("moves", [False, True], ids=["new", "moved"])
+def test_a_start_that_is_killed_after_any_file_can_be_repeated(
+    tmp_path, monkeypatch, finished, moves, files
+):
+    """As by SIGKILL while the next file is written: its temporary one stays."""
+    output, written = tmp_path / "run", []
+
+    def killed(path, content):
+        if len(written) == files:
+            path.with_name(f".{path.name}.writing").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path)
+        write_atomically(path, content)
+
+    options = ("--resume", str(finished)) if moves else TINY
+    options = (*options, "--epochs", "4", "--output", str(output))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_atomically", killed)
+        status = main(["train", *options])
+    if status == 0:
+        pytest.skip("a start writes fewer files")
+    assert main(["train", *options, *(() if moves else ("--resume", "auto"))]) == 0
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+@pytest.mark.parametrize("moves", [False, True], ids=["new", "moved"])
+def test_a_killed_start_is_repeated_without_its_options(tmp_path, monkeypatch, finished, moves, files):
+    output, written = tmp_path / "run", []
+
+    def killed(path, content):
+        if len(written) == files:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_atomically(path, content)
+
+    options = ("--resume", str(finished)) if moves else TINY
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_atomically", killed)
+        assert main(["train", *options, "--epochs", "4", "--output", str(output)]) == 130
+    more = ("--epochs", "4") if moves else ()
+    assert main(["train", "--output", str(output), "--resume", "auto", *more]) == 0
+    assert resolve(output / "config.yaml", {}).data == "synthetic:44"
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
+
+
+def test_a_state_too_many_is_removed_when_the_run_resumes(tmp_path, finished):
+    """Of a run that was killed between writing a state and removing the oldest."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    shutil.copy(newest(output), output / "state-00001-00000000.safetensors")
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
+    names = {path.name for path in output.glob("state-*")}
+    assert names == {path.name for path in finished.glob("state-*")}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--model", "timm:resnet18", "--model-args", "num_classes=6"), "model_args"),
+        (("--batch-size", "1", "--model", "timm:resnet18"), "raise --batch-size"),
+        (("--batch-size", "4", "--accumulate", "4", "--model", "timm:resnet18"), "lower --accumulate 4"),
+    ],
+)
+def test_batches_that_batch_norm_does_not_take_are_refused_before_anything_is_written(
+    tmp_path, capsys, options, words
+):
+    ours = [each for each in TINY if each not in ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")]
+    plain = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--img-size", "32")
+    options = (*ours, *plain, "--epochs", "2", *options, "--output", str(tmp_path / "run"))
+    assert words in refused(capsys, *options, "--fused-kernels", "auto")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_train_on_its_batch_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def forward(self, images):
+        if self.training:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return self.forward_head(self.forward_features(images))
+
+    monkeypatch.setattr(t2tvit.models.T2TBackbone, "forward", forward)
+    line = refused(capsys, *TINY, "--epochs", "2", "--output", str(tmp_path / "run"))
+    assert "does not train on 8 images" in line and "change --batch-size" in line
+
+
+def test_few_images_and_few_epochs_are_fitted_and_told(tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ("--batch-size", "64", "--warmup-epochs", "10", "--epochs", "5")
+    assert train(output, *options) == 0
+    out = capsys.readouterr().out
+    assert "batch     44 instead of 64: there are only 44 training images" in out
+    assert "warm-up   1 instead of 10 epochs: the run has only 5" in out
+    assert "5 epochs of 1 updates, global batch 44" in out
+    assert train(output, *options[:-1], "6", "--resume", "auto") == 0
+    assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_packaged_configuration_for_own_images_trains(tmp_path, finished):
+    """With the tiny model's arguments and weights in place of the published ones."""
+    weights = ("--init", str(finished / "best.safetensors"), "--config", "finetune/small")
+    tiny = [value for value in TINY if value != "--batch-size"]
+    tiny.remove("8")
+    output = tmp_path / "run"
+    assert main(["train", *weights, *tiny, "--epochs", "2", "--output", str(output)]) == 0
+    assert resolve(output / "config.yaml", {}).layer_decay == 0.75
+
+
+def test_a_long_run_says_early_how_long_it_will_take(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    forecast = progress.Forecast(3900, "100 epochs", 3, World(0, 1, torch.device("cpu")))
+    for seconds in (60, 9, 2, 2, 2, 2):
+        now[0] += seconds
+        forecast.after_step()
+    line = "time      about 2 h 10 min for 100 epochs, 6 h 30 min for 3 such runs (2 s per update)\n"
+    assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (125, "2 min 5 s"), (7800, "2 h 10 min"), (90000, "1 d 1 h")],
+)
+def test_durations(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch):
+    """Each would open a context on a GPU that the run does not use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(f"torch.cuda.{name}"))
+    alone = World(0, 1, torch.device("cpu"))
+    generators = rng_state(alone.device)
+    assert generators["cuda"] is None
+    set_rng_state(generators | {"cuda": torch.zeros(16, dtype=torch.uint8)}, alone.device)
+    data = open_data(RunConfig(data="synthetic:44", img_size=16, batch_size=8, num_classes=6), alone)
+    assert not data.train.pin_memory and not data.held_out.pin_memory
