@@ -146,11 +146,12 @@ def attributed(error: Exception, world: World) -> Exception:
     text = str(error)
     with contextlib.suppress(RuntimeError):  # the store has gone with its process
         world.store.set("cause", text)
-        world.store.set(f"cause {world.rank}", text)
+        if world.is_main:
+            world.store.set("cause of main", text)
     if not isinstance(error, REPORTED):
         return error
     if not world.is_main and not getattr(error, "of_one_rank", False):
-        if said(world, "cause 0") == text:
+        if said(world, "cause of main") is not None:
             return SaidElsewhere(1 if isinstance(error, RunError) else 2)
         error.of_one_rank = True
     return error

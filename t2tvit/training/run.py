@@ -331,7 +331,9 @@ def one_epoch(
         except NonFiniteLoss as error:
             path = output / f"not_finite-{world.rank}.safetensors"
             write_state(path, error.batch | {"model": state.model.state_dict()})
-            text = f"{error}. Each rank's batch is kept with the weights as {path.name} and so on"
+            text = (
+                f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
+            )
             raise NonFiniteLoss(text, error.batch) from None
     metrics |= evaluate(state.evaluated_model, data.held_out, data.normalize, config, world)
     return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}

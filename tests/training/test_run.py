@@ -16,12 +16,13 @@ from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
+from t2tvit.files import write_atomically
 from t2tvit.training import progress, report, run
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import read_state
 from t2tvit.training.pipeline import open_data
-from t2tvit.training.state import read_about, rng_state, set_rng_state, write_atomically
+from t2tvit.training.state import read_about, rng_state, set_rng_state
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
@@ -608,5 +609,5 @@ def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch)
     generators = rng_state(alone.device)
     assert generators["cuda"] is None
     set_rng_state(generators | {"cuda": torch.zeros(16, dtype=torch.uint8)}, alone.device)
-    data = open_data(RunConfig(data="synthetic:44", img_size=16, batch_size=8, num_classes=6), alone)
+    data = open_data(RunConfig(data="synthetic:44", img_size=16, workers=0, batch_size=8), alone)
     assert not data.train.pin_memory and not data.held_out.pin_memory
