@@ -21,7 +21,7 @@ MAX_COLUMNS = 8
 CELL_WIDTH, CELL_MARGIN, MIN_WIDTH = 1.5, 0.15, 6.0
 SIZE, SMALL_SIZE, TITLE_SIZE = 8.5, 6.5, 12
 POINTS, RESOLUTION = 72, 120  # to an inch, the second in pixels
-CELL_PIXELS = 256
+CELL_PIXELS, MAX_ASPECT = 256, 24
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ def caption(prediction: Prediction, width: float) -> str:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The image, made smaller if a cell has fewer pixels."""
+    """The image, made smaller if a cell has fewer pixels, and thicker if it could not be seen."""
     small = image.copy()
     small.thumbnail((CELL_PIXELS, CELL_PIXELS))
-    return small
+    thinnest = max(small.size) // MAX_ASPECT
+    return small.resize(tuple(max(side, thinnest) for side in small.size))
 
 
 def save(figure: Figure, path: Path) -> None:
