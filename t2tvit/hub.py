@@ -18,12 +18,16 @@ from t2tvit.errors import InputError, RunError
 from t2tvit.files import write_atomically
 from t2tvit.models.backbone import T2TBackbone
 from t2tvit.models.checkpoint import load_checkpoint
+from t2tvit.models.described import check_described
 from t2tvit.models.registry import create_model
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 # What timm's pretrained_cfg says of where it came from.
-ORIGINS = ("file", "source", "hf_hub_id", "url")
+ORIGINS = (
+    *("file", "source", "url", "hf_hub_id", "hf_hub_filename", "hf_hub_revision"),
+    *("state_dict", "custom_load"),
+)
 
 
 def is_address(text: str) -> bool:
@@ -85,16 +89,21 @@ def load(address: str, **options) -> T2TBackbone:
         name, stored = config["architecture"], config["pretrained_cfg"]
         size = stored["input_size"][1:]
         args = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
-    except FileNotFoundError:
-        raise InputError(f"{address}: there is no {CONFIG_FILE}") from None
+        described = {"img_size": size} | args
+        space = (folder / WEIGHTS_FILE).stat().st_size
+    except FileNotFoundError as error:
+        raise InputError(f"{address}: there is no {Path(error.filename).name}") from None
+    except OSError as error:
+        raise InputError(f"{address}: cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{address}: {CONFIG_FILE} is not of timm's form: {error!r}") from None
+    check_described(name, described, space, f"{address}: {CONFIG_FILE}")
     model = create_model(name, **{**args, **options})
     grid = model.tokens_to_token.grid_size(*size)
     load_checkpoint(model, folder / WEIGHTS_FILE, grid_size=grid)
     # The preprocessing and the classes are the weights'; what the arguments decide is the model's.
     decided = ("input_size", "num_classes")
-    stored = {key: value for key, value in stored.items() if key not in decided}
+    stored = {key: value for key, value in stored.items() if key not in (*decided, *ORIGINS)}
     model.pretrained_cfg.update(stored)
     if model.num_classes == args["num_classes"] and "label_names" in config:
         model.pretrained_cfg["label_names"] = config["label_names"]

@@ -1,10 +1,9 @@
 """Loading of published and own checkpoints into a model, without ever running code from a file."""
 
-import argparse
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,15 +14,46 @@ from torch import Tensor
 from t2tvit.errors import InputError
 from t2tvit.models.backbone import T2TBackbone
 from t2tvit.models.positions import resize_positions
+from t2tvit.models.reading import read_file
+from t2tvit.models.registry import BASELINES, MODELS
+from t2tvit.models.variants import DenseBlock, GhostAttention, SEAttention
 
 _logger = logging.getLogger(__name__)
 
-# Where a checkpoint may keep its weights, the preferred place first.
-WRAPPERS = ("state_dict_ema", "state_dict", "model")
+# Where a checkpoint may keep its weights, the preferred place first: averages before the last ones.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict"),
+    *("model_state", "net", "weights"),
+)
+# How deep in a checkpoint its weights may be.
+DEPTH = 3
 # What DataParallel and torch.compile put before every name, also repeatedly.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# How torch.load names what it will not read with weights_only.
-UNSAFE = re.compile(r"Unsupported (?:global|class)\S* (?:GLOBAL )?([\w.]+)")
+# What frameworks put before the names of a whole T2T-ViT, such as "backbone.".
+OUTER_PREFIX = re.compile(r"(.+?\.)tokens_to_token\.")
+BLOCK = re.compile(r"blocks\.(\d+)\.(?!linear\.)")
+# A tensor that only a kind of tokens has, under "tokens_to_token.".
+TOKENS = {
+    "performer": "attention1.w",
+    "transformer": "attention1.attn.qkv.weight",
+    "convolution": "attention1.weight",
+    "patch": "proj.weight",
+}
+# Part of the names of tensors that only models with a kind of layer have.
+LAYERS = {
+    SEAttention: ".se_layer.",
+    GhostAttention: ".cheap_operation_q.",
+    DenseBlock: ".dense_linear.",
+}
+# What meets the image: its features or channels come in the order (channel, row, column).
+STEM_NORMS = tuple(f"tokens_to_token.attention1.norm1.{part}" for part in ("weight", "bias"))
+STEM_QKV = "tokens_to_token.attention1.attn.qkv.weight"
+STEM_WEIGHTS = (
+    *("tokens_to_token.attention1.kqv.weight", STEM_QKV),
+    *("tokens_to_token.attention1.weight", "tokens_to_token.proj.weight"),
+)
+# What thop's profile adds to every module.
+COUNTERS = ("total_ops", "total_params")
 
 
 @dataclass(frozen=True)
@@ -34,13 +64,16 @@ class LoadReport:
         wrapper: the checkpoint's entry that held the weights; None where they lay bare.
         loaded: number of tensors copied into the model.
         resized: the checkpoint's grid of positions and the model's, where they differ.
-        dropped_classes: number of classes of the checkpoint's head, where it was dropped.
+        dropped_classes: number of classes of the checkpoint's head, where it was dropped; 0 where
+            the checkpoint has no head and the model has a new one.
+        in_chans: channels of the checkpoint's images and of the model's, where they differ.
     """
 
     wrapper: str | None
     loaded: int
     resized: tuple[tuple[int, int], tuple[int, int]] | None = None
     dropped_classes: int | None = None
+    in_chans: tuple[int, int] | None = None
 
 
 def load_checkpoint(
@@ -51,10 +84,13 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights of a ``.safetensors`` file, or of one that ``torch.save`` wrote.
 
-    The weights may lie in an entry "state_dict_ema" (taken first), "state_dict" or "model", and
-    their names may begin with "module." or "_orig_mod.". Positions of another number are resized
-    to the model's grid. A head of another number of classes is dropped, and the model's newly
-    initialised. Either is logged as a warning. The model is left as it was if anything is wrong.
+    The weights may be an entry of the checkpoint, whatever its name. If there are several, averages
+    ("state_dict_ema", "model_ema", "ema") come before "state_dict", "model" and the like. Names may
+    begin with "module.", "_orig_mod." or another prefix that all share. The counters that thop adds
+    are left out. Positions of another number are resized to the model's grid. Weights for grey
+    images are adapted to colour images, and the other way round. The model gets a newly initialised
+    head if the checkpoint's has another number of classes or is missing. Each of these, and weights
+    that are not finite, is logged as a warning. The model is left as it was if anything is wrong.
 
     Args:
         model: a model of this package.
@@ -64,7 +100,7 @@ def load_checkpoint(
 
     Raises:
         InputError: the file cannot be read as a checkpoint without running code, or does not fit
-            the model; the message names the keys.
+            the model; the message says what it is, or names the keys.
         TypeError: ``model`` is not a model of this package.
     """
     if not isinstance(model, T2TBackbone):
@@ -81,26 +117,34 @@ def load_checkpoint(
             state["pos_embed"] = resize_positions(positions, old, model.grid_size)
         resized = (old, model.grid_size) if old != model.grid_size else None
 
+    in_chans = _adapt_channels(state, own)
     dropped_classes = None
     head = state.get("head.weight")
     if head is not None and head.dim() == 2 and head.shape[0] != model.num_classes:
         dropped_classes = head.shape[0]
+    elif model.num_classes > 0 and not any(name.startswith("head.") for name in state):
+        dropped_classes = 0
+    if dropped_classes is not None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
 
-    _check_fit(state, own, path)
+    found, expected = describe(state), describe(own)
+    if found and found != expected:
+        raise InputError(f"checkpoint: {path} holds {found}, the model is {expected}")
+    check_fit(state, own, path)
     model.load_state_dict(state, strict=False)
     if resized is not None:
         _logger.warning("%s: positions resized from %s to %s", path, *resized)
+    if in_chans is not None:
+        _logger.warning("%s: weights for %d channels adapted to %d", path, *in_chans)
     if dropped_classes is not None:
         model.reset_classifier(model.num_classes)
-        _logger.warning(
-            "%s: its head of %d classes is dropped; the model has a new one of %d",
-            path,
-            dropped_classes,
-            model.num_classes,
-        )
-    return LoadReport(wrapper, len(state), resized, dropped_classes)
+        old = f"its head of {dropped_classes} classes is dropped" if dropped_classes else "no head"
+        _logger.warning("%s: %s; the model has a new one of %d", path, old, model.num_classes)
+    infinite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if infinite:
+        _logger.warning("%s: weights that are not finite: %s", path, _some(infinite))
+    return LoadReport(wrapper, len(state), resized, dropped_classes, in_chans)
 
 
 def read_state_dict(path: str | PathLike) -> tuple[str | None, dict[str, Tensor]]:
@@ -110,41 +154,7 @@ def read_state_dict(path: str | PathLike) -> tuple[str | None, dict[str, Tensor]
         InputError: the file cannot be read as a checkpoint without running code.
     """
     path = Path(path)
-    return _unwrap(_read(path), path)
-
-
-def _read(path: Path) -> object:
-    """The content of a checkpoint file."""
-    if not path.exists():
-        raise InputError(f"checkpoint: there is no file {path}")
-    if not path.is_file():
-        raise InputError(f"checkpoint: got {path}, which is not a file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # A Namespace of options, which published checkpoints hold, runs no code when it is read.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"checkpoint: reading {path} needs the package safetensors; `pip install safetensors`"
-        ) from error
-    # Damaged files raise many kinds of error, safetensors' own among them: no narrower base exists.
-    except Exception as error:
-        if unsafe := UNSAFE.search(str(error)):
-            raise InputError(
-                f"checkpoint: {path} holds {unsafe[1]}, and reading that could run code, so it is "
-                f"not read. If you trust who made the file, save its weights alone once, "
-                f"torch.save(torch.load(path, weights_only=False)['state_dict'], new_path), and "
-                f"load that file"
-            ) from error
-        cause = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"checkpoint: {path} cannot be read; it is truncated or of another format "
-            f"({type(error).__name__}: {cause})"
-        ) from error
+    return _unwrap(read_file(path), path)
 
 
 def _unwrap(content: object, path: Path) -> tuple[str | None, dict[str, Tensor]]:
@@ -153,24 +163,66 @@ def _unwrap(content: object, path: Path) -> tuple[str | None, dict[str, Tensor]]
         raise InputError(
             f"checkpoint: got a {type(content).__name__} in {path}, expected a state dict"
         )
-    wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-    entries = content if wrapper is None else content[wrapper]
+    wrapper = _choose(content, path)
+    entries = content
+    for name in wrapper.split(".") if wrapper else ():
+        entries = entries[name]
     others = [
         str(name)
         for name, value in entries.items()
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]
     if others or not entries:
-        place = "" if wrapper is None else f" in its {wrapper}"
-        found = f"entries that are no tensors: {_some(others)}" if others else "nothing"
+        place = f" in its {wrapper}" if wrapper else ""
+        found = f"entries that are not tensors: {_some(others)}" if others else "nothing"
         raise InputError(
-            f"checkpoint: {path} holds{place} {found}; expected a state dict, bare or as "
-            f"{', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}"
+            f"checkpoint: {path} holds{place} {found}; expected a state dict, alone or as one entry "
+            f"such as {', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}"
         )
     state = {PREFIXES.sub("", name): tensor for name, tensor in entries.items()}
+    # What Lightning and other frameworks put before every name.
+    outer = next((match[1] for match in map(OUTER_PREFIX.match, state) if match), "")
+    if all(name.startswith(outer) for name in state):
+        state = {name.removeprefix(outer): tensor for name, tensor in state.items()}
     if len(state) != len(entries):
-        raise InputError(f"checkpoint: names of {path} coincide without their prefixes")
-    return wrapper, state
+        raise InputError(f"checkpoint: names in {path} coincide without their prefixes")
+    counters = [name for name in state if name.rpartition(".")[2] in COUNTERS]
+    if counters:
+        _logger.warning("%s: left out the counters of thop: %s", path, _some(counters, 2))
+    return wrapper or None, {name: state[name] for name in state if name not in counters}
+
+
+def _choose(content: Mapping, path: Path) -> str:
+    """The entry that holds the weights, a dotted path; empty if they are the content itself."""
+    found = list(_state_dicts(content, "", 0))
+    if "" in found:
+        return ""
+    chosen = next((name for name in WRAPPERS if name in found), None)
+    if chosen is None and len(found) > 1:
+        raise InputError(
+            f"checkpoint: {path} holds several sets of weights: {_some(found)}; save the one you "
+            "mean in a file of its own"
+        )
+    if chosen is None and found:
+        chosen = found[0]
+    if chosen is None:
+        return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
+    if len(found) > 1:
+        _logger.warning("%s: holds the weights %s; %s is taken", path, ", ".join(found), chosen)
+    return chosen
+
+
+def _state_dicts(content: Mapping, place: str, depth: int) -> Iterator[str]:
+    """The dotted paths of all mappings in ``content`` whose values are the tensors of a model."""
+    if not content or not all(isinstance(name, str) for name in content):
+        return
+    if all(isinstance(value, Tensor) for value in content.values()):
+        if depth == 0 or any(name.endswith("weight") for name in content):
+            yield place
+    elif depth < DEPTH:
+        for name, value in content.items():
+            if isinstance(value, Mapping) and "." not in name and "optim" not in name:
+                yield from _state_dicts(value, f"{place}.{name}" if place else name, depth + 1)
 
 
 def _are_positions(positions: Tensor, own: Tensor) -> bool:
@@ -178,6 +230,37 @@ def _are_positions(positions: Tensor, own: Tensor) -> bool:
     return (
         positions.dim() == 3 and positions.shape[1] > 1 and positions.shape[::2] == own.shape[::2]
     )
+
+
+def _adapt_channels(
+    state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[int, int] | None:
+    """Adapt weights for grey images to colour images, or the reverse; the two numbers of channels.
+
+    Colour weights see a grey image as three equal channels: projections are summed over the
+    channels or divided among them, and a norm's parameters averaged or repeated.
+    """
+    weight = next((name for name in STEM_WEIGHTS if name in state and name in own), None)
+    if weight is None or state[weight].dim() != own[weight].dim():
+        return None
+    width, ours = state[weight].shape[1], own[weight].shape[1]
+    if width == 3 * ours:
+        old, new = 3, 1
+    elif ours == 3 * width:
+        old, new = 1, 3
+    else:
+        return None
+    for name in {weight, *STEM_NORMS} & state.keys():
+        axis = 0 if name in STEM_NORMS else 1
+        channels = state[name].unflatten(axis, (old, -1)).mean(axis, keepdim=True)
+        if name == weight:
+            channels = channels * (old / new)
+        state[name] = channels.repeat_interleave(new, axis).flatten(axis, axis + 1)
+    if weight == STEM_QKV:
+        # The softmax scale is the token width^-½, so the queries must make up for another width.
+        queries, rest = state[weight].tensor_split([len(state[weight]) // 3])
+        state[weight] = torch.cat([queries * (new / old) ** 0.5, rest])
+    return old, new
 
 
 def _grid(
@@ -197,14 +280,42 @@ def _grid(
     side = math.isqrt(count)
     if side * side != count:
         raise InputError(
-            f"checkpoint: the {count} positions of {path} are no square grid; give load_checkpoint "
-            f"its grid_size=(h, w)"
+            f"checkpoint: the {count} positions of {path} are not a square grid; give the image size "
+            "of the weights (--img-size HEIGHT WIDTH), or load_checkpoint their grid_size=(h, w)"
         )
     return side, side
 
 
-def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
-    """Raise unless both have the same names and shapes."""
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a state dict is of: a published model if it has such blocks, and what they are.
+
+    Empty for a T2T-ViT without a class token, which tells the width.
+    """
+    kinds = [kind for kind, name in TOKENS.items() if f"tokens_to_token.{name}" in state]
+    if not any(name.startswith("tokens_to_token.") for name in state):
+        return f"no T2T-ViT (its tensors are {_some(list(state), 3)})"
+    class_token = state.get("cls_token")
+    if not kinds or class_token is None or class_token.dim() != 3:
+        return ""
+    depth = len({match[1] for match in map(BLOCK.match, state) if match})
+    width = class_token.shape[-1]
+    layer = next((each for each, key in LAYERS.items() if any(key in name for name in state)), None)
+    text = f"{depth} blocks of width {width} on {kinds[0]} tokens"
+    if layer is not None:
+        text += f" with {layer.__name__}"
+    for name, published in (MODELS | BASELINES).items():
+        options = published.options
+        theirs = options.get("attention_layer"), options.get("tokens_type", "performer")
+        if theirs == (layer, kinds[0]) and (options.get("depth"), options.get("embed_dim")) == (
+            depth,
+            width,
+        ):
+            return f"{name} ({text})"
+    return text
+
+
+def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Raise an InputError unless both have the same names and shapes."""
     faults = []
     if missing := [name for name in own if name not in state]:
         faults.append(f"missing: {_some(missing)}")

@@ -13,7 +13,7 @@ from t2t_kernels.backends import explain
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
 from t2tvit.models import T2TBackbone, create_model, load_checkpoint
-from t2tvit.models.checkpoint import read_state_dict
+from t2tvit.models.checkpoint import check_fit, read_state_dict
 from t2tvit.models.timm_models import TIMM, create_timm_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
@@ -54,10 +54,8 @@ def load_weights(model: nn.Module, path: Path) -> int | None:
     if isinstance(model, T2TBackbone):
         return load_checkpoint(model, path).dropped_classes
     _, state = read_state_dict(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"checkpoint {path} does not fit: {error}") from None
+    check_fit(state, model.state_dict(), path)
+    model.load_state_dict(state)
     return None
 
 

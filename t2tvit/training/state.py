@@ -18,6 +18,8 @@ from torch import nn
 
 from t2tvit.errors import InputError
 from t2tvit.files import write_atomically
+from t2tvit.models.described import check_described
+from t2tvit.models.reading import SAFETENSORS, kind_of
 
 BEST_FILE = "best.safetensors"
 LAST_FILE = "last.safetensors"
@@ -120,20 +122,24 @@ def weights_file(model: nn.Module, about: Weights) -> bytes:
 
 
 def read_about(path: Path) -> Weights | None:
-    """What a weights file says of itself; None where it is of another kind.
+    """What a weights file says of itself; None if it does not say what model it is of.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing, damaged or no file of weights, or describes a model that
+            its weights are not of, or with arguments that a file may not set.
     """
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    if path.suffix != ".safetensors":
+    if kind_of(path) != SAFETENSORS:
         return None
     try:
-        about, _ = read_tensors(path, METADATA_KEY)
-        return None if about is None else Weights(**about)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        content, _ = read_tensors(path, METADATA_KEY)
+        about = None if content is None else Weights(**content)
+        if about is not None and about.config["model"] != about.model:
+            raise ValueError("it names two models")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); use another one") from None
+    if about is not None:
+        check_described(about.model, about.create_args, path.stat().st_size, str(path))
+    return about
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, content: object) -> None:

@@ -2,6 +2,10 @@
 
 import argparse
 import logging
+import pickle
+import tarfile
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +70,106 @@ def test_the_average_is_preferred_and_options_do_not_disturb(tmp_path):
     assert_same_weights(model, last.state_dict())
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: {"net": prefixed(state, "module."), "acc": 98.3, "epoch": 60},
+        lambda state: {"model_state": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+        lambda state: {"ema": {"module": state, "decay": 0.99}},
+        lambda state: {"anything": state, "rng": {"torch": torch.get_rng_state()}},
+        lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 1}},
+        lambda state: {"state_dict": prefixed(state, "backbone."), "meta": {"CLASSES": ["a"]}},
+        lambda state: {"state_dict": state, "metric": np.float64(81.5)},
+        lambda state: {
+            "model": state,
+            "args": argparse.Namespace(lr=np.float32(1e-3), output=Path("/x"), seeds=np.arange(3)),
+        },
+    ],
+)
+def test_weights_are_found_in_what_other_programs_write(tmp_path, content, caplog):
+    source, model = small_model(1), small_model(2)
+    state = source.state_dict()
+    torch.save(content(state), tmp_path / "a.pth")
+    load_checkpoint(model, tmp_path / "a.pth")
+    assert_same_weights(model, state)
+    assert not caplog.records
+
+
+def test_one_of_several_is_taken_and_named(tmp_path, caplog):
+    last, average, model = small_model(1), small_model(2), small_model(3)
+    content = {"model": last.state_dict(), "model_ema": average.state_dict(), "epoch": 3}
+    torch.save(content, tmp_path / "a.pth")
+    assert load_checkpoint(model, tmp_path / "a.pth").wrapper == "model_ema"
+    assert_same_weights(model, average.state_dict())
+    assert "holds the weights model, model_ema; model_ema is taken" in caplog.text
+
+
+def test_counters_of_thop_are_left_out(tmp_path, caplog):
+    source, model = small_model(1), small_model(2)
+    state = dict(source.state_dict())
+    for name in ("total_ops", "total_params", "blocks.0.total_ops"):
+        state[name] = torch.zeros(1)
+    torch.save(state, tmp_path / "a.pth")
+    load_checkpoint(model, tmp_path / "a.pth")
+    assert_same_weights(model, source.state_dict())
+    assert "left out the counters of thop: total_ops, total_params and 1 more" in caplog.text
+
+
+def test_the_content_counts_and_not_the_name(tmp_path):
+    source, model = small_model(1), small_model(2)
+    save_file(source.state_dict(), tmp_path / "a.pth")
+    torch.save(source.state_dict(), tmp_path / "b.safetensors")
+    for name in ("a.pth", "b.safetensors"):
+        load_checkpoint(model, tmp_path / name)
+        assert_same_weights(model, source.state_dict())
+        model = small_model(3)
+
+
+def test_a_missing_head_is_made_anew(tmp_path, caplog):
+    source, model = small_model(1), small_model(2)
+    torch.save(small_model(1, num_classes=0).state_dict(), tmp_path / "a.pth")
+    report = load_checkpoint(model, tmp_path / "a.pth")
+    assert report.dropped_classes == 0
+    assert "no head; the model has a new one of 10" in caplog.text
+    assert_same_weights(model, source.state_dict(), but=["head."])
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path, caplog):
+    state = small_model(1).state_dict()
+    state["head.weight"].fill_(float("nan"))
+    torch.save(state, tmp_path / "a.pth")
+    load_checkpoint(small_model(2), tmp_path / "a.pth")
+    assert "not finite: head.weight" in caplog.text
+
+
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution", "patch"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_for_grey_images_and_for_colour_see_the_same(tmp_path, tokens_type, channels, caplog):
+    """A grey image, and the colour image of three equal channels."""
+    options = dict(tokens_type=tokens_type, fused_kernels="reference")
+    source = small_model(1, in_chans=channels, **options).double().eval()
+    model = small_model(2, in_chans=4 - channels, **options).double().eval()
+    torch.nn.init.normal_(source.head.weight)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert load_checkpoint(model, tmp_path / "a.pth").in_chans == (channels, 4 - channels)
+    assert f"weights for {channels} channels adapted to {4 - channels}" in caplog.text
+    grey = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    images = {1: grey, 3: grey.expand(-1, 3, -1, -1)}
+    with torch.no_grad():
+        torch.testing.assert_close(model(images[4 - channels]), source(images[channels]))
+
+
+def test_the_channels_of_a_token_are_kept_in_order(tmp_path):
+    """Tokens are ordered (channel, row, column)."""
+    source, model = small_model(1), small_model(2, in_chans=1)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    load_checkpoint(model, tmp_path / "a.pth")
+    kqv = source.tokens_to_token.attention1.kqv.weight
+    torch.testing.assert_close(
+        model.tokens_to_token.attention1.kqv.weight, kqv.unflatten(1, (3, 49)).sum(1)
+    )
+
+
 def test_safetensors(tmp_path):
     source, model = small_model(1), small_model(2)
     path = tmp_path / "weights.safetensors"
@@ -97,7 +201,7 @@ def test_positions_of_another_size_are_resized(tmp_path, caplog):
 def test_positions_of_a_grid_that_is_not_square(tmp_path):
     source, model = small_model(1, img_size=(32, 96)), small_model(2)
     torch.save(source.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"12 positions .* no square grid.*grid_size=\(h, w\)"):
+    with pytest.raises(InputError, match=r"12 positions .* not a square grid.*--img-size HEIGHT WIDTH.*grid_size=\(h, w\)"):
         load_checkpoint(model, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"grid_size: got \(3, 5\), but .* has 12 positions"):
         load_checkpoint(model, tmp_path / "a.pth", grid_size=(3, 5))
@@ -168,8 +272,29 @@ def test_a_mismatch_names_the_keys_and_leaves_the_model_alone(tmp_path, changes,
 
 def test_another_architecture_is_a_mismatch(tmp_path):
     torch.save(small_model(1).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"missing: .*attn\.qkv.*; unexpected: .*kqv"):
+    message = "holds 1 blocks of width 256 on performer tokens, the model is 1 .* transformer tokens$"
+    with pytest.raises(InputError, match=message):
         load_checkpoint(small_model(2, tokens_type="transformer"), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_19", "t2t_vit_t_14", "vit_s_16_se", "t2t_vit_dense"])
+def test_a_published_model_is_recognised(tmp_path, name):
+    with torch.device("meta"):
+        state = create_model(name).state_dict()
+    torch.save({key: torch.zeros(tensor.shape) for key, tensor in state.items()}, tmp_path / "a.pth")
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(create_model("t2t_vit_14"), tmp_path / "a.pth")
+    assert "the model is t2t_vit_14 (14 blocks of width 384 on performer tokens)" in str(caught.value)
+    blocks = {"t2t_vit_19": "19 blocks of width 448", "t2t_vit_t_14": "14 blocks of width 384"}
+    assert name == "t2t_vit_dense" or f"holds {name} (" in str(caught.value)
+    assert blocks.get(name, "blocks of width") in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_weights_of_something_else(tmp_path):
+    torch.save({f"layer{i}.weight": torch.ones(1) for i in range(200)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"holds no T2T-ViT \(its tensors are layer0\.weight, "):
+        load_checkpoint(small_model(), tmp_path / "a.pth")
 
 
 class Code:
@@ -187,9 +312,10 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     path, proof = tmp_path / "a.pth", tmp_path / "it-ran"
     content = {"state_dict": small_model().state_dict(), "args": Code(proof)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"could run code, so it is not read.*save its weights"):
+    with pytest.raises(InputError, match=r"could run code, so it is not read.*state dict alone") as caught:
         load_checkpoint(small_model(), path)
     assert not proof.exists()
+    assert "weights_only" not in str(caught.value), "advice to load unsafely"
     torch.load(path, weights_only=False)
     assert proof.exists(), "the file was harmless, so this test shows nothing"
 
@@ -208,21 +334,75 @@ def module(path, content):
     torch.save(torch.nn.Linear(2, 2), path)
 
 
+def pickled_module(path, content):
+    path.write_bytes(pickle.dumps(torch.nn.Linear(2, 2)))
+
+
+def zipped(path, content, name="archive/data.pkl", **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr(name, bytes(1_000_000))
+
+
+def compressed(path, content):
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as source:
+        records = {record.filename: source.read(record) for record in source.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def tarred(path, content):
+    torch.save(content, path.with_name("inside"))
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.with_name("inside"), "inside")
+
+
+def run_folder(path, content):
+    path.mkdir()
+    (path / "best.safetensors").write_bytes(b"")
+
+
+def training_state(path, content):
+    save_file(content, path, {"t2tvit_state": "{}"})
+
+
+def write(content):
+    return lambda path, state: (path.write_bytes if isinstance(content, bytes) else path.write_text)(
+        content
+    )
+
+
+PAGE = "<!DOCTYPE html><html>Google Drive - Virus scan warning</html>"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 86\n"
 UNREADABLE = [
-    ("a.pth", lambda path, state: None, "there is no file"),
-    ("a.pth", lambda path, state: path.mkdir(), "not a file"),
-    ("a.pth", lambda path, state: path.write_bytes(b""), "truncated or of another format"),
-    ("a.pth", lambda path, state: path.write_text("hello"), "truncated or of another format"),
-    ("a.pth", truncated, "truncated or of another format"),
-    ("a.pth", lambda path, state: save_file(state, path), "truncated or of another format"),
-    ("a.safetensors", truncated_safetensors, "truncated or of another format"),
-    ("a.safetensors", lambda path, state: torch.save(state, path), "truncated or of another"),
+    ("a.pth", lambda path, state: None, "does not exist"),
+    ("a.pth", lambda path, state: path.mkdir(), "is a folder, not a file"),
+    ("run", run_folder, "is the folder of a run; give --run"),
+    ("a.pth", write(b""), "is empty"),
+    ("a.pth", write("hello"), "is a text file, not weights; it begins with 'hello'"),
+    ("a.yaml", write("model: t2t_vit_7\n"), "is a YAML file, not weights"),
+    ("a.pth", write('{"a": 1}'), "is a JSON file, not weights"),
+    ("a.pth", write(PAGE), "is an HTML page"),
+    ("a.safetensors", write(PAGE), "is an HTML page"),
+    ("a.pth", write(POINTER), "is a Git LFS pointer"),
+    ("a.safetensors", write(POINTER), "is a Git LFS pointer"),
+    ("a.pth", write(b"\xff\xd8\xff\xe0" + bytes(100)), "is a JPEG image"),
+    ("a.pth", write(bytes(range(1, 256)) * 9), "is neither a PyTorch nor a safetensors file"),
+    ("a.pth", truncated, "is truncated or damaged"),
+    ("a.safetensors", truncated_safetensors, "is truncated"),
+    ("a.pth", tarred, "is a tar archive"),
+    ("a.pth", partial(zipped, name="a.txt"), "is a zip archive without a PyTorch checkpoint"),
+    ("a.pth", partial(zipped, compression=zipfile.ZIP_DEFLATED), "expands to 1000000 bytes"),
+    ("a.pth", compressed, "torch.save does not compress"),
+    ("a.safetensors", training_state, "is the training state of a run"),
     ("a.pth", module, r"holds torch\.nn\.modules\.linear\.Linear"),
+    ("a.pth", pickled_module, "is a pickle that torch.save did not write"),
     ("a.pth", lambda path, state: torch.save([1], path), "got a list in .* expected a state dict"),
     ("a.pth", lambda path, state: torch.save({}, path), "holds nothing"),
     ("a.pth", lambda path, state: torch.save({"model": {}}, path), "in its model nothing"),
-    ("a.pth", lambda path, state: torch.save({"epoch": 1}, path), "no tensors: epoch"),
-    ("a.pth", lambda path, state: torch.save({1: torch.ones(1)}, path), "no tensors: 1"),
+    ("a.pth", lambda path, state: torch.save({"epoch": 1}, path), "not tensors: epoch"),
+    ("a.pth", lambda path, state: torch.save({1: torch.ones(1)}, path), "not tensors: 1"),
     (
         "a.pth",
         lambda path, state: torch.save({**state, **prefixed(state, "module.")}, path),
@@ -230,8 +410,18 @@ UNREADABLE = [
     ),
     (
         "a.pth",
-        lambda path, state: torch.save({"model": state, "best": np.float64(1)}, path),
-        r"holds numpy\.\w+\.multiarray\.scalar",
+        lambda path, state: torch.save({"student": state, "teacher": state}, path),
+        "several sets of weights: student, teacher",
+    ),
+    (
+        "a.pth",
+        lambda path, state: torch.save({"pos_embed": torch.ones(1).expand(10**9)}, path),
+        r"tensor of \(1000000000,\), for which it has no room",
+    ),
+    (
+        "a.pth",
+        lambda path, state: torch.save({"pos_embed": torch.ones(1, 2).to_sparse()}, path),
+        "tensors that are torch.sparse_coo cpu, expected plain ones",
     ),
 ]
 
@@ -243,6 +433,7 @@ def test_unreadable_files(tmp_path, name, write, message):
     with pytest.raises(InputError, match=message) as caught:
         load_checkpoint(model, tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+    assert "weights_only" not in str(caught.value), "advice to load unsafely"
 
 
 def test_the_model_must_be_one_of_ours(tmp_path):

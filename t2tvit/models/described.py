@@ -1,0 +1,80 @@
+"""Models that a file describes: only with arguments that a file may set, and of the file's size."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from t2tvit.errors import InputError
+from t2tvit.models.registry import BASELINES, MODELS, create_model
+from t2tvit.models.timm_models import TIMM, create_timm_model
+
+# Arguments of timm's models that shape a network. All others could download or read other files.
+TIMM_ARGUMENTS = {
+    *("img_size", "num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
+    *("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate", "mlp_drop_rate"),
+    *("embed_dim", "embed_dims", "dim", "dims", "depth", "depths", "num_heads", "num_stages"),
+    *("mlp_ratio", "mlp_ratios", "qkv_bias", "qk_norm", "qk_scale", "init_values", "growth_rate"),
+    *("patch_size", "window_size", "window_ratio", "head_dim", "attn_head_dim", "rel_pos_dim"),
+    *("global_pool", "class_token", "no_embed_class", "reg_tokens", "pos_embed", "fc_norm"),
+    *("pre_norm", "final_norm", "use_fc_norm", "dynamic_img_size", "dynamic_img_pad"),
+    *("strict_img_size", "always_partition", "act_layer", "norm_layer", "head_init_scale"),
+    *("layers", "channels", "block_size", "base_width", "cardinality", "bottle_ratio"),
+    *("block_reduce_first", "stem_type", "stem_width", "avg_down", "replace_stem_pool"),
+    *("output_stride", "kernel_size", "kernel_sizes", "ls_init_value", "conv_mlp", "conv_bias"),
+    *("use_grn", "head_hidden_size", "stem_size", "fix_stem", "channel_multiplier", "pad_type"),
+    *("depth_multiplier", "width", "memory_efficient", "zero_init_last", "weight_init"),
+}
+# No published model comes near these.
+LARGEST, LARGEST_DEPTH = 1_000_000, 1000
+
+
+def check_described(name: object, args: object, space: int, source: str) -> None:
+    """Raise unless a file may describe a model so.
+
+    Args:
+        name: of the model, as in :func:`t2tvit.create_model`, or ``timm:NAME``.
+        args: the arguments that build it.
+        space: size in bytes of the file with its weights, which bounds their number.
+        source: the file, for the message.
+
+    Raises:
+        InputError: an unknown model, an argument that a file may not set, a value that is no plain
+            one, or a model larger than the file.
+    """
+    if not isinstance(name, str) or not isinstance(args, dict):
+        raise InputError(f"{source}: it describes no model")
+    if not name.startswith(TIMM) and name not in MODELS | BASELINES:
+        raise InputError(f"{source}: the model {name[:80]!r} is unknown")
+    for key, value in args.items():
+        if name.startswith(TIMM) and key not in TIMM_ARGUMENTS:
+            raise InputError(
+                f"{source}: it sets the argument {str(key)[:80]!r} of {name}, which a file may not; "
+                "only arguments that shape the network are taken from a file"
+            )
+        if not _is_plain(value, LARGEST_DEPTH if key in ("depth", "depths", "stages") else LARGEST):
+            raise InputError(f"{source}: the argument {str(key)[:80]!r} of {name} is {value!r:.80}")
+    try:
+        with torch.device("meta"):
+            if name.startswith(TIMM):
+                model = create_timm_model(name, **args)
+            else:
+                model = create_model(name, **args)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source}: no {name} can be built with {args}: {error}") from None
+    count = sum(math.prod(value.shape) for value in model.state_dict().values())
+    if count > space:  # a number takes at least a byte
+        raise InputError(
+            f"{source}: it describes a {name} of {count:,} numbers, but its file has {space:,} bytes"
+        )
+
+
+def _is_plain(value: object, most: int) -> bool:
+    """Whether ``value`` is a bounded number, a word, None, or a short list of such."""
+    if isinstance(value, str):
+        return value.replace("_", "").isalnum() and len(value) < 50
+    if isinstance(value, Sequence):
+        return len(value) <= 100 and all(_is_plain(item, most) for item in value)
+    return value is None or isinstance(value, (int, float)) and abs(value) <= most

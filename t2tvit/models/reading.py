@@ -1,0 +1,232 @@
+"""What a file of weights holds, read without ever running code from it, or what it is instead."""
+
+import argparse
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from t2tvit.errors import InputError
+
+# How torch.load names what it will not read with weights_only.
+UNSAFE = re.compile(r"(?i)unsupported (?:global|class|type|operand)\S* (?:GLOBAL )?([\w.]+)")
+SAFETENSORS, TORCH = "safetensors", "torch"
+# The first bytes of a file that torch.save wrote before it wrote zip archives.
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+HEADER_BYTES = 8
+PICKLE = b"\x80"
+ZIP, EMPTY_ZIP = b"PK\x03\x04", b"PK\x05\x06"
+# What files begin with that are given in the place of weights.
+BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+    b"\xff\xd8\xff": "a JPEG image, not weights",
+    b"\x89PNG": "a PNG image, not weights",
+    b"GIF8": "a GIF image, not weights",
+    b"RIFF": "a WebP or other RIFF file, not weights",
+    b"%PDF": "a PDF document, not weights",
+    b"\x1f\x8b": "a gzip archive; unpack it and give the file inside",
+    b"BZh": "a bzip2 archive; unpack it and give the file inside",
+    b"\xfd7zXZ": "an xz archive; unpack it and give the file inside",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it and give the file inside",
+    b"7z\xbc\xaf": "a 7z archive; unpack it and give the file inside",
+    b"Rar!": "a RAR archive; unpack it and give the file inside",
+    b"\x89HDF": "an HDF5 file; only PyTorch and safetensors files are read",
+    b"\x93NUMPY": "a NumPy array; only PyTorch and safetensors files are read",
+}
+# Values that training scripts keep beside the weights. Each becomes an Ignored, so no code runs.
+HARMLESS = (
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    *("numpy.ndarray", "_codecs.encode"),
+    *("pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath"),
+    *("pathlib.PureWindowsPath", "pathlib.Path"),
+    *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
+)
+
+
+class Ignored:
+    """Stands for a value beside the weights that is of no use here."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def read_file(path: str | PathLike) -> object:
+    """The content of a ``.safetensors`` file, or of one that ``torch.save`` wrote, on the CPU.
+
+    Either is recognised by its content, whatever the file's name.
+
+    Raises:
+        InputError: the file is something else, damaged, or cannot be read without running code.
+    """
+    path = Path(path)
+    return _read_safetensors(path) if kind_of(path) == SAFETENSORS else _read_torch(path)
+
+
+def kind_of(path: Path) -> str:
+    """``SAFETENSORS`` or ``TORCH``.
+
+    Raises:
+        InputError: the file is missing or of another kind; the message says what it is.
+    """
+    if path.is_dir():
+        if (path / "best.safetensors").is_file():
+            raise _is(path, "the folder of a run; give --run, or its best.safetensors as the file")
+        if (path / "config.json").is_file():
+            raise _is(path, f"a folder; give it as local-dir:{path}")
+        raise _is(path, "a folder, not a file")
+    if not path.exists():
+        raise InputError(f"checkpoint: {path} does not exist")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise InputError(f"checkpoint: cannot read {path}: {error.strerror}") from None
+    if not head:
+        raise _is(path, "empty; download or copy it again")
+    for beginning, what in BEGINNINGS.items():
+        if head.startswith(beginning):
+            raise _is(path, what)
+    if head[HEADER_BYTES : HEADER_BYTES + 1] == b"{":
+        if int.from_bytes(head[:HEADER_BYTES], "little") > size:
+            raise _is(path, "truncated; download or copy it again")
+        return SAFETENSORS
+    if head.startswith((ZIP, EMPTY_ZIP)):
+        _check_zip(path, size)
+        return TORCH
+    if head.startswith(LEGACY):
+        return TORCH
+    if head.startswith(PICKLE):
+        raise _is(path, "a pickle that torch.save did not write; it could run code and is not read")
+    if head[257:262] == b"ustar" or tarfile.is_tarfile(path):
+        raise _is(path, "a tar archive; unpack it and give the file inside")
+    _check_text(path, head)
+    raise _is(path, "neither a PyTorch nor a safetensors file, or it is damaged")
+
+
+def _is(path: Path, what: str) -> InputError:
+    return InputError(f"checkpoint: {path} is {what}")
+
+
+def _check_text(path: Path, head: bytes) -> None:
+    """Raise an error that says what kind of text a file is, if it is text."""
+    text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+    if text[:1] == "<":
+        raise _is(
+            path,
+            "an HTML page, not weights; open the address in a browser to see why, and download the "
+            "file again",
+        )
+    if b"\0" in head or len(text) < 0.9 * len(head.strip()):
+        return
+    if path.suffix in (".yaml", ".yml"):
+        raise _is(path, "a YAML file, not weights; a configuration is given as --config")
+    kind = "JSON" if text[:1] in "{[" else "text"
+    first = text.splitlines()[0][:40] if text else ""
+    raise _is(path, f"a {kind} file, not weights; it begins with {first!r}")
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """Raise unless a zip archive is a checkpoint that is no larger in memory than on the disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise _is(path, "truncated or damaged; download or copy it again") from None
+    names = {record.filename.partition("/")[2] or record.filename for record in records}
+    if any(name.startswith(("models/", "archive_format", "data/aotinductor")) for name in names):
+        raise _is(path, "an exported program, not weights; give the file that it was exported from")
+    if "constants.pkl" in names and any(name.startswith("code/") for name in names):
+        raise _is(path, "a TorchScript archive, which holds code; give the weights it was made from")
+    if any(name.endswith(".npy") for name in names):
+        raise _is(path, "a NumPy archive; only PyTorch and safetensors files are read")
+    if "data.pkl" not in names:
+        raise _is(path, "a zip archive without a PyTorch checkpoint; unpack it, give the file inside")
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    expanded = sum(record.file_size for record in records)
+    if packed or expanded > size:
+        raise _is(
+            path,
+            f"a zip archive of {size} bytes that expands to {expanded} bytes; torch.save does not "
+            "compress, so it is not read",
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"checkpoint: reading {path} needs the package safetensors; `pip install safetensors`"
+        ) from error
+    try:
+        content = path.read_bytes()
+        state = load(content)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _is(path, f"truncated or damaged ({error}); download or copy it again") from None
+    length = int.from_bytes(content[:HEADER_BYTES], "little")
+    header = json.loads(content[HEADER_BYTES : HEADER_BYTES + length])
+    if "t2tvit_state" in header.get("__metadata__", {}):
+        raise _is(
+            path,
+            "the training state of a run, not weights; give best.safetensors or last.safetensors "
+            "beside it, or continue the run with --resume",
+        )
+    return state
+
+
+def _read_torch(path: Path) -> object:
+    # A Namespace of options, which published checkpoints hold, runs no code when it is read.
+    allowed = [argparse.Namespace, *((Ignored, name) for name in HARMLESS)]
+    try:
+        # From an open file, as torch.load judges a path by its extension.
+        with path.open("rb") as file, torch.serialization.safe_globals(allowed):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    # Damaged files raise many kinds of error: no narrower base exists.
+    except Exception as error:
+        if unsafe := UNSAFE.search(str(error)):
+            raise InputError(
+                f"checkpoint: {path} holds {unsafe[1]}, and reading that could run code, so it is "
+                "not read. Ask whoever made the file for its state dict alone, best as safetensors"
+            ) from error
+        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+            raise InputError(
+                f"checkpoint: {path} holds more than tensors and plain values, and reading that "
+                "could run code, or it is damaged, so it is not read. Ask whoever made the file "
+                "for its state dict alone, best as safetensors"
+            ) from error
+        cause = str(error).strip().split("\n")[0][:120]
+        raise _is(
+            path,
+            f"truncated or damaged ({type(error).__name__}: {cause}); download or copy it again",
+        ) from error
+    _check_tensors(content, path, path.stat().st_size)
+    return content
+
+
+def _check_tensors(content: object, path: Path, size: int, depth: int = 0) -> None:
+    """Raise unless every tensor is a plain one that its file had room for."""
+    if isinstance(content, torch.Tensor):
+        plain = content.layout == torch.strided and not content.is_quantized
+        if not plain or content.device.type != "cpu":
+            kind = "quantized" if content.is_quantized else f"{content.layout} {content.device}"
+            raise InputError(f"checkpoint: {path} holds tensors that are {kind}, expected plain ones")
+        if content.numel() * content.element_size() > size:
+            raise _is(
+                path,
+                f"a file of {size} bytes with a tensor of {tuple(content.shape)}, for which it has "
+                "no room, so it is not read",
+            )
+    elif isinstance(content, Mapping) and depth < 8:
+        for value in content.values():
+            _check_tensors(value, path, size, depth + 1)
