@@ -3,7 +3,10 @@
 import argparse
 import copy
 import json
+import math
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from t2tvit.errors import InputError, RunError, unknown_name
 from t2tvit.files import write_atomically
-from t2tvit.laboratory.convert import described
+from t2tvit.laboratory.convert import PREPARATION, described
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.terminal import printable
 from t2tvit.training import distributed
@@ -36,6 +39,7 @@ LARGEST_BATCH = 4096
 ROUNDINGS = 50
 SEED = 0
 # In the C++ that AOTInductor generates for a package.
+LEAST_CHECK = re.compile(r"((?:_size\[\d+\] <|expected it to be >=)) \d+(\)|,)")
 STRIDE_CHECK = re.compile(r"if \((\d+ != (\w+)_stride\[(\d+)\])\)")
 
 Runner = Callable[[Tensor], Tensor]
@@ -139,7 +143,8 @@ def checked_inputs() -> Iterator[None]:
     """Packages that AOTInductor generates inside refuse images that they would misread.
 
     It generates a check of dtype, shape, strides and device, but runs it only if the environment of
-    whoever loads the package asks for it. Strides of dimensions of size 1 do not matter.
+    whoever loads the package asks for it. A batch may be of one image, although export calls its
+    size at least 2, and strides of dimensions of size 1 do not matter.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
@@ -151,7 +156,8 @@ def checked_inputs() -> Iterator[None]:
         for index, line in enumerate(self.prefix._lines[written:], written):
             if isinstance(line, str):
                 line = line.replace("!_check_aoti_runtime_check_inputs_env()", "false")
-                self.prefix._lines[index] = STRIDE_CHECK.sub(r"if (\2_size[\3] != 1 && \1)", line)
+                line = STRIDE_CHECK.sub(r"if (\2_size[\3] != 1 && \1)", line)
+                self.prefix._lines[index] = LEAST_CHECK.sub(r"\1 1\2", line)
 
     with patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", generate_checks):
         yield
@@ -216,7 +222,12 @@ def export_command(arguments: argparse.Namespace) -> None:
             raise InputError(f"{path} is of {config.model}; only models of this package are exported")
         resize(trained.model, size_of(config))
         about = about or describe_weights(trained, config)
-        about = replace(about, create_args=about.create_args | {"img_size": list(size_of(config))})
+        size = {"img_size": list(size_of(config))}
+        chosen = {key: getattr(config, key) for key in PREPARATION}
+        chosen = {key: value for key, value in chosen.items() if value is not None}
+        about = replace(
+            about, create_args=about.create_args | size, config=about.config | chosen | size
+        )
         what = prepare(trained.model, about, getattr(torch, dtype))
         export(what, arguments.format, arguments.output)
     finally:
@@ -307,11 +318,60 @@ def verify(what: Exporting, run: Runner, name: str) -> str:
             f"format {name}: relative error {error:.1e} of the logits on random images, expected "
             f"at most {limit:.1e}; the file is not kept"
         )
+    check_other_inputs(what, run, name, limit)
     return (
         f"{str(what.images.dtype).removeprefix('torch.')}, largest difference from the model "
         f"{(ours - plain).abs().max():.1e} of logits up to {plain.abs().max():.1e} on {len(ours)} "
         f"random images; relative error against float64 {error:.1e}, allowed {limit:.1e}"
     )
+
+
+def check_other_inputs(what: Exporting, run: Runner, name: str, limit: float) -> None:
+    """Raise a RunError if images of another memory format, size or dtype give wrong logits.
+
+    A file may refuse such images, or take them as the model does.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn(2, *what.images.shape[1:], generator=generator).to(what.images)
+    taller = torch.cat([images, images], dim=2)
+    variants = {
+        "NHWC memory, permuted": images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        "every other image of a batch": images.repeat_interleave(2, 0)[::2],
+        "columns in reverse memory order": images.mT.contiguous().mT,
+        "another size": taller,
+        "the sides exchanged": images.mT,
+        "float64": images.double(),
+        "uint8": (images * 50).to(torch.uint8),
+    }
+    exact_model = in_float64(what.model)
+    for kind, variant in variants.items():
+        try:
+            with no_standard_error():  # AOTInductor writes there what it raises
+                logits = run(variant).double().cpu()
+        # Each format refuses images in a way of its own.
+        except Exception:
+            continue
+        exact = exact_model(variant.double()).cpu()
+        error = ((logits - exact).norm() / exact.norm()).item()
+        if logits.shape != exact.shape or not error <= limit:
+            raise RunError(
+                f"format {name}: images in another form ({kind}) give a relative error of {error:.1e} "
+                f"instead of a refusal, expected at most {limit:.1e}; the file is not kept"
+            )
+
+
+@contextmanager
+def no_standard_error() -> Iterator[None]:
+    """Drop what this process, libraries in C++ included, writes on standard error."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def in_float64(model: T2TBackbone) -> nn.Module:
@@ -323,15 +383,26 @@ def in_float64(model: T2TBackbone) -> nn.Module:
 def feeding(about: Weights) -> dict:
     """How to prepare the images, and what the logits mean."""
     config = about.config
+    height, width = about.create_args["img_size"]
+    resized = [math.floor(side / config["crop_pct"]) for side in (height, width)]
     return {
         "model": about.model,
         "input": {
             "name": INPUT,
-            "shape": ["batch", about.create_args["in_chans"], *about.create_args["img_size"]],
+            "shape": ["batch", about.create_args["in_chans"], height, width],
+            "layout": "NCHW, contiguous; an AOTInductor package refuses other strides",
+            "other_sizes_and_dtypes": "refused; float16 files take float16 images, and so on",
         },
         "output": {"name": OUTPUT, "shape": ["batch", about.create_args["num_classes"]]},
         "preprocessing": {
+            "channels": "grey" if about.create_args["in_chans"] == 1 else "RGB, in this order",
+            "resize": resizing(*resized),
+            "resize_to": resized,
             "resize_interpolation": config["interpolation"],
+            "resize_antialias": True,
+            "resize_rounding": "to 8-bit values, as Pillow does",
+            "crop": f"the central {height} × {width} pixels; an offset of half a pixel is rounded to "
+            "the nearest even one",
             "center_crop_share": config["crop_pct"],
             "scale": "values in [0, 1], then (value - mean) / std per channel",
             "mean": config["mean"],
@@ -339,3 +410,16 @@ def feeding(about: Weights) -> dict:
         },
         "class_names": about.class_names,
     }
+
+
+def resizing(height: int, width: int) -> str:
+    """How timm's evaluation transform resizes an image before the crop."""
+    if height == width:
+        return (
+            f"shorter side to {height} pixels, the longer one in proportion, rounded down; a shorter "
+            "side of this length is left as it is"
+        )
+    return (
+        f"in proportion, so that the image just covers {height} × {width} pixels; both sides are "
+        "rounded to the nearest pixel"
+    )

@@ -206,10 +206,12 @@ class T2TModule(nn.Module):
             BackendUnavailable: the backend that was named cannot run here.
         """
         check_images(x, self.in_chans, self.project.weight)
+        # ONNX has plain operators only.
+        backend = "reference" if torch.onnx.is_in_onnx_export() else self.backend
         for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
             grid = output_size(x.shape[2], x.shape[3], **split)
             # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.
-            x = layer(x, backend=self.backend).unflatten(1, grid).permute(0, 3, 1, 2)
+            x = layer(x, backend=backend).unflatten(1, grid).permute(0, 3, 1, 2)
         return soft_split_linear(
-            x, self.project.weight, self.project.bias, **SPLITS[2], backend=self.backend
+            x, self.project.weight, self.project.bias, **SPLITS[2], backend=backend
         )

@@ -104,6 +104,11 @@ def test_a_compiled_package(tmp_path, capsys):
     with torch.no_grad():
         expected = model(depth=1, embed_dim=16)(images)
     torch.testing.assert_close(package(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(package(images[:1]), expected[:1], rtol=1e-4, atol=1e-5)
+    permuted = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    for others in (permuted, images.double(), images.mT, images[:, :1], torch.randn(1, 3, 64, 64)):
+        with pytest.raises(RuntimeError, match="unmatched (stride|dtype|dim)"):
+            package(others)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, capsys):
@@ -137,3 +142,69 @@ def test_what_does_not_go_together(tmp_path, capsys):
     ):
         assert message in run(capsys, "export", *source, *options, status=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [(32, 48), (40, 40)])
+@pytest.mark.parametrize("pixels", [(90, 61), (61, 90), (50, 50), (41, 300)])
+def test_the_json_says_how_to_prepare_images(size, pixels, tmp_path, capsys):
+    """What it says, done with Pillow alone, is what the package does."""
+    from PIL import Image
+
+    options = ("--format", "safetensors", "--output", tmp_path / "out", "--img-size", *size)
+    run(capsys, "export", "--checkpoint", weights(tmp_path, depth=1), *options)
+    about = json.loads((tmp_path / "out" / "t2t_vit_7.json").read_text(encoding="utf-8"))
+    said = about["preprocessing"]
+    source = image = Image.effect_noise(pixels, 80).convert("RGB")
+    (height, width), (target_height, target_width) = image.size[::-1], said["resize_to"]
+    if said["resize"].startswith("shorter side"):
+        short, long = sorted((height, width))
+        scaled = (target_height, int(target_height * long / short))
+        new_height, new_width = scaled if height <= width else scaled[::-1]
+    else:
+        assert said["resize"].startswith("in proportion, so that the image just covers")
+        ratio = min(height / target_height, width / target_width)
+        new_height, new_width = round(height / ratio), round(width / ratio)
+    resampling = Image.Resampling[said["resize_interpolation"].upper()]
+    image = image.resize((new_width, new_height), resampling)
+    batch, channels, height, width = about["input"]["shape"]
+    top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    prepared = (np.asarray(image, dtype=np.float32) / 255 - said["mean"]) / said["std"]
+    loaded = t2tvit.load(tmp_path / "out" / "t2t_vit_7.safetensors")
+    np.testing.assert_allclose(
+        loaded.transform(source), prepared.transpose(2, 0, 1), rtol=1e-5, atol=1e-5
+    )
+    assert said["crop"].startswith(f"the central {height} × {width} pixels")
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution"])
+def test_onnx_export_of_a_fused_model(onnxruntime, dynamo, tokens_type, tmp_path, capsys):
+    made = model(depth=1, tokens_type=tokens_type, fused_kernels="auto")
+    images, path = torch.randn(1, 3, 32, 48), tmp_path / "a.onnx"
+    torch.onnx.export(made, (images,), str(path), dynamo=dynamo)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = made(images).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_file_that_misreads_images_is_not_kept(tmp_path, monkeypatch, capsys):
+    read = export.FORMATS["safetensors"].read
+
+    def misreading(what, path):
+        """As if the memory were always contiguous."""
+        runner = read(what, path)
+        return lambda images: runner(
+            images.contiguous()
+            if images.is_contiguous()
+            else torch.as_strided(images, images.shape, (4608, 1536, 48, 1))
+        )
+
+    broken = export.Format(".safetensors", export.write_weights, misreading)
+    monkeypatch.setitem(export.FORMATS, "safetensors", broken)
+    options = ("--format", "safetensors", "--output", tmp_path / "out")
+    line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
+    assert "images in another form (NHWC memory, permuted)" in line and "not kept" in line
+    assert not list((tmp_path / "out").iterdir())
