@@ -3,15 +3,21 @@
 import difflib
 from collections.abc import Iterable
 
+# Longer lists are of no help in one line.
+MOST_LISTED = 100
+
 
 class BackendUnavailable(RuntimeError):
     """A backend was named that cannot run this call; the message says why."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that is not among ``known``, with the nearest one, or all of them."""
+    """Message for a name that is not among ``known``, with the nearest one, or all if they are few."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if near:
         return f"unknown {kind} {name!r}; did you mean {near[0]!r}?"
+    if len(known) > MOST_LISTED:
+        near = difflib.get_close_matches(str(name), known, n=5, cutoff=0)
+        return f"unknown {kind} {name!r}; the nearest of {len(known)}: {', '.join(near)}"
     return f"unknown {kind} {name!r}; known: {', '.join(known)}"

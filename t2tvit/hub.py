@@ -10,6 +10,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save
@@ -19,10 +20,12 @@ from t2tvit.files import write_atomically
 from t2tvit.models.backbone import T2TBackbone
 from t2tvit.models.checkpoint import load_checkpoint
 from t2tvit.models.described import check_described
-from t2tvit.models.registry import create_model
+from t2tvit.models.registry import BASELINES, MODELS, create_model
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+# What a model's own arguments decide in its pretrained_cfg.
+DECIDED = ("architecture", "input_size", "num_classes")
 # What timm's pretrained_cfg says of where it came from.
 ORIGINS = (
     *("file", "source", "url", "hf_hub_id", "hf_hub_filename", "hf_hub_revision"),
@@ -82,32 +85,65 @@ def load(address: str, **options) -> T2TBackbone:
         InputError: there is nothing at the address, or not such a model.
         RunError: the Hub cannot be reached or refuses.
     """
+    stored = read(address)
+    model = create_model(stored.name, **{**stored.args, **options})
+    grid = model.tokens_to_token.grid_size(*stored.size)
+    load_checkpoint(model, stored.weights, grid_size=grid)
+    model.pretrained_cfg.update(stored.pretrained_cfg)
+    if model.num_classes == stored.args["num_classes"] and stored.class_names is not None:
+        model.pretrained_cfg["label_names"] = stored.class_names
+    return model
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is at an address.
+
+    Attributes:
+        weights: the file of the weights.
+        name: of the model.
+        args: the arguments of :func:`t2tvit.create_model` that build it.
+        size: (height, width) of the images.
+        pretrained_cfg: timm's description of how images are prepared, without what ``args`` say.
+        class_names: of the logits, in order, if they are known.
+    """
+
+    weights: Path
+    name: str
+    args: dict
+    size: tuple[int, int]
+    pretrained_cfg: dict
+    class_names: list[str] | None
+
+
+def read(address: str) -> Stored:
+    """What ``config.json`` at ``address`` says, checked; weights on the Hub are downloaded.
+
+    Raises:
+        InputError: there is nothing at the address, or not such a model.
+        RunError: the Hub cannot be reached or refuses.
+    """
     folder = fetch(address)
-    path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        name, stored = config["architecture"], config["pretrained_cfg"]
-        size = stored["input_size"][1:]
-        args = config.get("model_args", {}) | {"num_classes": config["num_classes"]}
-        described = {"img_size": size} | args
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        name, cfg = config["architecture"], config["pretrained_cfg"]
+        height, width = cfg["input_size"][1:]
+        args = {"img_size": [height, width], "in_chans": cfg["input_size"][0]}
+        args |= config.get("model_args", {}) | {"num_classes": config["num_classes"]}
         space = (folder / WEIGHTS_FILE).stat().st_size
+        cfg = {key: value for key, value in cfg.items() if key not in (*DECIDED, *ORIGINS)}
     except FileNotFoundError as error:
         raise InputError(f"{address}: there is no {Path(error.filename).name}") from None
     except OSError as error:
         raise InputError(f"{address}: cannot read {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{address}: {CONFIG_FILE} is not of timm's form: {error!r}") from None
-    check_described(name, described, space, f"{address}: {CONFIG_FILE}")
-    model = create_model(name, **{**args, **options})
-    grid = model.tokens_to_token.grid_size(*size)
-    load_checkpoint(model, folder / WEIGHTS_FILE, grid_size=grid)
-    # The preprocessing and the classes are the weights'; what the arguments decide is the model's.
-    decided = ("input_size", "num_classes")
-    stored = {key: value for key, value in stored.items() if key not in (*decided, *ORIGINS)}
-    model.pretrained_cfg.update(stored)
-    if model.num_classes == args["num_classes"] and "label_names" in config:
-        model.pretrained_cfg["label_names"] = config["label_names"]
-    return model
+    check_described(name, args, space, f"{address}: {CONFIG_FILE}")
+    if name not in MODELS | BASELINES:
+        raise InputError(f"{address}: {CONFIG_FILE}: {name} is not a model of this package")
+    return Stored(
+        folder / WEIGHTS_FILE, name, args, (height, width), cfg, config.get("label_names")
+    )
 
 
 def fetch(address: str) -> Path:

@@ -133,9 +133,9 @@ def read_about(path: Path) -> Weights | None:
     try:
         content, _ = read_tensors(path, METADATA_KEY)
         about = None if content is None else Weights(**content)
-        if about is not None and about.config["model"] != about.model:
+        if about is not None and about.config.get("model", about.model) != about.model:
             raise ValueError("it names two models")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); use another one") from None
     if about is not None:
         check_described(about.model, about.create_args, path.stat().st_size, str(path))
