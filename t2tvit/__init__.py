@@ -4,15 +4,18 @@ import importlib.util
 import warnings
 
 from t2tvit import hub
+from t2tvit.loading import Loaded, load
 from t2tvit.models import T2TEmbed, create_model, list_models, load_checkpoint
 from t2tvit.version import __version__
 
 __all__ = [
+    "Loaded",
     "T2TEmbed",
     "__version__",
     "create_model",
     "hub",
     "list_models",
+    "load",
     "load_checkpoint",
 ]
 

@@ -471,7 +471,10 @@ def add_trained(command: argparse.ArgumentParser, required: bool = True) -> None
         help="the output of a training run",
     )
     source.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights, .safetensors or .pth(.tar)"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights, .safetensors or .pth(.tar), or local-dir:FOLDER or hf-hub:USER/NAME",
     )
     command.add_argument(
         "--weights",

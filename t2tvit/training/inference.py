@@ -7,8 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from t2tvit import hub
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
+from t2tvit.models.registry import pretrained_cfg
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
@@ -64,27 +66,55 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
 
 
 def describe(arguments: argparse.Namespace) -> tuple[Path, RunConfig, Weights | None]:
-    """The checkpoint asked for, how to use it, and what it says of itself.
-
-    A checkpoint of our own says how to build its model and prepare its images; for another,
-    ``--model`` or ``--config`` must.
-    """
-    path, overrides = arguments.checkpoint, given(arguments)
+    """The checkpoint asked for, how to use it, and what it says of itself."""
+    path = arguments.checkpoint
     if path is None:
-        path = arguments.run / {"best": BEST_FILE, "last": LAST_FILE}[arguments.weights]
-        if not path.is_file():
-            raise InputError(f"--run {arguments.run}: there is no {path.name}; has an epoch ended?")
-    about = read_about(path)
+        path = weights_of(arguments.run, arguments.weights, f"--run {arguments.run}")
+    return describe_checkpoint(path, given(arguments), arguments.config)
+
+
+def weights_of(run: Path, which: str, source: str) -> Path:
+    """The file of the ``best`` or ``last`` weights of a run."""
+    path = run / {"best": BEST_FILE, "last": LAST_FILE}[which]
+    if not path.is_file():
+        raise InputError(f"{source}: there is no {path.name}; has an epoch ended?")
+    return path
+
+
+def describe_checkpoint(
+    path: Path, overrides: dict, config: str | None = None
+) -> tuple[Path, RunConfig, Weights | None]:
+    """The file of a checkpoint, how to use it, and what it says of itself.
+
+    A checkpoint of our own, and ``local-dir:`` or ``hf-hub:``, say how to build the model and
+    prepare its images; for another, ``overrides`` or the packaged or YAML ``config`` must.
+    """
+    if hub.is_address(str(path)):
+        path, about = described_at(str(path))
+    else:
+        about = read_about(path)
     if about is None:
-        if arguments.config is None and "model" not in overrides:
+        if config is None and "model" not in overrides:
             raise InputError(f"{path} does not say what model it is; give --model or --config")
-        return path, resolve(arguments.config, overrides), None
+        return path, resolve(config, overrides), None
     for key in DECIDED_KEYS:
         if key in overrides:
             raise InputError(
                 f"--{key.replace('_', '-')}: {path} says itself that it is {about.model}"
             )
     return path, from_dict(about.config, overrides, str(path)), about
+
+
+def described_at(address: str) -> tuple[Path, Weights]:
+    """The file of the weights at a :mod:`t2tvit.hub` address, and what it says of them."""
+    stored = hub.read(address)
+    args = stored.args
+    cfg = pretrained_cfg(stored.name, stored.size, args["num_classes"], args["in_chans"])
+    cfg |= stored.pretrained_cfg
+    config = {"model": stored.name, "img_size": list(stored.size)}
+    config |= {key: cfg[key] for key in ("interpolation", "crop_pct")}
+    config |= {key: list(cfg[key]) for key in ("mean", "std")}
+    return stored.weights, Weights(stored.name, args, stored.class_names, config)
 
 
 def load_trained(path: Path, config: RunConfig, about: Weights | None, world: World) -> Trained:

@@ -1,0 +1,143 @@
+"""Trained models in one call, with what their use needs."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from t2tvit import hub
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.checkpoint import read_state_dict
+from t2tvit.models.registry import pretrained_cfg
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from t2tvit.training.config import RunConfig
+
+
+class Loaded(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+        model: in evaluation mode.
+        transform: prepares an image for it.
+        class_names: of the logits, in order; None if they are not known.
+    """
+
+    model: nn.Module
+    transform: "Preparation"
+    class_names: list[str] | None
+
+
+class Preparation:
+    """A PIL image, or the path of one, to the float32 tensor (C, H, W) that a model takes.
+
+    It runs on the CPU and can be used in the worker processes of a loader.
+    """
+
+    def __init__(self, config: "RunConfig", mean: tuple[float, ...], std: tuple[float, ...]):
+        from t2tvit.training.pipeline import eval_transform
+
+        self.mode = {1: "L", 3: "RGB"}.get(len(mean))
+        if self.mode is None:
+            raise InputError(f"images are grey or colour, the model takes {len(mean)} channels")
+        self.resize = eval_transform(config)
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, image: "Image | str | PathLike") -> Tensor:
+        """
+        Raises:
+            InputError: the file cannot be read.
+        """
+        from t2tvit.data.sources import load_image
+
+        if isinstance(image, str | PathLike):
+            image = load_image(Path(image), self.mode)
+        elif image.mode != self.mode:
+            image = image.convert(self.mode)
+        return (self.resize(image).float() / 255 - self.mean) / self.std
+
+
+def load(
+    source: str | PathLike,
+    *,
+    model: str | None = None,
+    model_args: dict | None = None,
+    weights: str = "best",
+    fused_kernels: str = "auto",
+    device: str | torch.device = "cpu",
+) -> Loaded:
+    """Load a trained model. Needs the packages of ``t2tvit[train]``.
+
+    Args:
+        source: the folder of a training run, one of its files of weights, a published
+            ``.pth(.tar)`` or other checkpoint, ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
+        model: the name of the model, only for a checkpoint that does not say it. Its image size and
+            number of classes are read off the weights.
+        model_args: with ``model``, arguments of :func:`t2tvit.create_model` that differ from the
+            published configuration.
+        weights: of a run, "best" or "last".
+        fused_kernels: as in :func:`t2tvit.create_model`.
+        device: of the model.
+
+    Returns:
+        The model, the transform of its images, and the class names: those that the weights say, or
+        ImageNet's for 1000 classes.
+
+    Raises:
+        InputError: an argument is not as described, or ``source`` is no such model; files are read
+            as in :func:`t2tvit.load_checkpoint`.
+        BackendUnavailable: ``fused_kernels`` names a backend that cannot run the model.
+        RunError: the Hub cannot be reached or refuses.
+    """
+    from t2tvit.data.sources import IMAGENET_STATISTICS
+    from t2tvit.laboratory.class_names import names_of
+    from t2tvit.training.config import BACKEND_CHOICES
+    from t2tvit.training.distributed import World
+    from t2tvit.training.inference import describe_checkpoint, load_trained, weights_of
+    from t2tvit.training.pipeline import statistics
+    from t2tvit.training.state import BEST_FILE, LAST_FILE
+
+    if weights not in ("best", "last"):
+        raise InputError(f"weights: {unknown_name('choice', weights, ('best', 'last'))}")
+    if fused_kernels not in BACKEND_CHOICES:
+        known = unknown_name("backend", fused_kernels, BACKEND_CHOICES)
+        raise InputError(f"fused_kernels: {known}")
+    world = World(0, 1, _device(device))
+    path = Path(source)
+    if not hub.is_address(str(source)) and path.is_dir():
+        if (path / BEST_FILE).is_file() or (path / LAST_FILE).is_file():
+            path = weights_of(path, weights, str(path))
+    overrides = {"fused_kernels": fused_kernels}
+    if model is not None:
+        overrides |= {"model": model, "model_args": model_args or {}, **_published(path, model)}
+    elif model_args is not None:
+        raise InputError("model_args: goes with model only; the weights say the rest themselves")
+    path, config, about = describe_checkpoint(path, overrides)
+    trained = load_trained(path, config, about, world)
+    known = (values[: trained.channels] for values in IMAGENET_STATISTICS)
+    transform = Preparation(config, *statistics(config, *known))
+    names = names_of(trained.class_names, trained.model.num_classes)
+    return Loaded(trained.model.eval(), transform, names)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        cause = str(error).split("\n")[0]
+        raise InputError(f"device: got {device!r}, which cannot be used: {cause}") from None
+
+
+def _published(path: Path, model: str) -> dict:
+    """The configuration of published weights: sizes as in the tensors, images as in the paper."""
+    from t2tvit.laboratory.convert import sizes
+
+    _, state = read_state_dict(path)
+    found = sizes(state)
+    size = found.get("img_size", 224)
+    cfg = pretrained_cfg(model, (size, size))
+    return found | {key: cfg[key] for key in ("crop_pct", "interpolation", "mean", "std")}
