@@ -10,6 +10,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -89,6 +90,7 @@ def train_epoch(
             if mix is not None:
                 images, targets = mix(images, targets)
         generators = rng_state(world.device)
+        statistics = [(value, value.clone()) for value in batch_statistics(state.model)]
         loss = accumulate(state, images, targets, loss_function, config, world)
         if update(state, config.clip_grad):
             state.skipped_in_a_row = 0
@@ -96,6 +98,8 @@ def train_epoch(
             state.loss_sum = total
             state.images += len(images)
         else:
+            for value, before_update in statistics:
+                value.copy_(before_update)
             names = sample.name.tolist() if isinstance(sample.name, Tensor) else sample.name
             batch = {"images": images, "targets": targets, "rng": generators, "names": names}
             report_skipped(state, loss.item(), batch, config, len(data.train), world)
@@ -126,6 +130,12 @@ def train_epoch(
         "skipped_updates": state.skipped,
         "unreadable_images": len(set().union(*gather(world, state.unreadable))),
     }
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a training forward changes: the running statistics of batch norm."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [value for norm in norms for value in norm.buffers(recurse=False)]
 
 
 def note_unreadable(

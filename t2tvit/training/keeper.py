@@ -71,7 +71,9 @@ class Keeper:
         self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
 
     def after_step(self, state: TrainState) -> None:
-        """Save where it is time to, or where any rank has been asked to stop.
+        """Save if it is time to, or if any rank has been asked to stop.
+
+        While updates are skipped, time alone saves nothing: older states are worth more.
 
         Raises:
             Stopped: after saving, on every rank.
@@ -85,7 +87,7 @@ class Keeper:
             self.world, torch.tensor(go_on, dtype=torch.int32, device=self.world.device)
         )
         stays, is_recent = go_on.tolist()
-        if not (stays and is_recent):
+        if not stays or not is_recent and not state.skipped_in_a_row:
             self.save(state)
         if not stays:
             raise Stopped

@@ -1,12 +1,14 @@
 """``t2tvit train``: assemble a run from its configuration, train it, keep what it learns."""
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,6 +85,7 @@ MAY_CHANGE = {
     *("tensorboard", "wandb"),
 }
 CURVES_EVERY = 60  # seconds
+LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its lock until they end
 EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
 
 
@@ -183,6 +186,19 @@ def run(
 
     It is the first of ``runs`` that will take about as long.
     """
+    with contextlib.ExitStack() as held:
+        run_locked(config, place, world, signals, runs, held)
+
+
+def run_locked(
+    config: RunConfig,
+    place: Place,
+    world: World,
+    signals: Signals,
+    runs: int,
+    held: contextlib.ExitStack,
+) -> None:
+    """:func:`run`, with the lock of ``place.output`` in ``held``."""
     output = place.output
     on_main(world, lambda: check_output(place))
     on_main(world, lambda: check_trackers(config))
@@ -214,7 +230,7 @@ def run(
                 f"{state.epochs_done}; raise --epochs"
             )
 
-    on_main(world, lambda: claim(place, asked, state.epochs_done))
+    on_main(world, lambda: claim(place, asked, state.epochs_done, held))
     on_main(world, lambda: record_start(asked, output, state, data, world))
     for line in opening_lines(config, data, model, epochs, world):
         say(world, line)
@@ -423,8 +439,10 @@ def check_output(place: Place) -> None:
         )
 
 
-def claim(place: Place, config: RunConfig, epochs_done: int) -> None:
-    """Make the output folder, with what a run from another folder has kept there.
+def claim(
+    place: Place, config: RunConfig, epochs_done: int, held: contextlib.ExitStack
+) -> None:
+    """Make and lock the output folder, with what a run from another folder has kept there.
 
     Until it is whole, RUN_FILE says how to begin again.
     """
@@ -441,6 +459,8 @@ def claim(place: Place, config: RunConfig, epochs_done: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+    held.enter_context(locked(output))
+    check_output(place)  # another run may have begun there since
     for leftover in output.glob(WRITING):  # of a run that was killed
         leftover.unlink()
     if place.state_path is None or place.moves:
@@ -454,6 +474,33 @@ def claim(place: Place, config: RunConfig, epochs_done: int) -> None:
     if place.state_path is not None:
         set_aside(output / place.state_path.name)
         remove_oldest(output, config.keep_checkpoints)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the folder for this process; file systems that lock no folders go without.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"--output {output}: another run is writing there; choose another folder"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # not supported, as for folders over NFS
+                break
+        yield
+    finally:
+        os.close(folder)
 
 
 def record_start(

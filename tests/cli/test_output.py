@@ -32,6 +32,29 @@ def is_safe(output: bytes) -> bool:
     return all(byte >= 32 or byte == 10 for byte in output)
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
+    checkpoint = weights(tmp_path, NAMES)
+    files = [tmp_path / os.fsdecode(name) for name in (b"a\xff.png", "b\x1b[2J\u20ac.png", "c\n.png")]
+    for file in files:
+        Image.new("RGB", (40, 40), "red").save(file)
+    broken = tmp_path / "broken\x1b\u20ac.png"
+    broken.write_bytes(b"no image")
+    arguments = ("predict", "--checkpoint", checkpoint, *files, broken, *options)
+    done = run(*arguments, env=ENCODINGS[encoding])
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert done.stderr.startswith(b"t2tvit: error: 1 of 4 images: ")
+    lines = done.stdout.splitlines()
+    assert is_safe(done.stdout) and is_safe(done.stderr)
+    if options:
+        records = [json.loads(line) for line in lines]
+        assert {each["class"] for each in records[0]["predictions"]} == set(NAMES)
+        assert len(records) == 4
+    else:
+        assert len(lines) == 3 and all(br"two\nlines" in line for line in lines)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_run_with_odd_names_is_told_in_any_encoding(tmp_path, encoding):
     root = tmp_path / os.fsdecode("data € \x1b[1m\n".encode() + b"\xff")

@@ -17,7 +17,7 @@ from PIL import Image
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.files import write_atomically
-from t2tvit.training import progress, report, run
+from t2tvit.training import engine, progress, report, run
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import read_state
@@ -611,3 +611,49 @@ def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch)
     set_rng_state(generators | {"cuda": torch.zeros(16, dtype=torch.uint8)}, alone.device)
     data = open_data(RunConfig(data="synthetic:44", img_size=16, workers=0, batch_size=8), alone)
     assert not data.train.pin_memory and not data.held_out.pin_memory
+
+
+def test_two_runs_do_not_share_an_output(tmp_path, monkeypatch, capsys, finished):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    monkeypatch.setattr(run, "LOCK_PATIENCE", 0.3)
+    with run.locked(output):
+        line = refused(capsys, "--output", str(output), "--resume", "auto", "--epochs", "4")
+    assert "another run is writing there" in line
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert main(["train", "--output", str(output), "--resume", "auto", "--epochs", "4"]) == 0
+
+
+def test_no_state_is_saved_for_time_alone_while_updates_are_skipped(tmp_path, monkeypatch):
+    output, update = tmp_path / "run", engine.update
+
+    def skipping(state, clip_grad):
+        return state.updates not in (2, 3) and update(state, clip_grad)
+
+    monkeypatch.setattr(engine, "update", skipping)
+    options = ("--checkpoint-minutes", "0", "--keep-checkpoints", "99", "--epochs", "2")
+    assert train(output, *options) == 0
+    steps = [path.stem[-1] for path in sorted(output.glob("state-00000-*"))]
+    assert steps == ["1", "2", "5"]
+
+
+def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypatch):
+    """A batch that is not finite would otherwise stay in the running mean for ever."""
+    ours = [each for each in TINY if each not in ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")]
+    forward, calls = torch.nn.Conv2d.forward, []
+
+    def poisoned(self, images):
+        if self.in_channels == 3 and self.training:
+            calls.append(None)
+            if len(calls) == 2:
+                images = images + torch.nan
+        return forward(self, images)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", poisoned)
+    options = (*ours, "--model", "timm:resnet10t", "--epochs", "2", "--drop-path", "0", "--img-size", "32")
+    output = ("--output", str(tmp_path / "run"), "--fused-kernels", "auto", "--ema-decay", "none")
+    assert main(["train", *options, *output]) == 0
+    assert metrics_of(tmp_path / "run")[0]["skipped_updates"] == 1
+    state = state_of(tmp_path / "run")["state"]["model"]
+    assert all(value.isfinite().all() for value in state.values())
