@@ -271,8 +271,11 @@ def evaluate(
     normalize: Normalize,
     config: RunConfig,
     world: World,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss and accuracy in percent over all ranks, each image counted once.
+
+    ``after_batch`` is called after each batch; what it raises ends the evaluation.
 
     Returns:
         ``eval_loss``, ``top1``, with five classes or more ``top5``, and ``eval_images``.
@@ -293,6 +296,7 @@ def evaluate(
             sums += torch.stack(
                 [loss.double(), ranked[:, 0].sum().double(), ranked.sum().double(), count]
             )
+            after_batch()
             if step % CHECK_EVERY == 0:
                 rate = sums[3].item() * world.size / (time.perf_counter() - started)
                 progress.show(step, f"{rate:,.0f} images/s")

@@ -92,6 +92,18 @@ class Keeper:
         if not stays:
             raise Stopped
 
+    def during_evaluation(self, state: TrainState) -> None:
+        """Save if this process is alone and has been asked to stop.
+
+        Several have different numbers of batches to evaluate; they stop after the next update.
+
+        Raises:
+            Stopped: after saving.
+        """
+        if self.world.size == 1 and self.signals.received is not None:
+            self.save(state)
+            raise Stopped
+
     def save(self, state: TrainState) -> None:
         """Write the state as the newest file and remove the oldest beyond ``keep_checkpoints``."""
         ranks = gather(

@@ -367,6 +367,7 @@ def eval_loader(
         num_workers=config.workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # or a repeated evaluation would draw from the run's
     )
 
 

@@ -84,6 +84,9 @@ MAY_CHANGE = {
     *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
     *("tensorboard", "wandb"),
 }
+# In these too, after losses that were not finite: they are what helps.
+REMEDIES = {"lr", "clip_grad", "amp"}
+NOT_FINITE_FILES = "not_finite-*.safetensors"
 CURVES_EVERY = 60  # seconds
 LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its lock until they end
 EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
@@ -151,7 +154,7 @@ def find_place(output: Path | None, resume: str | None) -> Place:
 
 
 def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
-    """The configuration of a new or resumed run; see MAY_CHANGE for what may differ in the latter.
+    """The configuration of a new or resumed run; MAY_CHANGE and REMEDIES may differ in the latter.
 
     Without ``name``, a resumed run goes on with its own, and training on digits (or on data not
     named) takes the packaged ``digits``.
@@ -168,10 +171,13 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
         return resolve(name, overrides)
     before = read_state(place.state_path)["config"]
     config = resolve(name, overrides) if name is not None else from_dict(before, overrides)
+    may_change = MAY_CHANGE
+    if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
+        may_change = MAY_CHANGE | REMEDIES
     for key, old in asdict(from_dict(before)).items():
         new = getattr(config, key)
         same_source = key != "data" or new.partition(":")[0] == old.partition(":")[0]
-        if new != old and not (key in MAY_CHANGE and same_source):
+        if new != old and not (key in may_change and same_source):
             raise InputError(
                 f"{key}: got {new}, but the run to resume has {old}; leave it, or start another "
                 "run with another --output"
@@ -251,6 +257,10 @@ def run_locked(
                 f"warning   the order of shards depends on --workers, {config.workers} instead of "
                 f"{workers}: the rest of this epoch repeats some images and leaves others out",
             )
+        for key in sorted(REMEDIES):
+            if resumed["config"][key] != getattr(config, key):
+                change = f"{getattr(config, key)} instead of {resumed['config'][key]}"
+                say(world, f"{key:<9} {change}")
         if resumed["config"]["epochs"] != config.epochs:
             before = resumed["config"]["epochs"]
             say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
@@ -295,7 +305,7 @@ def train_epochs(
     output = keeper.output
     started, drawn, before = time.perf_counter(), time.perf_counter(), state.epochs_done
     while state.epochs_done < epochs:
-        metrics = one_epoch(state, data, config, epochs, world, output, after_step)
+        metrics = one_epoch(state, data, config, epochs, world, keeper, after_step)
         state.end_epoch(metrics)
         is_best = best_epoch(state.history) is metrics
         about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
@@ -336,7 +346,7 @@ def one_epoch(
     config: RunConfig,
     epochs: int,
     world: World,
-    output: Path,
+    keeper: Keeper,
     after_step: Callable[[TrainState], None],
 ) -> dict:
     """Train and evaluate once; the metrics that METRICS_FILE gets."""
@@ -345,13 +355,20 @@ def one_epoch(
         try:
             metrics = train_epoch(state, data, config, world, progress, after_step)
         except NonFiniteLoss as error:
-            path = output / f"not_finite-{world.rank}.safetensors"
+            path = keeper.output / NOT_FINITE_FILES.replace("*", str(world.rank))
             write_state(path, error.batch | {"model": state.model.state_dict()})
             text = (
                 f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
             )
             raise NonFiniteLoss(text, error.batch) from None
-    metrics |= evaluate(state.evaluated_model, data.held_out, data.normalize, config, world)
+    metrics |= evaluate(
+        state.evaluated_model,
+        data.held_out,
+        data.normalize,
+        config,
+        world,
+        lambda: keeper.during_evaluation(state),
+    )
     return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
 

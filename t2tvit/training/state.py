@@ -83,7 +83,8 @@ class TrainState:
         # Parameters are numbered, and JSON's keys are text.
         moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run did not scale its loss before
+            self.scaler.load_state_dict(state["scaler"])
         self.updates, self.epochs_done = state["updates"], state["epochs_done"]
         self.step, self.history = state["step"], state["history"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

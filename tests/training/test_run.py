@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -657,3 +658,38 @@ def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypa
     assert metrics_of(tmp_path / "run")[0]["skipped_updates"] == 1
     state = state_of(tmp_path / "run")["state"]["model"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_after_losses_that_are_not_finite_what_helps_may_change(tmp_path, finished, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    remedies = ("--lr", "5e-4", "--clip-grad", "1", "--amp", "float16", "--epochs", "4")
+    resume = ("--output", str(output), "--resume", "auto")
+    assert "but the run to resume has" in refused(capsys, *resume, *remedies)
+    (output / "not_finite-0.safetensors").write_bytes(b"of the run that broke down")
+    assert main(["train", *resume, *remedies]) == 0
+    assert "lr        0.0005 instead of 0.001" in capsys.readouterr().out
+    assert metrics_of(output)[-1]["lr"] <= 5e-4
+    assert "seed: got 1" in refused(capsys, *resume, "--seed", "1", "--epochs", "4", *remedies[:-2])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_signal_during_an_evaluation_stops_it_and_the_run_resumes_there(
+    tmp_path, monkeypatch, capsys, finished, workers
+):
+    output, evaluate = tmp_path / "run", run.evaluate
+
+    def signalled(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", signalled)
+        assert train(output, "--epochs", "3", "--workers", workers) == 0
+    assert "stopped by a signal" in capsys.readouterr().out
+    assert newest(output).name == "state-00000-00000005.safetensors"
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
+    first, second = state_of(finished)["state"], state_of(output)["state"]
+    for name in ("model", "ema", "optimizer"):
+        assert_equal(first[name], second[name])
+    assert without_times(metrics_of(finished)) == without_times(metrics_of(output))
