@@ -215,8 +215,7 @@ def export_command(arguments: argparse.Namespace) -> None:
         check_format(name, dtype, kernels)
     path, config, about = describe(arguments)
     config = replace(config, fused_kernels=kernels, amp="none")
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)
         if not isinstance(trained.model, T2TBackbone):
             raise InputError(f"{path} is of {config.model}; only models of this package are exported")
@@ -230,8 +229,6 @@ def export_command(arguments: argparse.Namespace) -> None:
         )
         what = prepare(trained.model, about, getattr(torch, dtype))
         export(what, arguments.format, arguments.output)
-    finally:
-        distributed.stop()
 
 
 def check_format(name: str, dtype: str, kernels: str) -> None:

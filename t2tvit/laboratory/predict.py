@@ -48,13 +48,10 @@ def predict_command(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         arguments.plot = figure_file(arguments.plot, "--plot")
     path, config, about = describe(arguments)
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)
         if world.is_main:
             predict(arguments, path, trained, world)
-    finally:
-        distributed.stop()
 
 
 def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: World) -> None:

@@ -67,13 +67,10 @@ def bench_command(arguments: argparse.Namespace) -> None:
         )
     if "batch_size" not in overrides:
         config = replace(config, batch_size=min(config.batch_size, LARGEST_BATCH))
-    world = distributed.start(config.device)
-    try:
+    with distributed.joined(config.device) as world:
         if world.is_main:
             compare(config, num_classes, arguments.repetitions, arguments.against, world)
             print(loader_line(config, world))
-    finally:
-        distributed.stop()
 
 
 def compare(

@@ -102,15 +102,15 @@ def train(arguments: argparse.Namespace) -> None:
     """
     place = find_place(arguments.output, arguments.resume)
     config = choose_config(arguments.config, given(arguments), place)
-    go_on = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
+    again = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
     with distributed.joined(config.device) as world:
         try:
             with Signals() as signals:
                 run(config, place, world, signals)
         except Stopped:
-            say(world, f"stopped by a signal; all that was done is kept. Go on with: {go_on}")
+            say(world, f"stopped by a signal; all that was done is kept. Resume with: {again}")
         except KeyboardInterrupt:
-            say(world, f"interrupted; the last checkpoint is kept. Go on with: {go_on}")
+            say(world, f"interrupted; the last checkpoint is kept. Resume with: {again}")
             raise
 
 
@@ -439,7 +439,7 @@ def check_output(place: Place) -> None:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
     if place.resume is None:
         raise InputError(
-            f"--output {output} is not empty; go on with its run by --resume auto, or choose "
+            f"--output {output} is not empty; resume its run with --resume auto, or choose "
             "another --output"
         )
     record = read_record(output)

@@ -66,8 +66,7 @@ def visualize_command(arguments: argparse.Namespace) -> None:
     if arguments.channels < 1:
         raise InputError(f"--channels: got {arguments.channels}, expected at least 1")
     options = given(arguments)
-    world = distributed.start(options.get("device", "auto"))
-    try:
+    with distributed.joined(options.get("device", "auto")) as world:
         subject = find_subject(arguments, options, world)
         pictures = open_images(arguments.images, subject)
         transform = eval_transform(subject.config)
@@ -84,8 +83,6 @@ def visualize_command(arguments: argparse.Namespace) -> None:
             class_names=subject.class_names,
             channels=arguments.channels,
         )
-    finally:
-        distributed.stop()
 
 
 def find_subject(arguments: argparse.Namespace, options: dict, world: World) -> Subject:
