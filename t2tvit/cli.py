@@ -83,8 +83,8 @@ examples:
 """
 COMPARE_EPILOG = """
 All models have the same data, epochs, batches, optimiser and seeds; a comparison's file names the
-models, each with its model, model_args and drop_path. A stopped comparison goes on when its command is
-given again.
+models, each with its model, model_args and drop_path. To resume a stopped comparison, give its command
+again.
 
 examples:
   t2tvit compare --output runs/compare
@@ -272,8 +272,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--config",
         metavar="NAME",
-        help=f"{CONFIG_HELP}; options override it, and without it training on digits takes digits; "
-        "the defaults below hold for what the config leaves out",
+        help=f"{CONFIG_HELP}; options override it; the default is digits if the data is digits, else "
+        "the defaults below, which also fill what a config leaves out",
     )
     command.add_argument(
         "--output",
@@ -284,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="auto: go on with the run in --output, or begin it; PATH: with that run's",
+        help="auto: resume the run in --output, or start it; PATH: resume that run or training state",
     )
     add_options(command, KEYS)
 
@@ -312,8 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="the classes, one a line, for weights that do not name them; 1000 that nobody names "
-        "are taken to be ImageNet's",
+        help="the classes, one a line, for weights that do not name them; a 1000-class checkpoint "
+        "without class names is assumed to be ImageNet",
     )
     command.add_argument(
         "--plot",
@@ -344,7 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--config",
         metavar="NAME",
         help="a YAML file of a training configuration with models and seeds, or the packaged "
-        "digits, which is taken where nothing else is named",
+        "digits, the default without NAME",
     )
     command.add_argument(
         "--output",
@@ -437,7 +437,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="the classes, one a line; 1000 that nobody names are taken to be ImageNet's",
+        help="the classes, one a line; a 1000-class checkpoint without class names is assumed to be "
+        "ImageNet",
     )
     add_options(command, CONVERT_KEYS)
 
