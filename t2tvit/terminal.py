@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -34,7 +35,11 @@ def columns(text: str) -> int:
 
 
 def print_json(record: dict) -> None:
-    """Print ``record`` as one line of JSON, with escapes for all that cannot be printed as it is."""
+    """Print ``record`` as one line of JSON, with escapes for all that cannot be printed as it is.
+
+    Numbers that are not finite, which JSON does not have, become null.
+    """
+    record = _finite(record)
     text = json.dumps(record, ensure_ascii=False)
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     if UNSAFE.search(text) or not _can_encode(text, encoding):
@@ -105,6 +110,15 @@ def _discard(stream: io.TextIOWrapper) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def _finite(value: object) -> object:
+    """``value`` with None for each number in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _escape(match: re.Match) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from t2tvit.terminal import printable
+from t2tvit.terminal import print_json, printable
 from tests.laboratory.tiny import weights
 from tests.training.tiny import TINY
 
@@ -118,3 +118,9 @@ def test_output_that_cannot_be_written_ends_with_one_line_or_quietly(name, tmp_p
     done = run(*arguments, stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_json_has_no_numbers_that_are_not_json(capsys):
+    print_json({"a": [{"b": float("nan")}, float("-inf")], "c": 0.5, "d": "\x7f\udcff"})
+    out = capsys.readouterr().out
+    assert out == '{"a": [{"b": null}, null], "c": 0.5, "d": "\\u007f\\udcff"}\n'
