@@ -23,10 +23,17 @@ class T2TEmbed(nn.Module):
     small attention between them (section 3.1 of the T2T-ViT paper). Its parameters are those of a
     T2T-ViT, under ``tokens_to_token``.
 
+    The models that timm builds of ``VisionTransformer`` or ``VisionTransformerRelPos`` take it as
+    ``embed_layer``: ViT, DeiT, DeiT III, FlexiViT, DINOv2, CLIP, SigLIP and the like; those of other
+    patches than 16 with ``patch_size=16``. SAM's encoders take
+    ``functools.partial(T2TEmbed, output_fmt="NHWC")``. BeiT, EVA, RoPE ViTs and CaiT have no
+    ``embed_layer``; if their patches are of 16, replace it afterwards:
+    ``model.patch_embed = T2TEmbed(img_size, embed_dim=model.embed_dim)``, with
+    ``output_fmt="NHWC"`` for DINOv3. XCiT, Swin V2, PiT, VOLO and MLP-Mixer do not fit.
+
     Args:
         img_size: an integer or (height, width), at least 16; None for no size in particular.
-        patch_size: 16, the distance between tokens; a model of other patches takes
-            ``patch_size=16`` too.
+        patch_size: 16, the distance between tokens.
         in_chans: channels of the image.
         embed_dim: width of the tokens.
         norm_layer: called with ``embed_dim``, makes the norm of the tokens; None for none.
@@ -90,8 +97,8 @@ class T2TEmbed(nn.Module):
         """Expect images of another size; None leaves it."""
         if patch_size not in (None, STRIDE, (STRIDE, STRIDE), [STRIDE, STRIDE]):
             raise InputError(
-                f"patch_size: got {patch_size}, T2T tokens are {STRIDE} pixels apart; give "
-                f"patch_size={STRIDE}"
+                f"patch_size: got {patch_size}, T2T tokens are {STRIDE} pixels apart; build the model "
+                f"with patch_size={STRIDE}"
             )
         self.patch_size = (STRIDE, STRIDE)
         if img_size is not None:

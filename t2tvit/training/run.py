@@ -330,7 +330,7 @@ def train_epochs(
 
 def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
     """Load the weights of ``path``; a head of other classes than ``class_names`` starts afresh."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"
         )

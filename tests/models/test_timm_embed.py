@@ -144,3 +144,39 @@ def test_norm_bias_and_dtype():
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         t2tvit.T2TEmbed(**options)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("deit3_small_patch16_224", {}),
+        ("vit_base_patch32_224", dict(patch_size=16)),
+        ("vit_small_patch14_dinov2", dict(patch_size=16)),
+        ("vit_base_patch16_siglip_224", {}),
+        ("samvit_base_patch16_224", dict(embed_layer=partial(t2tvit.T2TEmbed, output_fmt="NHWC"))),
+    ],
+)
+def test_families_that_take_it(name, options):
+    with torch.device("meta"):
+        model = timm.create_model(name, **{"embed_layer": t2tvit.T2TEmbed, "depth": 1, **options})
+        size = timm.get_pretrained_cfg(name).input_size[1:]
+        assert model(torch.zeros(2, 3, *size)).shape[0] == 2
+    assert isinstance(model.patch_embed, t2tvit.T2TEmbed)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("beit_base_patch16_224", {}),
+        ("cait_xxs24_224", {}),
+        ("vit_base_patch16_rope_224", {}),
+        ("vit_small_patch16_dinov3", dict(output_fmt="NHWC", strict_img_size=False)),
+    ],
+)
+def test_families_whose_embedding_is_replaced(name, options):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        size = timm.get_pretrained_cfg(name).input_size[1:]
+        tokens = model.forward_features(torch.zeros(2, 3, *size)).shape
+        model.patch_embed = t2tvit.T2TEmbed(size, embed_dim=model.embed_dim, **options)
+        assert model.forward_features(torch.zeros(2, 3, *size)).shape == tokens
