@@ -136,7 +136,7 @@ def _published(path: Path, model: str) -> dict:
     """The configuration of published weights: sizes as in the tensors, images as in the paper."""
     from t2tvit.laboratory.convert import sizes
 
-    _, state = read_state_dict(path)
+    _, state = read_state_dict(path, warn=False)
     found = sizes(state)
     size = found.get("img_size", 224)
     cfg = pretrained_cfg(model, (size, size))

@@ -63,18 +63,14 @@ def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
         return model, about
     if "model" not in options:
         raise InputError(f"{path} does not say what model it is; give --model")
-    _, state = read_state_dict(path)
+    _, state = read_state_dict(path, warn=False)
     config = resolve(None, sizes(state) | options)
     has_head = any(name.startswith("head.") for name in state)
     if not has_head and "num_classes" in options:
         raise InputError(f"--num-classes: {path} has no head; leave it out")
     classes = 1000 if has_head else 0
     model = build_model(config.model, create_args(config, classes, channels(state)), "auto")
-    if load_checkpoint(model, path).dropped_classes is not None:
-        raise InputError(
-            f"--num-classes: got {model.num_classes}, {path} has {len(state['head.weight'])} "
-            "classes; leave it out"
-        )
+    load_checkpoint(model, path, new_head=False)
     for key in PREPARATION:
         if key in options:
             model.pretrained_cfg[key] = getattr(config, key)

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -81,6 +81,7 @@ def load_checkpoint(
     path: str | PathLike,
     *,
     grid_size: tuple[int, int] | None = None,
+    new_head: bool = True,
 ) -> LoadReport:
     """Load the weights of a ``.safetensors`` file, or of one that ``torch.save`` wrote.
 
@@ -97,6 +98,7 @@ def load_checkpoint(
         path: the file.
         grid_size: (h, w) of the checkpoint's tokens. Without it as many positions as the model's
             are taken to be the same grid, and others to be a square one.
+        new_head: whether a head that is missing or of other classes is made anew, or an error.
 
     Raises:
         InputError: the file cannot be read as a checkpoint without running code, or does not fit
@@ -124,6 +126,16 @@ def load_checkpoint(
         dropped_classes = head.shape[0]
     elif model.num_classes > 0 and not any(name.startswith("head.") for name in state):
         dropped_classes = 0
+    if dropped_classes == 0 and not new_head:
+        raise InputError(
+            f"checkpoint: {path} has no head (head.weight), so it gives features, not classes; train "
+            "one with `t2tvit train --init`"
+        )
+    if dropped_classes is not None and not new_head:
+        raise InputError(
+            f"num_classes: {path} has {dropped_classes} classes, the model {model.num_classes}; "
+            f"give --num-classes {dropped_classes}"
+        )
     if dropped_classes is not None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
@@ -147,23 +159,31 @@ def load_checkpoint(
     return LoadReport(wrapper, len(state), resized, dropped_classes, in_chans)
 
 
-def read_state_dict(path: str | PathLike) -> tuple[str | None, dict[str, Tensor]]:
+def read_state_dict(
+    path: str | PathLike, *, warn: bool = True
+) -> tuple[str | None, dict[str, Tensor]]:
     """The name of the entry that holds a file's weights, and these, without prefixes.
+
+    Args:
+        path: the file.
+        warn: whether to log what is left out; not if the file is read once more.
 
     Raises:
         InputError: the file cannot be read as a checkpoint without running code.
     """
     path = Path(path)
-    return _unwrap(read_file(path), path)
+    return _unwrap(read_file(path), path, _logger.warning if warn else lambda *_: None)
 
 
-def _unwrap(content: object, path: Path) -> tuple[str | None, dict[str, Tensor]]:
+def _unwrap(
+    content: object, path: Path, warn: Callable[..., None]
+) -> tuple[str | None, dict[str, Tensor]]:
     """The wrapper's name and the state dict in it, without prefixes."""
     if not isinstance(content, Mapping):
         raise InputError(
             f"checkpoint: got a {type(content).__name__} in {path}, expected a state dict"
         )
-    wrapper = _choose(content, path)
+    wrapper = _choose(content, path, warn)
     entries = content
     for name in wrapper.split(".") if wrapper else ():
         entries = entries[name]
@@ -188,11 +208,11 @@ def _unwrap(content: object, path: Path) -> tuple[str | None, dict[str, Tensor]]
         raise InputError(f"checkpoint: names in {path} coincide without their prefixes")
     counters = [name for name in state if name.rpartition(".")[2] in COUNTERS]
     if counters:
-        _logger.warning("%s: left out the counters of thop: %s", path, _some(counters, 2))
+        warn("%s: left out the counters of thop: %s", path, _some(counters, 2))
     return wrapper or None, {name: state[name] for name in state if name not in counters}
 
 
-def _choose(content: Mapping, path: Path) -> str:
+def _choose(content: Mapping, path: Path, warn: Callable[..., None]) -> str:
     """The entry that holds the weights, a dotted path; empty if they are the content itself."""
     found = list(_state_dicts(content, "", 0))
     if "" in found:
@@ -208,7 +228,7 @@ def _choose(content: Mapping, path: Path) -> str:
     if chosen is None:
         return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
     if len(found) > 1:
-        _logger.warning("%s: holds the weights %s; %s is taken", path, ", ".join(found), chosen)
+        warn("%s: holds the weights %s; %s is taken", path, ", ".join(found), chosen)
     return chosen
 
 

@@ -45,18 +45,18 @@ def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
         raise InputError(f"model {name} with {args}: {error}") from None
 
 
-def load_weights(model: nn.Module, path: Path) -> int | None:
-    """Load a checkpoint into :func:`build_model`'s; the class count of a head that did not fit.
+def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None:
+    """Load a checkpoint into :func:`build_model`'s; ``new_head`` as in ``load_checkpoint``.
 
     Raises:
         InputError: the file is missing or damaged, or holds another model's weights.
     """
     if isinstance(model, T2TBackbone):
-        return load_checkpoint(model, path).dropped_classes
+        load_checkpoint(model, path, new_head=new_head)
+        return
     _, state = read_state_dict(path)
     check_fit(state, model.state_dict(), path)
     model.load_state_dict(state)
-    return None
 
 
 @torch.no_grad()

@@ -124,17 +124,7 @@ def load_trained(path: Path, config: RunConfig, about: Weights | None, world: Wo
     else:
         args, class_names = about.create_args, about.class_names
     model = build_model(config.model, args, config.fused_kernels)
-    dropped_classes = load_weights(model, path)
-    if dropped_classes == 0:
-        raise InputError(
-            f"checkpoint: {path} has no head (head.weight), so it gives features, not classes; train "
-            "one with `t2tvit train --init`"
-        )
-    if dropped_classes is not None:
-        raise InputError(
-            f"num_classes: {path} has {dropped_classes} classes, the model {model.num_classes}; "
-            f"give --num-classes {dropped_classes}"
-        )
+    load_weights(model, path, new_head=False)
     model.to(world.device)
     try_forward(model, config, args["in_chans"], world)
     return Trained(model, config, class_names, args["in_chans"])

@@ -178,3 +178,29 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     line = run(capsys, "convert", "hf-hub:somebody/flowers", tmp_path / "t.pth", status=1)
     assert "hf-hub:somebody/flowers: ConnectionError: no route to host" in line
+
+
+def test_heads_of_published_weights(tmp_path, capsys):
+    """Weights without a head stay so; another number of classes is refused, in one line."""
+    target = tmp_path / "t.safetensors"
+    options = ("--model", "t2t_vit_7", "--model-args", "depth=1")
+    for classes in (0, 4):
+        made = t2tvit.create_model("t2t_vit_7", depth=1, img_size=32, num_classes=classes)
+        torch.save(made.state_dict(), tmp_path / "w.pth")
+        run(capsys, "convert", tmp_path / "w.pth", target, *options)
+        assert read_about(target).create_args["num_classes"] == classes
+        line = run(
+            capsys, "convert", tmp_path / "w.pth", target, *options, "--num-classes", "5", status=2
+        )
+        assert ("has no head" if classes == 0 else "has 4 classes, the model 5") in line
+
+
+def test_warnings_are_said_once(tmp_path, capsys, caplog):
+    state = model().state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "w.pth")
+    options = ("embed_dim=32", "depth=2", "num_heads=2")
+    target = tmp_path / "t.safetensors"
+    size = ("--img-size", "32", "48")
+    source = ("--model", "t2t_vit_7", "--model-args", *options)
+    run(capsys, "convert", tmp_path / "w.pth", target, *source, *size)
+    assert len(caplog.records) == 1

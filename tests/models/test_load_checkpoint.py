@@ -132,6 +132,11 @@ def test_a_missing_head_is_made_anew(tmp_path, caplog):
     assert report.dropped_classes == 0
     assert "no head; the model has a new one of 10" in caplog.text
     assert_same_weights(model, source.state_dict(), but=["head."])
+    with pytest.raises(InputError, match="has no head"):
+        load_checkpoint(model, tmp_path / "a.pth", new_head=False)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(InputError, match="has 10 classes, the model 4; give --num-classes 10"):
+        load_checkpoint(small_model(2, num_classes=4), tmp_path / "a.pth", new_head=False)
 
 
 def test_weights_that_are_not_finite_are_said(tmp_path, caplog):
