@@ -88,9 +88,15 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
 
 
+# torch.compile of torch 2.11 does not trace the question itself.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that an enclosing ``torch.autocast`` asks for on the device of ``x``, if any."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+    if not isinstance(x, Tensor) or not _has_autocast(x.device.type):
         return None
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)

@@ -12,9 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # The interpreter runs kernels on CPU tensors, for the tests.
 from t2t_kernels.backends import DEVICE_TYPES, INTERPRETED
+
+# Before 3.8, Triton puts no proxy fence between an asynchronous copy to shared memory and the wgmma
+# that reads it, so a softmax loop on 9.0 must load its tiles without one: with a single stage.
+_ASYNCHRONOUS_COPIES = TorchVersion(triton.__version__) >= (3, 8)
 
 IMPL_DEVICES = tuple(sorted(DEVICE_TYPES["triton"]))
 
@@ -54,13 +59,13 @@ TABLES = {
         forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
         backward=(Launch(*backward, 1), Launch(16, 8, 1)),
         attention=(Launch(16, 4, 2), Launch(16, 4, 2)),
-        softmax=(Launch(128, 8, 3, 64), Launch(block_s, 4, 2, 32)),
-        softmax_backward=(Launch(64, 4, 2, block_s), Launch(32, 4, 2, 32)),
+        softmax=(Launch(128, 8, stages, 64), Launch(block_s, 4, 2, 32)),
+        softmax_backward=(Launch(64, 4, min(2, stages), block_s), Launch(32, 4, 2, 32)),
     )
-    for version, slots, backward, block_s in (
-        (80, 108, (16, 4), 32),
-        (90, 132, (32, 8), 64),
-        (120, 170, (32, 8), 32),
+    for version, slots, backward, block_s, stages in (
+        (80, 108, (16, 4), 32, 3),
+        (90, 132, (32, 8), 64, 3 if _ASYNCHRONOUS_COPIES else 1),
+        (120, 170, (32, 8), 32, 3),
     )
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few
@@ -81,9 +86,10 @@ def _table_of(capability: tuple[int, int]) -> Table:
     return TABLES[max(known for known in TABLES if known <= version)]
 
 
-def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launch:
-    """The pair's entry for ``dtype``; tokens ``width`` > 64 wide make shorter tiles of more threads."""
+def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, *sizes: int) -> Launch:
+    """The pair's entry for ``dtype``; a size (E, m, M) above 64 makes shorter tiles of more threads."""
     entry = pair[dtype == torch.float32]
+    width = padded(max(sizes))
     if width <= 64:
         return entry
     return Launch(max(SMALLEST_SIDE, entry.block_t * 64 // width), warps=8, stages=1)
@@ -92,6 +98,11 @@ def launch(pair: tuple[Launch, Launch], dtype: torch.dtype, width: int) -> Launc
 def padded(size: int) -> int:
     """The side of the tile that holds ``size`` rows or columns."""
     return max(SMALLEST_SIDE, triton.next_power_of_2(size))
+
+
+def random_features(w: Tensor) -> Tensor:
+    """Random features as the kernels read them: contiguous, and 4 bytes each at most."""
+    return (w.float() if w.dtype == torch.float64 else w).contiguous()
 
 
 def device_guard(tensor: Tensor):
@@ -130,6 +141,7 @@ def rounded(b, DTYPE: tl.constexpr):
 @triton.jit
 def dot(a, b, acc):
     """a·b + acc, accumulated in float32; float32 operands lose nothing, each split into three."""
+    tl.static_assert(a.dtype == b.dtype, "the factors of a product have different dtypes")
     # The interpreter's products of bfloat16 are silently wrong.
     if _INTERPRETED:
         a = a.to(tl.float32)

@@ -1,5 +1,8 @@
 """Products of a tile with a matrix in memory, which is loaded as it is needed and in parts.
 
+The matrix may have another dtype than the tile: random features do. Each part is converted to the
+tile's dtype.
+
 A thread has too few registers for more of a product's operands at a time, and a float32 operand, split
 in three, takes the most.
 """
@@ -43,7 +46,8 @@ def times_matrix(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, first: tl
         acc = times_matrix(b_left, p, acc, ROWS, COLUMNS, first)
         return times_matrix(b_right, p, acc, ROWS, COLUMNS, first + SIZE // 2)
     else:
-        return dot(b, _load_part(p, first, 0, SIZE, acc.shape[1], ROWS, COLUMNS), acc)
+        b_part = _load_part(p, first, 0, SIZE, acc.shape[1], ROWS, COLUMNS)
+        return dot(b, b_part.to(b.dtype), acc)
 
 
 @triton.jit
@@ -56,7 +60,8 @@ def times_transposed(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, first
         acc = times_transposed(b_left, p, acc, ROWS, COLUMNS, first)
         return times_transposed(b_right, p, acc, ROWS, COLUMNS, first + SIZE // 2)
     else:
-        return dot(b, tl.trans(_load_part(p, 0, first, acc.shape[1], SIZE, ROWS, COLUMNS)), acc)
+        b_part = _load_part(p, 0, first, acc.shape[1], SIZE, ROWS, COLUMNS)
+        return dot(b, tl.trans(b_part.to(b.dtype)), acc)
 
 
 @triton.jit

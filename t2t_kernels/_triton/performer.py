@@ -6,16 +6,20 @@ the eps term alone. The sums over keys are Z_i = Σ_s e^(a_si − c_i) and S_i =
 """
 
 import math
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 
-from t2t_kernels._triton import dot, rounded
+from t2t_kernels._triton import dot, padded, rounded
 from t2t_kernels._triton.matrix import add_product, times_matrix, times_transposed
 from t2t_kernels._triton.split import add_to_slot
 
 # Tokens whose sums one program takes: the partial sums of a chunk are a few kilobytes.
 CHUNK = 512
+
+# Random features whose sums one program keeps in registers.
+_FEATURES_BLOCK = 64
 
 _LARGEST = tl.constexpr(1e15)
 
@@ -23,6 +27,17 @@ _LARGEST = tl.constexpr(1e15)
 def log_eps_term(eps: float, features: int) -> float:
     """log(eps·m) as `attend` takes it; anything without eps."""
     return math.log(eps) + math.log(features) if eps > 0 else 0.0
+
+
+def blocks_of_features(constants: dict) -> Iterator[tuple[dict, int]]:
+    """For each launch of a keys kernel, its constants of the random features, and the first of them.
+
+    One launch for all 128 would need 144 KiB of shared memory and spill kilobytes.
+    """
+    features = constants["FEATURES"]
+    for first in range(0, features, _FEATURES_BLOCK):
+        count = min(_FEATURES_BLOCK, features - first)
+        yield {"FEATURES_ALL": features, "FEATURES": count, "FEATURES_P": padded(count)}, first
 
 
 @triton.jit

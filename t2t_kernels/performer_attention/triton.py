@@ -9,13 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import IMPL_DEVICES, check_offsets, device_guard, launch, padded, table
+from t2t_kernels._triton import (
+    IMPL_DEVICES,
+    check_offsets,
+    device_guard,
+    launch,
+    padded,
+    random_features,
+    table,
+)
 from t2t_kernels._triton.performer import (
     CHUNK,
     add_gradient_of_sums,
     add_keys,
     attend,
     attend_backward,
+    blocks_of_features,
     gradient_of_sums_size,
     keys_backward,
     load_rows,
@@ -43,6 +52,7 @@ def performer_attention_keys_kernel(
     v_stride_e,
     tokens,
     chunks,
+    FEATURES_ALL: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_P: tl.constexpr,
     EMBED: tl.constexpr,
@@ -50,6 +60,7 @@ def performer_attention_keys_kernel(
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    """The sums of FEATURES of an image's FEATURES_ALL random features; the pointers are to the first."""
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
     start = tl.program_id(0) % chunks * CHUNK
@@ -64,8 +75,8 @@ def performer_attention_keys_kernel(
         b_v = load_rows(p_v + i_image * v_stride_b, o_t, m_t, v_stride_t, v_stride_e, EMBED, EMBED_P)
         maximum, normalizer, sums = add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T,
                                              FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
-               p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
+    store_sums(p_maximum + i_part * FEATURES_ALL, p_normalizer + i_part * FEATURES_ALL,
+               p_sums + i_part * (FEATURES_ALL * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
 
 
@@ -211,7 +222,7 @@ def performer_attention_bwd_keys_kernel(
 def _shape(v: Tensor, w: Tensor) -> tuple[int, dict, dict]:
     """Chunks per image, the kernels' constants, and how they are launched."""
     features, embed = w.shape
-    how = launch(table(v.device).attention, v.dtype, padded(embed))
+    how = launch(table(v.device).attention, v.dtype, embed, features)
     constants = {
         "FEATURES": features,
         "FEATURES_P": padded(features),
@@ -234,7 +245,7 @@ def performer_attention(
     chunks, constants, options = _shape(v, w)
     batch, tokens, embed = v.shape
     features = w.shape[0]
-    w = w.contiguous()
+    w = random_features(w)
     y = v.new_empty((batch, tokens, embed))
     maximum, normalizer = (v.new_empty((batch, features), dtype=torch.float32) for _ in range(2))
     sums = v.new_empty((batch, features, embed), dtype=torch.float32)
@@ -244,9 +255,19 @@ def performer_attention(
     parts.append(v.new_empty((batch * chunks, features, embed), dtype=torch.float32))
     grid = (batch * chunks,)
     with device_guard(v):
-        performer_attention_keys_kernel[grid](
-            k, v, w, *parts, *k.stride(), *v.stride(), tokens, chunks, **constants, **options
-        )
+        for features_constants, first in blocks_of_features(constants):
+            performer_attention_keys_kernel[grid](
+                k,
+                v,
+                w[first:],
+                *(part[:, first:] for part in parts),
+                *k.stride(),
+                *v.stride(),
+                tokens,
+                chunks,
+                **constants | features_constants,
+                **options,
+            )
         performer_attention_queries_kernel[grid](
             q,
             w,
@@ -280,7 +301,7 @@ def performer_attention_backward(
     check_offsets("performer_attention", grad, k, q, v)
     chunks, constants, options = _shape(v, w)
     batch, tokens, embed = v.shape
-    w = w.contiguous()
+    w = random_features(w)
     dk, dq, dv = (v.new_empty((batch, tokens, embed)) for _ in range(3))
     if batch == 0:
         return dk, dq, dv

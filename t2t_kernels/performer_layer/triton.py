@@ -18,6 +18,7 @@ from t2t_kernels._triton import (
     device_guard,
     launch,
     padded,
+    random_features,
     rounded,
     table,
 )
@@ -27,6 +28,7 @@ from t2t_kernels._triton.performer import (
     add_keys,
     attend,
     attend_backward,
+    blocks_of_features,
     gradient_of_sums_size,
     keys_backward,
     load_rows,
@@ -88,6 +90,7 @@ def performer_layer_keys_kernel(
     PADDING: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    FEATURES_ALL: tl.constexpr,
     FEATURES: tl.constexpr,
     FEATURES_P: tl.constexpr,
     EMBED: tl.constexpr,
@@ -95,6 +98,7 @@ def performer_layer_keys_kernel(
     CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    """The sums of FEATURES of an image's FEATURES_ALL random features; the pointers are to the first."""
     i_part = tl.program_id(0).to(tl.int64)
     p_image = p_x + i_part // chunks * stride_b
     start = tl.program_id(0) % chunks * CHUNK
@@ -114,8 +118,8 @@ def performer_layer_keys_kernel(
                                 False)  # fmt: skip
         maximum, normalizer, sums = add_keys(b_k, b_v, m_t, p_w, maximum, normalizer, sums, BLOCK_T,
                                              FEATURES, FEATURES_P, EMBED, EMBED_P)  # fmt: skip
-    store_sums(p_maximum + i_part * FEATURES, p_normalizer + i_part * FEATURES,
-               p_sums + i_part * (FEATURES * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
+    store_sums(p_maximum + i_part * FEATURES_ALL, p_normalizer + i_part * FEATURES_ALL,
+               p_sums + i_part * (FEATURES_ALL * EMBED), maximum, normalizer, sums, FEATURES, FEATURES_P,
                EMBED, EMBED_P)  # fmt: skip
 
 
@@ -522,8 +526,9 @@ def performer_layer(
     sums = x.new_empty((batch, features, embed), dtype=torch.float32)
     if batch == 0:
         return out, maximum, normalizer, sums
-    w, norm1_weight, norm1_bias, kqv_bias = (
-        tensor.contiguous() for tensor in (w, norm1_weight, norm1_bias, kqv_bias)
+    w = random_features(w)
+    norm1_weight, norm1_bias, kqv_bias = (
+        tensor.contiguous() for tensor in (norm1_weight, norm1_bias, kqv_bias)
     )
     tail = [
         tensor.contiguous()
@@ -543,27 +548,29 @@ def performer_layer(
     chunks = triton.cdiv(split.tokens, CHUNK)
     parts = [x.new_empty((batch * chunks, features), dtype=torch.float32) for _ in range(2)]
     parts.append(x.new_empty((batch * chunks, features, embed), dtype=torch.float32))
-    how = launch(table(x.device).forward, x.dtype, padded(embed))
+    how = launch(table(x.device).forward, x.dtype, embed, features, mlp_0_weight.shape[0])
     grid = (batch * chunks,)
     with device_guard(x):
-        performer_layer_keys_kernel[grid](
-            x,
-            packed,
-            kqv_bias,
-            norm1_weight,
-            norm1_bias,
-            w,
-            *parts,
-            *split,
-            chunks,
-            **{name: value for name, value in constants.items() if not name.startswith("HIDDEN")},
-            CHUNK=CHUNK,
-            BLOCK_T=how.block_t,
-            num_warps=how.warps,
-            num_stages=how.stages,
-            # Left to itself, the assembler spills to fit one block more.
-            maxnreg=255,
-        )
+        without_mlp = {name: value for name, value in constants.items() if not name.startswith("HIDDEN")}
+        for features_constants, first in blocks_of_features(constants):
+            performer_layer_keys_kernel[grid](
+                x,
+                packed,
+                kqv_bias,
+                norm1_weight,
+                norm1_bias,
+                w[first:],
+                *(part[:, first:] for part in parts),
+                *split,
+                chunks,
+                **without_mlp | features_constants,
+                CHUNK=CHUNK,
+                BLOCK_T=how.block_t,
+                num_warps=how.warps,
+                num_stages=how.stages,
+                # Left to itself, the assembler spills to fit one block more.
+                maxnreg=255,
+            )
         performer_layer_queries_kernel[grid](
             x,
             packed,
@@ -624,8 +631,9 @@ def performer_layer_backward(
     check_offsets("performer_layer", x, grad)
     split, constants = geometry(x, kernel_size, stride, padding)
     batch, embed = x.shape[0], w.shape[1]
-    w, norm1_weight, norm1_bias, kqv_bias = (
-        tensor.contiguous() for tensor in (w, norm1_weight, norm1_bias, kqv_bias)
+    w = random_features(w)
+    norm1_weight, norm1_bias, kqv_bias = (
+        tensor.contiguous() for tensor in (norm1_weight, norm1_bias, kqv_bias)
     )
     tail = [
         tensor.contiguous()
@@ -646,7 +654,7 @@ def performer_layer_backward(
     packed = pack_weight(kqv_weight, 3, padded(embed), constants)
 
     entry = table(x.device)
-    how = launch(entry.backward, x.dtype, padded(embed))
+    how = launch(entry.backward, x.dtype, embed, w.shape[0], mlp_0_weight.shape[0])
     options = {"BLOCK_T": how.block_t, "num_warps": how.warps, "num_stages": how.stages}
     chunks = triton.cdiv(split.tokens, CHUNK)
     rows = rows_per_band(split.columns)

@@ -340,7 +340,7 @@ def transformer_layer(
     tail = (attn_proj_weight, attn_proj_bias, norm2_weight, norm2_bias)
     tail += (mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias)
     packed = pack_weight(attn_qkv_weight, 3, padded(embed), constants)
-    how = launch(table(x.device).forward, x.dtype, padded(embed))
+    how = launch(table(x.device).forward, x.dtype, embed)
     tiles = triton.cdiv(tokens, how.block_t)
     with device_guard(x):
         transformer_layer_project_kernel[(batch * tiles,)](
@@ -416,7 +416,7 @@ def transformer_layer_backward(
     constants |= {"EMBED": embed, "EMBED_P": padded(embed)}
 
     entry = table(x.device)
-    how = launch(entry.backward, x.dtype, padded(embed))
+    how = launch(entry.backward, x.dtype, embed, mlp_fc1_weight.shape[0])
     options = {"BLOCK_T": how.block_t, "num_warps": how.warps, "num_stages": how.stages}
     tiles = triton.cdiv(tokens, how.block_t)
     rows = rows_per_band(split.columns)

@@ -11,7 +11,7 @@ class Work(TorchDispatchMode):
     """What runs inside: the kernels and operators that launch something, and the memory allocated."""
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-    VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided")
+    VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided", "slice")
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,7 @@
 """The launchers' calls in a training step at 224×224 pixels, on tensors without storage."""
 
+import functools
+
 import torch
 
 from t2t_kernels.performer_attention import triton as performer_attention
@@ -17,7 +19,7 @@ LAYERS = {
     "layer2": (64, 56, (3, 2, 1), True),
 }
 # E, m and the MLP's width at their limits.
-WIDE = (128, 64, 128)
+WIDE = (128, 128, 128)
 
 
 def tensor(*shape, dtype, channels_last=False):
@@ -47,20 +49,20 @@ def projection(layer, dtype):
     soft_split_linear.soft_split_linear_backward(y, x, weight, norm, norm, *split, 1e-5, need_x)
 
 
-def attention(dtype, embed=64, features=32):
+def attention(dtype, embed=64, features=32, features_dtype=torch.float32):
     k, q, v = (tensor(BATCH, 3136, embed, dtype=dtype) for _ in range(3))
-    w = tensor(features, embed, dtype=torch.float32)
+    w = tensor(features, embed, dtype=features_dtype)
     y, *sums = performer_attention.performer_attention(k, q, v, w, 1e-8)
     performer_attention.performer_attention_backward(y, k, q, v, w, *sums, 1e-8)
 
 
-def performer(layer, dtype, embed=64, features=32, hidden=64):
+def performer(layer, dtype, embed=64, features=32, hidden=64, features_dtype=torch.float32):
     channels, size, split, need_x = LAYERS[layer]
     x = tensor(BATCH, channels, size, size, dtype=dtype, channels_last=channels > 3)
     width = channels * split[0] ** 2
     shapes = ((width,), (width,), (3 * embed, width), (3 * embed,), (embed, embed), *[(embed,)] * 3)
     shapes += ((hidden, embed), (hidden,), (embed, hidden), (embed,))
-    w = tensor(features, embed, dtype=torch.float32)
+    w = tensor(features, embed, dtype=features_dtype)
     params = [w, *(tensor(*shape, dtype=dtype) for shape in shapes)]
     seed = tensor(1, dtype=torch.int64)
     numbers = (*split, 1e-8, 0.1)
@@ -102,3 +104,16 @@ for _name, _dtype in DTYPES.items():
     CALLS[f"attention-wide-{_name}"] = lambda dtype=_dtype: attention(dtype, *WIDE[:2])
     CALLS[f"transformer-wide-{_name}"] = lambda dtype=_dtype: transformer("layer2", dtype, 128, 128)
     CALLS[f"performer-wide-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *WIDE)
+
+
+def random_features(dtype, features_dtype):
+    """Every kernel that takes random features, small, since it is to compile and no more."""
+    attention(dtype, 16, 16, features_dtype)
+    performer("layer1", dtype, 16, 16, 16, features_dtype)
+
+
+for _name, _dtype in DTYPES.items():
+    for _features, _features_dtype in DTYPES.items():
+        CALLS[f"features-{_features}-{_name}"] = functools.partial(
+            random_features, _dtype, _features_dtype
+        )

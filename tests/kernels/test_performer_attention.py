@@ -18,6 +18,7 @@ CASES = {
     "usual": (2, 65, 64, 32),
     "narrow": (1, 31, 32, 16),
     "wide": (1, 17, 128, 64),
+    "many-features": (1, 600, 16, 100),
     "odd": (2, 70, 6, 5),
     "chunks": (1, 1030, 16, 8),
     "one-token": (16, 1, 16, 16),
@@ -66,8 +67,8 @@ def assert_parity(tensors, w, eps, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", CASES)
 def test_parity(backend, device, case, dtype):
-    if CASES[case][2] > LIMITS.get(backend, {}).get("E", CASES[case][2]):
-        pytest.skip("wider than its kernel takes")
+    if max(CASES[case][2:]) > LIMITS.get(backend, {}).get("E", 128):
+        pytest.skip("larger than its kernel takes")
     # A larger eps keeps the gradients of a single token's k and q from being all rounding.
     eps = 0.1 if case == "one-token" else 1e-8
     assert_parity(*arguments(CASES[case], 0.5, dtype, device), eps, backend)
@@ -113,6 +114,14 @@ def test_nan_is_not_clamped_away(backend, device, which):
     ours, plain = (performer_attention(**tensors, w=w, backend=b) for b in (backend, "reference"))
     assert plain.isnan().any()
     assert torch.equal(ours.isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("features_dtype", [*DTYPES, torch.float64], ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_random_features_of_any_dtype(backend, device, dtype, features_dtype):
+    """As ``module.bfloat16()`` converts them along with the parameters."""
+    tensors, w = arguments(CASES["narrow"], 0.5, dtype, device)
+    assert_parity(tensors, w.to(features_dtype), 1e-8, backend)
 
 
 def test_views(backend, device):
