@@ -252,26 +252,49 @@ class Choice:
 
 
 def explain(
-    device: torch.device | str, backend: str | None = None, dtype: torch.dtype = torch.float32
+    device: torch.device | str,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Choice]:
-    """For every operation, the backend that would serve it on ``device`` and the reason."""
-    device = torch.device(device)
-    named = requested(backend)
-    choices = []
-    for operation in OPERATIONS.values():
-        if named is not None:
-            reason = _why_not(operation, named, device, dtype, {})
-            choices.append(Choice(operation.name, None if reason else named, reason or "named"))
-            continue
-        chosen = choose(operation, device, dtype, None)
-        order = PREFERENCE.get(device.type, ("reference",))
-        reasons = [
-            f"{other}: {_why_not(operation, other, device, dtype, {})}"
-            for other in order[: order.index(chosen)]
-        ]
-        if chosen == "reference" and operation.parts:
-            reasons.append("composed of " + " and ".join(operation.parts))
-        choices.append(
-            Choice(operation.name, chosen, "; ".join(reasons) or f"first choice on {device.type}")
-        )
-    return choices
+    """For every operation, the backend that would serve it on ``device`` and the reason.
+
+    Args:
+        device, backend, dtype: as those of a call.
+        sizes: by operation the sizes of its calls, ``{"performer_layer": {"E": 64, "m": 32, "M": 64}}``.
+            Only these operations are explained, and those that they are composed of here. None
+            explains all of them, for sizes that every backend takes.
+    """
+    device, named = torch.device(device), requested(backend)
+    if sizes is None:
+        sizes = dict.fromkeys(OPERATIONS, {})
+    choices: dict[str, Choice] = {}
+    waiting = list(sizes.items())
+    while waiting:
+        name, own = waiting.pop(0)
+        choice = _explain_one(OPERATIONS[name], device, named, dtype, own)
+        choices.setdefault(name, choice)
+        if choice.backend == "reference" and named is None:
+            waiting += [(part, own) for part in OPERATIONS[name].parts]
+    return list(choices.values())
+
+
+def _explain_one(
+    operation: Operation,
+    device: torch.device,
+    named: str | None,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+) -> Choice:
+    if named is not None:
+        reason = _why_not(operation, named, device, dtype, sizes)
+        return Choice(operation.name, None if reason else named, reason or "named")
+    chosen = choose(operation, device, dtype, None, sizes)
+    order = PREFERENCE.get(device.type, ("reference",))
+    reasons = [
+        f"{other}: {_why_not(operation, other, device, dtype, sizes)}"
+        for other in order[: order.index(chosen)]
+    ]
+    if chosen == "reference" and operation.parts:
+        reasons.append("composed of " + " and ".join(operation.parts))
+    return Choice(operation.name, chosen, "; ".join(reasons) or f"first choice on {device.type}")

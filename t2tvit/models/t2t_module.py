@@ -52,6 +52,10 @@ class TokenPerformer(nn.Module):
             nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim)
         )
 
+    def operation_sizes(self) -> dict[str, dict[str, int]]:
+        (m, width), hidden = self.w.shape, self.mlp[0].out_features
+        return {"performer_layer": {"E": width, "m": m, "M": hidden}}
+
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         params = PerformerLayerParams(
             w=self.w,
@@ -95,6 +99,10 @@ class TokenTransformer(nn.Module):
             {"fc1": nn.Linear(token_dim, token_dim), "fc2": nn.Linear(token_dim, token_dim)}
         )
 
+    def operation_sizes(self) -> dict[str, dict[str, int]]:
+        fc1 = self.mlp["fc1"]
+        return {"transformer_layer": {"E": fc1.in_features, "M": fc1.out_features}}
+
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         params = TransformerLayerParams(
             norm1_weight=self.norm1.weight,
@@ -117,6 +125,9 @@ class TokenConvolution(nn.Conv2d):
 
     def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
         super().__init__(in_chans, token_dim, **split)
+
+    def operation_sizes(self) -> dict[str, dict[str, int]]:
+        return {}
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         return super().forward(x).flatten(2).transpose(1, 2)
@@ -190,6 +201,11 @@ class T2TModule(nn.Module):
             known = ("auto", *BACKENDS)
             raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
         self.backend = None if name == "auto" else name
+
+    def operation_sizes(self) -> dict[str, dict[str, int]]:
+        """The operations of `t2t_kernels` that the module calls, and their sizes, for ``explain``."""
+        layers = self.attention1.operation_sizes() | self.attention2.operation_sizes()
+        return layers | {"soft_split_linear": {}}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""

@@ -101,7 +101,7 @@ def compare(
         f"amp {config.amp}, {describe_device(world.device)}"
     )
     print(f"fused means --fused-kernels={config.fused_kernels}:")
-    for line in backend_lines(world.device, config):
+    for line in backend_lines(world.device, config, fused):
         print(line)
     images = torch.randn(config.batch_size, channels, height, width, device=world.device)
     labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)

@@ -14,6 +14,7 @@ from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
 from t2tvit.models import T2TBackbone, create_model, load_checkpoint
 from t2tvit.models.checkpoint import check_fit, read_state_dict
+from t2tvit.models.t2t_module import T2TModule
 from t2tvit.models.timm_models import TIMM, create_timm_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
@@ -137,12 +138,16 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def backend_lines(device: torch.device, config: RunConfig) -> Iterator[str]:
-    """Which backend serves each operation on ``device``, and why."""
-    if config.model.startswith(TIMM):
+def backend_lines(device: torch.device, config: RunConfig, model: nn.Module) -> Iterator[str]:
+    """Which backend serves each operation that ``model`` calls on ``device``, and why."""
+    sizes = {}
+    for module in model.modules():
+        if isinstance(module, T2TModule):
+            sizes |= module.operation_sizes()
+    if not sizes:
         yield f"  {config.model} has no fused kernels"
         return
     named = None if config.fused_kernels == "auto" else config.fused_kernels
     dtype = torch.float32 if config.amp == "none" else getattr(torch, config.amp)
-    for choice in explain(device, named, dtype):
+    for choice in explain(device, named, dtype, sizes):
         yield f"  {choice.operation:<20} {choice.backend or 'unavailable':<10} {choice.reason}"

@@ -103,7 +103,7 @@ def opening_lines(
             f"update is made from {batch} images, at an unchanged learning rate"
         )
     yield f"backends  --fused-kernels={config.fused_kernels}"
-    yield from backend_lines(world.device, config)
+    yield from backend_lines(world.device, config, model)
 
 
 def best_epoch(history: list[dict]) -> dict:

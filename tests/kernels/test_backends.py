@@ -97,6 +97,43 @@ def test_explain_names_every_operation_and_a_reason(monkeypatch):
     assert "no cpu kernel" in refused["composed"].reason
 
 
+LARGE = {"E": 256, "m": 128, "M": 256}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which Triton and CUDA C++ run, as far as the choice of a backend can tell."""
+    monkeypatch.setattr(backends, "_LOAD_ERRORS", dict.fromkeys(("cpu", "triton", "cuda")))
+    monkeypatch.setattr(backends, "_why_not_on_gpu", lambda backend, device: None)
+
+
+def test_explain_names_what_serves_calls_of_these_sizes(gpu):
+    sizes = {"performer_layer": LARGE, "soft_split_linear": {}}
+    choices = {choice.operation: choice for choice in explain("cuda", sizes=sizes)}
+    # The layer is composed; its parts are explained, at its sizes.
+    assert {name: choice.backend for name, choice in choices.items()} == {
+        "performer_layer": "reference",
+        "soft_split_linear": "triton",
+        "performer_attention": "reference",
+    }
+    assert "triton: its kernel takes E up to 128, got 256" in choices["performer_layer"].reason
+    for name, choice in choices.items():
+        served = choose(
+            backends.OPERATIONS[name], torch.device("cuda"), torch.float32, None, LARGE
+        )
+        assert choice.backend == served
+    small = {"transformer_layer": {"E": 64, "M": 64}, "soft_split_linear": {}}
+    assert [choice.backend for choice in explain("cuda", sizes=small)] == ["triton", "triton"]
+
+
+def test_explain_says_what_a_named_backend_cannot_do(gpu):
+    (choice,) = explain("cuda", "cuda", sizes={"performer_layer": {"E": 96, "m": 48, "M": 96}})
+    assert choice.backend is None and "takes E up to 64, got 96" in choice.reason
+    # Plain PyTorch throughout: no other operation is called.
+    (choice,) = explain("cuda", "reference", sizes={"performer_layer": LARGE})
+    assert choice.backend == "reference"
+
+
 def test_environment():
     code = (
         "import torch, t2t_kernels as t; x = torch.randn(1, 2, 5, 5, requires_grad=True);"
