@@ -30,8 +30,13 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
 }
-# float16 differs from bfloat16 in conversions alone; random features' dtypes are to compile, no more.
-TABLED = [call for call in CALLS if not call.endswith("fp16") and not call.startswith("features")]
+# float16 differs from bfloat16 in conversions alone; random features of other dtypes and more than 64
+# of them have to compile and to fit, no more.
+TABLED = [
+    call
+    for call in CALLS
+    if not call.endswith("fp16") and not call.startswith("features") and "-largest-" not in call
+]
 
 
 @contextlib.contextmanager

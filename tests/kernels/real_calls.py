@@ -18,8 +18,8 @@ LAYERS = {
     "layer1": (3, 224, (7, 4, 2), False),
     "layer2": (64, 56, (3, 2, 1), True),
 }
-# E, m and the MLP's width at their limits.
-WIDE = (128, 128, 128)
+# E and the MLP's width at their limits, and all of E, m and M at theirs.
+WIDE, LARGEST = (128, 64, 128), (128, 128, 128)
 
 
 def tensor(*shape, dtype, channels_last=False):
@@ -104,6 +104,8 @@ for _name, _dtype in DTYPES.items():
     CALLS[f"attention-wide-{_name}"] = lambda dtype=_dtype: attention(dtype, *WIDE[:2])
     CALLS[f"transformer-wide-{_name}"] = lambda dtype=_dtype: transformer("layer2", dtype, 128, 128)
     CALLS[f"performer-wide-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *WIDE)
+    CALLS[f"attention-largest-{_name}"] = lambda dtype=_dtype: attention(dtype, *LARGEST[:2])
+    CALLS[f"performer-largest-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *LARGEST)
 
 
 def random_features(dtype, features_dtype):

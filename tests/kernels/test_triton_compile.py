@@ -33,16 +33,20 @@ DTYPES = ("fp32", "bf16", "fp16")
 # random features of every dtype, on one.
 EVERYWHERE = ("project-bf16", "attention-bf16", "performer-layer2-bf16", "transformer-layer2-bf16")
 CALLS = {
-    80: (*EVERYWHERE, "attention-wide-fp32", "transformer-layer1-fp16", "softmax-wide-fp32"),
+    80: (*EVERYWHERE, "attention-fp32", "transformer-layer1-fp16", "softmax-wide-fp32"),
     90: (*EVERYWHERE, "softmax-784-fp32", "performer-layer1-fp16", "performer-wide-bf16"),
-    120: (*EVERYWHERE, "project-fp16", "softmax-wide-bf16", "attention-wide-bf16"),
+    120: (*EVERYWHERE, "project-fp16", "softmax-wide-bf16"),
 }
+LARGEST = {80: "attention-largest-fp32", 120: "performer-largest-bf16"}
 for _capability, _dtype in zip(CALLS, DTYPES, strict=True):
     CALLS[_capability] += tuple(f"features-{features}-{_dtype}" for features in DTYPES)
 # The one kernel of a model known to spill, and its bytes, stores and loads.
 SPILLS = {(90, "performer-layer2-fp32", "performer_layer_bwd_split"): 32}
 # No kernel at E = 128 may spill more.
 WIDE_SPILLS = 544
+# The most that a kernel of a model, and one at E = 128, may spill: each release of Triton allocates
+# registers in its own way.
+MOST_SPILLS = {"3.6": (152, 688), "3.8": (64, WIDE_SPILLS)}
 CASES = [(capability, call) for capability, calls in CALLS.items() for call in calls]
 
 
@@ -54,7 +58,7 @@ def compiled():
         capability: subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.compiled", str(capability)]
             + [f"soft_split-{dtype}" for dtype in DTYPES]
-            + list(calls),
+            + [*calls, *filter(None, [LARGEST.get(capability)])],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -91,13 +95,25 @@ def test_soft_split(compiled, capability, dtype):
         assert figures["widest_store"] == bits, f"{kernel}: {figures}"
 
 
+def most_spills(wide: bool) -> int:
+    import triton
+
+    release = ".".join(triton.__version__.split(".")[:2])
+    return MOST_SPILLS.get(release, (0, WIDE_SPILLS))[wide]
+
+
+@pytest.mark.parametrize(("capability", "call"), LARGEST.items())
+def test_the_largest_sizes_fit_the_shared_memory(compiled, capability, call):
+    for kernel, figures in kernels(compiled, capability, call).items():
+        assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
+
+
 @pytest.mark.parametrize(("capability", "call"), CASES)
 def test_fused_kernels(compiled, capability, call):
     results = kernels(compiled, capability, call)
     assert len(results) >= 3
     for kernel, figures in results.items():
-        most = WIDE_SPILLS if "-wide-" in call else 0
-        assert figures["spills"] <= most, f"{kernel}: {figures}"
+        assert figures["spills"] <= most_spills("-wide-" in call), f"{kernel}: {figures}"
         assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
         product = kernel.startswith(
             ("soft_split_linear", "performer", "token_attention", "transformer")
@@ -132,7 +148,8 @@ def test_table_has_every_call_and_no_other_spills():
 
 
 @pytest.mark.parametrize(
-    ("capability", "call"), [case for case in CASES if not case[1].endswith("fp16")]
+    ("capability", "call"),
+    [case for case in CASES if not case[1].endswith("fp16") and not case[1].startswith("features")],
 )
 def test_table_is_what_the_compiler_reports(compiled, capability, call):
     """docs/kernels.md; ``python -m tests.kernels.compiled`` prints what belongs there."""
