@@ -3,13 +3,17 @@
 from t2t_kernels.errors import unknown_name
 
 __all__ = [
-    *("InputError", "NonFiniteLoss", "OneRankError", "RunError", "SaidElsewhere"),
+    *("InputError", "LabelError", "NonFiniteLoss", "OneRankError", "RunError", "SaidElsewhere"),
     "unknown_name",
 ]
 
 
 class InputError(ValueError):
     """Bad input from the user. The message says what is wrong, where, and how to fix it."""
+
+
+class LabelError(InputError):
+    """A label outside the classes: unlike an image that cannot be read, no other takes its place."""
 
 
 class OneRankError(InputError):

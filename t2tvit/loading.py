@@ -52,7 +52,7 @@ class Preparation:
         Raises:
             InputError: the file cannot be read.
         """
-        from t2tvit.data.sources import load_image
+        from t2tvit.data.images import load_image
 
         if isinstance(image, str | PathLike):
             image = load_image(Path(image), self.mode)

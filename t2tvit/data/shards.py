@@ -1,25 +1,40 @@
-"""Images from tar shards as the webdataset library writes them, read from beginning to end."""
+"""Images from tar shards as the webdataset library writes them, read from beginning to end.
+
+The files are opened here, not by the webdataset library, which runs or fetches what some names say.
+"""
 
 import io
+import itertools
 import json
+import os
+import re
+import stat
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
+from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
-from t2tvit.data.sources import load_image
-from t2tvit.errors import InputError
+from t2tvit.data.images import extensions, is_ignored, load_image
+from t2tvit.errors import InputError, LabelError
 
+# If a sample has several images, the first of these is taken.
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
-LABEL_KEY = "cls"
+IMAGE_KEYS += tuple(each[1:] for each in extensions() if each[1:] not in IMAGE_KEYS)
+LABEL_KEYS = ("cls", "txt", "json")
+JSON_LABELS = ("label", "cls")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 INFO_FILE = "_info.json"  # as timm's data sets have it
+NAMES_FILE = "classes.txt"
+MOST_CLASSES = 1_000_000  # where the labels say how many there are
+MOST_SHARDS = 1_000_000
+MOST_BYTES = 2**30  # of an image; a label has at most as many as LABEL_BYTES
+LABEL_BYTES = 2**20
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class ShardSample:
 
     @property
     def number(self) -> int:
-        return zlib.crc32(self.place.encode())
+        return zlib.crc32(self.place.encode(errors="surrogateescape"))
 
     def image(self) -> Image.Image:
         """Decoded, as RGB; an InputError that names the place where it cannot be."""
@@ -46,18 +61,33 @@ class ShardImages:
         spec: a folder (with train/*.tar and val/*.tar, or *train*.tar and *val*.tar), or the names
             of the shards, where {split} stands for train and val; * and {000..146} are understood.
         split: "train" or "val".
+        num_classes: if there is no NAMES_FILE beside the shards; by default one more than the
+            largest label.
 
     Raises:
         InputError: no shards, or one that cannot be read.
+        LabelError: a label outside the classes. Shards that INFO_FILE counts are not searched for
+            it if the number of classes is known; :meth:`read` then finds it.
     """
 
-    def __init__(self, spec: str, split: str):
-        self.shards, self.root = find_shards(spec, split), Path(spec).expanduser()
-        self.count = self._stored_count()
-        if self.count is None:
-            self.count = sum(count_images(shard) for shard in self.shards)
+    def __init__(self, spec: str, split: str, num_classes: int | None = None):
+        shards, root = find_shards(spec, split)
+        names = read_class_names((root or Path(shards[0]).parent) / NAMES_FILE)
+        self.names = names or []
+        self.classes = num_classes if names is None else len(names)
+        counts = stored_counts(root / INFO_FILE, shards) if root else None
+        if counts is None or self.classes is None:
+            counts, largest = self._scan(shards)
+            if self.classes is None:
+                self.classes = 1 + largest
+        self.count = sum(counts.values())
         if self.count == 0:
             raise InputError(f"data: the {split} shards of {spec} hold no images")
+        self.shards = [shard for shard in shards if counts[shard]]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.names or [str(index) for index in range(self.classes)]
 
     def __len__(self) -> int:
         return self.count
@@ -65,85 +95,279 @@ class ShardImages:
     def __getitem__(self, index: int):
         raise InputError("data: webdataset is read as a stream; name image files, or other --data")
 
-    def num_classes(self) -> int:
-        """One more than the largest label; reads all shards."""
-        largest = 0
-        for shard in self.shards:
-            for sample in read_shard(shard):
-                if isinstance(sample, InputError):
+    def read(self, shard: str) -> Iterator[ShardSample | InputError]:
+        """:func:`read_shard` with the classes of these."""
+        return read_shard(shard, self.classes, self.names)
+
+    def _scan(self, shards: list[str]) -> tuple[dict[str, int], int]:
+        """The number of samples of each shard, and the largest label; reads no image."""
+        counts, largest, problem = dict.fromkeys(shards, 0), 0, None
+        for shard in shards:
+            for sample in read_shard(shard, self.classes, self.names, images=False):
+                if isinstance(sample, LabelError):
                     raise sample
+                if isinstance(sample, InputError):
+                    problem = problem or sample
+                    continue
+                counts[shard] += 1
                 largest = max(largest, sample.label)
-        return 1 + largest
-
-    def _stored_count(self) -> int | None:
-        """The number of images by the folder's INFO_FILE, if it has one for just these shards."""
-        path = self.root / INFO_FILE
-        if not path.is_file():
-            return None
-        try:
-            splits = json.loads(path.read_text(encoding="utf-8"))["splits"].values()
-            lengths = {
-                name: length
-                for each in splits
-                for name, length in zip(each["filenames"], each["shard_lengths"], strict=True)
-            }
-            return sum(lengths[Path(shard).name] for shard in self.shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"data: {path} does not describe its shards ({error!r})") from None
+        if problem is not None and (self.classes is None or not any(counts.values())):
+            raise problem
+        return counts, largest
 
 
-def find_shards(spec: str, split: str) -> list[str]:
-    """The paths of a split's shards, sorted."""
-    folder = Path(spec).expanduser()
-    for name in SPLIT_NAMES[split]:
-        patterns = [str(folder).replace("{split}", name)]
-        if folder.is_dir():
-            patterns = [str(folder / name / "*.tar"), str(folder / f"*{name}*.tar")]
-        elif "{split}" not in spec:
-            raise InputError(
-                f"data: webdataset:{spec} is no folder; give one, or names of shards with {{split}}"
-            )
-        for pattern in patterns:
-            found = []
-            for path in expand_urls(pattern):
-                matching = sorted(glob(path))
-                if not matching and "*" not in path and found:
-                    raise InputError(f"data: the shard {path} does not exist")
-                found += matching
-            if found:
-                return found
-    raise InputError(f"data: webdataset:{spec} has no shards for {split}")
-
-
-def count_images(shard: str) -> int:
-    """Images of a shard, from the tar's headers."""
+def stored_counts(path: Path, shards: list[str]) -> dict[str, int] | None:
+    """The number of images of each shard by INFO_FILE, if there is one."""
+    if not path.is_file():
+        return None
     try:
-        with tarfile.open(shard) as file:
-            return sum(member.name.endswith(f".{LABEL_KEY}") for member in file)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise InputError(f"data: the shard {shard} cannot be read ({error})") from None
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"].values()
+        lengths = {
+            name: length
+            for each in splits
+            for name, length in zip(each["filenames"], each["shard_lengths"], strict=True)
+        }
+        counts = {shard: lengths[Path(shard).name] for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"data: {path} does not describe its shards ({error!r}); fix or remove it"
+        ) from None
+    for shard, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise InputError(
+                f"data: {path} has the length {count!r} for {Path(shard).name}, expected a number "
+                "of images; fix or remove it"
+            )
+    return counts
 
 
-def read_shard(shard: str) -> Iterator[ShardSample | InputError]:
+def read_class_names(path: Path) -> list[str] | None:
+    """The names of the classes in order, one a line, if there is such a file."""
+    if not path.is_file():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data: {path} cannot be read ({error}); fix or remove it") from None
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names or len(set(names)) < len(names):
+        raise InputError(f"data: {path} must name each class once, one a line, without empty lines")
+    return names
+
+
+def find_shards(spec: str, split: str) -> tuple[list[str], Path | None]:
+    """The paths of a split's shards, sorted, and the data set's folder if ``spec`` is one.
+
+    What exists under a literal name is not taken for a pattern.
+    """
+    try:
+        folder = Path(spec).expanduser()
+    except RuntimeError as error:  # ~name of a user whom the system does not know
+        raise InputError(f"data: {spec}: {error}; write the folder out") from None
+    is_folder = spec != "" and folder.is_dir()
+    if not is_folder and "{split}" not in spec:
+        raise InputError(
+            f"data: webdataset:{spec} is no folder; give one, or names of shards with {{split}}"
+        )
+    for name in SPLIT_NAMES[split]:
+        if is_folder:
+            here = escape(str(folder))
+            found = sorted(glob(f"{here}/{name}/*.tar")) or sorted(glob(f"{here}/*{name}*.tar"))
+        else:
+            found = expand(str(folder).replace("{split}", name))
+        if found:
+            return found, folder if is_folder else None
+    raise InputError(
+        f"data: webdataset:{spec} has no shards for {split}; expected uncompressed .tar files"
+    )
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths that a pattern names. Its folders that exist as they are written are literal."""
+    path = Path(pattern)
+    if path.is_dir():
+        return sorted(glob(f"{escape(pattern)}/*.tar"))
+    if path.exists():
+        return [pattern]
+    folder = next(parent for parent in path.parents if parent.is_dir() or parent == parent.parent)
+    prefix = pattern[: len(pattern) - len(str(path.relative_to(folder)))]
+    try:
+        names = list(itertools.islice(braceexpand(pattern[len(prefix) :]), MOST_SHARDS + 1))
+    except UnbalancedBracesError as error:
+        raise InputError(f"data: {pattern}: {error}") from None
+    if len(names) > MOST_SHARDS:
+        raise InputError(f"data: {pattern} names more than {MOST_SHARDS:,} shards")
+    found = []
+    for name in names:
+        exact = Path(prefix + name).exists()
+        matching = [prefix + name] if exact else sorted(glob(escape(prefix) + name))
+        if not matching and "*" not in name and found:
+            raise InputError(f"data: the shard {prefix + name} does not exist")
+        found += matching
+    return found
+
+
+def read_shard(
+    shard: str, classes: int | None = None, names: Sequence[str] = (), images: bool = True
+) -> Iterator[ShardSample | InputError]:
     """The samples of a shard in order; in place of one without image or label, the error.
+
+    Args:
+        shard: path of an uncompressed tar file.
+        classes: how many there are; in place of a sample with a label outside is a LabelError.
+        names: of the classes, as labels may have them.
+        images: False leaves ``content`` empty.
 
     Raises:
         InputError: the shard is damaged from here on.
     """
-    try:
-        for sample in tarfile_samples([{"url": shard}]):
-            place = f"{shard}/{sample['__key__']}"
-            content = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            label = sample.get(LABEL_KEY, b"").strip()
-            if content is None or not label.isdigit():
-                keys = ", ".join(key for key in sample if not key.startswith("__"))
-                yield InputError(
-                    f"data: {place} has {keys}; expected {LABEL_KEY} with a number and one of "
-                    f"{', '.join(IMAGE_KEYS)}"
-                )
+    for key, files in grouped(shard, images):
+        try:
+            sample = sample_of(f"{shard}/{key}", files, classes, names)
+        except InputError as error:
+            sample = error
+        yield sample
+
+
+def sample_of(
+    place: str, files: dict[str, bytes | None], classes: int | None, names: Sequence[str]
+) -> ShardSample:
+    """The sample that ``files`` are, by suffix; see :func:`read_shard`."""
+    suffix = next((suffix for suffix in IMAGE_KEYS if suffix in files), None)
+    given = [key for key in LABEL_KEYS if key in files]
+    if suffix is None or not given:
+        raise InputError(
+            f"data: {place} has {', '.join(files)}; expected an image ({', '.join(IMAGE_KEYS[:4])}, "
+            f"…) and its label in {', '.join(LABEL_KEYS)}, with equal names before the last dot"
+        )
+    if files[suffix] is None:
+        raise InputError(
+            f"data: {place} has an image that is sparse or larger than {MOST_BYTES / 2**30:g} GiB"
+        )
+    if "cls" in given:
+        given = ["cls"]
+    labels = [parse_label(files[key], key, names) for key in given]
+    label = next((label for label in labels if label is not None), None)
+    if label is None:
+        text = files[given[0]].decode("utf-8", "replace").strip()
+        raise InputError(
+            f"data: {place} has the label {text[:40]!r} in {given[0]}; expected a class number, or "
+            f"a name from a file {NAMES_FILE} beside the shards"
+        )
+    if not 0 <= label < (classes or MOST_CLASSES):
+        count = f"there are {classes} classes" if classes else "--num-classes is not given"
+        raise LabelError(
+            f"data: {place} has the label {label}, but {count}; expected 0 to "
+            f"{(classes or MOST_CLASSES) - 1}"
+        )
+    return ShardSample(place, files[suffix], label)
+
+
+def parse_label(content: bytes, key: str, names: Sequence[str]) -> int | None:
+    """The number of a class that is given by number or name, in JSON perhaps as a label key."""
+    value = content.decode("utf-8", "replace").strip()
+    if key == "json":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        if isinstance(value, dict):
+            value = next((value[name] for name in JSON_LABELS if name in value), None)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            return None
+        value = str(value).strip()
+    if re.fullmatch(r"[-+]?[0-9]{1,18}", value):
+        return int(value)
+    return names.index(value) if value in names else None
+
+
+def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """The key of each sample with its files by their suffixes in lower case.
+
+    A sample's files have the same name up to its first dot, as in the webdataset library. If there
+    are none of the form KEY.SUFFIX, those that are equal up to their last dot are a sample.
+    """
+    for base, group in itertools.groupby(members(shard, images), lambda item: base_of(item[0])):
+        plain, others = {}, {}
+        for stem, run in itertools.groupby(group, lambda item: item[0].rpartition(".")[0]):
+            files = plain if stem == base else {}
+            for name, content in run:
+                suffix = name.rpartition(".")[2].lower()
+                if suffix in files:
+                    raise InputError(
+                        f"data: the shard {shard} has two files {name}, its rest is left out"
+                    )
+                files[suffix] = content
+            if stem == base:
                 continue
-            yield ShardSample(place, content, int(label))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            whole = any(key in files for key in IMAGE_KEYS) and any(key in files for key in LABEL_KEYS)
+            if whole and not plain:
+                yield stem, files
+            else:
+                others[stem] = dict.fromkeys(files)
+        if plain:
+            beside = {f"{stem[len(base) + 1:]}.{key}": None for stem in others for key in others[stem]}
+            yield base, plain | beside
+        else:
+            yield from others.items()
+
+
+def base_of(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def members(shard: str, images: bool) -> Iterator[tuple[str, bytes | None]]:
+    """Names and contents of a shard's files; the content only of images (if asked for) and labels.
+
+    For an image that is too large it is None.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(shard).st_mode):
+            raise InputError(f"data: the shard {shard} is not a regular file")
+        with open(shard, "rb") as file:
+            check_uncompressed(shard, file.read(8))
+            file.seek(0)
+            tar = tarfile.open(fileobj=file, mode="r:")
+            for member in tar:
+                tar.members = []  # or it remembers all of them
+                parts = [part for part in member.name.split("/") if part not in (".", "..")]
+                if member.isreg() and "." in parts[-1] and not any(map(is_left_out, parts)):
+                    yield member.name, content_of(tar, member, images)
+            # tarfile takes a damaged header for the end.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {tar.offset:,}")
+    except InputError:
+        raise
+    except Exception as error:  # a damaged tar fails in ways of its own
         raise InputError(
             f"data: the shard {shard} cannot be read, its rest is left out ({error})"
         ) from None
+
+
+def is_left_out(part: str) -> bool:
+    """Hidden, or metadata of webdataset."""
+    return is_ignored(part) or re.match("__.*__", part) is not None
+
+
+def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo, images: bool) -> bytes | None:
+    suffix = member.name.rpartition(".")[2].lower()
+    if suffix in LABEL_KEYS:
+        return tar.extractfile(member).read(LABEL_BYTES)
+    if suffix not in IMAGE_KEYS:
+        return b""
+    if member.issparse() or member.size > MOST_BYTES:
+        return None
+    return tar.extractfile(member).read() if images else b""
+
+
+def check_uncompressed(shard: str, start: bytes) -> None:
+    """Raise an InputError if the file that begins so is a compressed tar."""
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise InputError(
+                f"data: the shard {shard} is compressed with {kind}; decompress it (its images are "
+                "compressed already)"
+            )

@@ -1,14 +1,15 @@
 """Where images come from: each source gives a split as PIL images with class indices."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from t2tvit.errors import InputError, unknown_name
+from t2tvit.data.images import extensions, list_classes, list_images, load_image
+from t2tvit.errors import InputError, LabelError, unknown_name
 
 # Each source and the channels of its images.
 SOURCES = {
@@ -38,13 +39,15 @@ class Split:
 
     Of :class:`~t2tvit.data.shards.ShardImages` there is a stream instead.
 
-    ``mean`` and ``std`` are per channel, of values in [0, 1].
+    ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts, by extension, the
+    files of an image folder that are not images.
     """
 
     images: Sequence[tuple[Image.Image, int]]
     class_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def channels(self) -> int:
@@ -52,13 +55,20 @@ class Split:
 
 
 def open_split(
-    spec: str, split: str, *, img_size: tuple[int, int] = (224, 224), num_classes: int | None = None
+    spec: str,
+    split: str,
+    *,
+    img_size: tuple[int, int] = (224, 224),
+    num_classes: int | None = None,
+    class_names: list[str] | None = None,
 ) -> Split:
     """The ``"train"`` or ``"val"`` split of ``SOURCE[:PATH]``.
 
     Args:
         spec: one of :data:`SOURCES`, with its path (or count of images) after a colon.
-        img_size, num_classes: what ``synthetic`` makes up.
+        img_size: of the images that ``synthetic`` makes up.
+        num_classes: of ``synthetic``; of ``webdataset``, where a label outside is an error.
+        class_names: a resumed run's. An image folder of the same classes takes this order.
 
     Raises:
         InputError: an unknown source, or one whose files are missing, damaged or mismatched.
@@ -85,13 +95,12 @@ def open_split(
             raise InputError(
                 "data: imagefolder needs a path: imagefolder:PATH with train/ and val/"
             )
-        return _image_folder(_folder(rest), split)
+        return _image_folder(_folder(rest), split, class_names)
     if source == "webdataset":
         from t2tvit.data.shards import ShardImages
 
-        images = ShardImages(rest, split)
-        classes = [str(index) for index in range(num_classes or images.num_classes())]
-        return Split(images, classes, *IMAGENET_STATISTICS)
+        images = ShardImages(rest, split, num_classes)
+        return Split(images, images.class_names, *IMAGENET_STATISTICS)
     if source == "timm":
         return _timm(rest, split, num_classes)
     return _cifar(source, _folder(rest or "data"), split)
@@ -173,36 +182,50 @@ def _cifar(name: str, folder: Path, split: str) -> Split:
     return Split(ArrayImages(pixels, labels), class_names, *statistics)
 
 
-class ColourImages:
-    """The images of another data set as RGB."""
+class TimmImages:
+    """The images of one of timm's data sets as RGB, read by :func:`load_image` if they are files."""
 
-    def __init__(self, images: Sequence):
-        self.images = images
+    def __init__(self, images: Sequence, class_names: list[str]):
+        self.images, self.class_names = images, class_names
+        if hasattr(images, "loader"):  # a folder of torchvision
+            images.loader = load_image
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name = f"image {index}"
         try:
-            image, label = self.images[index]
-            return image.convert("RGB"), int(label)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"image {index} cannot be read ({error})") from None
+            if hasattr(self.images, "reader"):
+                file, label, *_ = self.images.reader[index]
+                with file:
+                    image = load_image(file, name=str(index))
+            else:
+                image, label = self.images[index]
+                image = image.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise InputError(f"{name} cannot be read ({error})") from None
+        classes = len(self.class_names)
+        if label is None or not 0 <= int(label) < classes:
+            raise LabelError(f"data: {name} has the label {label}, expected 0 to {classes - 1}")
+        return image, int(label)
 
 
 def _timm(name: str, split: str, num_classes: int | None) -> Split:
     from timm.data import create_dataset
 
     name, _, root = name.partition(":")
-    if "/" not in name:
-        raise InputError(f"data: got 'timm:{name}', expected a name such as timm:hfds/OWNER/NAME")
+    if not name.lower().startswith(("hfds/", "torch/")):  # others stream, or open any address
+        raise InputError(
+            f"data: got 'timm:{name}', expected a name such as timm:hfds/OWNER/NAME or "
+            "timm:torch/NAME:PATH"
+        )
     wanted = "train" if split == "train" else "validation"
     try:
         images = create_dataset(
             name, root=str(_folder(root)) if root else None, split=wanted, num_classes=num_classes
         )
         len(images)
-        images[0]
     except ImportError as error:
         raise InputError(f"data: timm cannot open {name}: {error}") from None
     except (AssertionError, KeyError, NotImplementedError, TypeError) as error:
@@ -217,7 +240,7 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
     names = _class_names(images) or [str(index) for index in range(num_classes or 0)]
     if not names:
         raise InputError(f"data: timm's {name} does not name its classes; give --num-classes")
-    return Split(ColourImages(images), names, *IMAGENET_STATISTICS)
+    return Split(TimmImages(images, names), names, *IMAGENET_STATISTICS)
 
 
 def _class_names(images: Sequence) -> list[str]:
@@ -237,39 +260,52 @@ def _synthetic(count: int, split: str, img_size: tuple[int, int], num_classes: i
     return Split(images, [str(index) for index in range(num_classes)], *IMAGENET_STATISTICS)
 
 
-def _image_folder(root: Path, split: str) -> Split:
-    from torchvision.datasets import ImageFolder
+class FolderImages:
+    """Image files with their labels."""
 
+    def __init__(self, paths: list[str], labels: list[int]):
+        self.paths, self.labels = paths, labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return load_image(self.paths[index]), self.labels[index]
+
+
+def _image_folder(root: Path, split: str, class_names: list[str] | None) -> Split:
     folder = root / split
     if not folder.is_dir():
         raise InputError(
             f"data: {folder} does not exist; imagefolder:PATH expects PATH/train/CLASS/image files "
             "and PATH/val/CLASS/image files"
         )
-    try:
-        images = ImageFolder(str(folder), loader=load_image)
-    except FileNotFoundError as error:
-        raise InputError(f"data: {folder}: {error}; put images into one folder per class") from None
+    classes = list_classes(folder)
+    if not classes:
+        raise InputError(
+            f"data: {folder}: there is no class folder; put images into one folder per class"
+        )
     other = root / ("val" if split == "train" else "train")
     if other.is_dir():
-        others = {path.name for path in other.iterdir() if path.is_dir()}
-        difference = others.symmetric_difference(images.classes)
+        difference = set(list_classes(other)).symmetric_difference(classes)
         if difference:
             raise InputError(
                 f"data: {root}/train and {root}/val differ in their class folders: "
                 f"{', '.join(sorted(difference)[:5])}; give both the same"
             )
-    return Split(images, images.classes, *IMAGENET_STATISTICS)
-
-
-def load_image(path: str | Path | BinaryIO, mode: str = "RGB", name: str = "") -> Image.Image:
-    """The image in a file as ``mode``; an InputError with its name where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except FileNotFoundError:
-        raise InputError(f"image {name or path} does not exist") from None
-    except Exception as error:  # each decoder fails in ways of its own
+    if class_names is not None and sorted(class_names) == sorted(classes):
+        classes = class_names
+    paths, labels, empty, skipped = [], [], [], Counter()
+    for label, name in enumerate(classes):
+        found, others = list_images(folder / name)
+        if not found:
+            empty.append(name)
+        paths += found
+        labels += len(found) * [label]
+        skipped += others
+    if empty:
         raise InputError(
-            f"image {name or path} cannot be read ({error}); mend or remove the file"
-        ) from None
+            f"data: {folder}: no valid file for the classes {', '.join(empty[:5])}; expected files "
+            f"with the extensions {' '.join(extensions())}"
+        )
+    return Split(FolderImages(paths, labels), classes, *IMAGENET_STATISTICS, skipped)

@@ -3,6 +3,7 @@
 import argparse
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -12,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from t2tvit.data.shards import ShardImages, read_shard
-from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
+from t2tvit.data.images import describe_skipped, list_images, load_image
+from t2tvit.data.shards import ShardImages
+from t2tvit.data.sources import IMAGENET_STATISTICS, FolderImages
 from t2tvit.errors import InputError
 from t2tvit.figures import figure_file
 from t2tvit.laboratory.class_names import names_of, read_names, readable
@@ -25,7 +26,7 @@ from t2tvit.training import distributed
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
 from t2tvit.training.inference import Trained, describe, held_out, load_trained
-from t2tvit.training.pipeline import Normalize, eval_transform, statistics
+from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform, statistics
 from t2tvit.training.plots import Prediction, draw_predictions, thumbnail
 
 MODES = {1: "L", 3: "RGB"}
@@ -199,7 +200,7 @@ def held_out_images(
 ) -> Iterator[tuple[Image.Image, int, str | None]]:
     """Each image that is ``drawn``, with its label and its file."""
     if isinstance(images, ShardImages):
-        samples = chain.from_iterable(map(read_shard, images.shards))
+        samples = chain.from_iterable(map(images.read, images.shards))
         wanted = set(drawn)
         for index, sample in zip(range(drawn[-1] + 1), samples):
             if index not in wanted:
@@ -208,27 +209,37 @@ def held_out_images(
                 raise sample
             yield sample.image(), sample.label, sample.place
         return
-    paths = [path for path, _ in images.samples] if isinstance(images, ImageFolder) else None
+    paths = images.paths if isinstance(images, FolderImages) else None
     for index in drawn:
         yield *images[index], paths and paths[index]
 
 
 def gather(given: Sequence[Path]) -> list[Path]:
-    """Image files: those named, those in folders below, and those that standard input lists."""
-    found = []
+    """Image files: those named, those in folders below, and those that standard input lists.
+
+    A line on standard error counts the other files of the folders.
+    """
+    named = []
     for path in given:
         if str(path) == STDIN:
-            found += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
-        elif path.is_dir():
-            known = Image.registered_extensions()
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
-            if not inside:
-                raise InputError(f"{path}: there are no images in this folder")
-            found += inside
+            named += [Path(line) for line in sys.stdin.read().splitlines() if line.strip()]
         else:
-            found.append(path)
-    if not found:
+            named.append(path)
+    if not named:
         raise InputError("standard input: got no names of images")
+    found, skipped = [], Counter()
+    for path in named:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside, others = list_images(path)
+        if not inside:
+            rest = f" ({describe_skipped(others)})" if others else ""
+            raise InputError(f"{path}: there are no images in this folder{rest}")
+        found += map(Path, inside)
+        skipped += others
+    if skipped:
+        print(describe_skipped(skipped), file=sys.stderr)
     return found
 
 
@@ -241,7 +252,7 @@ def classify(
     loader = DataLoader(
         source,
         batch_size=config.batch_size,
-        num_workers=config.workers if len(source) > config.batch_size else 0,
+        num_workers=min(config.workers, available_cpus()) if len(source) > config.batch_size else 0,
         collate_fn=list,
     )
     patience = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_BARS

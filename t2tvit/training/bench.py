@@ -190,7 +190,7 @@ def loader_line(config: RunConfig, world: World) -> str:
     while (elapsed := time.perf_counter() - started) < LOADER_SECONDS:
         seen += len(next(endless)[0])
     rate = figure(seen / elapsed)
-    return f"loader of {config.data}, {config.workers} workers, alone: {rate} images/s"
+    return f"loader of {config.data}, {loader.num_workers} workers, alone: {rate} images/s"
 
 
 @torch.inference_mode()

@@ -119,7 +119,7 @@ def train_epoch(
     seconds = time.perf_counter() - started
     sums = total.new_tensor([total.item(), state.images, before, waited, reading])
     loss_sum, images, before, waited, reading = sum_over_ranks(world, sums).tolist()
-    readers = max(config.workers, 1) * world.size
+    readers = max(data.train.num_workers, 1) * world.size
     return {
         "train_loss": loss_sum / images,
         "images_per_second": (images - before) / seconds,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from t2tvit import hub
+from t2tvit.data.images import describe_skipped
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
 from t2tvit.models.registry import pretrained_cfg
@@ -52,6 +53,8 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)
         split, label_map = held_out(trained)
+        if split.skipped:
+            say(world, f"{config.data}: {describe_skipped(split.skipped)}")
         loader = eval_loader(split, config, world, label_map)
         normalize = Normalize(*statistics(config, split.mean, split.std), world.device)
         started = time.perf_counter()

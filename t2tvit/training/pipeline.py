@@ -4,12 +4,16 @@ import atexit
 import itertools
 import math
 import multiprocessing
+import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
@@ -24,13 +28,17 @@ from torch.utils.data import (
 )
 from torchvision.transforms import Compose, RandomCrop, Resize
 
-from t2tvit.data.sources import Split, open_split
-from t2tvit.errors import InputError, OneRankError
+from t2tvit.data.images import check_header, load_image
+from t2tvit.data.sources import FolderImages, Split, TimmImages, open_split
+from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import STOP_SIGNALS
 from t2tvit.training.samples import Sample
 from t2tvit.training.state import drawing_from
+
+LONGEST = 32  # times the input's shape: what is cut of a longer image is far from the centre crop
+CHECK_SECONDS = 10
 
 
 class TransformedImages(Dataset):
@@ -71,9 +79,35 @@ class TrainingImages(TransformedImages):
             try:
                 image, label = super().__getitem__(place)
                 return Sample(image, label, problem, index, time.perf_counter() - started)
+            except LabelError:
+                raise
             except InputError as error:
                 problem = problem or str(error)
         raise InputError(f"none of the {count:,} training images can be read: {problem}")
+
+
+class CentralPart:
+    """The middle of an image that is far longer than an input of ``size`` (height, width).
+
+    The whole of it, resized for the centre crop, could need gigabytes. Other images stay as they
+    are.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        limits = (
+            LONGEST * image.height * width / height,
+            LONGEST * image.width * height / width,
+        )
+        # An even number of pixels goes, so that the centre stays.
+        surplus = [2 * max(0, int(side - limit) // 2) for side, limit in zip(image.size, limits)]
+        if not any(surplus):
+            return image
+        left, top = surplus[0] // 2, surplus[1] // 2
+        return image.crop((left, top, image.width - left, image.height - top))
 
 
 class EpochSampler(DistributedSampler):
@@ -171,17 +205,21 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
 
 def eval_transform(config: RunConfig):
     """PIL image → resized, centre-cropped uint8 tensor (C, H, W)."""
-    return create_transform(
+    transform = create_transform(
         size_of(config),
         interpolation=config.interpolation,
         crop_pct=config.crop_pct,
         normalize=False,
     )
+    return Compose([CentralPart(size_of(config)), transform])
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and evaluates on. ``augment`` is ``normalize`` with random erasing."""
+    """What a run trains and evaluates on. ``augment`` is ``normalize`` with random erasing.
+
+    ``skipped`` counts, by extension, the files that are not images.
+    """
 
     split: Split
     train: DataLoader
@@ -191,19 +229,23 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     held_out_images: int
+    skipped: Counter[str]
 
 
-def open_splits(config: RunConfig) -> tuple[Split, Split]:
+def open_splits(
+    config: RunConfig, class_names: list[str] | None = None
+) -> tuple[Split, Split]:
     """The training and the held-out images of ``config.data``.
+
+    ``class_names`` are those of a run to resume, which keeps their order.
 
     Raises:
         InputError: they cannot be read.
     """
-    train, held_out = (
-        open_split(config.data, name, img_size=size_of(config), num_classes=config.num_classes)
-        for name in ("train", "val")
-    )
-    return train, held_out
+    options = {"img_size": size_of(config), "class_names": class_names}
+    train = open_split(config.data, "train", num_classes=config.num_classes, **options)
+    classes = len(train.class_names) if is_stream(train) else config.num_classes
+    return train, open_split(config.data, "val", num_classes=classes, **options)
 
 
 def open_data(
@@ -225,6 +267,7 @@ def open_data(
         raise InputError(
             f"auto_augment: {config.auto_augment} fails on the images of {config.data} ({error})"
         ) from None
+    check_held_out(held_out, world)
     return Data(
         split=split,
         train=train,
@@ -236,7 +279,38 @@ def open_data(
         mean=mean,
         std=std,
         held_out_images=len(held_out.images),
+        skipped=split.skipped + held_out.skipped,
     )
+
+
+def check_held_out(split: Split, world: World) -> None:
+    """Read this rank's held-out images for up to CHECK_SECONDS: first their headers, then all.
+
+    So a damaged one ends most runs before their first epoch, and not after it.
+
+    Raises:
+        OneRankError: an image cannot be read, or its label is outside the classes.
+    """
+    end = time.monotonic() + CHECK_SECONDS
+    mine = range(world.rank, len(split.images), world.size)
+    if is_stream(split):
+        from t2tvit.training.streaming import EvaluationStream
+
+        steps = (sample.image for sample in EvaluationStream(split, None, None, world).samples())
+    elif isinstance(split.images, FolderImages):
+        paths = [split.images.paths[index] for index in mine]
+        steps = (partial(read, path) for read in (check_header, load_image) for path in paths)
+    elif isinstance(split.images, TimmImages):
+        steps = (partial(split.images.__getitem__, index) for index in mine)
+    else:
+        return
+    try:
+        for read in steps:
+            read()
+            if time.monotonic() > end:
+                break
+    except InputError as error:
+        raise OneRankError(str(error)) from None
 
 
 def statistics(
@@ -309,7 +383,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         dataset,
         batch_size=batch_per_process(config, world),
         sampler=sampler,
-        num_workers=config.workers,
+        num_workers=workers_for(split, config),
         pin_memory=world.device.type == "cuda",
         drop_last=True,
         worker_init_fn=ignore_stop_signals,
@@ -330,6 +404,16 @@ def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
 def is_stream(split: Split) -> bool:
     """Whether the images can only be read one after the other."""
     return hasattr(split.images, "shards")
+
+
+def workers_for(split: Split, config: RunConfig) -> int:
+    """``config.workers``, but no more than there are CPUs; of a stream they decide the order."""
+    return config.workers if is_stream(split) else min(config.workers, available_cpus())
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -364,7 +448,7 @@ def eval_loader(
     return DataLoader(
         dataset,
         batch_size=math.ceil(config.batch_size / world.size),
-        num_workers=config.workers,
+        num_workers=workers_for(split, config),
         pin_memory=world.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # or a repeated evaluation would draw from the run's
@@ -376,4 +460,5 @@ def batches(loader: DataLoader) -> Iterator[list]:
     try:
         yield from loader
     except InputError as error:
-        raise OneRankError(str(error).rstrip().rsplit("InputError: ", 1)[-1]) from None
+        name = f"{type(error).__name__}: "
+        raise OneRankError(str(error).rstrip().rsplit(name, 1)[-1]) from None

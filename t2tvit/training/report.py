@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 import t2tvit
+from t2tvit.data.images import describe_skipped
 from t2tvit.training.build import backend_lines, describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
@@ -82,6 +83,8 @@ def opening_lines(
         f"{data.held_out_images:,} held-out images, {len(data.split.class_names)} classes, "
         f"{data.split.channels} × {height} × {width}"
     )
+    if data.skipped:
+        yield f"          {describe_skipped(data.skipped)}"
     yield f"model     {config.model}, {parameters:,} parameters"
     if config.initial_checkpoint is not None:
         yield f"          from the weights of {config.initial_checkpoint}"
@@ -111,7 +114,7 @@ def best_epoch(history: list[dict]) -> dict:
     return max(history, key=lambda metrics: (metrics["top1"], metrics["epoch"]))
 
 
-def loader_line(metrics: dict, config: RunConfig) -> str:
+def loader_line(metrics: dict, workers: int) -> str:
     """How fast the loader is, and what to do where the training waits for it."""
     wait = metrics["loader_wait"]
     hint = ""
@@ -121,7 +124,7 @@ def loader_line(metrics: dict, config: RunConfig) -> str:
             "smaller images"
         )
     return (
-        f"loader    {config.workers} workers per process can deliver "
+        f"loader    {workers} workers per process can deliver "
         f"{metrics['loader_images_per_second']:,.0f} images/s; the training waited for them for "
         f"{wait:.0%} of its time{hint}"
     )

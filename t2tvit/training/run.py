@@ -210,7 +210,8 @@ def run_locked(
     on_main(world, lambda: check_trackers(config))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    splits = open_splits(config)
+    resumed = None if place.state_path is None else read_state(place.state_path)
+    splits = open_splits(config, None if resumed is None else resumed["class_names"])
     asked = config
     config, changes = fitted(config, len(splits[0].images))
     data = open_data(config, world, splits)
@@ -225,10 +226,9 @@ def run_locked(
     try_batch_norm(model, config, data.split.channels, world)
     speed_up(model, config)
     state, epochs = build_state(model, config, len(data.train), world)
-    if place.state_path is None:
+    if resumed is None:
         seed_everything(config.seed + world.rank)
     else:
-        resumed = read_state(place.state_path)
         restore(state, resumed, data.split, config, world)
         if state.epochs_done > epochs:
             raise InputError(
@@ -323,7 +323,7 @@ def train_epochs(
         left = (time.perf_counter() - started) / (done - before) * (epochs - done)
         say(world, epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
         if done == before + 1:
-            say(world, loader_line(metrics, config))
+            say(world, loader_line(metrics, data.train.num_workers))
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
 

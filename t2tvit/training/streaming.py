@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from t2tvit.data.shards import ShardSample, read_shard
+from t2tvit.data.shards import ShardImages, ShardSample
 from t2tvit.data.sources import Split
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, LabelError
 from t2tvit.training.distributed import World
 from t2tvit.training.samples import Sample
 from t2tvit.training.state import drawing_from
@@ -23,13 +23,17 @@ from t2tvit.training.state import drawing_from
 SHUFFLED = 1000  # undecoded images among which a worker draws the next
 
 
-def shares(shards: list[str], reader: int, readers: int) -> Iterator[ShardSample | InputError]:
+def shares(
+    images: ShardImages, shards: list[str], reader: int, readers: int
+) -> Iterator[ShardSample | InputError]:
     """What ``reader`` of ``readers`` reads: whole shards where there are enough, else every nth
-    image of all; in place of what cannot be read, the error."""
+    image of all; in place of what cannot be read, the error.
+
+    ``shards`` are those of ``images``, in any order."""
     alone = len(shards) >= readers
     for shard in shards[reader::readers] if alone else shards:
         try:
-            samples = read_shard(shard)
+            samples = images.read(shard)
             yield from samples if alone else itertools.islice(samples, reader, None, readers)
         except InputError as error:
             yield error
@@ -81,7 +85,7 @@ class TrainingStream(IterableDataset):
         draw = random.Random(f"{self.seed} {self.epoch} {reader}")
         for number in itertools.count():
             samples = shuffle(SHUFFLED, initial=SHUFFLED, rng=draw)(
-                shares(shards, reader, readers)
+                shares(self.split.images, shards, reader, readers)
             )
             empty = True
             for empty, sample in zip(itertools.repeat(False), samples):
@@ -103,6 +107,8 @@ class TrainingStream(IterableDataset):
                 if isinstance(sample, InputError):
                     raise sample
                 image = sample.image()
+            except LabelError:
+                raise
             except InputError as error:
                 problem = problem or str(error)
                 continue
@@ -121,13 +127,19 @@ class EvaluationStream(IterableDataset):
         self.split, self.transform = split, transform
         self.label_map, self.world = label_map, world
 
-    def __iter__(self) -> Iterator[tuple]:
+    def samples(self) -> Iterator[ShardSample]:
+        """This reader's samples, not decoded; an InputError for one that is none."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         reader = self.world.rank * workers + worker
-        for sample in shares(self.split.images.shards, reader, self.world.size * workers):
+        images = self.split.images
+        for sample in shares(images, images.shards, reader, self.world.size * workers):
             if isinstance(sample, InputError):
                 raise sample
+            yield sample
+
+    def __iter__(self) -> Iterator[tuple]:
+        for sample in self.samples():
             label = sample.label
             if self.label_map is not None:
                 label = self.label_map[label]

@@ -397,12 +397,11 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
 
 
 def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
-    config = resolve("digits", {"workers": "3"})
     metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
-    line = report.loader_line(metrics, config)
+    line = report.loader_line(metrics, 3)
     assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
     assert "19% of its time" in line and "bottleneck" not in line
-    assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, config)
+    assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, 3)
 
 
 def test_metrics_reach_tensorboard_once_and_the_end_says_where_all_lies(tmp_path, capsys):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from t2t_kernels import output_size
 from t2t_kernels import soft_split as split_tokens
-from t2tvit.data.sources import IMAGENET_STATISTICS, load_image
+from t2tvit.data.images import load_image
+from t2tvit.data.sources import IMAGENET_STATISTICS
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.figures import shortened
 from t2tvit.files import write_atomically, write_png

@@ -1,0 +1,219 @@
+"""The images of a folder, and how an image file becomes an 8-bit PIL image: for every command."""
+
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from t2tvit.errors import InputError
+
+# Pillow's names of the formats that are read, and their files' extensions. Pillow knows more, but
+# some of them run other programs (EPS runs Ghostscript) or only ever hold documents.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "QOI": (".qoi",),
+}
+# Made by operating systems and file servers beside the user's files; in lower case.
+IGNORED = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
+IGNORED |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def extensions() -> tuple[str, ...]:
+    """Extensions of image files, in lower case with their dots."""
+    return tuple(extension for name in formats() for extension in FORMATS[name])
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden, or the operating system's own."""
+    return name.startswith(".") or name.lower() in IGNORED
+
+
+def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """Paths of the image files in ``folder`` and below, and how many others there are by extension.
+
+    Linked folders are followed, but not into a folder above them. The order is that of the folders'
+    paths, then of the files' names.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    paths, skipped = [], Counter()
+    for place, names in sorted(_files_by_folder(str(folder))):
+        for name in sorted(names):
+            extension = os.path.splitext(name)[1].lower()
+            if extension in extensions():
+                paths.append(os.path.join(place, name))
+            else:
+                skipped[extension] += 1
+    return paths, skipped
+
+
+def _files_by_folder(top: str) -> Iterator[tuple[str, list[str]]]:
+    waiting = [(top, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        files = []
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in above:
+                continue
+            above |= {(status.st_dev, status.st_ino)}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_ignored(entry.name):
+                        continue
+                    if entry.is_dir():
+                        waiting.append((entry.path, above))
+                    else:
+                        files.append(entry.name)
+        except OSError as error:
+            raise InputError(f"folder {folder} cannot be read: {error.strerror}") from None
+        yield folder, files
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Names of the class folders in ``folder``: by number if all are numbers, else by name."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name)]
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be read: {error.strerror}") from None
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def describe_skipped(skipped: Counter[str]) -> str:
+    """``3 files skipped: .heic (2), .txt (1)``; empty if there are none."""
+    if not skipped:
+        return ""
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{extension or 'no extension'} ({count:,})" for extension, count in ordered]
+    if len(kinds) > 8:
+        kinds[8:] = ["…"]
+    total = skipped.total()
+    return f"{total:,} file{'s' * (total > 1)} skipped: {', '.join(kinds)}"
+
+
+def load_image(source: str | Path | BinaryIO, mode: str = "RGB", name: str = "") -> Image.Image:
+    """The first image in a file, upright, with 8 bits per channel, as ``mode``.
+
+    Transparency is dropped. 16-bit grey keeps its upper 8 bits; floats must be from 0 to 1.
+
+    Args:
+        source: a path of a regular file, or an open file.
+        mode: ``"RGB"`` or ``"L"``.
+        name: what an error calls the image; by default its path.
+
+    Raises:
+        InputError: the image is missing, damaged, too large or in a format that is not read.
+    """
+    with _opened(source, name or str(source)) as image:
+        image.load()
+        image.info.pop("transparency", None)  # or Pillow warns where it drops it
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        image = _to_eight_bits(image).convert(mode)
+        method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+        return image if method is None else image.transpose(method)
+
+
+def check_header(path: str | Path) -> None:
+    """Raise :func:`load_image`'s InputError if the file does not begin as an image."""
+    with _opened(path, str(path)):
+        pass
+
+
+@contextmanager
+def _opened(source: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The image, not decoded yet; what fails here or in the block is an InputError with its name."""
+    try:
+        if isinstance(source, (str, Path)) and not stat.S_ISREG(os.stat(source).st_mode):
+            kind = "a folder" if os.path.isdir(source) else "not a regular file"
+            raise InputError(f"image {name} is {kind}; give an image file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on metadata, and on sizes below Pillow's limit
+            with Image.open(source, formats=formats()) as image:
+                yield image
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"image {name} does not exist") from None
+    except UnidentifiedImageError:
+        raise InputError(
+            f"image {name} cannot be read (not an image in one of the formats "
+            f"{', '.join(formats())}); fix or remove the file"
+        ) from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise InputError(
+            f"image {name} cannot be read (it has more than {limit:.0f} million pixels); make it "
+            "smaller or remove the file"
+        ) from None
+    except Exception as error:  # each decoder fails in ways of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(
+            f"image {name} cannot be read ({' '.join(reason.split())}); fix or remove the file"
+        ) from None
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The image in a mode that ``convert`` takes to grey and colour by its meaning."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if mode == "I":
+        if image.format == "TIFF":
+            raise ValueError("its pixels are 32-bit integers of unknown range; save 8 or 16 bits")
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # of 16 bits
+    if mode == "F":
+        pixels = np.asarray(image)
+        low, high = pixels.min(), pixels.max()
+        if not (0 <= low and high <= 1):
+            raise ValueError(f"its pixels are floats from {low:g} to {high:g}, expected 0 to 1")
+        return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
+    if mode == "LAB":
+        return ImageCms.applyTransform(image, _lab_to_rgb())
+    if mode in ("La", "RGBa"):
+        return image.convert(mode.upper())
+    return image
+
+
+@cache
+def _lab_to_rgb() -> ImageCms.ImageCmsTransform:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB")
