@@ -97,7 +97,7 @@ def _files_by_folder(top: str) -> Iterator[tuple[str, list[str]]]:
                 for entry in entries:
                     if is_ignored(entry.name):
                         continue
-                    if entry.is_dir():
+                    if os.path.isdir(entry.path):  # entry.is_dir() raises for a link to itself
                         waiting.append((entry.path, above))
                     else:
                         files.append(entry.name)
@@ -110,9 +110,10 @@ def list_classes(folder: Path) -> list[str]:
     """Names of the class folders in ``folder``: by number if all are numbers, else by name."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and not is_ignored(entry.name)]
+            found = [entry.name for entry in entries if os.path.isdir(entry.path)]
     except OSError as error:
         raise InputError(f"folder {folder} cannot be read: {error.strerror}") from None
+    names = [name for name in found if not is_ignored(name)]
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

@@ -62,8 +62,10 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         names = read_names(arguments.class_names, trained.model.num_classes)
     else:
         names = names_of(trained.class_names, trained.model.num_classes)
+    skipped = Counter()
     if arguments.files:
-        source = FileImages(gather(arguments.files), trained)
+        paths, skipped = gather(arguments.files)
+        source = FileImages(paths, trained)
         fallback = (values[: trained.channels] for values in IMAGENET_STATISTICS)
         mean, std = statistics(config, *fallback)
     else:
@@ -104,7 +106,10 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         counted = f"{len(unreadable)} of {len(source)} images: " if len(source) > 1 else ""
-        raise InputError(counted + some)
+        rest = f"; {describe_skipped(skipped)}" if skipped else ""
+        raise InputError(counted + some + rest)
+    if skipped:
+        print(describe_skipped(skipped), file=sys.stderr)
 
 
 class FileImages(Dataset):
@@ -214,10 +219,10 @@ def held_out_images(
         yield *images[index], paths and paths[index]
 
 
-def gather(given: Sequence[Path]) -> list[Path]:
+def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
     """Image files: those named, those in folders below, and those that standard input lists.
 
-    A line on standard error counts the other files of the folders.
+    The folders' other files are counted by extension.
     """
     named = []
     for path in given:
@@ -238,9 +243,7 @@ def gather(given: Sequence[Path]) -> list[Path]:
             raise InputError(f"{path}: there are no images in this folder{rest}")
         found += map(Path, inside)
         skipped += others
-    if skipped:
-        print(describe_skipped(skipped), file=sys.stderr)
-    return found
+    return found, skipped
 
 
 @torch.no_grad()
