@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from t2t_kernels import output_size
 from t2t_kernels import soft_split as split_tokens
-from t2tvit.data.images import load_image
+from t2tvit.data.images import describe_skipped, load_image
 from t2tvit.data.sources import IMAGENET_STATISTICS
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.figures import shortened
@@ -169,7 +169,9 @@ def open_images(given: Sequence[Path], subject: Subject) -> list[tuple[str, Imag
     if channels not in MODES:
         raise InputError(f"visualize reads grey or colour images, not {channels} channels")
     if given:
-        paths = gather(given)
+        paths, skipped = gather(given)
+        if skipped:
+            print(describe_skipped(skipped))
         if len(paths) > MOST_IMAGES:
             print(f"showing the first {MOST_IMAGES} of {len(paths):,} images")
         return [(path.name, load_image(path, MODES[channels])) for path in paths[:MOST_IMAGES]]
