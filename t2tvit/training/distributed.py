@@ -1,4 +1,4 @@
-"""One process or many: what torchrun says, the few collectives a run needs, and who reports errors."""
+"""One process or many: what torchrun says, the few collectives a run needs, who reports errors."""
 
 import contextlib
 import os
@@ -91,7 +91,7 @@ def torchrun_store(rank: int, size: int) -> dist.Store | None:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[World]:
-    """This process among all, until it leaves; of an error that ends the run one of them tells.
+    """Join the processes of a run; if an error ends it, exactly one of them reports the cause.
 
     Raises:
         InputError: see :func:`start`.
@@ -120,7 +120,7 @@ def joined(device: str) -> Iterator[World]:
 
 
 def explained(error: Exception) -> Exception:
-    """``error``, or what it means where PyTorch's own words do not tell the user."""
+    """``error``, or a RunError in its place if PyTorch's message does not say what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, REPORTED):
         return error
@@ -138,7 +138,7 @@ def explained(error: Exception) -> Exception:
 
 
 def attributed(error: Exception, world: World) -> Exception:
-    """What this process raises for ``error``, so that just one process reports the cause."""
+    """What this process raises for ``error``, so that only one process reports the cause."""
     if isinstance(error, SaidElsewhere):
         return error
     if is_lost_connection(error):
@@ -165,7 +165,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def lost(world: World) -> Exception:
-    """What this process raises when another has ended: it speaks if that one could not."""
+    """What this process raises when another has ended, perhaps without reporting why."""
     if said(world, "cause") is not None:
         return SaidElsewhere(1)
     with contextlib.suppress(RuntimeError):
@@ -180,7 +180,7 @@ def lost(world: World) -> Exception:
 
 
 def said(world: World, key: str) -> str | None:
-    """What a process has stored under ``key``, or does soon."""
+    """What a process stores under ``key`` within PATIENCE; None if nothing."""
     deadline = time.monotonic() + PATIENCE
     with contextlib.suppress(RuntimeError):
         while has_store() and time.monotonic() < deadline:
@@ -191,7 +191,7 @@ def said(world: World, key: str) -> str | None:
 
 
 def has_store() -> bool:
-    """Whether the store answers; it may have gone with its process, and to ask it would log noise."""
+    """Whether the store's process still runs; PyTorch logs noise if a lost store is asked."""
     try:
         place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         socket.create_connection(place, timeout=PATIENCE).close()
@@ -201,7 +201,7 @@ def has_store() -> bool:
 
 
 def leave(world: World) -> None:
-    """Where the main process holds the store, it ends after the others, which ask for the cause."""
+    """Let the main process end last if it holds the store, in which the others look for the cause."""
     with contextlib.suppress(RuntimeError):
         if not has_store():
             return

@@ -31,9 +31,9 @@ class Signals:
     received: int | None = None
 
     def __enter__(self):
-        # What is ignored, such as SIGHUP under nohup, stays so.
-        heeded = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self._receive) for number in heeded}
+        # A signal that is ignored stays ignored, such as SIGHUP under nohup.
+        numbers = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -73,7 +73,7 @@ class Keeper:
     def after_step(self, state: TrainState) -> None:
         """Save if it is time to, or if any rank has been asked to stop.
 
-        While updates are skipped, time alone saves nothing: older states are worth more.
+        While updates are skipped, only a request to stop saves a state.
 
         Raises:
             Stopped: after saving, on every rank.

@@ -84,7 +84,7 @@ MAY_CHANGE = {
     *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
     *("tensorboard", "wandb"),
 }
-# In these too, after losses that were not finite: they are what helps.
+# After losses that were not finite, these may differ too: they are the remedies.
 REMEDIES = {"lr", "clip_grad", "amp"}
 NOT_FINITE_FILES = "not_finite-*.safetensors"
 CURVES_EVERY = 60  # seconds
@@ -461,7 +461,7 @@ def claim(
 ) -> None:
     """Make and lock the output folder, with what a run from another folder has kept there.
 
-    Until it is whole, RUN_FILE says how to begin again.
+    Until the start is complete, RUN_FILE says how to repeat it.
     """
     output = place.output
     kept = {}
@@ -533,7 +533,7 @@ def record_start(
             os.replace(path, aside)
         except OSError as error:
             raise RunError(f"cannot rename {path}: {error.strerror}; remove it") from None
-        say(world, f"warning   {path} is no record of a run: it is now {aside.name}")
+        say(world, f"warning   {path} is not the record of a run; renamed to {aside.name}")
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -546,13 +546,14 @@ def record_start(
     }
     record = {"class_names": data.split.class_names, "starts": [*record.get("starts", []), start]}
     write_metrics(output / METRICS_FILE, state.history)
-    write_atomically(path, json.dumps(record, indent=2) + "\n")  # the last: now the start is whole
+    # Last, as it marks the start as complete.
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(output: Path) -> dict:
-    """What RUN_FILE says: ``starts``, and ``beginning`` of a run that has not got further.
+    """What RUN_FILE says: ``starts``, and ``beginning`` until the first start is complete.
 
-    Empty where there is none, or another's, or a damaged one.
+    Empty if the file is missing, damaged or another program's.
     """
     try:
         record = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))

@@ -354,7 +354,7 @@ def test_every_process_says_what_only_it_meets(monkeypatch, capsys):
     [
         ("predict --run r --img-size 96 a.png", "files", "a.png"),
         ("predict --run r --img-size 96 128 a.png b.png", "files", "a.png b.png"),
-        ("predict --run r x.png --mean 0.5 0.5 0.5 a.png --top-k 3 b.png", "files", "x.png a.png b.png"),
+        ("predict --run r x.png --mean 0 0 0 a.png --top-k 3 b.png", "files", "x.png a.png b.png"),
         ("predict --run r --model-args depth=1 a.png", "files", "a.png"),
         ("predict --run r --img-size 96 -", "files", "-"),
         ("predict --run r --img-size 96 -- --odd", "files", "--odd"),

@@ -36,7 +36,8 @@ def is_safe(output: bytes) -> bool:
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
 def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
     checkpoint = weights(tmp_path, NAMES)
-    files = [tmp_path / os.fsdecode(name) for name in (b"a\xff.png", "b\x1b[2J\u20ac.png", "c\n.png")]
+    names = (b"a\xff.png", "b\x1b[2J\u20ac.png", "c\n.png")
+    files = [tmp_path / os.fsdecode(name) for name in names]
     for file in files:
         Image.new("RGB", (40, 40), "red").save(file)
     broken = tmp_path / "broken\x1b\u20ac.png"

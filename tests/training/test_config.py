@@ -163,15 +163,23 @@ def test_an_override_that_does_not_fit_names_its_option():
 
 
 @pytest.mark.parametrize(
-    "policy", ["rand-x", "rand-m9-mstd", "rand9", "augmix-m", "augmix-n2", "original-m5", "v1", "", "rand-m9-"]
+    "policy",
+    [
+        *("rand-x", "rand-m9-mstd", "rand9", "augmix-m", "augmix-n2"),
+        *("original-m5", "v1", "", "rand-m9-"),
+    ],
 )
 def test_a_mistyped_policy_is_refused_where_it_is_read(policy):
-    with pytest.raises(InputError, match="--auto-augment|auto_augment: timm cannot read the policy"):
+    with pytest.raises(InputError, match="auto_augment: timm cannot read the policy"):
         resolve(None, {"auto_augment": policy})
 
 
 @pytest.mark.parametrize(
-    "policy", ["rand", "rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.5-mmax9-tweights", "augmix-m5-w4-d2", "v0r", "original-mstd0.5", "3a"]
+    "policy",
+    [
+        *("rand", "rand-m9-mstd0.5-inc1", "rand-m9-n3-p0.5-mmax9-tweights", "augmix-m5-w4-d2"),
+        *("v0r", "original-mstd0.5", "3a"),
+    ],
 )
 def test_timm_s_policies_are_read(policy):
     assert resolve(None, {"auto_augment": policy}).auto_augment == policy
@@ -179,7 +187,7 @@ def test_timm_s_policies_are_read(policy):
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_and_accumulation_exclude_each_other(mode):
-    with pytest.raises(InputError, match=f"accumulate: got 2 with compile {mode}.*--compile default"):
+    with pytest.raises(InputError, match=f"got 2 with compile {mode}.*--compile default"):
         resolve(None, {"compile": mode, "accumulate": "2"})
     assert resolve(None, {"compile": mode}).compile == mode
     assert resolve(None, {"compile": "default", "accumulate": "2"}).accumulate == 2

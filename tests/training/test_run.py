@@ -21,7 +21,7 @@ from t2tvit.files import write_atomically
 from t2tvit.training import engine, progress, report, run
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import read_state
+from t2tvit.training.keeper import Signals, read_state
 from t2tvit.training.pipeline import open_data
 from t2tvit.training.state import read_about, rng_state, set_rng_state
 from tests.training.compare import assert_equal, without_times
@@ -458,7 +458,7 @@ def test_a_damaged_record_is_set_aside_and_the_run_resumes(tmp_path, finished, c
     shutil.copytree(finished, output)
     (output / "run.json").write_bytes(content)
     assert main(["train", "--output", str(output), "--resume", "auto", "--epochs", "4"]) == 0
-    assert f"{output}/run.json is no record of a run" in capsys.readouterr().out
+    assert f"{output}/run.json is not the record of a run" in capsys.readouterr().out
     assert (output / "run.json.set-aside").read_bytes() == content
     (start,) = json.loads((output / "run.json").read_text())["starts"]
     assert start["epochs_done"] == 3
@@ -501,7 +501,9 @@ def test_a_start_that_is_killed_after_any_file_can_be_repeated(
 
 @pytest.mark.parametrize("files", [1, 2, 3])
 @pytest.mark.parametrize("moves", [False, True], ids=["new", "moved"])
-def test_a_killed_start_is_repeated_without_its_options(tmp_path, monkeypatch, finished, moves, files):
+def test_a_killed_start_is_repeated_without_its_options(
+    tmp_path, monkeypatch, finished, moves, files
+):
     output, written = tmp_path / "run", []
 
     def killed(path, content):
@@ -535,20 +537,26 @@ def test_a_state_too_many_is_removed_when_the_run_resumes(tmp_path, finished):
     [
         (("--model", "timm:resnet18", "--model-args", "num_classes=6"), "model_args"),
         (("--batch-size", "1", "--model", "timm:resnet18"), "raise --batch-size"),
-        (("--batch-size", "4", "--accumulate", "4", "--model", "timm:resnet18"), "lower --accumulate 4"),
+        (
+            ("--batch-size", "4", "--accumulate", "4", "--model", "timm:resnet18"),
+            "lower --accumulate 4",
+        ),
     ],
 )
 def test_batches_that_batch_norm_does_not_take_are_refused_before_anything_is_written(
     tmp_path, capsys, options, words
 ):
-    ours = [each for each in TINY if each not in ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")]
+    of_t2t = ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")
+    ours = [each for each in TINY if each not in of_t2t]
     plain = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--img-size", "32")
     options = (*ours, *plain, "--epochs", "2", *options, "--output", str(tmp_path / "run"))
     assert words in refused(capsys, *options, "--fused-kernels", "auto")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_does_not_train_on_its_batch_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+def test_a_model_that_does_not_train_on_its_batch_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
     def forward(self, images):
         if self.training:
             raise ValueError("Expected more than 1 value per channel when training")
@@ -588,13 +596,16 @@ def test_a_long_run_says_early_how_long_it_will_take(monkeypatch, capsys):
     for seconds in (60, 9, 2, 2, 2, 2):
         now[0] += seconds
         forecast.after_step()
-    line = "time      about 2 h 10 min for 100 epochs, 6 h 30 min for 3 such runs (2 s per update)\n"
-    assert capsys.readouterr().out == line
+    line = "time      about 2 h 10 min for 100 epochs, 6 h 30 min for 3 such runs (2 s per update)"
+    assert capsys.readouterr().out == line + "\n"
 
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (125, "2 min 5 s"), (7800, "2 h 10 min"), (90000, "1 d 1 h")],
+    [
+        *((0.4, "0 s"), (59, "59 s"), (60, "1 min"), (125, "2 min 5 s")),
+        *((7800, "2 h 10 min"), (90000, "1 d 1 h")),
+    ],
 )
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
@@ -604,7 +615,7 @@ def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch)
     """Each would open a context on a GPU that the run does not use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(f"torch.cuda.{name}"))
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(name))
     alone = World(0, 1, torch.device("cpu"))
     generators = rng_state(alone.device)
     assert generators["cuda"] is None
@@ -640,7 +651,8 @@ def test_no_state_is_saved_for_time_alone_while_updates_are_skipped(tmp_path, mo
 
 def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypatch):
     """A batch that is not finite would otherwise stay in the running mean for ever."""
-    ours = [each for each in TINY if each not in ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")]
+    of_t2t = ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")
+    ours = [each for each in TINY if each not in of_t2t]
     forward, calls = torch.nn.Conv2d.forward, []
 
     def poisoned(self, images):
@@ -651,7 +663,8 @@ def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypa
         return forward(self, images)
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", poisoned)
-    options = (*ours, "--model", "timm:resnet10t", "--epochs", "2", "--drop-path", "0", "--img-size", "32")
+    options = (*ours, "--model", "timm:resnet10t", "--epochs", "2", "--drop-path", "0")
+    options += ("--img-size", "32")
     output = ("--output", str(tmp_path / "run"), "--fused-kernels", "auto", "--ema-decay", "none")
     assert main(["train", *options, *output]) == 0
     assert metrics_of(tmp_path / "run")[0]["skipped_updates"] == 1
@@ -692,3 +705,19 @@ def test_a_signal_during_an_evaluation_stops_it_and_the_run_resumes_there(
     for name in ("model", "ema", "optimizer"):
         assert_equal(first[name], second[name])
     assert without_times(metrics_of(finished)) == without_times(metrics_of(output))
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """Under nohup a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        with_handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert with_handler == signal.SIG_IGN
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
