@@ -1,5 +1,6 @@
 """Every source of images, and the way from its files to batches."""
 
+import os
 import pickle
 import pickletools
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2tvit.data import load_image, open_split
-from t2tvit.errors import InputError
+from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.pipeline import (
@@ -23,6 +24,7 @@ from t2tvit.training.pipeline import (
     begin_epoch,
     eval_loader,
     open_data,
+    open_splits,
     train_loader,
     train_transform,
 )
@@ -310,6 +312,38 @@ def test_an_empty_class_is_refused(folder):
         open_split(f"imagefolder:{folder}", "train")
 
 
+def test_a_resumed_run_keeps_its_order_of_classes(folder):
+    for split in ("train", "val"):
+        for old, new in (("ant", "10"), ("bee", "9")):
+            (folder / split / old).rename(folder / split / new)
+    config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
+    assert open_splits(config)[0].class_names == ["9", "10"]
+    for split in open_splits(config, ["10", "9"]):
+        assert split.class_names == ["10", "9"]
+        assert [split.images.paths[i].split(os.sep)[-2] for i in (0, 5)] == ["10", "9"]
+    assert open_splits(config, ["8", "9"])[0].class_names == ["9", "10"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_a_damaged_held_out_image_is_found_before_training(folder, damage):
+    path = folder / "val" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image")
+    config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
+    with pytest.raises(OneRankError, match="bee/1.png cannot be read"):
+        open_data(config, ALONE)
+
+
+def test_files_of_the_system_are_no_images_and_others_are_counted(folder):
+    for split in ("train", "val"):
+        (folder / split / ".ipynb_checkpoints").mkdir()
+        for name in ("._0.png", "Thumbs.db", "notes.txt"):
+            (folder / split / "ant" / name).write_bytes(b"")
+    config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
+    data = open_data(config, ALONE)
+    assert (len(data.split.images), data.split.class_names) == (6, ["ant", "bee"])
+    assert data.skipped == {".txt": 2}
+
+
 # Specifications
 
 
@@ -498,6 +532,20 @@ def test_data_sets_of_timm_are_opened_by_their_names(monkeypatch):
     assert (image.mode, label, type(label)) == ("RGB", 1, int)
     with pytest.raises(InputError, match="image 4 cannot be read"):
         split.images[4]
+    monkeypatch.setattr(Images, "classes", ["cat"])
+    split = open_split("timm:torch/pets:some/where", "val")
+    with pytest.raises(LabelError, match="image 1 has the label 1, expected 0 to 0"):
+        split.images[1]
+
+
+def test_image_files_of_timm_are_opened_as_all_others(folder):
+    path = folder / "val" / "ant" / "0.png"
+    Image.fromarray(np.full((9, 9), 257 * 80, np.uint16)).save(path)
+    split = open_split(f"timm:torch/image_folder:{folder}", "val")
+    assert np.asarray(split.images[0][0]).max() == 80
+    Image.new("RGB", (9, 9)).save(path, "EPS")
+    with pytest.raises(InputError, match="not an image in one of the formats"):
+        split.images[0]
 
 
 @pytest.mark.parametrize(
