@@ -119,7 +119,12 @@ def load_checkpoint(
             state["pos_embed"] = resize_positions(positions, old, model.grid_size)
         resized = (old, model.grid_size) if old != model.grid_size else None
 
-    in_chans = _adapt_channels(state, own)
+    if others := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise InputError(
+            f"checkpoint: {path} holds weights that are {state[others[0]].dtype}, expected floating "
+            f"ones: {_some(others)}"
+        )
+    in_chans = _adapt_channels(state, own, model.tokens_to_token.in_chans, path)
     dropped_classes = None
     head = state.get("head.weight")
     if head is not None and head.dim() == 2 and head.shape[0] != model.num_classes:
@@ -253,23 +258,28 @@ def _are_positions(positions: Tensor, own: Tensor) -> bool:
 
 
 def _adapt_channels(
-    state: dict[str, Tensor], own: Mapping[str, Tensor]
+    state: dict[str, Tensor], own: Mapping[str, Tensor], in_chans: int, path: Path
 ) -> tuple[int, int] | None:
     """Adapt weights for grey images to colour images, or the reverse; the two numbers of channels.
 
     Colour weights see a grey image as three equal channels: projections are summed over the
     channels or divided among them, and a norm's parameters averaged or repeated.
+
+    Raises:
+        InputError: other numbers of channels.
     """
     weight = next((name for name in STEM_WEIGHTS if name in state and name in own), None)
     if weight is None or state[weight].dim() != own[weight].dim():
         return None
     width, ours = state[weight].shape[1], own[weight].shape[1]
-    if width == 3 * ours:
-        old, new = 3, 1
-    elif ours == 3 * width:
-        old, new = 1, 3
-    else:
+    old, new = width * in_chans // ours, in_chans
+    if old == new:
         return None
+    if {old, new} != {1, 3}:
+        raise InputError(
+            f"in_chans: {path} is for images of {old} channels, the model for {new}; only grey and "
+            "colour are adapted to each other"
+        )
     for name in {weight, *STEM_NORMS} & state.keys():
         axis = 0 if name in STEM_NORMS else 1
         channels = state[name].unflatten(axis, (old, -1)).mean(axis, keepdim=True)
@@ -320,7 +330,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     depth = len({match[1] for match in map(BLOCK.match, state) if match})
     width = class_token.shape[-1]
     layer = next((each for each, key in LAYERS.items() if any(key in name for name in state)), None)
-    text = f"{depth} blocks of width {width} on {kinds[0]} tokens"
+    text = f"{depth} block{'s' * (depth != 1)} of width {width} on {kinds[0]} tokens"
     if layer is not None:
         text += f" with {layer.__name__}"
     for name, published in (MODELS | BASELINES).items():

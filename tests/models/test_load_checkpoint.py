@@ -277,7 +277,7 @@ def test_a_mismatch_names_the_keys_and_leaves_the_model_alone(tmp_path, changes,
 
 def test_another_architecture_is_a_mismatch(tmp_path):
     torch.save(small_model(1).state_dict(), tmp_path / "a.pth")
-    message = "holds 1 blocks of width 256 on performer tokens, the model is 1 .* transformer tokens$"
+    message = "holds 1 block of width 256 on performer tokens, the model is 1 .* transformer tokens$"
     with pytest.raises(InputError, match=message):
         load_checkpoint(small_model(2, tokens_type="transformer"), tmp_path / "a.pth")
 
@@ -294,6 +294,20 @@ def test_a_published_model_is_recognised(tmp_path, name):
     assert name == "t2t_vit_dense" or f"holds {name} (" in str(caught.value)
     assert blocks.get(name, "blocks of width") in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_not_floating(tmp_path, dtype):
+    state = {key: tensor.to(dtype) for key, tensor in small_model(1).state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=f"holds weights that are {dtype}, expected floating ones"):
+        load_checkpoint(small_model(2), tmp_path / "a.pth")
+
+
+def test_other_numbers_of_channels(tmp_path):
+    torch.save(small_model(1, in_chans=4).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(InputError, match="is for images of 4 channels, the model for 3"):
+        load_checkpoint(small_model(2), tmp_path / "a.pth")
 
 
 def test_weights_of_something_else(tmp_path):
