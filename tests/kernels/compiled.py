@@ -102,6 +102,7 @@ def _figures(capability, kernel, aligned, signature, constants, options) -> dict
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
         "shared": compiled.metadata.shared,
+        "asynchronous_copies": "cp.async" in ptx,
         "matrix": sorted({name for name in ("wgmma", "mma.sync") if name in ptx}),
         "widest_store": max(
             (int(v or 1) * int(bits) for v, bits in re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)),
