@@ -38,8 +38,11 @@ CALLS = {
     120: (*EVERYWHERE, "project-fp16", "softmax-wide-bf16"),
 }
 LARGEST = {80: "attention-largest-fp32", 120: "performer-largest-bf16"}
-for _capability, _dtype in zip(CALLS, DTYPES, strict=True):
-    CALLS[_capability] += tuple(f"features-{features}-{_dtype}" for features in DTYPES)
+# Another dtype of the map on each.
+FEATURES = {
+    capability: [f"features-{features}-{dtype}" for features in DTYPES]
+    for capability, dtype in zip(CALLS, DTYPES, strict=True)
+}
 # The one kernel of a model known to spill, and its bytes, stores and loads.
 SPILLS = {(90, "performer-layer2-fp32", "performer_layer_bwd_split"): 32}
 # No kernel at E = 128 may spill more.
@@ -58,7 +61,7 @@ def compiled():
         capability: subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.compiled", str(capability)]
             + [f"soft_split-{dtype}" for dtype in DTYPES]
-            + [*calls, *filter(None, [LARGEST.get(capability)])],
+            + [*calls, *FEATURES[capability], *filter(None, [LARGEST.get(capability)])],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -103,6 +106,17 @@ def triton_release() -> str:
 
 def most_spills(wide: bool) -> int:
     return MOST_SPILLS.get(triton_release(), (0, WIDE_SPILLS))[wide]
+
+
+@pytest.mark.parametrize(
+    ("capability", "call"), [(version, call) for version, calls in FEATURES.items() for call in calls]
+)
+def test_random_features_of_every_dtype_compile(compiled, capability, call):
+    names = " ".join(kernels(compiled, capability, call))
+    for kernel in ("keys", "queries", "bwd_keys", "bwd_queries"):
+        assert f"performer_attention_{kernel}_kernel" in names
+    for kernel in ("keys", "queries", "bwd_tail", "bwd_split"):
+        assert f"performer_layer_{kernel}_kernel" in names
 
 
 @pytest.mark.parametrize(("capability", "call"), LARGEST.items())
@@ -161,7 +175,7 @@ def test_table_has_every_call_and_no_other_spills():
 
 @pytest.mark.parametrize(
     ("capability", "call"),
-    [case for case in CASES if not case[1].endswith("fp16") and not case[1].startswith("features")],
+    [case for case in CASES if not case[1].endswith("fp16")],
 )
 def test_table_is_what_the_compiler_reports(compiled, capability, call):
     """docs/kernels.md; ``python -m tests.kernels.compiled`` prints what belongs there."""
