@@ -8,13 +8,15 @@ backend never falls back: it runs or raises :class:`BackendUnavailable` with the
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from t2t_kernels.errors import BackendUnavailable, unknown_name
+from t2t_kernels.transforms import active_transform
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -192,14 +194,26 @@ def choose(
     dtype: torch.dtype,
     backend: str | None,
     sizes: Mapping[str, int] | None = None,
+    tensors: Iterable[Tensor | None] = (),
 ) -> str:
-    """The backend that serves a call of ``operation``; ``sizes`` are those that have limits.
+    """The backend that serves a call of ``operation``.
+
+    Args:
+        sizes: the sizes that have limits.
+        tensors: the call's tensors; under a function transform only the reference serves them.
 
     Raises:
         ValueError: the name is not one of :data:`BACKENDS`.
         BackendUnavailable: the named backend cannot run this call.
     """
     named, sizes = requested(backend), sizes or {}
+    if named != "reference" and (transform := active_transform(tensors)) is not None:
+        if named is None:
+            return "reference"
+        raise BackendUnavailable(
+            f"cannot run {operation.name} on the {named} backend: its kernels do not support "
+            f'{transform}; use backend="reference" (for a model fused_kernels="reference")'
+        )
     if named is None:
         return next(
             candidate
@@ -215,7 +229,11 @@ def choose(
 def requested(backend: str | None) -> str | None:
     """The backend asked for by argument, by :func:`use_backend` or by ``T2T_BACKEND``, if any."""
     override = _overrides[-1] if _overrides else None
-    for source, name in (("backend", backend), ("backend", override), ("T2T_BACKEND", _environment)):
+    for source, name in (
+        ("backend", backend),
+        ("backend", override),
+        ("T2T_BACKEND", _environment),
+    ):
         if name is not None:
             if name not in BACKENDS:
                 raise ValueError(f"{source}: {unknown_name('backend', name, BACKENDS)}")

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACES = {"cpu": "t2t_cpu", "triton": "t2t_triton", "cuda": "t2t_cuda"}
 
@@ -20,6 +21,7 @@ def declare(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Declare an operation in every backend's namespace.
 
@@ -30,6 +32,8 @@ def declare(
         setup_context: what is kept for the backward, as in ``torch.library.register_autograd``.
         backward: ``backward(ops, ctx, *grads)``; ``ops`` is the namespace of the backend that ran
             the forward, so that its gradient is served by the same one.
+        flops: operations of the matrix products, for ``torch.utils.flop_counter``; called like the
+            operation, with shapes for tensors. What a kernel computes twice counts once.
     """
     for namespace in NAMESPACES.values():
         qualified = f"{namespace}::{name}"
@@ -40,6 +44,17 @@ def declare(
             torch.library.register_autograd(
                 qualified, functools.partial(backward, ops), setup_context=setup_context
             )
+        if flops is not None:
+            register_flop_formula(getattr(getattr(torch.ops, namespace), name))(_counted(flops))
+
+
+def _counted(flops: Callable[..., int]) -> Callable[..., int]:
+    """``flops`` as the counter calls it, with the shapes of the results too."""
+
+    def formula(*arguments, out_shape=None, **_) -> int:
+        return flops(*arguments)
+
+    return formula
 
 
 def operators(backend: str):
@@ -50,5 +65,6 @@ def operators(backend: str):
 def no_second_derivative(ops, ctx, *grads):
     """The ``backward`` of a gradient that has none of its own."""
     raise NotImplementedError(
-        'the fused kernels have no second derivative; backend="reference" has one'
+        'the fused kernels have no second derivative; use backend="reference" (for a model '
+        'fused_kernels="reference")'
     )

@@ -50,13 +50,15 @@ def performer_attention(
             )
     check_tensor("v", v)
     if v.dim() != 3 or v.shape[1] < 1 or v.shape[2] < 1:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, expected (B, T, E) with T and E at least 1")
+        raise ValueError(
+            f"v: got shape {tuple(v.shape)}, expected (B, T, E) with T and E at least 1"
+        )
     check_parameter("k", k, v.shape, v, like_name="v")
     check_parameter("q", q, v.shape, v, like_name="v")
     check_random_features(w, v.shape[2], v)
     check_eps(eps)
     sizes = {"E": w.shape[1], "m": w.shape[0]}
-    chosen = choose(PERFORMER_ATTENTION, v.device, v.dtype, backend, sizes)
+    chosen = choose(PERFORMER_ATTENTION, v.device, v.dtype, backend, sizes, (k, q, v))
     if chosen != "reference":
         return operators(chosen).performer_attention(k, q, v, w, eps)[0]
     return reference.performer_attention(k, q, v, w, eps=eps)

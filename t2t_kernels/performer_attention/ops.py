@@ -7,6 +7,7 @@ log-features, the normaliser Z = Σ e^(a − c) and the sums S = Σ e^(a − c) 
 import torch
 from torch import Tensor
 
+from t2t_kernels import flops
 from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
@@ -39,6 +40,14 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return *grads, None, None
 
 
+def _flops(k, q, v, w, eps) -> int:
+    return flops.performer_attention(v, w[0])
+
+
+def _backward_flops(grad, k, q, v, w, *_) -> int:
+    return flops.performer_attention_backward(v, w[0])
+
+
 PERFORMER_ATTENTION = register_operation(
     "performer_attention",
     kernels=("cpu", "triton", "cuda"),
@@ -52,6 +61,7 @@ declare(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 declare(
     "performer_attention_backward",
@@ -59,4 +69,5 @@ declare(
     "Tensor sums, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backward=no_second_derivative,
+    flops=_backward_flops,
 )

@@ -84,7 +84,7 @@ def performer_layer(
         "m": params.w.shape[0],
         "M": params.mlp_0_weight.shape[0],
     }
-    chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend, sizes)
+    chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":
         seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
         numbers = kernel_size, stride, padding, eps, dropout_p

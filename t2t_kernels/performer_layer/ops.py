@@ -7,6 +7,7 @@ maximum, normaliser and sums of ``performer_attention``. The dropouts' masks fol
 import torch
 from torch import Tensor
 
+from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
 from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
@@ -55,6 +56,26 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return grad_x if need_x else None, None, *grads, *(None,) * 6
 
 
+def _flops(x, w, *rest) -> int:
+    kqv_weight, mlp_0_weight, split = rest[2], rest[8], rest[-5:-2]
+    v = flops.token_shape(x, w[1], split)
+    return (
+        flops.soft_split_linear(x, kqv_weight, split)
+        + flops.performer_attention(v, w[0])
+        + flops.layer_tail(v, mlp_0_weight[0])
+    )
+
+
+def _backward_flops(grad, x, w, *rest) -> int:
+    kqv_weight, mlp_0_weight, split, need_x = rest[2], rest[8], rest[-6:-3], rest[-1]
+    v = flops.token_shape(x, w[1], split)
+    return (
+        flops.soft_split_linear_backward(x, kqv_weight, split, need_x)
+        + flops.performer_attention_backward(v, w[0])
+        + 2 * flops.layer_tail(v, mlp_0_weight[0])
+    )
+
+
 PERFORMER_LAYER = register_operation(
     "performer_layer",
     kernels=("cpu", "triton", "cuda"),
@@ -64,11 +85,11 @@ PERFORMER_LAYER = register_operation(
 
 declare(
     "performer_layer",
-    f"({_TENSORS}, {_NUMBERS}) "
-    "-> (Tensor y, Tensor maximum, Tensor normalizer, Tensor sums)",
+    f"({_TENSORS}, {_NUMBERS}) -> (Tensor y, Tensor maximum, Tensor normalizer, Tensor sums)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 declare(
     "performer_layer_backward",
@@ -76,4 +97,5 @@ declare(
     f"{_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 13)})",
     fake=_backward_fake,
     backward=no_second_derivative,
+    flops=_backward_flops,
 )

@@ -37,7 +37,7 @@ def soft_split(
         BackendUnavailable: the named backend cannot run this call.
     """
     check_split(x, kernel_size, stride, padding)
-    chosen = choose(SOFT_SPLIT, x.device, x.dtype, backend)
+    chosen = choose(SOFT_SPLIT, x.device, x.dtype, backend, tensors=(x,))
     if chosen == "reference":
         return reference.soft_split(x, kernel_size, stride, padding)
     return operators(chosen).soft_split(x, kernel_size, stride, padding)

@@ -79,11 +79,14 @@ def soft_split_linear(
         check_parameter("bias", bias, weight.shape[:1], x)
     if (norm_weight is None) != (norm_bias is None):
         missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing}: got None, expected both of norm_weight and norm_bias or neither")
+        raise ValueError(
+            f"{missing}: got None, expected both of norm_weight and norm_bias or neither"
+        )
     if norm_weight is not None:
         check_parameter("norm_weight", norm_weight, (width,), x)
         check_parameter("norm_bias", norm_bias, (width,), x)
-    chosen = choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend)
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    chosen = choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend, tensors=tensors)
     if chosen != "reference":
         return operators(chosen).soft_split_linear(
             x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps

@@ -7,6 +7,7 @@ that do not exist, and that of x where it is not asked for, are empty.
 import torch
 from torch import Tensor
 
+from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
 from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
@@ -57,6 +58,14 @@ def _backward(ops, ctx, grad: Tensor):
     )
 
 
+def _flops(x, weight, bias, norm_weight, norm_bias, *rest) -> int:
+    return flops.soft_split_linear(x, weight, rest[:3])
+
+
+def _backward_flops(grad, x, weight, norm_weight, norm_bias, *rest) -> int:
+    return flops.soft_split_linear_backward(x, weight, rest[:3], need_x=rest[-1])
+
+
 SOFT_SPLIT_LINEAR = register_operation(
     "soft_split_linear", kernels=("cpu", "triton", "cuda"), parts=("soft_split",)
 )
@@ -68,6 +77,7 @@ declare(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 declare(
     "soft_split_linear_backward",
@@ -76,4 +86,5 @@ declare(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backward=no_second_derivative,
+    flops=_backward_flops,
 )

@@ -45,11 +45,13 @@ def token_attention(
             )
     check_tensor("v", v)
     if v.dim() != 3 or v.shape[1] < 1 or v.shape[2] < 1:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, expected (B, T, E) with T and E at least 1")
+        raise ValueError(
+            f"v: got shape {tuple(v.shape)}, expected (B, T, E) with T and E at least 1"
+        )
     check_parameter("q", q, v.shape, v, like_name="v")
     check_parameter("k", k, v.shape, v, like_name="v")
     check_scale(scale)
-    chosen = choose(TOKEN_ATTENTION, v.device, v.dtype, backend, {"E": v.shape[2]})
+    chosen = choose(TOKEN_ATTENTION, v.device, v.dtype, backend, {"E": v.shape[2]}, (q, k, v))
     if chosen != "reference":
         return operators(chosen).token_attention(q, k, v, scale)[0]
     return reference.token_attention(q, k, v, scale=scale)

@@ -10,6 +10,7 @@ itself is saved. No T×T tensor exists.
 import torch
 from torch import Tensor
 
+from t2t_kernels import flops
 from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
@@ -41,6 +42,14 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return *ops.token_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
+def _flops(q, k, v, scale) -> int:
+    return flops.token_attention(v)
+
+
+def _backward_flops(grad, q, k, v, *_) -> int:
+    return 2 * flops.token_attention(v)
+
+
 TOKEN_ATTENTION = register_operation(
     "token_attention",
     kernels=("cpu", "triton", "cuda"),
@@ -54,6 +63,7 @@ declare(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 declare(
     "token_attention_backward",
@@ -61,4 +71,5 @@ declare(
     "float scale) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backward=no_second_derivative,
+    flops=_backward_flops,
 )

@@ -70,7 +70,7 @@ def transformer_layer(
     _check_params(params, x, x.shape[1] * kernel_size**2)
     check_scale(scale)
     sizes = {"E": params.attn_proj_weight.shape[0], "M": params.mlp_fc1_weight.shape[0]}
-    chosen = choose(TRANSFORMER_LAYER, x.device, x.dtype, backend, sizes)
+    chosen = choose(TRANSFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":
         numbers = kernel_size, stride, padding, scale
         return operators(chosen).transformer_layer(x, *params, *numbers)[0]

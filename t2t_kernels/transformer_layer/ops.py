@@ -8,6 +8,7 @@ backward reads the patches anyway, and v is a third of their projection.
 import torch
 from torch import Tensor
 
+from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
 from t2t_kernels.backends import register_operation
 from t2t_kernels.library import declare, no_second_derivative
@@ -54,6 +55,26 @@ def _backward(ops, ctx, grad: Tensor | None, *_):
     return grad_x if need_x else None, *grads, *(None,) * 4
 
 
+def _flops(x, *rest) -> int:
+    qkv_weight, fc1_weight, split = rest[2], rest[7], rest[-4:-1]
+    v = flops.token_shape(x, fc1_weight[1], split)
+    return (
+        flops.soft_split_linear(x, qkv_weight, split)
+        + flops.token_attention(v)
+        + flops.layer_tail(v, fc1_weight[0])
+    )
+
+
+def _backward_flops(grad, x, *rest) -> int:
+    qkv_weight, fc1_weight, split, need_x = rest[2], rest[7], rest[-5:-2], rest[-1]
+    v = flops.token_shape(x, fc1_weight[1], split)
+    return (
+        flops.soft_split_linear_backward(x, qkv_weight, split, need_x)
+        + 2 * flops.token_attention(v)
+        + 2 * flops.layer_tail(v, fc1_weight[0])
+    )
+
+
 TRANSFORMER_LAYER = register_operation(
     "transformer_layer",
     kernels=("cpu", "triton", "cuda"),
@@ -68,6 +89,7 @@ declare(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 declare(
     "transformer_layer_backward",
@@ -75,4 +97,5 @@ declare(
     f"Tensor normalizer, {_NUMBERS}, bool need_x) -> ({', '.join(['Tensor'] * 12)})",
     fake=_backward_fake,
     backward=no_second_derivative,
+    flops=_backward_flops,
 )

@@ -1,12 +1,15 @@
 """The backbone of T2T-ViT: class token, fixed positions, pre-norm transformer blocks, head."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from t2t_kernels.transforms import active_transform
 from t2tvit.errors import InputError
 from t2tvit.models.arguments import check_image_size, check_integer, check_positive, check_rate
 from t2tvit.models.patch_tokens import PatchTokens
@@ -27,7 +30,10 @@ def attend(
 ) -> Tensor:
     """Multi-head attention over (B, T, dim); head h has the channels h·dim/num_heads onwards."""
     q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    # PyTorch's fused attentions have no tangent and no second derivative.
+    transformed = active_transform((q, k, v)) is not None
+    with sdpa_kernel(SDPBackend.MATH) if transformed else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return y.transpose(1, 2).flatten(2)
 
 

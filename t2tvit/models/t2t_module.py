@@ -3,9 +3,13 @@
 Three soft splits with a layer after each of the first two and a linear projection after the third
 (section 3.1 of the T2T-ViT paper). The modules hold the parameters under the names of the published
 checkpoints; `t2t_kernels` does the computing.
+
+The fused operations read the parameters of the submodules and do not call them. If a submodule is not
+what they compute (it has hooks, was replaced or wrapped), the layer calls its submodules instead.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2t_kernels import (
@@ -13,13 +17,17 @@ from t2t_kernels import (
     PerformerLayerParams,
     TransformerLayerParams,
     output_size,
+    performer_attention,
     performer_layer,
+    soft_split,
     soft_split_linear,
+    token_attention,
     transformer_layer,
 )
 from t2t_kernels.arguments import autocast_dtype
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.arguments import MIN_SIZE, check_integer
+from t2tvit.models.plain import announce, why_not_plain
 
 SPLITS = (
     {"kernel_size": 7, "stride": 4, "padding": 2},
@@ -57,6 +65,9 @@ class TokenPerformer(nn.Module):
         return {"performer_layer": {"E": width, "m": m, "M": hidden}}
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        if (reason := self._why_not_fused()) is not None:
+            announce(reason)
+            return self._call_submodules(x, backend)
         params = PerformerLayerParams(
             w=self.w,
             norm1_weight=self.norm1.weight,
@@ -74,6 +85,30 @@ class TokenPerformer(nn.Module):
         )
         dropout_p = self.dropout if self.training else 0.0
         return performer_layer(x, params, **self.split, dropout_p=dropout_p, backend=backend)
+
+    def _why_not_fused(self) -> str | None:
+        reason = (
+            why_not_plain("norm1", self.norm1, nn.LayerNorm)
+            or why_not_plain("kqv", self.kqv, nn.Linear)
+            or why_not_plain("proj", self.proj, nn.Linear)
+            or why_not_plain("norm2", self.norm2, nn.LayerNorm)
+            or why_not_plain("mlp", self.mlp, nn.Sequential)
+        )
+        if reason is None and len(self.mlp) != 3:
+            reason = f"mlp has {len(self.mlp)} modules"
+        return (
+            reason
+            or why_not_plain("mlp.0", self.mlp[0], nn.Linear)
+            or why_not_plain("mlp.1", self.mlp[1], nn.GELU)
+            or why_not_plain("mlp.2", self.mlp[2], nn.Linear)
+        )
+
+    def _call_submodules(self, x: Tensor, backend: str | None) -> Tensor:
+        tokens = soft_split(x, **self.split, backend=backend)
+        k, q, v = self.kqv(self.norm1(tokens)).chunk(3, dim=-1)
+        y = self.proj(performer_attention(k, q, v, self.w, backend=backend))
+        y = v + F.dropout(y, self.dropout, self.training)
+        return y + F.dropout(self.mlp(self.norm2(y)), self.dropout, self.training)
 
 
 class TokenTransformer(nn.Module):
@@ -104,6 +139,9 @@ class TokenTransformer(nn.Module):
         return {"transformer_layer": {"E": fc1.in_features, "M": fc1.out_features}}
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        if (reason := self._why_not_fused()) is not None:
+            announce(reason)
+            return self._call_submodules(x, backend)
         params = TransformerLayerParams(
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
@@ -118,6 +156,23 @@ class TokenTransformer(nn.Module):
             mlp_fc2_bias=self.mlp["fc2"].bias,
         )
         return transformer_layer(x, params, **self.split, scale=self.scale, backend=backend)
+
+    def _why_not_fused(self) -> str | None:
+        return (
+            why_not_plain("norm1", self.norm1, nn.LayerNorm)
+            or why_not_plain("attn.qkv", self.attn["qkv"], nn.Linear, bias=False)
+            or why_not_plain("attn.proj", self.attn["proj"], nn.Linear)
+            or why_not_plain("norm2", self.norm2, nn.LayerNorm)
+            or why_not_plain("mlp.fc1", self.mlp["fc1"], nn.Linear)
+            or why_not_plain("mlp.fc2", self.mlp["fc2"], nn.Linear)
+        )
+
+    def _call_submodules(self, x: Tensor, backend: str | None) -> Tensor:
+        tokens = soft_split(x, **self.split, backend=backend)
+        q, k, v = self.attn["qkv"](self.norm1(tokens)).chunk(3, dim=-1)
+        y = token_attention(q, k, v, scale=self.scale, backend=backend)
+        y = v + self.attn["proj"](y)
+        return y + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(y))))
 
 
 class TokenConvolution(nn.Conv2d):
@@ -151,9 +206,7 @@ def check_images(x: Tensor, in_chans: int, like: Tensor) -> None:
         )
     if x.device != like.device:
         raise ValueError(f"x: got device {x.device}, the model is on {like.device}")
-    if not x.is_floating_point() or (
-        x.dtype != like.dtype and autocast_dtype(x) is None
-    ):
+    if not x.is_floating_point() or (x.dtype != like.dtype and autocast_dtype(x) is None):
         raise TypeError(f"x: got {x.dtype}, the model is {like.dtype}; convert one of them")
 
 
@@ -221,13 +274,18 @@ class T2TModule(nn.Module):
             TypeError, ValueError: its dtype or device is not the parameters'.
             BackendUnavailable: the backend that was named cannot run here.
         """
-        check_images(x, self.in_chans, self.project.weight)
+        reason = why_not_plain("project", self.project, nn.Linear, bias=None)
+        like = next(self.parameters()) if reason else self.project.weight
+        check_images(x, self.in_chans, like)
         # ONNX has plain operators only.
         backend = "reference" if torch.onnx.is_in_onnx_export() else self.backend
         for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
             grid = output_size(x.shape[2], x.shape[3], **split)
             # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.
             x = layer(x, backend=backend).unflatten(1, grid).permute(0, 3, 1, 2)
+        if reason is not None:
+            announce(reason)
+            return self.project(soft_split(x, **SPLITS[2], backend=backend))
         return soft_split_linear(
             x, self.project.weight, self.project.bias, **SPLITS[2], backend=backend
         )
