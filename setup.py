@@ -1,7 +1,8 @@
 """Builds ``t2t_kernels._C`` (C++, everywhere) and ``t2t_kernels/_cuda.so`` (where nvcc is found).
 
 Environment:
-    T2T_WITH_CUDA         0 leaves the CUDA library out, 1 fails where it cannot be built.
+    T2T_WITH_CUDA         0 leaves the CUDA library out, 1 fails if it cannot be built; else it is
+                          left out if it cannot be built.
     TORCH_CUDA_ARCH_LIST  architectures, as torch reads it; else those of the visible GPUs; else all.
     MAX_JOBS              compilers at a time; else as many as cores and memory allow.
 """
@@ -138,6 +139,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         return super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
+        self.left_out: list[Extension] = []
         try:
             super().build_extensions()
         except Exception as error:
@@ -145,6 +147,28 @@ class BuildExtension(cpp_extension.BuildExtension):
             if any(extension.name.endswith("_cuda") for extension in self.extensions):
                 hint = " T2T_WITH_CUDA=0 builds without the CUDA kernels."
             sys.exit(f"t2tvit: the kernels did not compile; see the first error above.{hint}\n{error}")
+        self.extensions = [e for e in self.extensions if e not in self.left_out]
+
+    def build_extension(self, extension: Extension) -> None:
+        """Build one library; the package works without the CUDA library, unless it was asked for."""
+        try:
+            super().build_extension(extension)
+        except Exception as error:
+            if not extension.name.endswith("_cuda") or os.environ.get("T2T_WITH_CUDA") == "1":
+                raise
+            print(
+                "t2tvit: building without the CUDA kernels: nvcc failed; see the first error above. "
+                f"T2T_WITH_CUDA=1 makes this an error.\n{error}",
+                file=sys.stderr,
+            )
+            self.left_out.append(extension)
+            # A library of an earlier build holds other kernels, and `_C` must not promise any.
+            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+            for other in self.extensions:
+                other.define_macros = [
+                    (name, '""' if name == "T2T_CUDA_ARCHITECTURES" else value)
+                    for name, value in other.define_macros
+                ]
 
 
 def extensions() -> list[Extension]:
@@ -189,7 +213,8 @@ def extensions() -> list[Extension]:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda"],
         language="c++",
     )
-    return [cpu, cuda]
+    # The CUDA library first: what became of it is part of the build information in the other.
+    return [cuda, cpu]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -20,6 +20,12 @@
 
 namespace t2t {
 
+// A count of blocks as the first dimension of a grid.
+inline unsigned grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "the input is too large: ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
 // Makes the tensor's device the current one while it lives, and knows that device's current stream.
 class DeviceScope {
  public:
@@ -46,12 +52,9 @@ class DeviceScope {
   template <typename Params>
   void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
               const Params& params) const {
-    if (shared_bytes > 48 * 1024) {
-      // More than every block may have without asking.
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            name);
-    }
+    STD_TORCH_CHECK(grid.y <= kMostRowsOfBlocks && grid.z <= kMostRowsOfBlocks, name,
+                    ": a grid of ", grid.x, "x", grid.y, "x", grid.z, " blocks is too large");
+    if (shared_bytes > 0) allow_shared_memory(name, kernel, shared_bytes);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
@@ -61,6 +64,27 @@ class DeviceScope {
   }
 
  private:
+  // The limit of a grid's second and third dimension.
+  static constexpr unsigned kMostRowsOfBlocks = 65535;
+
+  // Lets blocks of `kernel` have as much dynamic shared memory as the device allows, rather than
+  // what this launch needs: another thread may be launching the same kernel with more.
+  template <typename Params>
+  void allow_shared_memory(const char* name, void (*kernel)(Params), size_t bytes) const {
+    cudaFuncAttributes attributes = {};
+    check(cudaFuncGetAttributes(&attributes, kernel), name);
+    // What a block has without asking includes its static shared memory.
+    if (attributes.sharedSizeBytes + bytes <= 48 * 1024) return;
+    int most = 0;
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), name);
+    const size_t most_dynamic = most - attributes.sharedSizeBytes;
+    STD_TORCH_CHECK(bytes <= most_dynamic, name, ": needs ", bytes + attributes.sharedSizeBytes,
+                    " bytes of shared memory, a block of this device has at most ", most);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(most_dynamic)),
+          name);
+  }
+
   static void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     // Reported here: the next caller must not find it as its own.

@@ -27,13 +27,16 @@ constexpr int kMostPackings = 7;
 
 struct PackParams {
   Packing of[kMostPackings];
+  int blocks_per_matrix;
 };
 
-// blockIdx.y: one of a batch of matrices; blockIdx.z: which packing.
+// blockIdx.x: a part of one of a batch of matrices; blockIdx.y: which packing.
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackParams params) {
-  const Packing& p = params.of[blockIdx.z];
-  const int64_t element = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+  const Packing& p = params.of[blockIdx.y];
+  const int64_t matrix = blockIdx.x / params.blocks_per_matrix;
+  const int64_t element =
+      int64_t(blockIdx.x % params.blocks_per_matrix) * kPackThreads + threadIdx.x;
   const int column = element % kGroup;
   const int k = element / kGroup % p.padded_depth;
   const int group = element / kGroup / p.padded_depth;
@@ -42,13 +45,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackParams par
   const int at = group / p.groups_per_section * p.section + in_section;
   T value = T(0.f);
   if (k < p.depth && in_section < p.section && at < p.columns) {
-    value =
-        static_cast<const T*>(p.from)[blockIdx.y * p.batch_stride + k / p.inner * p.outer_stride +
-                                      k % p.inner * p.inner_stride + at * p.column_stride];
+    value = static_cast<const T*>(p.from)[matrix * p.batch_stride + k / p.inner * p.outer_stride +
+                                          k % p.inner * p.inner_stride + at * p.column_stride];
   }
   const int64_t size = int64_t(p.padded_depth) * kGroup;
-  static_cast<T*>(
-      p.to)[(int64_t(blockIdx.y) * p.groups + group) * size + packed_offset<T>(k, column)] = value;
+  static_cast<T*>(p.to)[(matrix * p.groups + group) * size + packed_offset<T>(k, column)] = value;
 }
 
 // Elements of a packed matrix.
@@ -57,7 +58,7 @@ inline int64_t packed_size(int64_t depth, int64_t groups) {
 }
 
 template <typename T>
-void launch_pack(const std::vector<Packing>& packings, int batches, const DeviceScope& device) {
+void launch_pack(const std::vector<Packing>& packings, int64_t batches, const DeviceScope& device) {
   STD_TORCH_CHECK(packings.size() <= kMostPackings, "pack: too many matrices");
   PackParams params = {};
   int64_t blocks = 0;
@@ -67,10 +68,10 @@ void launch_pack(const std::vector<Packing>& packings, int batches, const Device
     p.padded_depth = static_cast<int>(divide_up(p.depth, 16) * 16);
     params.of[count++] = p;
   }
+  params.blocks_per_matrix = static_cast<int>(blocks);
   device.launch("pack", pack_kernel<T>,
-                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(batches),
-                     static_cast<unsigned>(count)),
-                kPackThreads, 0, params);
+                dim3(grid_size(batches * blocks), static_cast<unsigned>(count)), kPackThreads, 0,
+                params);
 }
 
 }  // namespace t2t

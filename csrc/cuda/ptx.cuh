@@ -99,6 +99,18 @@ __device__ void start_products(Registers&... registers) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
+// ptxas 12.8 and 13.0 reuse the registers of a left operand that a loop does not change, and do not
+// restore them for its next iteration. This use, of a zero that they cannot know, changes it.
+template <int kCount>
+__device__ void keep_in_loop(uint32_t (&left)[kCount][4], int iteration) {
+  uint32_t zero;
+  asm volatile("shr.u32 %0, %1, 31;" : "=r"(zero) : "r"(iteration));
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) {
+    asm volatile("xor.b32 %0, %0, %1;" : "+r"(left[i / 4][i % 4]) : "r"(zero));
+  }
+}
+
 #define T2T_SUMS(j) "+f"(d[j][0][0]), "+f"(d[j][0][1]), "+f"(d[j][1][0]), "+f"(d[j][1][1])
 #define T2T_WGMMA(type)                                                                            \
   asm volatile(                                                                                    \

@@ -546,11 +546,6 @@ __global__ void __launch_bounds__(kMapWarps* kLanes)
   }
 }
 
-unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), kName, ": the map is too large");
-  return static_cast<unsigned>(blocks);
-}
-
 Geometry geometry_of(const Tensor& x, int64_t kernel_size, int64_t stride, int64_t padding) {
   STD_TORCH_CHECK(x.dim() == 4, kName, ": x must have 4 dimensions, got ", x.dim());
   return make_geometry(kName, x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride,

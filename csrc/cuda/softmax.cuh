@@ -184,12 +184,17 @@ struct Left {
       load_matrices(at[k], rows + place<T>(lane_index() % 16, k * 16 + lane_index() / 16 * 8));
     }
   }
+  // Must be called in each iteration of a loop that multiplies by these rows.
+  __device__ void keep_in_loop(int iteration) {
+    if constexpr (kByWarpgroup<T>) t2t::keep_in_loop(at, iteration);
+  }
 };
 template <>
 struct Left<float> {
   const float* rows;
 
   __device__ explicit Left(const float* rows) : rows(rows) {}
+  __device__ void keep_in_loop(int) {}
 };
 
 // A·Bᵀ of a warp's own rows and rows of a tile.
@@ -358,12 +363,13 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const Block<T, kForwardWar
   block.load_own(in.queries, 0);
   load(0, 0);
   block.wait_for_tiles();
-  const Left<T> queries(block.own_of_warp(0));
+  Left<T> queries(block.own_of_warp(0));
 
   OuterSums<1, kTilesOfEight> y;
   y.clear();
   float maximum[2] = {-INFINITY, -INFINITY}, normalizer[2] = {};
   block.walk(load, [&](int begin, int turn) {
+    queries.keep_in_loop(begin);
     auto weights = multiply_rows<kWide>(queries, tile_at<T>(turn, 0));
     auto& w = weights.at[0];
 #pragma unroll
@@ -437,7 +443,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
   block.load_own(p.grads, 1);
   load(0, 0);
   block.wait_for_tiles();
-  const Left<T> queries(block.own_of_warp(0)), grads(block.own_of_warp(1));
+  Left<T> queries(block.own_of_warp(0)), grads(block.own_of_warp(1));
 
   OuterSums<1, kTilesOfEight> grad_queries;
   grad_queries.clear();
@@ -462,6 +468,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
   }
 
   block.walk(load, [&](int begin, int turn) {
+    queries.keep_in_loop(begin);
+    grads.keep_in_loop(begin);
 #pragma unroll 1
     for (int slice = 0; slice < kTile<T>; slice += kSlice<T>) {
       const T* keys = tile_at<T>(turn, 0) + slice * kPitch<T>;
@@ -507,12 +515,14 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
   block.load_own(p.in.values, 1);
   load(0, 0);
   block.wait_for_tiles();
-  const Left<T> keys(block.own_of_warp(0)), values(block.own_of_warp(1));
+  Left<T> keys(block.own_of_warp(0)), values(block.own_of_warp(1));
 
   OuterSums<1, kTilesOfEight> grad_keys, grad_values;
   grad_keys.clear();
   grad_values.clear();
-  block.walk(load, [&](int, int turn) {
+  block.walk(load, [&](int begin, int turn) {
+    keys.keep_in_loop(begin);
+    values.keep_in_loop(begin);
 #pragma unroll 1
     for (int slice = 0; slice < kTile<T>; slice += kSlice<T>) {
       const T* queries = tile_at<T>(turn, 0) + slice * kPitch<T>;

@@ -38,6 +38,9 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 // What a block gets without asking for more, what every GPU has for one that asks, and room to see
 // what is written beyond.
 constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
+// Static shared memory, which counts too. The host's compiler does not tell a kernel's own, so all
+// are taken to have this much.
+constexpr size_t kStaticSharedBytes = 2048;
 alignas(1024) thread_local uint4 dynamic_shared[(kMostSharedBytes + kSharedBytes) / sizeof(uint4)];
 
 namespace simt {
@@ -352,7 +355,7 @@ const void* seen_by_products(uint32_t address) {
 
 cudaError_t allow_shared(const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> guard(one_launch);
-  if (bytes > kMostSharedBytes) return last_error = cudaErrorInvalidValue;
+  if (bytes + kStaticSharedBytes > kMostSharedBytes) return last_error = cudaErrorInvalidValue;
   allowed_shared[kernel] = bytes;
   return cudaSuccess;
 }
@@ -365,7 +368,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7FFFFFFF || grid.y > 65535 ||
       grid.z > 65535 || block.x < 1 || block.y < 1 || block.z < 1 || block.z > 64 ||
       uint64_t(block.x) * block.y * block.z > 1024 ||
-      config.dynamicSmemBytes > std::max(kSharedBytes, allowed_shared[kernel])) {
+      config.dynamicSmemBytes >
+          std::max(kSharedBytes - kStaticSharedBytes, allowed_shared[kernel])) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   if (only_record) {
@@ -428,10 +432,12 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
 // A small device, so that few images are enough to give a block several.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kMostSharedBytes : 1;
   return cudaSuccess;
 }
+
+size_t simt::static_shared_bytes() { return kStaticSharedBytes; }
 
 // Fixes the order in which threads run from the next block on.
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) {

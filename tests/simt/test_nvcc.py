@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simt import report
+from tests.simt import report, sass
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, SETUP = ROOT / "docs" / "cuda.md", ROOT / "setup.py"
@@ -119,6 +119,8 @@ def test_machine_code(compiled, architecture):
                 assert "HMMA" not in code or kernel[1] in ASYNCHRONOUS, f"{name} of {source}"
             by_warpgroup = architecture == "90a" and half and kernel[1] in WARPGROUP
             assert ("HGMMA" in code) == by_warpgroup, f"{name} of {source}"
+            if by_warpgroup:
+                assert sass.faults(code) == [], f"{name} of {source}"
             if kernel[1] in ASYNCHRONOUS:
                 assert "LDGSTS" in code, f"{name} of {source} copies nothing asynchronously"
     assert seen == {(kernel, half) for kernel in MATRIX for half in (False, True)}

@@ -126,6 +126,8 @@ float right_element(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n
   return element_of<T>(bits, 0);
 }
 
+template <int kCount>
+void keep_in_loop(uint32_t (&)[kCount][4], int) {}
 template <typename... Registers>
 void start_products(Registers&...) {
   simt::start_products();

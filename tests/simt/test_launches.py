@@ -1,0 +1,79 @@
+"""Launches of unusual sizes, recorded and not run: a GPU refuses a grid that is too large."""
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.kernels.test_reference import performer_params, transformer_params
+from tests.simt.build import build_host_library
+
+# One more than a grid's second and third dimension may have.
+IMAGES = 65536
+
+
+def soft_split(ops):
+    tokens = ops.soft_split(torch.empty(IMAGES, 1, 2, 2), 1, 1, 0)
+    ops.soft_split_backward(tokens, 2, 2, 1, 1, 0, True)
+
+
+def soft_split_linear(ops):
+    x, weight = torch.empty(IMAGES, 1, 2, 2), torch.empty(3, 1)
+    y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
+    ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
+
+
+def large_kernel(ops):
+    x, weight = torch.empty(1, 1, 256, 256), torch.empty(1, 256**2)
+    y = ops.soft_split_linear(x, weight, None, None, None, 256, 1, 0, 1e-5)
+    ops.soft_split_linear_backward(y, x, weight, None, None, 256, 1, 0, 1e-5, True)
+
+
+def performer_attention(ops):
+    k, w = torch.empty(IMAGES, 1, 1), torch.empty(1, 1)
+    y, *sums = ops.performer_attention(k, k, k, w, 1e-8)
+    ops.performer_attention_backward(y, k, k, k, w, *sums, 1e-8)
+
+
+def token_attention(ops):
+    q = torch.empty(IMAGES, 1, 1)
+    y, attended, *statistics = ops.token_attention(q, q, q, 1.0)
+    attended = attended if attended.numel() else y
+    ops.token_attention_backward(y, q, q, q, attended, *statistics, 1.0)
+
+
+def performer_layer(ops):
+    x, params = torch.empty(IMAGES, 1, 1, 1), performer_params(1, 2, 1, 2, torch.float32)
+    rest = (1, 1, 0, 1e-8, 0.0)
+    y, *sums = ops.performer_layer(x, *params, None, *rest)
+    ops.performer_layer_backward(y, x, *params, None, *sums, *rest, True)
+
+
+def transformer_layer(ops):
+    x, params = torch.empty(IMAGES, 1, 1, 1), transformer_params(1, 2, 2, torch.float32)
+    y, *saved = ops.transformer_layer(x, *params, 1, 1, 0, 1.0)
+    ops.transformer_layer_backward(y, x, *params, *saved, 1, 1, 0, 1.0, True)
+
+
+CALLS = [
+    soft_split,
+    soft_split_linear,
+    large_kernel,
+    performer_attention,
+    token_attention,
+    performer_layer,
+    transformer_layer,
+]
+
+
+@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_large_grids(host_cache, call):
+    record = ctypes.CDLL(build_host_library(host_cache)).simt_record
+    record.restype = ctypes.c_char_p
+    record(ctypes.c_bool(True))
+    try:
+        call(torch.ops.t2t_cuda)
+    finally:
+        launches = record(ctypes.c_bool(False))
+    assert len(launches.splitlines()) >= 2
