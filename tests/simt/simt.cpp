@@ -432,12 +432,10 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
 // A small device, so that few images are enough to give a block several.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kMostSharedBytes : 1;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
   return cudaSuccess;
 }
-
-size_t simt::static_shared_bytes() { return kStaticSharedBytes; }
 
 // Fixes the order in which threads run from the next block on.
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) {

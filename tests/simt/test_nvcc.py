@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.simt import report, sass
+from tests.simt.build import CUDA_SOURCES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, SETUP = ROOT / "docs" / "cuda.md", ROOT / "setup.py"
@@ -132,6 +133,12 @@ def test_shared_memory_begins_where_a_swizzle_may(compiled):
         (ptx,) = folder.glob("*compute_90a.ptx")
         text = ptx.read_text()
         assert "wgmma" not in text or ".extern .shared .align 1024 .b8 dynamic_shared[]" in text
+
+
+def test_static_shared_memory_is_what_the_launcher_allows_for(compiled):
+    source = (CUDA_SOURCES / "launch.h").read_text()
+    allowed = int(re.search(r"kMostStaticSharedBytes = (\d+)", source)[1])
+    assert max(static for _, static in report.resources(compiled).values()) <= allowed
 
 
 def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):

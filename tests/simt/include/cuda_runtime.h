@@ -50,13 +50,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
-};
-struct cudaFuncAttributes {
-  size_t sharedSizeBytes;
-};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -105,9 +99,6 @@ uint32_t shared_address(const void* p);
 void show_to_products();
 const void* seen_by_products(uint32_t address);
 
-// Static shared memory that a kernel is taken to have.
-size_t static_shared_bytes();
-
 // Lets `kernel` have more shared memory than it may without asking, as far as a GPU goes.
 cudaError_t allow_shared(const void* kernel, size_t bytes);
 
@@ -144,12 +135,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
   return simt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
-}
-
-template <typename... Params>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params...)) {
-  attributes->sharedSizeBytes = simt::static_shared_bytes();
-  return cudaSuccess;
 }
 
 // The reason of the latest cudaErrorLaunchFailure is part of its text.
