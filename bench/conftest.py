@@ -8,6 +8,7 @@ import torch
 from bench.registry import DEVICE, DTYPES
 from bench.report import COPY, PRODUCTS
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling
+from t2t_kernels.shadowing import why_shadowed
 
 FAILED = pytest.StashKey[list]()
 
@@ -34,6 +35,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if (shadowed := why_shadowed()) is not None:
+        raise pytest.UsageError(shadowed)
     config.stash[FAILED] = []
     option = config.option
     option.smoke = option.benchmark_disable

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels.errors import BackendUnavailable, unknown_name
+from t2t_kernels.shadowing import why_shadowed
 from t2t_kernels.transforms import active_transform
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -59,14 +60,14 @@ def _load_cpu() -> str | None:
     try:
         importlib.import_module("t2t_kernels._C")  # registers the C++ operators
     except ImportError as error:
-        return f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
+        return why_shadowed() or f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
     return None
 
 
 def _load_cuda() -> str | None:
     library = Path(__file__).with_name("_cuda.so")
     if not library.exists():
-        return (
+        return why_shadowed() or (
             "t2t_kernels/_cuda.so is not built; build it with `T2T_WITH_CUDA=1 pip install .` where "
             "nvcc and a CUDA build of torch are installed"
         )
@@ -89,7 +90,7 @@ def _load_triton() -> str | None:
             return f"torch {torch.__version__} is a CPU build"
         # Triton takes half a second and 80 MB to import.
         if torch.cuda.device_count() == 0:
-            return "there is no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly"
+            return "no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly"
     try:
         importlib.import_module("triton")
     except ModuleNotFoundError:
@@ -140,6 +141,17 @@ def why_unavailable(
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {dtype}"
     return None
+
+
+def why_not_here(backend: str) -> str | None:
+    """The reason why ``backend`` runs on no device of this machine; None if it runs on one."""
+    if _LOAD_ERRORS.get(backend) is not None:
+        return _LOAD_ERRORS[backend]
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not devices and backend != "reference" and "cpu" not in DEVICE_TYPES[backend]:
+        return "no CUDA device"
+    reasons = [why_unavailable(backend, device) for device in (torch.device("cpu"), *devices)]
+    return None if None in reasons else reasons[-1]
 
 
 def _why_not_on_gpu(backend: str, device: torch.device) -> str | None:

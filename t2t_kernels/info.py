@@ -8,7 +8,7 @@ import sys
 import torch
 
 import t2t_kernels
-from t2t_kernels.backends import BACKENDS, explain, why_unavailable
+from t2t_kernels.backends import BACKENDS, explain, why_not_here, why_unavailable
 
 
 def report() -> str:
@@ -41,10 +41,8 @@ def report() -> str:
 
     lines.append("backends")
     for backend in BACKENDS:
-        # A backend is available if it runs on one of the devices here.
-        reasons = [why_unavailable(backend, device) for device in devices]
-        usable = None in reasons
-        lines.append(f"  {backend:<11}{'available' if usable else f'not here: {reasons[-1]}'}")
+        reason = why_not_here(backend)
+        lines.append(f"  {backend:<11}{f'not available: {reason}' if reason else 'available'}")
 
     if os.environ.get("T2T_BACKEND"):
         lines.append(f"T2T_BACKEND={os.environ['T2T_BACKEND']} is asked for by the environment")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from t2t_kernels.backends import OPERATIONS, why_unavailable
+from t2t_kernels.backends import OPERATIONS, why_not_here
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_models
 from t2tvit.models.cost import multiply_adds
@@ -69,7 +69,8 @@ def models_command(arguments: argparse.Namespace) -> None:
         "(%): at 224 × 224 unless said otherwise"
     )
     for backend in ("cpu", "triton", "cuda"):
-        print(f"kernels, {backend}: {why_unavailable(backend) or 'available here'}")
+        reason = why_not_here(backend)
+        print(f"kernels, {backend}: {f'not available: {reason}' if reason else 'available'}")
 
 
 def chosen(patterns: list[str]) -> list[str]:
