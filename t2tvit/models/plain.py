@@ -50,9 +50,10 @@ def why_not_plain(
     return None
 
 
-def announce(reason: str) -> None:
-    """Warn once per process and reason that a layer is not fused; not while a graph is captured."""
-    if not torch.compiler.is_compiling():
+def announce(reason: str, backend: str | None) -> None:
+    """Warn once per process and reason that a layer is not fused; not while a graph is captured,
+    nor for the reference, which has no fused kernel."""
+    if backend != "reference" and not torch.compiler.is_compiling():
         _warn_once(reason)
 
 

@@ -66,7 +66,7 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
-            announce(reason)
+            announce(reason, backend)
             return self._call_submodules(x, backend)
         params = PerformerLayerParams(
             w=self.w,
@@ -140,7 +140,7 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
-            announce(reason)
+            announce(reason, backend)
             return self._call_submodules(x, backend)
         params = TransformerLayerParams(
             norm1_weight=self.norm1.weight,
@@ -284,7 +284,7 @@ class T2TModule(nn.Module):
             # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.
             x = layer(x, backend=backend).unflatten(1, grid).permute(0, 3, 1, 2)
         if reason is not None:
-            announce(reason)
+            announce(reason, backend)
             return self.project(soft_split(x, **SPLITS[2], backend=backend))
         return soft_split_linear(
             x, self.project.weight, self.project.bias, **SPLITS[2], backend=backend

@@ -181,7 +181,7 @@ def test_a_machine_without_a_gpu_is_named_as_the_reason(module):
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "CUDA_HOME": "/usr/local/cuda"},
     )
     assert done.returncode == 0, done.stderr
-    assert "No CUDA runtime" not in done.stdout + done.stderr
+    assert done.stderr == "", "nothing needs the user's attention"
     lines = done.stdout.replace("kernels, ", "").replace(":", " ").splitlines()
     (cuda,) = (line for line in lines if line.strip().startswith("cuda ") and "available" in line)
     if backends._LOAD_ERRORS["cuda"] is None:
