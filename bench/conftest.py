@@ -1,6 +1,7 @@
 """The options of ``pytest bench/``, its rows, and at the end a table of what was gained."""
 
 import platform
+import time
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from bench.registry import DEVICE, DTYPES
 from bench.report import COPY, PRODUCTS
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling
 from t2t_kernels.shadowing import why_shadowed
+from t2tvit.training.progress import duration
 
 FAILED = pytest.StashKey[list]()
+SECONDS_BETWEEN_LINES = 30
 
 
 def pytest_addoption(parser):
@@ -38,12 +41,38 @@ def pytest_configure(config):
     if (shadowed := why_shadowed()) is not None:
         raise pytest.UsageError(shadowed)
     config.stash[FAILED] = []
+    config.pluginmanager.register(Progress(config), "bench-progress")
     option = config.option
     option.smoke = option.benchmark_disable
     if option.batch is None and option.smoke:
         option.batch = 1
     if option.batch is not None and option.batch < 1:
         raise pytest.UsageError(f"--batch: got {option.batch}, expected at least 1")
+
+
+class Progress:
+    """Says from time to time how many rows are done and how long the others may take."""
+
+    def __init__(self, config):
+        self.config, self.done = config, 0
+        self.started = self.said = time.monotonic()
+
+    def pytest_collection_finish(self, session):
+        self.rows = len(session.items)
+        self.started = self.said = time.monotonic()
+
+    def pytest_runtest_logfinish(self):
+        self.done += 1
+        now = time.monotonic()
+        if self.done < self.rows and now - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = now
+            taken = now - self.started
+            left = taken / self.done * (self.rows - self.done)
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            reporter.ensure_newline()
+            reporter.write_line(
+                f"{self.done} of {self.rows} rows in {duration(taken)}, about {duration(left)} left"
+            )
 
 
 def pytest_generate_tests(metafunc):

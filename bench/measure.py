@@ -22,11 +22,14 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def launches(step: Step, device: torch.device) -> int:
-    """Kernels, copies and fills that ``step`` starts on a GPU."""
+    """Kernels, copies and fills that ``step`` starts on a GPU; ranges that code marks do not count."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == DeviceType.CUDA for event in recorded.events())
+    return sum(
+        event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        for event in recorded.events()
+    )
 
 
 def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ from all kept files, and with ``--output DIR`` everything goes there and nothing
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import re
@@ -108,6 +109,15 @@ def keep(result: dict) -> Path:
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date']}.json"
+    names = {row["name"] for row in result["rows"]}
+    # A second run of the day replaces the first only if it has all of its rows.
+    for again in itertools.count(2):
+        if not path.exists():
+            break
+        kept = {row["name"] for row in json.loads(path.read_text())["rows"]}
+        if kept <= names:
+            break
+        path = folder / f"{result['date']}-{again}.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     return path
 
@@ -153,8 +163,18 @@ def memory(row: dict) -> float | None:
     return row.get("peak_mib", row.get("saved_mib_per_image"))
 
 
-def summary(result: dict) -> str:
-    """What the README shows of a result: our rows of full passes, the models, what failed."""
+def in_summary(row: dict) -> bool:
+    """Whether the tables of a summary have a line for the row."""
+    return "images_per_second" in row or (row["pass"] == "full" and row["backend"] in OURS)
+
+
+def summary(result: dict, names: set[str] | None = None) -> str:
+    """What the README shows of a result: our rows of full passes, the models, what failed.
+
+    ``names`` are the rows to show; None for all.
+    """
+    if names is None:
+        names = {row["name"] for row in result["rows"]}
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     text = f"**{result['device']}**, {versions}, {result['date']}."
     if "ceilings" in result:
@@ -164,7 +184,7 @@ def summary(result: dict) -> str:
         " Speed-up over the reference: median and 20th to 80th percentile of the ratios of runs "
         "taken in turns in one process; the best rival's beside it."
     )
-    parts = [text, kernel_table(result["rows"]), model_table(result["rows"])]
+    parts = [text, kernel_table(result["rows"], names), model_table(result["rows"], names)]
     for row in result.get("failed", []):
         parts.append(f"Failed, not timed: `{row['name']}`: {row['reason']}")
     return "\n\n".join(filter(None, parts))
@@ -183,12 +203,12 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if rows else ""
 
 
-def kernel_table(rows: list[dict]) -> str:
-    """Our rows of full passes, each with its best rival and what the reference takes."""
+def kernel_table(rows: list[dict], names: set[str]) -> str:
+    """Our rows of full passes among ``names``, each with its best rival and what the reference takes."""
     plain = {group(row): row for row in rows if row["backend"] in PLAIN}
     lines, what = [], ""
     for row in rows:
-        if row["pass"] != "full" or row["backend"] not in OURS:
+        if "images_per_second" in row or not in_summary(row) or row["name"] not in names:
             continue
         what = "peak, MiB" if "peak_mib" in row else "saved for backward, MiB/image"
         used = f"{memory(row):.2f}"
@@ -198,11 +218,11 @@ def kernel_table(rows: list[dict]) -> str:
     return markdown(("row", "speed-up", "best rival", what), lines)
 
 
-def model_table(rows: list[dict]) -> str:
-    """Every row of a model, rivals included."""
+def model_table(rows: list[dict], names: set[str]) -> str:
+    """Every row of a model among ``names``, rivals included."""
     lines, memories, budgets = [], set(), set()
     for row in rows:
-        if "images_per_second" not in row:
+        if "images_per_second" not in row or row["name"] not in names:
             continue
         low, high = row["images_per_second_percentiles_20_80"]
         used = memory(row)
@@ -257,17 +277,46 @@ def every_row(result: dict) -> str:
     return markdown(head, lines)
 
 
+def age(path: Path) -> tuple[str, int]:
+    """The date of a kept result and, of several on one day, its number: the newest is the largest."""
+    year, month, day, *again = path.stem.split("-")
+    return f"{year}-{month}-{day}", int(again[0]) if again else 1
+
+
+def kept(folder: Path) -> list[Path]:
+    """The results of a device, the newest first."""
+    return sorted(folder.glob("*.json"), key=age, reverse=True)
+
+
+def devices() -> list[Path]:
+    """The folders of the devices that have results."""
+    return sorted(folder for folder in RESULTS.glob("*") if any(folder.glob("*.json")))
+
+
 def newest() -> list[Path]:
     """The newest kept result of each device."""
-    folders = sorted(folder for folder in RESULTS.glob("*") if any(folder.glob("*.json")))
-    return [max(folder.glob("*.json")) for folder in folders]
+    return [kept(folder)[0] for folder in devices()]
+
+
+def shown() -> list[tuple[Path, dict, set[str]]]:
+    """The results that the README shows: each with the names of its rows that no newer one has."""
+    result = []
+    for folder in devices():
+        seen: set[str] = set()
+        for path in kept(folder):
+            content = json.loads(path.read_text())
+            new = {row["name"] for row in content["rows"]} - seen
+            if any(row["name"] in new and in_summary(row) for row in content["rows"]):
+                result.append((path, content, new))
+            seen |= new
+    return result
 
 
 def updated(readme: str) -> str:
     """The README with its tables made anew."""
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    tables = "\n\n".join(summary(json.loads(path.read_text())) for path in newest())
+    tables = "\n\n".join(summary(content, names) for _, content, names in shown())
     return f"{before}{BEGIN}\n{tables}\n{END}{after}"
 
 
@@ -289,7 +338,8 @@ def main() -> int:
             publish(path)
             print(f"kept {path} with its tables and plots")
         write_atomically(README, updated(README.read_text()))
-        print(f"the tables of {README.name} are up to date")
+        for path, content, names in shown():
+            print(f"{README.name} shows {len(names)} of {len(content['rows'])} rows of {path}")
     except (OSError, RunError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,9 @@ Measures the model's layers for every candidate and prints the entries for
 for want of shared memory, drop out.
 """
 
+import argparse
 import itertools
+import time
 from unittest import mock
 
 import torch
@@ -35,6 +37,8 @@ SERVES = {
     "softmax_backward": ("token_attention", "full"),
 }
 REPETITIONS = 5
+# In the order of a pair.
+DTYPES = ("bf16", "fp32")
 
 
 def steps(op: str, direction: str, dtype: str) -> dict:
@@ -59,21 +63,55 @@ def seconds(field: str, is_float32: int, candidate: Launch, runs: dict) -> float
     return sum(percentiles(values)[0] for values in taken.values())
 
 
-def main() -> None:
-    if DEVICE.type != "cuda":
-        raise SystemExit("bench.tune: it measures a GPU, and there is none")
-    print(torch.cuda.get_device_name(), torch.__version__)
-    for (field, served), (is_float32, dtype) in itertools.product(
-        SERVES.items(), enumerate(("bf16", "fp32"))
-    ):
-        print(f"{field}, {dtype}: {served[0]} {served[1]}")
+def tune(fields: list[str], dtypes: list[str], limit_seconds: float) -> bool:
+    """Measure the candidates of every pair; returns whether the time was enough for all of them."""
+    end = time.monotonic() + limit_seconds
+    pairs = list(itertools.product(fields, dtypes))
+    for done, (field, dtype) in enumerate(pairs):
+        served = SERVES[field]
+        # A pair may take its share of the time that is left.
+        share = time.monotonic() + (end - time.monotonic()) / (len(pairs) - done)
+        print(f"{field}, {dtype}: {served[0]} {served[1]}", flush=True)
         runs = steps(*served, dtype)
         candidates = SOFTMAX_CANDIDATES if field.startswith("softmax") else CANDIDATES
-        times = {candidate: seconds(field, is_float32, candidate, runs) for candidate in candidates}
-        times = {candidate: time for candidate, time in times.items() if time is not None}
-        for candidate, time in sorted(times.items(), key=lambda item: item[1])[:3]:
-            print(f"  {candidate}: {time * 1e3:.3f} ms")
+        times = {}
+        for measured, candidate in enumerate(candidates):
+            if time.monotonic() > share:
+                print(f"  no time for {len(candidates) - measured} of {len(candidates)} candidates")
+                break
+            taken = seconds(field, DTYPES.index(dtype), candidate, runs)
+            if taken is not None:
+                times[candidate] = taken
+        for candidate, taken in sorted(times.items(), key=lambda item: item[1])[:3]:
+            print(f"  {candidate}: {taken * 1e3:.3f} ms", flush=True)
+    return time.monotonic() <= end
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        choices=SERVES,
+        default=list(SERVES),
+        help="of the table (default: all)",
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both"
+    )
+    parser.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=540.0,
+        metavar="S",
+        help="for everything, shared equally; what is left out is said (default: 540)",
+    )
+    arguments = parser.parse_args(argv)
+    if DEVICE.type != "cuda":
+        parser.error("no CUDA device: it measures a GPU")
+    print(torch.cuda.get_device_name(), torch.__version__)
+    return 0 if tune(arguments.fields, arguments.dtypes, arguments.limit_seconds) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 SECONDS_PER_REPETITION = 0.3
+# How long a GPU sleeps before a call, so that all of its launches wait in the queue by then.
+LEAST_HOLD_SECONDS, MOST_HOLD_SECONDS = 2e-3, 20e-3
+# Of a GPU at most: it sleeps for at least the time asked for.
+CYCLES_PER_SECOND = 2e9
 CEILING_REPETITIONS = 5
 
 
@@ -44,22 +48,28 @@ def seconds_per_call(
 ) -> float:
     """Mean seconds of ``count`` calls; on a GPU by its own clock, from one call's start to its end.
 
-    ``cold`` empties a GPU's L2 cache before every call, so that no call finds its own result there.
+    A GPU is held back while the host launches the call. Otherwise the time of a short call would be
+    that of its launches. ``cold`` empties its L2 cache before every call, so that no call finds its
+    own result there.
     """
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(count):
             function()
         return (time.perf_counter() - started) / count
-    spans = []
+    spans, launching = [], 0.0
     for _ in range(count):
+        hold = min(max(LEAST_HOLD_SECONDS, 2 * launching), MOST_HOLD_SECONDS)
+        torch.cuda._sleep(int(hold * CYCLES_PER_SECOND))
         if cold:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             torch.empty(size, dtype=torch.int8, device=device).zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started = time.perf_counter()
         begin.record()
         function()
         end.record()
+        launching = time.perf_counter() - started
         spans.append((begin, end))
     torch.cuda.synchronize(device)
     return sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 / count

@@ -101,12 +101,31 @@ def test_a_result_is_kept_with_its_tables_and_plots(result, tmp_path, monkeypatc
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     path = report.keep(result)
     assert path == tmp_path / "a-processor-2-threads" / "2026-01-02.json"
+    assert report.keep(result) == path  # the same rows again
     report.publish(path)
     text = path.with_suffix(".md").read_text()
     for plot in ("speedup", "roofline", "memory"):
         file = path.with_name(f"2026-01-02-{plot}.png")
         assert file.read_bytes().startswith(b"\x89PNG") and file.name in text
     assert report.newest() == [path]
+
+
+def test_a_run_of_some_rows_leaves_the_others(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    first = report.keep(result)
+    layer, reference = result["rows"][1], result["rows"][0]
+    again = row("performer_layer-L1-B4-bf16-full", "cpu", 3.0, 0.3)
+    second = report.keep(result | {"rows": [reference, again], "failed": []})
+    assert second == first.with_name("2026-01-02-2.json") and report.newest() == [second]
+    later = report.keep(
+        result | {"rows": [reference | {"name": "b"}], "failed": [], "date": "2026-01-10"}
+    )
+    assert report.newest() == [later]
+    # Rows of plain PyTorch alone have no table.
+    assert [path for path, *_ in report.shown()] == [second, first]
+    readme = report.updated(f"head\n{report.BEGIN}\n{report.END}\ntail\n")
+    assert readme.count(layer["name"]) == 1 and "3.00× (2.85–3.15)" in readme
+    assert "`t2t_vit_7-224-B4-bf16-training-fused`" in readme
 
 
 @pytest.mark.parametrize("device", ["A GPU", "a $GPU$ with a long name " * 9])
@@ -286,8 +305,50 @@ def test_every_part_is_a_command_that_exists(tmp_path):
         assert len({part.name for part in chosen}) == len(chosen)
         files = {word for part in chosen for word in part.arguments if word.endswith(".py")}
         assert all((ROOT / name).exists() for name in files)
+        names = {part.name for part in chosen}
         for name in gpu_report.OPERATIONS:
-            assert {f"parity {name}", f"bench {name}"} <= {part.name for part in chosen}
+            parity = {f"parity {name} {dtype}" for dtype in gpu_report.PARITY}
+            assert parity | {f"bench {name}"} <= names
+
+
+def test_the_parts_share_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "memory_checker", lambda: "compute-sanitizer")
+    turns = gpu_report.in_turn(gpu_report.parts(False, tmp_path))
+    group, after = turns[0]
+    assert after + group[0].least <= gpu_report.BUDGET - gpu_report.REPORT_SECONDS
+    assert all(part.least <= part.seconds for group, _ in turns for part in group)
+    assert turns[-1][1] == 0
+    # Whatever a part takes, those after it have what they need at least.
+    assert [part.name for part in turns[2][0]][0].startswith("parity")
+    assert turns[2][1] == sum(max(part.least for part in group) for group, _ in turns[3:])
+
+
+def test_every_parity_test_is_in_one_part():
+    for name, expected in {
+        "test_parity[usual-float32-triton]": "float32",
+        "test_parity[usual-float16-cuda]": "float16",
+        "test_parity[usual-bfloat16-cuda]": "bfloat16",
+        "test_determinism[triton]": "others",
+    }.items():
+        chosen = [
+            dtype
+            for dtype, words in gpu_report.PARITY.items()
+            if all(
+                (word.removeprefix("not ") in name) != word.startswith("not ")
+                for word in words.split(" and ")
+            )
+        ]
+        assert chosen == [expected], name
+
+
+def test_a_failed_cuda_build_is_said_and_the_rest_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "CUDA_LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(
+        gpu_report, "parts", lambda *_: [script("build", "print(1)"), script("next", "print(2)")]
+    )
+    assert gpu_report.measure(tmp_path, False) == 1
+    out = capsys.readouterr().out
+    assert "CUDA library  not built, measured without it" in out and "next: done" in out
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):

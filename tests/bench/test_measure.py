@@ -1,0 +1,104 @@
+"""Measuring a GPU, with a stand-in for one: its time is the device's, and launches are kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from bench import measure as bench_measure
+from bench import tune
+from t2t_kernels import measure
+
+CUDA = torch.device("cuda")
+
+
+class Gpu:
+    """Runs what is launched in order; the host's clock and the GPU's advance together."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.free = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def launch(self, seconds, to_launch):
+        self.host += to_launch
+        self.free = max(self.free, self.host) + seconds
+
+    def sleep(self, cycles):
+        self.launch(cycles / 1.5e9, 1e-6)
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.gpu.launch(0.0, 1e-6)
+        self.at = self.gpu.free
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("launches, to_launch", [(1, 20e-6), (30, 20e-6), (300, 30e-6)])
+def test_short_calls_are_measured_on_the_device(monkeypatch, launches, to_launch):
+    """Kernels of 5 µs that take the host 20 and 30 µs each to launch."""
+    gpu = Gpu(monkeypatch)
+
+    def call():
+        for _ in range(launches):
+            gpu.launch(5e-6, to_launch)
+
+    measure.seconds_per_call(call, 1, CUDA)
+    # The first of several calls shows how long the host takes.
+    got = measure.seconds_per_call(call, 40, CUDA)
+    assert got == pytest.approx(launches * 5e-6, rel=0.2)
+
+
+def test_annotations_are_no_launches(monkeypatch):
+    events = [
+        SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=False),
+        SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=True),
+        SimpleNamespace(device_type=DeviceType.CPU, is_user_annotation=False),
+    ]
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return SimpleNamespace(events=lambda: events)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(bench_measure, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    assert bench_measure.launches(lambda: None, CUDA) == 1
+
+
+def test_tuning_keeps_to_its_time(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tune, "steps", lambda *_: {})
+
+    def seconds(field, is_float32, candidate, runs):
+        now[0] += 10
+        return candidate.block_t * 1e-3 if is_float32 else None
+
+    monkeypatch.setattr(tune, "seconds", seconds)
+    assert not tune.tune(["forward", "backward"], ["bf16", "fp32"], 200)
+    assert now[0] <= 240
+    out = capsys.readouterr().out
+    assert out.count("no time for") == 4 and "backward, fp32" in out
+    assert tune.tune(["forward"], ["fp32"], 1000)
+
+
+def test_tuning_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--dtypes", "bf16"])
+    assert ended.value.code == 2 and "no CUDA device" in capsys.readouterr().err
