@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 # Map, kernel_size, stride, padding, and E, m, M: the model's layers on small maps, then awkward ones.
 CASES = {
     "layer1": ((1, 3, 26, 21), (7, 4, 2), (64, 32, 64)),
-    "layer2": ((1, 64, 12, 9), (3, 2, 1), (64, 32, 64)),
+    # Several images: of one, the largest error of the map's gradient is a matter of luck.
+    "layer2": ((4, 64, 12, 9), (3, 2, 1), (64, 32, 64)),
     "narrow": ((1, 20, 7, 6), (3, 2, 1), (32, 16, 40)),
     "wide": ((1, 16, 5, 6), (3, 1, 1), (128, 64, 128)),
     "many-features": ((1, 3, 9, 8), (5, 2, 2), (6, 100, 7)),

@@ -11,7 +11,7 @@ from t2tvit.cli import main
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, state_of
 
-OFTEN = ("--epochs", "4", "--checkpoint-minutes", "0")
+OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")
 
 
 def attempts(ranks, signals, output, *options):
