@@ -44,9 +44,11 @@ def why_not_plain(
     if kind is nn.Linear:
         if bias is not None and bias != (module.bias is not None):
             return f"{name} has {'no' if bias else 'a'} bias"
-        # Quantised or distributed weights know their own linear.
-        if hasattr(type(module.weight), "__tensor_flatten__"):
-            return f"{name} has a weight of type {type(module.weight).__name__}"
+        # Quantised or distributed weights know their own linear. A parametrised weight is not stored,
+        # and computing it here would run its parametrisation once more.
+        stored = type(module._parameters.get("weight"))
+        if hasattr(stored, "__tensor_flatten__"):
+            return f"{name} has a weight of type {stored.__name__}"
     return None
 
 

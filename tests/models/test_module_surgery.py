@@ -229,6 +229,24 @@ def test_parametrised_weights_are_fused(kind, name, change):
     assert not torch.equal(weights[0], weights[2])
 
 
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight
+
+
+@over_linears
+def test_a_parametrisation_runs_once_per_forward(kind, name):
+    module, counted = new(kind), Counted()
+    linear = module.attention1.get_submodule(name)
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", counted)
+    counted.calls = 0
+    module(images())
+    assert counted.calls == 1
+
+
 @pytest.mark.parametrize(
     "name, other, reason",
     [
