@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 class LabelError(InputError):
-    """A label outside the classes: unlike an image that cannot be read, no other takes its place."""
+    """A label outside the classes. Unlike an unreadable image, the sample is never replaced."""
 
 
 class OneRankError(InputError):
@@ -37,7 +37,7 @@ class RunError(RuntimeError):
 class NonFiniteLoss(RunError):
     """Training broke down: losses or gradients stayed infinite or not a number.
 
-    ``batch`` holds what brings it about: this rank's inputs, targets, indices and generators.
+    ``batch`` holds what reproduces it: this rank's inputs, targets, indices and generators.
     """
 
     def __init__(self, message: str, batch: dict):

@@ -42,8 +42,13 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        kept = "; the previous content is intact" if path.exists() else ""
-        raise RunError(f"cannot write {path}: {error.strerror}{kept}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error for a file that is replaced as a whole, but could not be written."""
+    kept = "; the previous content is intact" if path.exists() else ""
+    return RunError(f"cannot write {path}: {error.strerror}{kept}")
 
 
 def write_figure(path: Path, figure: "Figure", dpi: int) -> None:

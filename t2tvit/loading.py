@@ -115,7 +115,7 @@ def load(
     if model is not None:
         overrides |= {"model": model, "model_args": model_args or {}, **_published(path, model)}
     elif model_args is not None:
-        raise InputError("model_args: goes with model only; the weights say the rest themselves")
+        raise InputError("model_args: accepted only together with model; omit it, or give model")
     path, config, about = describe_checkpoint(path, overrides)
     trained = load_trained(path, config, about, world)
     known = (values[: trained.channels] for values in IMAGENET_STATISTICS)

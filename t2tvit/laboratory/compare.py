@@ -121,7 +121,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 report(comparison, costs, output, world)
         except Stopped:
-            say(world, f"stopped by a signal; the same command goes on with what is in {output}")
+            say(world, f"stopped by a signal; repeat the command to resume from {output}")
 
 
 def read_comparison(

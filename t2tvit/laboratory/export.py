@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError, RunError, unknown_name
-from t2tvit.files import write_atomically
+from t2tvit.files import cannot_write, write_atomically
 from t2tvit.laboratory.convert import PREPARATION, described
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.terminal import printable
@@ -283,8 +283,7 @@ def export(what: Exporting, formats: list[str], folder: Path) -> None:
                 verdict = verify(what, FORMATS[name].read(what, written), name)
                 written.replace(target)
         except OSError as error:
-            kept = "; the previous content is intact" if target.exists() else ""
-            raise RunError(f"cannot write {target}: {error.strerror}{kept}") from None
+            raise cannot_write(target, error) from None
         size = len(content) / 2**20
         print(f"{printable(str(target))}  {size:.1f} MiB  {verdict}", flush=True)
     about = folder / f"{what.about.model}.json"

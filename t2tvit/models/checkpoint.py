@@ -32,7 +32,7 @@ PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # What frameworks put before the names of a whole T2T-ViT, such as "backbone.".
 OUTER_PREFIX = re.compile(r"(.+?\.)tokens_to_token\.")
 BLOCK = re.compile(r"blocks\.(\d+)\.(?!linear\.)")
-# A tensor that only a kind of tokens has, under "tokens_to_token.".
+# A tensor that only one kind of tokens has, under "tokens_to_token.".
 TOKENS = {
     "performer": "attention1.w",
     "transformer": "attention1.attn.qkv.weight",
@@ -45,7 +45,7 @@ LAYERS = {
     GhostAttention: ".cheap_operation_q.",
     DenseBlock: ".dense_linear.",
 }
-# What meets the image: its features or channels come in the order (channel, row, column).
+# Layers that read the image: their features or channels come in the order (channel, row, column).
 STEM_NORMS = tuple(f"tokens_to_token.attention1.norm1.{part}" for part in ("weight", "bias"))
 STEM_QKV = "tokens_to_token.attention1.attn.qkv.weight"
 STEM_WEIGHTS = (

@@ -30,7 +30,7 @@ LARGEST, LARGEST_DEPTH = 1_000_000, 1000
 
 
 def check_described(name: object, args: object, space: int, source: str) -> None:
-    """Raise unless a file may describe a model so.
+    """Raise unless a file may describe this model.
 
     Args:
         name: of the model, as in :func:`t2tvit.create_model`, or ``timm:NAME``.
@@ -43,14 +43,14 @@ def check_described(name: object, args: object, space: int, source: str) -> None
             one, or a model larger than the file.
     """
     if not isinstance(name, str) or not isinstance(args, dict):
-        raise InputError(f"{source}: it describes no model")
+        raise InputError(f"{source}: it does not describe a model")
     if not name.startswith(TIMM) and name not in MODELS | BASELINES:
         raise InputError(f"{source}: the model {name[:80]!r} is unknown")
     for key, value in args.items():
         if name.startswith(TIMM) and key not in TIMM_ARGUMENTS:
             raise InputError(
-                f"{source}: it sets the argument {str(key)[:80]!r} of {name}, which a file may not; "
-                "only arguments that shape the network are taken from a file"
+                f"{source}: it sets the argument {str(key)[:80]!r} of {name}; a file may only set "
+                "arguments that shape the network"
             )
         if not _is_plain(value, LARGEST_DEPTH if key in ("depth", "depths", "stages") else LARGEST):
             raise InputError(f"{source}: the argument {str(key)[:80]!r} of {name} is {value!r:.80}")

@@ -21,7 +21,7 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 HEADER_BYTES = 8
 PICKLE = b"\x80"
 ZIP, EMPTY_ZIP = b"PK\x03\x04", b"PK\x05\x06"
-# What files begin with that are given in the place of weights.
+# The first bytes of files that are not weights, and what each is.
 BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"\xff\xd8\xff": "a JPEG image, not weights",

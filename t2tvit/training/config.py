@@ -87,7 +87,7 @@ class RunConfig:
         "data",
         10,
         "training images that may be missing or damaged before the run ends; each is named, and "
-        "the next image takes its place. Held-out images must all be readable",
+        "the next image replaces it. Held-out images must all be readable",
         minimum=0,
     )
     interpolation: str = key(

@@ -155,7 +155,7 @@ def note_unreadable(
                 f"{len(state.unreadable)} training images cannot be read, the last: {problem}; or "
                 "raise --max-unreadable"
             )
-        line = f"warning   process {world.rank}: {problem}; the next takes its place"
+        line = f"warning   process {world.rank}: {problem}; the next image replaces it"
         print(printable(line), flush=True)
 
 

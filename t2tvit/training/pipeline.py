@@ -37,7 +37,7 @@ from t2tvit.training.keeper import STOP_SIGNALS
 from t2tvit.training.samples import Sample
 from t2tvit.training.state import drawing_from
 
-LONGEST = 32  # times the input's shape: what is cut of a longer image is far from the centre crop
+LONGEST = 32  # times the input's shape; what is cut from a longer image is far from the centre crop
 CHECK_SECONDS = 10
 
 
@@ -286,7 +286,7 @@ def open_data(
 def check_held_out(split: Split, world: World) -> None:
     """Read this rank's held-out images for up to CHECK_SECONDS: first their headers, then all.
 
-    So a damaged one ends most runs before their first epoch, and not after it.
+    A damaged image then ends most runs before their first epoch, not after it.
 
     Raises:
         OneRankError: an image cannot be read, or its label is outside the classes.

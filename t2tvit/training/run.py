@@ -459,7 +459,7 @@ def check_output(place: Place) -> None:
 def claim(
     place: Place, config: RunConfig, epochs_done: int, held: contextlib.ExitStack
 ) -> None:
-    """Make and lock the output folder, with what a run from another folder has kept there.
+    """Make and lock the output folder; copy weights and state if the run resumes from another one.
 
     Until the start is complete, RUN_FILE says how to repeat it.
     """

@@ -94,9 +94,9 @@ class TrainingStream(IterableDataset):
                 raise InputError(f"data: no images for reader {reader + 1} of {readers}")
 
     def _first_readable(self, ahead: deque, samples: Iterator) -> Sample:
-        """The next sample; for one that cannot be read the one after it stands, and is used again.
+        """The next readable sample; it replaces unreadable ones and is used again in its own place.
 
-        So the position in the epoch does not depend on what can be read.
+        The position in the epoch then does not depend on which samples can be read.
         """
         problem, started = "", time.perf_counter()
         for position in range(len(self.split.images) + 1):

@@ -227,7 +227,7 @@ def test_launches_and_allocations(backend, device):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.bfloat16, 1.0)])
-def test_saved_for_backward(backend, dtype, most, monkeypatch):
+def test_saved_for_backward(backend, dtype, most):
     """MiB per image for the whole module at 224×224: shapes alone, no kernel runs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

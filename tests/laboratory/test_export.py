@@ -179,7 +179,7 @@ def test_the_json_says_how_to_prepare_images(size, pixels, tmp_path, capsys):
 
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution"])
-def test_onnx_export_of_a_fused_model(onnxruntime, dynamo, tokens_type, tmp_path, capsys):
+def test_onnx_export_of_a_fused_model(onnxruntime, dynamo, tokens_type, tmp_path):
     made = model(depth=1, tokens_type=tokens_type, fused_kernels="auto")
     images, path = torch.randn(1, 3, 32, 48), tmp_path / "a.onnx"
     torch.onnx.export(made, (images,), str(path), dynamo=dynamo)

@@ -18,8 +18,8 @@ from PIL import Image  # noqa: E402
 
 from t2tvit.cli import main  # noqa: E402
 from t2tvit.laboratory import predict  # noqa: E402
-from tests.layout import HOSTILE  # noqa: E402
 from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.layout import HOSTILE  # noqa: E402
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from PIL import Image  # noqa: E402
 
 import t2tvit  # noqa: E402
 from t2t_kernels import performer_attention  # noqa: E402
+from t2tvit.figures import literal_text  # noqa: E402
 from t2tvit.laboratory.visualize import draw  # noqa: E402
 from t2tvit.laboratory.visualize.command import choose, visualize  # noqa: E402
 from t2tvit.laboratory.visualize.performer import (  # noqa: E402
@@ -35,7 +36,6 @@ from t2tvit.laboratory.visualize.record import (  # noqa: E402
     probabilities,
     record,
 )
-from t2tvit.figures import literal_text  # noqa: E402
 from t2tvit.terminal import printable  # noqa: E402
 from t2tvit.training.state import Weights, save_weights  # noqa: E402
 from tests.laboratory.tiny import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
@@ -283,9 +283,9 @@ def test_the_images_of_a_run_and_of_folders(tmp_path, capsys):
     assert "china.jpg" not in page
     # The same images have the same predictions as those of t2tvit predict.
     records = run(capsys, "predict", "--run", tmp_path, "--images", "4", "--json").splitlines()
-    for record in map(json.loads, records):
-        best = record["predictions"][0]
-        start = f"{Path(record['file']).name}, is {record['label']}: predicted {best['class']} "
+    for each in map(json.loads, records):
+        best = each["predictions"][0]
+        start = f"{Path(each['file']).name}, is {each['label']}: predicted {best['class']} "
         assert f"{start}{best['probability']:.1%}" in page
     # A folder, as predict takes it, up to a page's number of images.
     out = run(capsys, *source, tmp_path / "data" / "val")
@@ -344,7 +344,7 @@ def test_the_plot_of_random_features(title):
         check_layout(figure)
 
 
-def test_what_the_user_can_mend(tmp_path, capsys):
+def test_what_the_user_can_fix(tmp_path, capsys):
     options = ("--output", tmp_path / "out")
     for arguments, message in (
         ((), "give --run, --checkpoint or --model"),

@@ -65,8 +65,8 @@ def test_arguments_that_reach_beyond_the_network(args, monkeypatch):
         ("t2t_vit_7", dict(fused_kernels="cpu", depth=float("nan")), "depth"),
         ("timm:hf-hub:somebody/something", {}, "unknown model of timm"),
         ("nothing", {}, "the model 'nothing' is unknown"),
-        (3, {}, "describes no model"),
-        ("t2t_vit_7", [], "describes no model"),
+        (3, {}, "does not describe a model"),
+        ("t2t_vit_7", [], "does not describe a model"),
     ],
 )
 def test_what_a_file_may_not_say(name, args, message):
