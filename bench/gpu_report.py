@@ -259,9 +259,9 @@ def measure(folder: Path, full: bool) -> int:
         runs = [str(part.run) for part in chosen if part.run is not None and part.run.exists()]
         arguments = ("-m", "bench.report", "--output", str(folder), *runs)
         note([Part("report", arguments, REPORT_SECONDS)], float("inf"))
-    for path in runs:
-        Path(path).unlink()
     result = folder / "result.json"
+    for path in runs if result.exists() else ():
+        Path(path).unlink()
     print(table(lines, json.loads(result.read_text()) if result.exists() else None))
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0 if all(how.startswith("done") for _, how in lines) else 1

@@ -26,20 +26,25 @@ def interleave(
     device: torch.device,
     seconds: float = SECONDS_PER_REPETITION,
     cold: bool = False,
+    after_each: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, ``repetitions`` of each, measured in turns.
 
     A repetition calls its function as often as fits into about ``seconds``; ``cold`` as in
-    :func:`seconds_per_call`.
+    :func:`seconds_per_call`. ``after_each`` is called after each repetition of a function.
     """
     counts = {}
     for name, function in functions.items():
         seconds_per_call(function, 2, device, cold)  # warm-up: compilation, allocation
-        counts[name] = max(1, round(seconds / seconds_per_call(function, 2, device, cold)))
+        started = time.perf_counter()
+        seconds_per_call(function, 2, device, cold)
+        # What a call costs here, which on a GPU is more than its own time: the GPU is held back.
+        counts[name] = max(1, round(seconds * 2 / (time.perf_counter() - started)))
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name, function in functions.items():
             taken[name].append(seconds_per_call(function, counts[name], device, cold))
+            after_each()
     return taken
 
 

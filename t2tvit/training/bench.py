@@ -37,6 +37,7 @@ from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
 from t2tvit.training.options import given
 from t2tvit.training.pipeline import batches, size_of, train_loader
+from t2tvit.training.progress import Progress
 from t2tvit.training.state import BEST_FILE, read_about
 
 MIB = 2**20
@@ -112,7 +113,14 @@ def compare(
     rows = []
     for name, make in (("training", training_step), ("inference", inference_step)):
         steps = {key: make(model, images, labels, config) for key, model in models.items()}
-        seconds = interleave(steps, repetitions, world.device)
+        done = itertools.count(1)
+        with Progress(f"measuring {name}", repetitions * len(steps), world) as progress:
+            seconds = interleave(
+                steps,
+                repetitions,
+                world.device,
+                after_each=lambda: progress.show(next(done), ""),
+            )
         rates = {
             key: [config.batch_size / value for value in values] for key, values in seconds.items()
         }

@@ -223,9 +223,11 @@ def test_saved_bytes_counts_storages_once_and_parameters_not_at_all():
 def test_interleave_takes_turns():
     order = []
     functions = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    taken = interleave(functions, 3, CPU, seconds=0.0)
+    steps = []
+    taken = interleave(functions, 3, CPU, seconds=0.0, after_each=lambda: steps.append(len(steps)))
     assert order[-6:] == ["a", "b"] * 3
     assert {len(values) for values in taken.values()} == {3}
+    assert len(steps) == 6
     median, low, high = percentiles([3.0, 1.0, 2.0])
     assert low < median == 2.0 < high
 

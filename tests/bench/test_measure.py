@@ -27,6 +27,9 @@ class Gpu:
         self.host += to_launch
         self.free = max(self.free, self.host) + seconds
 
+    def wait(self):
+        self.host = max(self.host, self.free)
+
     def sleep(self, cycles):
         self.launch(cycles / 1.5e9, 1e-6)
 
@@ -56,6 +59,16 @@ def test_short_calls_are_measured_on_the_device(monkeypatch, launches, to_launch
     # The first of several calls shows how long the host takes.
     got = measure.seconds_per_call(call, 40, CUDA)
     assert got == pytest.approx(launches * 5e-6, rel=0.2)
+
+
+def test_short_calls_take_no_longer_than_asked_for(monkeypatch):
+    """Holding the GPU back costs far more than the call itself."""
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
+    functions = {"short": lambda: gpu.launch(5e-6, 20e-6)}
+    taken = measure.interleave(functions, 5, CUDA, seconds=0.1)
+    assert taken["short"] == pytest.approx([5e-6] * 5, rel=0.2)
+    assert gpu.host < 1.0
 
 
 def test_annotations_are_no_launches(monkeypatch):
