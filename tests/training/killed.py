@@ -72,4 +72,6 @@ def train(ranks: int, signals: list[str], output: Path, options: list[str]) -> N
 
 
 if __name__ == "__main__":
+    # Ignored under nohup, which the runs would inherit.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     train(int(sys.argv[1]), sys.argv[2].split(), Path(sys.argv[3]), sys.argv[4:])
