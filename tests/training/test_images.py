@@ -143,7 +143,7 @@ def test_damaged_metadata_cost_no_image(tmp_path, exif):
     assert load_image(path).size == (30, 20)
 
 
-# What is not read
+# Files that are refused
 
 
 def test_postscript_never_reaches_an_interpreter(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_shards_that_are_not_there_are_said(shards, tmp_path):
     assert (len(split.images), split.class_names) == (11, ["0", "1", "2", "3"])
 
 
-# Names, labels and what is not a shard
+# Names and labels; files that are not shards
 
 
 def picture(colour=0) -> bytes:
