@@ -31,6 +31,7 @@ from t2tvit.errors import InputError, unknown_name
 from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.files import write_atomically
 from t2tvit.models.cost import multiply_adds
+from t2tvit.terminal import printable
 from t2tvit.training import distributed
 from t2tvit.training.bench import (
     LARGEST_BATCH,
@@ -63,6 +64,8 @@ MAY_CHANGE = {
 REPETITIONS = 10
 CONFIG_FILE, RUNS_FILE, MODELS_FILE = "comparison.yaml", "runs.csv", "models.csv"
 TABLE_FILE = "comparison.md"
+# What Markdown or HTML could read as markup or as a link. An underscore inside a word is no markup.
+MARKUP = re.compile(r"[&<>|`*\\\[\]~$@]|:(?=/)|(?i:(?<=www)\.)|\b_|_\b")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 # In points: the names' font, a point with its surroundings, and the room between point and name.
 NAME_SIZE, MARKER_RADIUS, NEAR = 7, 4, 6
@@ -360,12 +363,17 @@ def notes(comparison: Comparison, images: int, world: World) -> list[str]:
 
 def markdown(rows: list[Measured], notes: list[str]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|--:" * (len(HEAD) - 1) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", *(f"- {line}" for line in notes)]
+    lines += ["| " + " | ".join(map(literal_markdown, cells(row))) + " |" for row in rows]
+    lines += ["", *(f"- {literal_markdown(line)}" for line in notes)]
     about = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines += [f"- {about}; source {git_commit() or 'not under git'}", ""]
     lines += [f"![accuracy against {name}](accuracy-{name}.png)" for name in AXES]
     return "\n".join(lines) + "\n"
+
+
+def literal_markdown(text: str) -> str:
+    """``text`` on one line, shown by Markdown as it is, with no markup, links or HTML."""
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 
 def models_csv(rows: list[Measured]) -> str:

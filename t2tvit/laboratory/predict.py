@@ -109,7 +109,7 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         rest = f"; {describe_skipped(skipped)}" if skipped else ""
         raise InputError(counted + some + rest)
     if skipped:
-        print(describe_skipped(skipped), file=sys.stderr)
+        print(printable(describe_skipped(skipped)), file=sys.stderr)
 
 
 class FileImages(Dataset):

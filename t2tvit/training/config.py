@@ -254,11 +254,19 @@ class RunConfig:
         bare=10,
     )
 
-    epochs: int = key("schedule", 300, "epochs of the cosine schedule, warm-up included", minimum=1)
+    epochs: int = key(
+        "schedule",
+        300,
+        "epochs of the cosine schedule, warm-up included: all that the run trains, unless "
+        "cooldown_epochs adds some (imagenet/MODEL adds 10)",
+        minimum=1,
+    )
     warmup_epochs: int = key("schedule", 10, "epochs of linear warm-up", minimum=0)
     warmup_lr: float = key("schedule", 1e-6, "learning rate at the first update", minimum=0)
     min_lr: float = key("schedule", 1e-5, "learning rate at the end", minimum=0)
-    cooldown_epochs: int = key("schedule", 10, "epochs at min_lr after the schedule", minimum=0)
+    cooldown_epochs: int = key(
+        "schedule", 0, "further epochs at min_lr, after those of --epochs", minimum=0
+    )
 
     ema_decay: float | None = key(
         "averaging",

@@ -1,6 +1,7 @@
 """Comparisons: one budget for all, gone on with, and a table that says what was measured."""
 
 import csv
+import html
 import json
 import statistics
 from dataclasses import replace
@@ -24,6 +25,7 @@ from t2tvit.laboratory.compare import (
     plot,
     read_comparison,
 )
+from t2tvit.terminal import printable
 from tests.layout import check_layout
 
 TINY = {
@@ -160,6 +162,29 @@ def test_the_documented_results_are_those_of_the_packaged_comparison(tmp_path):
     compare.claim(comparison, tmp_path)
     documented = Path(__file__).parents[2] / "docs" / "comparison" / "comparison.yaml"
     assert (tmp_path / "comparison.yaml").read_text() == documented.read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<script>alert(1)</script>",
+        "a | b\n| c |",
+        "`code` ``",
+        "x](http://example.org) [y](z) ![z](w)",
+        "*bold* __strong__ ~~gone~~ $x$ \\| a_b",
+        "&lt; https://example.org www.example.org a@example.org \x1b[31m",
+    ],
+)
+def test_names_are_no_markup_in_the_table(name):
+    row = Measured(name, 1, 1, [50.0], Rate(1, 1, 1), Rate(1, 1, 1))
+    text = compare.markdown([row], [f"imagefolder:{name} at 32"])
+    head, _, line, blank, note, *_ = text.splitlines()
+    assert line.count("|") == head.count("|") and blank == "" and note.startswith("- imagefolder")
+    for shown in (line.split(" | ")[0].removeprefix("| "), note.removeprefix("- imagefolder:")):
+        assert not set("<>|`*[]~$@\x1b\n") & set(shown) and "//" not in shown.replace("&#58;//", "")
+        assert "__" not in shown and "www." not in shown
+        # A browser or Markdown viewer shows the characters that the terminal gets.
+        assert html.unescape(shown).startswith(printable(name))
 
 
 def test_a_model_that_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):

@@ -19,6 +19,7 @@ from PIL import Image  # noqa: E402
 
 import t2tvit  # noqa: E402
 from t2t_kernels import performer_attention  # noqa: E402
+from t2tvit.cli import main  # noqa: E402
 from t2tvit.figures import literal_text  # noqa: E402
 from t2tvit.laboratory.visualize import draw  # noqa: E402
 from t2tvit.laboratory.visualize.command import choose, visualize  # noqa: E402
@@ -287,9 +288,13 @@ def test_the_images_of_a_run_and_of_folders(tmp_path, capsys):
         best = each["predictions"][0]
         start = f"{Path(each['file']).name}, is {each['label']}: predicted {best['class']} "
         assert f"{start}{best['probability']:.1%}" in page
-    # A folder, as predict takes it, up to a page's number of images.
-    out = run(capsys, *source, tmp_path / "data" / "val")
-    assert out.startswith("showing the first 16 of 21 images\n")
+    # A folder, as predict takes it, up to a page's number of images; files left out are an aside.
+    (tmp_path / "data" / "val" / "notes.\x1b[31m").touch()
+    capsys.readouterr()
+    assert main([str(word) for word in (*source, tmp_path / "data" / "val")]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("showing the first 16 of 21 images\n") and "skipped" not in out
+    assert err == "1 file skipped: .\\x1b[31m (1)\n"
     page = check_page(tmp_path / "out")
     assert "daisy0.png: predicted" in page and "violet1.png: predicted" in page
 

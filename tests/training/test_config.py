@@ -45,6 +45,13 @@ def test_every_published_model_has_its_imagenet_recipe(name):
     assert (config.img_size, config.crop_pct, config.interpolation) == (224, 0.9, "bicubic")
 
 
+def test_a_run_has_as_many_epochs_as_asked():
+    assert resolve(None, {"epochs": "3"}).cooldown_epochs == 0
+    for name in packaged_names():
+        expected = 10 if name.startswith("imagenet/") and name != "imagenet/finetune_384" else 0
+        assert resolve(name, {}).cooldown_epochs == expected
+
+
 def test_fine_tuning_and_transfer_are_those_published():
     config = resolve("imagenet/finetune_384", {})
     assert (config.img_size, config.crop_pct, config.auto_augment) == (

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def open_images(given: Sequence[Path], subject: Subject) -> list[tuple[str, Imag
     if given:
         paths, skipped = gather(given)
         if skipped:
-            print(describe_skipped(skipped))
+            print(printable(describe_skipped(skipped)), file=sys.stderr)
         if len(paths) > MOST_IMAGES:
             print(f"showing the first {MOST_IMAGES} of {len(paths):,} images")
         return [(path.name, load_image(path, MODES[channels])) for path in paths[:MOST_IMAGES]]
