@@ -19,6 +19,7 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 
+from t2tvit.data.digests import HEAD, digest_of_files
 from t2tvit.data.images import extensions, is_ignored, load_image
 from t2tvit.errors import InputError, LabelError
 
@@ -80,6 +81,7 @@ class ShardImages:
             counts, largest = self._scan(shards)
             if self.classes is None:
                 self.classes = 1 + largest
+        self.counts = counts
         self.count = sum(counts.values())
         if self.count == 0:
             raise InputError(f"data: the {split} shards of {spec} hold no images")
@@ -94,6 +96,11 @@ class ShardImages:
 
     def __getitem__(self, index: int):
         raise InputError("data: webdataset is read as a stream; name image files, or other --data")
+
+    def digest(self) -> str:
+        root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])
+        counts = [self.counts[shard] for shard in self.shards]
+        return digest_of_files(root, self.shards, counts, HEAD)
 
     def read(self, shard: str) -> Iterator[ShardSample | InputError]:
         """:func:`read_shard` with the classes of these."""

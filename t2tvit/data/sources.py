@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from t2tvit.data.digests import digest_of_arrays, digest_of_files, digest_of_text
 from t2tvit.data.images import extensions, list_classes, list_images, load_image
 from t2tvit.errors import InputError, LabelError, unknown_name
 
@@ -37,7 +38,8 @@ SPLIT_SEED = 0
 class Split:
     """Images of one split, ``images[i]`` being a PIL image and its class index.
 
-    Of :class:`~t2tvit.data.shards.ShardImages` there is a stream instead.
+    Of :class:`~t2tvit.data.shards.ShardImages` there is a stream instead. ``images.digest()`` is
+    equal for equal images, wherever they are; it is cheap, and may miss changed pixels in a file.
 
     ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts, by extension, the
     files of an image folder that are not images.
@@ -133,6 +135,9 @@ class ArrayImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
+    def digest(self) -> str:
+        return digest_of_arrays(self.pixels, self.labels.astype(np.int64))
+
 
 class SyntheticImages:
     """Noise and random labels, the same for every reader: image ``i`` comes from (seed, i)."""
@@ -150,6 +155,9 @@ class SyntheticImages:
         random = np.random.default_rng((self.seed, index))
         pixels = random.integers(0, 256, (*self.img_size, 3), dtype=np.uint8)
         return Image.fromarray(pixels), int(random.integers(self.num_classes))
+
+    def digest(self) -> str:
+        return digest_of_text(f"{self.count} {self.seed} {self.img_size} {self.num_classes}")
 
 
 def _digits(split: str, classes: list[int]) -> Split:
@@ -210,6 +218,14 @@ class TimmImages:
             raise LabelError(f"data: {name} has the label {label}, expected 0 to {classes - 1}")
         return image, int(label)
 
+    def digest(self) -> str:
+        """Of the files or labels that the data set lists, else of the number of images alone."""
+        if hasattr(self.images, "samples") and hasattr(self.images, "root"):  # image files
+            paths, labels = zip(*self.images.samples)
+            return digest_of_files(str(self.images.root), paths, labels)
+        labels = getattr(self.images, "targets", [len(self.images)])
+        return digest_of_arrays(np.asarray(labels, np.int64))
+
 
 def _timm(name: str, split: str, num_classes: int | None) -> Split:
     from timm.data import create_dataset
@@ -261,16 +277,19 @@ def _synthetic(count: int, split: str, img_size: tuple[int, int], num_classes: i
 
 
 class FolderImages:
-    """Image files with their labels."""
+    """Image files below ``root`` with their labels."""
 
-    def __init__(self, paths: list[str], labels: list[int]):
-        self.paths, self.labels = paths, labels
+    def __init__(self, root: str, paths: list[str], labels: list[int]):
+        self.root, self.paths, self.labels = root, paths, labels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return load_image(self.paths[index]), self.labels[index]
+
+    def digest(self) -> str:
+        return digest_of_files(self.root, self.paths, self.labels)
 
 
 def _image_folder(root: Path, split: str, class_names: list[str] | None) -> Split:
@@ -308,4 +327,4 @@ def _image_folder(root: Path, split: str, class_names: list[str] | None) -> Spli
             f"data: {folder}: no valid file for the classes {', '.join(empty[:5])}; expected files "
             f"with the extensions {' '.join(extensions())}"
         )
-    return Split(FolderImages(paths, labels), classes, *IMAGENET_STATISTICS, skipped)
+    return Split(FolderImages(str(folder), paths, labels), classes, *IMAGENET_STATISTICS, skipped)

@@ -53,6 +53,7 @@ class Keeper:
         output: the run's folder.
         config: ``checkpoint_minutes`` and ``keep_checkpoints`` are followed, all is stored.
         class_names: those of the data, in order.
+        images: what describes them, see :func:`t2tvit.training.identity.described`; stored.
         world: every rank calls the same methods in the same order.
         signals: entered.
     """
@@ -62,11 +63,12 @@ class Keeper:
         output: Path,
         config: RunConfig,
         class_names: list[str],
+        images: dict[str, dict],
         world: World,
         signals: Signals,
     ):
         self.output, self.config, self.class_names = output, config, class_names
-        self.world, self.signals = world, signals
+        self.images, self.world, self.signals = images, world, signals
         self.saved = time.monotonic()
         self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
 
@@ -124,6 +126,7 @@ class Keeper:
             "ranks": ranks,
             "config": vars(self.config),
             "class_names": self.class_names,
+            "images": self.images,
         }
         write_state(state_path(self.output, state), content)
         remove_oldest(self.output, self.config.keep_checkpoints)

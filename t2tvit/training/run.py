@@ -36,6 +36,16 @@ from t2tvit.training.build import (
 from t2tvit.training.config import RunConfig, fitted, from_dict, resolve, write_yaml
 from t2tvit.training.distributed import World, on_main
 from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.identity import (
+    MAY_CHANGE,
+    REMEDIES,
+    check_data,
+    check_owner,
+    described,
+    difference,
+    identity,
+    is_identity,
+)
 from t2tvit.training.keeper import (
     Keeper,
     Signals,
@@ -77,15 +87,6 @@ from t2tvit.training.state import (
 )
 from t2tvit.training.trackers import Trackers, check_trackers
 
-# A resumed run may differ from its beginning in these keys; in any other it would be another run.
-MAY_CHANGE = {
-    *("data", "epochs", "workers", "device", "fused_kernels"),
-    *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
-    *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
-    *("tensorboard", "wandb"),
-}
-# After losses that were not finite, these may differ too: they are the remedies.
-REMEDIES = {"lr", "clip_grad", "amp"}
 NOT_FINITE_FILES = "not_finite-*.safetensors"
 CURVES_EVERY = 60  # seconds
 LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its lock until they end
@@ -174,14 +175,13 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     may_change = MAY_CHANGE
     if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
         may_change = MAY_CHANGE | REMEDIES
-    for key, old in asdict(from_dict(before)).items():
-        new = getattr(config, key)
-        same_source = key != "data" or new.partition(":")[0] == old.partition(":")[0]
-        if new != old and not (key in may_change and same_source):
-            raise InputError(
-                f"{key}: got {new}, but the run to resume has {old}; leave it, or start another "
-                "run with another --output"
-            )
+    found = difference(config, from_dict(before), may_change)
+    if found is not None:
+        key, new, old = found
+        raise InputError(
+            f"{key}: got {new}, but the run to resume has {old}; leave it, or start another "
+            "run with another --output"
+        )
     return config
 
 
@@ -211,7 +211,10 @@ def run_locked(
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     resumed = None if place.state_path is None else read_state(place.state_path)
+    if resumed is not None:
+        on_main(world, lambda: check_owner(place.state_path, resumed, owner_of(place)))
     splits = open_splits(config, None if resumed is None else resumed["class_names"])
+    images = on_main(world, lambda: described_images(splits, place, resumed))
     asked = config
     config, changes = fitted(config, len(splits[0].images))
     data = open_data(config, world, splits)
@@ -229,15 +232,16 @@ def run_locked(
     if resumed is None:
         seed_everything(config.seed + world.rank)
     else:
-        restore(state, resumed, data.split, config, world)
+        restore(state, resumed, config, world)
         if state.epochs_done > epochs:
             raise InputError(
                 f"epochs: got {epochs} with the cool-down, but the run to resume has done "
                 f"{state.epochs_done}; raise --epochs"
             )
 
-    on_main(world, lambda: claim(place, asked, state.epochs_done, held))
-    on_main(world, lambda: record_start(asked, output, state, data, world))
+    owner = identity(asked, data.split.class_names, images)
+    on_main(world, lambda: claim(place, asked, owner, state.epochs_done, held))
+    on_main(world, lambda: record_start(asked, output, state, owner, world))
     for line in opening_lines(config, data, model, epochs, world):
         say(world, line)
     for line in changes:
@@ -270,7 +274,7 @@ def run_locked(
         class_names=data.split.class_names,
         config=asdict(config) | {"mean": data.mean, "std": data.std},
     )
-    keeper = Keeper(output, asked, data.split.class_names, world, signals)
+    keeper = Keeper(output, asked, data.split.class_names, images, world, signals)
     profiler = Profiler(output, config.profile, world)
     steps = len(data.train)
     left = epochs - state.epochs_done
@@ -404,12 +408,8 @@ def build_state(
     return TrainState(model, network, ema, optimizer, scheduler, scaler), epochs
 
 
-def restore(
-    state: TrainState, resumed: dict, split: Split, config: RunConfig, world: World
-) -> None:
+def restore(state: TrainState, resumed: dict, config: RunConfig, world: World) -> None:
     """Put the content of a state file into ``state`` and into this process's generators."""
-    if resumed["class_names"] != split.class_names:
-        raise InputError("data: its classes are not those of the run to resume")
     state.load_state_dict(resumed["state"])
     ranks = resumed["ranks"]
     if len(ranks) == world.size:
@@ -457,7 +457,11 @@ def check_output(place: Place) -> None:
 
 
 def claim(
-    place: Place, config: RunConfig, epochs_done: int, held: contextlib.ExitStack
+    place: Place,
+    config: RunConfig,
+    owner: dict,
+    epochs_done: int,
+    held: contextlib.ExitStack,
 ) -> None:
     """Make and lock the output folder; copy weights and state if the run resumes from another one.
 
@@ -484,7 +488,8 @@ def claim(
         source = place.state_path.parent.resolve() / place.state_path.name if place.moves else None
         state = None if source is None else str(source)
         beginning = {"state": state, "config": asdict(config)}
-        record = {"starts": []} | read_record(output) | {"beginning": beginning}
+        record = {"starts": []} | read_record(output)
+        record |= {"beginning": beginning, "identity": owner}
         write_atomically(output / RUN_FILE, json.dumps(record, indent=2) + "\n")
     for name, content in kept.items():
         write_atomically(output / name, content)
@@ -521,7 +526,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def record_start(
-    config: RunConfig, output: Path, state: TrainState, data: Data, world: World
+    config: RunConfig, output: Path, state: TrainState, owner: dict, world: World
 ) -> None:
     """Write the configuration, the circumstances, and the metrics of the epochs done."""
     write_atomically(output / CONFIG_FILE, write_yaml(config))
@@ -544,14 +549,19 @@ def record_start(
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    record = {"class_names": data.split.class_names, "starts": [*record.get("starts", []), start]}
+    record = {
+        "class_names": owner["class_names"],
+        "identity": owner,
+        "starts": [*record.get("starts", []), start],
+    }
     write_metrics(output / METRICS_FILE, state.history)
     # Last, as it marks the start as complete.
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(output: Path) -> dict:
-    """What RUN_FILE says: ``starts``, and ``beginning`` until the first start is complete.
+    """What RUN_FILE says: ``starts``, ``identity`` (see :func:`identity`; missing in the earlier
+    format), and ``beginning`` until the first start is complete.
 
     Empty if the file is missing, damaged or another program's.
     """
@@ -568,7 +578,25 @@ def read_record(output: Path) -> dict:
         and isinstance(beginning.get("config"), dict)
     ):
         return {}
+    if "identity" in record and not is_identity(record["identity"]):
+        return {}
     return record
+
+
+def owner_of(place: Place) -> dict | None:
+    """The :func:`identity` that the folder of the state to resume has, if any."""
+    return read_record(place.state_path.parent).get("identity")
+
+
+def described_images(
+    splits: tuple[Split, Split], place: Place, resumed: dict | None
+) -> dict[str, dict]:
+    """:func:`described` images; an InputError if they are not those of the run to resume."""
+    images = described(splits)
+    if resumed is not None:
+        before = resumed.get("images") or (owner_of(place) or {}).get("images")
+        check_data(splits[0].class_names, images, place.state_path, resumed, before)
+    return images
 
 
 def write_metrics(path: Path, history: list[dict]) -> None:

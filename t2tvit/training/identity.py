@@ -1,0 +1,136 @@
+"""Which run a training state is of, and whether its data is still the data it was trained on."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from t2tvit.data.sources import Split
+from t2tvit.errors import InputError
+from t2tvit.training.config import RunConfig, from_dict
+from t2tvit.training.state import LAST_FILE, RUN_FILE
+
+# A resumed run may differ from its beginning in these keys; in any other it would be another run.
+MAY_CHANGE = {
+    *("data", "epochs", "workers", "device", "fused_kernels"),
+    *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
+    *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
+    *("tensorboard", "wandb"),
+}
+# After losses that were not finite, these may differ too: they are the remedies.
+REMEDIES = {"lr", "clip_grad", "amp"}
+SPLITS = {"train": "training", "val": "held-out"}
+DIGITS = 12  # of a digest, in messages
+
+
+def described(splits: tuple[Split, Split]) -> dict[str, dict]:
+    """The number and the digest of the training (``train``) and held-out (``val``) images."""
+    return {
+        name: {"images": len(split.images), "digest": split.images.digest()}
+        for name, split in zip(SPLITS, splits, strict=True)
+    }
+
+
+def difference(
+    new: RunConfig, old: RunConfig, may_change: set[str] = MAY_CHANGE
+) -> tuple[str, object, object] | None:
+    """The first key that makes ``new`` and ``old`` different runs, with its two values.
+
+    The data may move, but not come from another source.
+    """
+    for key, before in asdict(old).items():
+        now = getattr(new, key)
+        same_source = key == "data" and now.partition(":")[0] == before.partition(":")[0]
+        if now != before and not (key in may_change and (key != "data" or same_source)):
+            return key, now, before
+    return None
+
+
+def identity(config: RunConfig, class_names: list[str], images: dict[str, dict]) -> dict:
+    """What RUN_FILE keeps of the run that a folder belongs to; ``images`` are :func:`described`."""
+    return {"config": asdict(config), "class_names": class_names, "images": images}
+
+
+def is_identity(value: object) -> bool:
+    """Whether ``value``, read from a file, has the form of :func:`identity`."""
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        return False
+    images = value.get("images")
+    return isinstance(value.get("class_names"), list) and (
+        isinstance(images, dict)
+        and all(isinstance(images.get(name), dict) for name in SPLITS)
+        and all({"images", "digest"} <= images[name].keys() for name in SPLITS)
+    )
+
+
+def check_owner(path: Path, state: dict, owner: dict | None) -> None:
+    """Refuse the training state of another run than ``owner``, the folder's :func:`identity`.
+
+    States of the earlier format do not describe their ``images``; the rest is compared.
+
+    Raises:
+        InputError: they differ.
+    """
+    if owner is None:
+        return
+    ours, theirs = from_dict(owner["config"]), from_dict(state["config"])
+    found = difference(theirs, ours, MAY_CHANGE | REMEDIES)
+    if found is None and state["class_names"] != owner["class_names"]:
+        found = ("classes", *unlike(state["class_names"], owner["class_names"]))
+    if found is None and "images" in state:
+        found = unlike_images(state["images"], owner["images"])
+    if found is not None:
+        key, now, before = found
+        raise InputError(
+            f"--resume: {path} is the state of another run: {key}: got {now}, but {RUN_FILE} beside "
+            f"it has {before}; move the state to a folder of its own to resume it"
+        )
+
+
+def check_data(
+    class_names: list[str],
+    images: dict[str, dict],
+    path: Path,
+    state: dict,
+    before: dict | None,
+) -> None:
+    """Refuse data other than that of the training ``state`` in the file ``path``.
+
+    Args:
+        class_names: those of the data now, in order.
+        images: :func:`described` now.
+        before: what they were; None if it is not known.
+
+    Raises:
+        InputError: images or classes differ.
+    """
+    found = None if before is None else unlike_images(images, before)
+    if class_names != state["class_names"]:
+        found = ("classes", *unlike(class_names, state["class_names"]))
+    if found is not None:
+        key, now, old = found
+        weights = path.parent / LAST_FILE
+        raise InputError(
+            f"data: {key}: got {now}, but the run to resume has {old}; restore the data, or start "
+            "a new run on it from the weights: --output NEW --init "
+            f"{weights if weights.exists() else 'FILE'}"
+        )
+
+
+def unlike_images(new: dict[str, dict], old: dict[str, dict]) -> tuple[str, str, str] | None:
+    """How two :func:`described` data sets differ: in what, and both values; None if they do not."""
+    for name, words in SPLITS.items():
+        counts = new[name]["images"], old[name]["images"]
+        if counts[0] != counts[1]:
+            return f"number of {words} images", *(f"{count:,}" for count in counts)
+        digests = new[name]["digest"], old[name]["digest"]
+        if digests[0] != digests[1]:
+            what = f"digest of names, sizes and labels of the {words} images"
+            return what, *(digest[:DIGITS] for digest in digests)
+    return None
+
+
+def unlike(new: list[str], old: list[str]) -> tuple[str, str]:
+    """How two lists of class names differ: their lengths, or the first class that is another."""
+    if len(new) != len(old):
+        return f"{len(new)} classes", f"{len(old)}"
+    index = next(i for i, pair in enumerate(zip(new, old)) if pair[0] != pair[1])
+    return f"{new[index]!r} as class {index}", f"{old[index]!r}"
