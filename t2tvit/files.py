@@ -1,8 +1,11 @@
 """Files that are replaced as a whole, so that neither a crash nor a full disk loses the old one."""
 
 import contextlib
+import errno
 import os
+import stat
 from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,43 @@ if TYPE_CHECKING:
 
 # Temporary files, until they are complete.
 WRITING = ".*.writing"
+# No description of data, a model or a run comes near it.
+MOST_TEXT = 64 * 2**20
+
+
+def check_file(path: str | PathLike, most: int | None = None) -> None:
+    """Raise unless ``path`` is a regular file of at most ``most`` bytes.
+
+    By default that is half of this machine's memory: what is read is in memory twice for a moment.
+
+    Raises:
+        OSError: it is missing, a device or a pipe, or larger. A folder raises when it is opened.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if most is None:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if status.st_size > most:
+        size = f"it has {status.st_size:,} bytes, more than {most:,}"
+        raise OSError(errno.EFBIG, f"too large ({size})", str(path))
+
+
+def read_bytes(path: str | PathLike) -> bytes:
+    """The content of a file that :func:`check_file` allows."""
+    check_file(path)
+    return Path(path).read_bytes()
+
+
+def read_text(path: str | PathLike) -> str:
+    """The content of a file in UTF-8 that describes data, a model or a run.
+
+    Raises:
+        OSError: see :func:`check_file`; more than MOST_TEXT bytes are too many.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    check_file(path, MOST_TEXT)
+    return Path(path).read_text(encoding="utf-8")
 
 
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:

@@ -219,7 +219,7 @@ def _unwrap(
 
 def _choose(content: Mapping, path: Path, warn: Callable[..., None]) -> str:
     """The entry that holds the weights, a dotted path; empty if they are the content itself."""
-    found = list(_state_dicts(content, "", 0))
+    found = list(_state_dicts(content, "", 0, set()))
     if "" in found:
         return ""
     chosen = next((name for name in WRAPPERS if name in found), None)
@@ -237,17 +237,22 @@ def _choose(content: Mapping, path: Path, warn: Callable[..., None]) -> str:
     return chosen
 
 
-def _state_dicts(content: Mapping, place: str, depth: int) -> Iterator[str]:
-    """The dotted paths of all mappings in ``content`` whose values are the tensors of a model."""
-    if not content or not all(isinstance(name, str) for name in content):
+def _state_dicts(content: Mapping, place: str, depth: int, seen: set[int]) -> Iterator[str]:
+    """The dotted paths of all mappings in ``content`` whose values are the tensors of a model.
+
+    ``seen`` has the mappings that were searched: a small file can hold one in very many places.
+    """
+    if id(content) in seen or not content or not all(isinstance(name, str) for name in content):
         return
     if all(isinstance(value, Tensor) for value in content.values()):
         if depth == 0 or any(name.endswith("weight") for name in content):
             yield place
     elif depth < DEPTH:
+        seen.add(id(content))
         for name, value in content.items():
             if isinstance(value, Mapping) and "." not in name and "optim" not in name:
-                yield from _state_dicts(value, f"{place}.{name}" if place else name, depth + 1)
+                inside = f"{place}.{name}" if place else name
+                yield from _state_dicts(value, inside, depth + 1, seen)
 
 
 def _are_positions(positions: Tensor, own: Tensor) -> bool:

@@ -2,19 +2,25 @@
 
 import argparse
 import json
+import os
+import pickletools
 import re
+import struct
 import tarfile
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from t2tvit.errors import InputError
+from t2tvit.files import check_file
 
 # How torch.load names what it will not read with weights_only.
-UNSAFE = re.compile(r"(?i)unsupported (?:global|class|type|operand)\S* (?:GLOBAL )?([\w.]+)")
+UNSAFE = re.compile(r"(?i)unsupported (?:global|class|type)\S* (?:GLOBAL )?([a-z_][\w.]*)")
 SAFETENSORS, TORCH = "safetensors", "torch"
 # The first bytes of a file that torch.save wrote before it wrote zip archives.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -47,6 +53,16 @@ HARMLESS = (
     *("pathlib.PureWindowsPath", "pathlib.Path"),
     *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
 )
+# What a pickle of tensors and plain values names.
+OF_TENSORS = re.compile(
+    r"torch\.(_utils\._rebuild\w+|_tensor\._rebuild\w+|nn\.parameter\.Parameter|storage\.\w+"
+    r"|[A-Z]\w+|b?float\w+|u?int\w+|complex\w+|bool|device|serialization\._get_layout)"
+    r"|collections\.OrderedDict|argparse\.Namespace"
+)
+# Called with a number, it fills so many bytes of memory.
+BYTEARRAY = ("builtins.bytearray", "__builtin__.bytearray")
+# torch.save's older format has four pickles before the bytes of the tensors.
+PICKLES = 4
 
 
 class Ignored:
@@ -77,15 +93,16 @@ def kind_of(path: Path) -> str:
     Raises:
         InputError: the file is missing or of another kind; the message says what it is.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "best.safetensors").is_file():
             raise _is(path, "the folder of a run; give --run, or its best.safetensors as the file")
         if (path / "config.json").is_file():
             raise _is(path, f"a folder; give it as local-dir:{path}")
         raise _is(path, "a folder, not a file")
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"checkpoint: {path} does not exist")
     try:
+        check_file(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(1024)
@@ -105,12 +122,49 @@ def kind_of(path: Path) -> str:
         return TORCH
     if head.startswith(LEGACY):
         return TORCH
-    if head.startswith(PICKLE):
+    with path.open("rb") as file:
+        is_pickle = head.startswith(PICKLE) or any(_names(file))
+    if is_pickle:
         raise _is(path, "a pickle that torch.save did not write; it could run code and is not read")
     if head[257:262] == b"ustar" or tarfile.is_tarfile(path):
         raise _is(path, "a tar archive; unpack it and give the file inside")
     _check_text(path, head)
     raise _is(path, "neither a PyTorch nor a safetensors file, or it is damaged")
+
+
+def _names(file: BinaryIO) -> Iterator[str]:
+    """The classes and functions that the pickles from here on name, up to the first damage."""
+    try:
+        for _ in range(PICKLES):
+            words, memo, latest = ["", ""], {}, ""
+            for opcode, value, _ in pickletools.genops(file):
+                if opcode.name == "MEMOIZE":
+                    memo[len(memo)] = latest
+                elif opcode.name.endswith("PUT"):
+                    memo[value] = latest
+                elif opcode.name in ("GLOBAL", "INST"):
+                    latest = value.replace(" ", ".")
+                    yield latest
+                elif opcode.name == "STACK_GLOBAL":
+                    latest = ".".join(words)
+                    yield latest
+                else:
+                    latest = memo.get(value, "") if opcode.name.endswith("GET") else value
+                    if isinstance(latest, str):
+                        words = [words[1], latest]
+    except (ValueError, struct.error, OverflowError):
+        return
+
+
+def _names_in(path: Path) -> list[str]:
+    """:func:`_names` of a file that ``torch.save`` wrote."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            file.seek(0)
+            return list(_names(file))
+        with zipfile.ZipFile(file) as archive:
+            records = [each for each in archive.infolist() if each.filename.endswith("data.pkl")]
+            return [name for record in records for name in _names(archive.open(record))]
 
 
 def _is(path: Path, what: str) -> InputError:
@@ -176,7 +230,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise _is(path, f"truncated or damaged ({error}); download or copy it again") from None
     length = int.from_bytes(content[:HEADER_BYTES], "little")
     header = json.loads(content[HEADER_BYTES : HEADER_BYTES + length])
-    if "t2tvit_state" in header.get("__metadata__", {}):
+    if "t2tvit_state" in (header.get("__metadata__") or ()):
         raise _is(
             path,
             "the training state of a run, not weights; give best.safetensors or last.safetensors "
@@ -188,17 +242,27 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_torch(path: Path) -> object:
     # A Namespace of options, which published checkpoints hold, runs no code when it is read.
     allowed = [argparse.Namespace, *((Ignored, name) for name in HARMLESS)]
+    names = _names_in(path)
+    if any(name in BYTEARRAY for name in names):
+        raise _unsafe(path, "a bytearray, and reading that could fill the memory")
     try:
         # From an open file, as torch.load judges a path by its extension.
-        with path.open("rb") as file, torch.serialization.safe_globals(allowed):
+        with (
+            path.open("rb") as file,
+            torch.serialization.safe_globals(allowed),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # on protocols and kinds of tensors, which an error names
             content = torch.load(file, map_location="cpu", weights_only=True)
     # Damaged files raise many kinds of error: no narrower base exists.
     except Exception as error:
-        if unsafe := UNSAFE.search(str(error)):
-            raise InputError(
-                f"checkpoint: {path} holds {unsafe[1]}, and reading that could run code, so it is "
-                "not read. Ask whoever made the file for its state dict alone, best as safetensors"
-            ) from error
+        found = UNSAFE.search(str(error))
+        foreign = [
+            name for name in names if name not in HARMLESS and not OF_TENSORS.fullmatch(name)
+        ]
+        if found or foreign:
+            name = found[1] if found else foreign[0][:80]
+            raise _unsafe(path, f"{name}, and reading that could run code") from error
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise InputError(
                 f"checkpoint: {path} holds more than tensors and plain values, and reading that "
@@ -210,23 +274,35 @@ def _read_torch(path: Path) -> object:
             path,
             f"truncated or damaged ({type(error).__name__}: {cause}); download or copy it again",
         ) from error
-    _check_tensors(content, path, path.stat().st_size)
+    _check_tensors(content, path)
     return content
 
 
-def _check_tensors(content: object, path: Path, size: int, depth: int = 0) -> None:
-    """Raise unless every tensor is a plain one that its file had room for."""
-    if isinstance(content, torch.Tensor):
-        plain = content.layout == torch.strided and not content.is_quantized
-        if not plain or content.device.type != "cpu":
-            kind = "quantized" if content.is_quantized else f"{content.layout} {content.device}"
+def _unsafe(path: Path, what: str) -> InputError:
+    return InputError(
+        f"checkpoint: {path} holds {what}, so it is not read. Ask whoever made the file for its "
+        "state dict alone, best as safetensors"
+    )
+
+
+def _check_tensors(content: object, path: Path) -> None:
+    """Raise unless every tensor in nested mappings is a plain one that its file had room for."""
+    size, waiting = path.stat().st_size, [content]
+    seen = set()  # a small file can hold one mapping in very many places
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values()
+        if not isinstance(value, torch.Tensor):
+            continue
+        plain = value.layout == torch.strided and not value.is_quantized
+        if not plain or value.device.type != "cpu":
+            kind = "quantized" if value.is_quantized else f"{value.layout} {value.device}"
             raise InputError(f"checkpoint: {path} holds tensors that are {kind}, expected plain ones")
-        if content.numel() * content.element_size() > size:
+        if value.numel() * value.element_size() > size:
             raise _is(
                 path,
-                f"a file of {size} bytes with a tensor of {tuple(content.shape)}, for which it has "
+                f"a file of {size} bytes with a tensor of {tuple(value.shape)}, for which it has "
                 "no room, so it is not read",
             )
-    elif isinstance(content, Mapping) and depth < 8:
-        for value in content.values():
-            _check_tensors(value, path, size, depth + 1)

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from t2tvit.errors import InputError
-from t2tvit.files import write_atomically
+from t2tvit.files import read_bytes, write_atomically
 from t2tvit.models.described import check_described
 from t2tvit.models.reading import SAFETENSORS, kind_of
 
@@ -169,18 +169,26 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
         FileNotFoundError, SafetensorError, ValueError: the file is missing or damaged.
     """
     # Not by safe_open, which takes no path that is not UTF-8.
-    content = path.read_bytes()
+    content = read_bytes(path)
     tensors = load(content)
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    metadata = json.loads(header).get("__metadata__", {})
+    metadata = json.loads(header).get("__metadata__") or {}
     if key not in metadata:
         return None, {}
-    stored = json.loads(metadata[key])
-    if not isinstance(stored, dict) or not {"sha256", "content"} <= set(stored):
+    stored = _parsed(metadata[key])
+    if not isinstance(stored, dict) or not isinstance(stored.get("content"), str):
         raise ValueError("its metadata has no checksum")
-    if stored["sha256"] != digest(tensors, stored["content"]):
+    if stored.get("sha256") != digest(tensors, stored["content"]):
         raise ValueError("its checksum is not that of its content")
-    return json.loads(stored["content"]), tensors
+    return _parsed(stored["content"]), tensors
+
+
+def _parsed(text: str) -> object:
+    """What JSON says; a ValueError for what is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its metadata is nested too deeply") from None
 
 
 def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import pickle
 import tarfile
 import zipfile
@@ -339,6 +340,49 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     assert proof.exists(), "the file was harmless, so this test shows nothing"
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", range(6))
+def test_code_in_any_protocol_is_called_code(tmp_path, protocol, zipped, recwarn):
+    path, proof = tmp_path / "a.pth", tmp_path / "it-ran"
+    options = dict(pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "args": Code(proof)}, path, **options)
+    with pytest.raises(InputError, match="could run code") as caught:
+        load_checkpoint(small_model(), path)
+    assert not proof.exists() and not recwarn.list
+    assert "truncated" not in str(caught.value)
+    named = ("holds pathlib.Path.touch,", "holds getattr,", "holds __builtin__.getattr,")
+    assert not zipped or any(name in str(caught.value) for name in named)
+
+
+def test_a_pickle_of_text_is_called_code(tmp_path):
+    for name in ("a.pth", "a.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps({"a": Code(tmp_path / "it-ran")}, protocol=0))
+        with pytest.raises(InputError, match="is a pickle .*could run code"):
+            load_checkpoint(small_model(), tmp_path / name)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_small_file_cannot_take_all_time_or_memory(tmp_path):
+    shared = {f"k{number}": 0 for number in range(1000)}
+    for _ in range(6):
+        shared = dict.fromkeys(shared, shared)
+    torch.save(shared, tmp_path / "shared.pth")
+    with pytest.raises(InputError, match="entries that are not tensors: k0"):
+        load_checkpoint(small_model(), tmp_path / "shared.pth")
+    deep = torch.ones(2)
+    for _ in range(300):
+        deep = {"a": deep}
+    torch.save(deep, tmp_path / "deep.pth")
+    with pytest.raises(InputError, match="entries that are not tensors: a"):
+        load_checkpoint(small_model(), tmp_path / "deep.pth")
+    number = (100 * 2**30).to_bytes(5, "little")
+    with zipfile.ZipFile(tmp_path / "bytes.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + number + b"\x85R.")
+        archive.writestr("a/version", "3\n")
+    with pytest.raises(InputError, match="holds a bytearray, .*fill the memory"):
+        load_checkpoint(small_model(), tmp_path / "bytes.pth")
+
+
 def truncated(path, content):
     torch.save(content, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -392,12 +436,25 @@ def write(content):
     )
 
 
+def fifo(path, content):
+    os.mkfifo(path)
+
+
+def larger_than_memory(path, content):
+    save_file(content, path)
+    os.truncate(path, 2**43)
+
+
 PAGE = "<!DOCTYPE html><html>Google Drive - Virus scan warning</html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 86\n"
 UNREADABLE = [
     ("a.pth", lambda path, state: None, "does not exist"),
     ("a.pth", lambda path, state: path.mkdir(), "is a folder, not a file"),
     ("run", run_folder, "is the folder of a run; give --run"),
+    ("a" * 3000, lambda path, state: None, "does not exist"),
+    ("a.pth", fifo, "not a regular file"),
+    ("a.pth", lambda path, state: path.symlink_to("/dev/zero"), "not a regular file"),
+    ("a.safetensors", larger_than_memory, r"too large \(it has 8,796,093,022,208 bytes"),
     ("a.pth", write(b""), "is empty"),
     ("a.pth", write("hello"), "is a text file, not weights; it begins with 'hello'"),
     ("a.yaml", write("model: t2t_vit_7\n"), "is a YAML file, not weights"),

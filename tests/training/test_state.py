@@ -102,7 +102,11 @@ def test_tied_weights_are_kept(tmp_path):
     assert torch.equal(stored["0.weight"], stored["1.weight"])
 
 
-@pytest.mark.parametrize("content", ['{"model": "t2t_vit_7"}', "[]", "no JSON"])
+DEEP = "[" * 100_000 + "]" * 100_000
+CONTENTS = ['{"model": "t2t_vit_7"}', "[]", "no JSON", '{"sha256": "a", "content": 3}', DEEP]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=lambda text: text[:12])
 def test_weights_without_a_checksum_are_refused(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     save_file({"x": torch.zeros(1)}, path, {METADATA_KEY: content})
