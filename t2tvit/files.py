@@ -91,6 +91,23 @@ def cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(f"cannot write {path}: {error.strerror}{kept}")
 
 
+def set_aside(path: Path) -> Path:
+    """Rename ``path`` to a free name with the ending ``.set-aside``, perhaps with a number.
+
+    Raises:
+        RunError: it cannot be renamed.
+    """
+    aside, number = path.with_name(f"{path.name}.set-aside"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.set-aside-{number}")
+    try:
+        os.replace(path, aside)
+    except OSError as error:
+        raise RunError(f"cannot rename {path}: {error.strerror}; remove it") from None
+    return aside
+
+
 def write_figure(path: Path, figure: "Figure", dpi: int) -> None:
     """Write a figure of matplotlib in the format of the file's extension, PNG without one.
 

@@ -1,6 +1,5 @@
 """When a run's state reaches the disk, in which files, and which of them a later run can trust."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -128,13 +127,13 @@ class Keeper:
             "class_names": self.class_names,
             "images": self.images,
         }
-        write_state(state_path(self.output, state), content)
+        write_state(self.output / state_name(state.epochs_done, state.step), content)
         remove_oldest(self.output, self.config.keep_checkpoints)
 
 
-def state_path(output: Path, state: TrainState) -> Path:
-    """The file for ``state``; names sort as the states follow each other."""
-    return output / f"state-{state.epochs_done:05d}-{state.step:08d}.safetensors"
+def state_name(epochs_done: int, step: int) -> str:
+    """The name of a state's file; names sort as the states follow each other."""
+    return f"state-{epochs_done:05d}-{step:08d}.safetensors"
 
 
 def states_in(output: Path) -> list[Path]:
@@ -167,13 +166,6 @@ def find_state(output: Path) -> tuple[Path | None, list[str]]:
             f"every training state in {output} is damaged: {'; '.join(damaged)}"
         )
     return None, []
-
-
-def set_aside(path: Path) -> None:
-    """Rename the states newer than ``path``, which a run that goes on from it will not reach."""
-    for newer in states_in(path.parent):
-        if newer.name > path.name:
-            os.replace(newer, newer.with_name(f"{newer.name}.set-aside"))
 
 
 def write_state(path: Path, content: dict) -> None:

@@ -109,11 +109,6 @@ def opening_lines(
     yield from backend_lines(world.device, config, model)
 
 
-def best_epoch(history: list[dict]) -> dict:
-    """The metrics with the highest top-1, the last of equals."""
-    return max(history, key=lambda metrics: (metrics["top1"], metrics["epoch"]))
-
-
 def loader_line(metrics: dict, workers: int) -> str:
     """How fast the loader is, and what to do where the training waits for it."""
     wait = metrics["loader_wait"]
@@ -130,9 +125,11 @@ def loader_line(metrics: dict, workers: int) -> str:
     )
 
 
-def closing_lines(history: list[dict], epochs: int, output: Path) -> Iterator[str]:
-    """How a finished run ended, and what lies where."""
-    best = best_epoch(history)
+def closing_lines(
+    history: list[dict], best_epoch: int, epochs: int, output: Path
+) -> Iterator[str]:
+    """How a finished run ended, and what lies where; BEST_FILE is of ``best_epoch``."""
+    best = history[best_epoch - 1]
     time = timedelta(seconds=round(sum(metrics["seconds"] for metrics in history)))
     yield (
         f"finished {epochs} epochs in {time}: best top-1 {best['top1']:.2f}% in epoch "

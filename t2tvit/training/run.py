@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss, RunError
-from t2tvit.files import WRITING, write_atomically
+from t2tvit.files import WRITING, set_aside, write_atomically
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
@@ -53,7 +53,8 @@ from t2tvit.training.keeper import (
     find_state,
     read_state,
     remove_oldest,
-    set_aside,
+    state_name,
+    states_in,
     write_state,
 )
 from t2tvit.training.optimiser import build_optimizer, lr_factor
@@ -63,7 +64,6 @@ from t2tvit.training.plots import draw_curves
 from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Forecast, Progress, say
 from t2tvit.training.report import (
-    best_epoch,
     closing_lines,
     epoch_line,
     git_commit,
@@ -71,6 +71,7 @@ from t2tvit.training.report import (
     opening_lines,
     versions,
 )
+from t2tvit.training.rewind import fitting, rewind
 from t2tvit.training.state import (
     BEST_FILE,
     CONFIG_FILE,
@@ -119,13 +120,14 @@ def train(arguments: argparse.Namespace) -> None:
 class Place:
     """Where a run writes, what ``--resume`` said, and the state file to go on from, if any.
 
-    ``damaged`` says why newer states cannot be read.
+    ``damaged`` says why newer states cannot be read; ``before`` is the :func:`listing` of ``output``.
     """
 
     output: Path
     resume: str | None
     state_path: Path | None
     damaged: list[str]
+    before: tuple
 
     @property
     def moves(self) -> bool:
@@ -136,22 +138,31 @@ class Place:
 
 def find_place(output: Path | None, resume: str | None) -> Place:
     """What ``--output`` and ``--resume`` mean."""
-    path, damaged = None, []
-    if resume is not None and resume != "auto":
-        path = Path(resume)
-        output = output or (path if path.is_dir() else path.parent)
-        if not path.is_file():
-            path, damaged = find_state(path)
-            if path is None:
-                raise InputError(f"--resume: {resume} does not exist or holds no training state")
+    source = None if resume in (None, "auto") else Path(resume)
+    if source is not None:
+        output = output or (source if source.is_dir() else source.parent)
     if output is None:
         raise InputError("--output: none given; name the folder that the run may write to")
-    if resume == "auto":
-        path, damaged = find_state(output)
+    before = listing(output)  # before any of it is read
+    if source is not None and source.is_file():
+        return Place(output, resume, source, [], before)
+    path, damaged = (None, []) if resume is None else find_state(source or output)
+    if source is not None and path is None:
+        raise InputError(f"--resume: {resume} does not exist or holds no training state")
+    if resume == "auto" and path is None:
         beginning = read_record(output).get("beginning")
-        if path is None and beginning is not None and beginning["state"] is not None:
+        if beginning is not None and beginning["state"] is not None:
             path = Path(beginning["state"])  # interrupted before it was copied
-    return Place(output, resume, path, damaged)
+    return Place(output, resume, path, damaged, before)
+
+
+def listing(output: Path) -> tuple:
+    """What changes in a folder whenever a run starts or saves there: its states and RUN_FILE."""
+    try:
+        record = (output / RUN_FILE).read_bytes()
+    except OSError:
+        record = None
+    return [path.name for path in states_in(output)], record
 
 
 def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
@@ -236,11 +247,17 @@ def run_locked(
         if state.epochs_done > epochs:
             raise InputError(
                 f"epochs: got {epochs} with the cool-down, but the run to resume has done "
-                f"{state.epochs_done}; raise --epochs"
+                f"{state.epochs_done}; raise --epochs, or resume an older state with --resume FILE"
             )
 
     owner = identity(asked, data.split.class_names, images)
-    on_main(world, lambda: claim(place, asked, owner, state.epochs_done, held))
+    about = Weights(
+        model=config.model,
+        create_args=args,
+        class_names=data.split.class_names,
+        config=asdict(config) | {"mean": data.mean, "std": data.std},
+    )
+    best, lost = on_main(world, lambda: claim(place, asked, owner, resumed, about, held))
     on_main(world, lambda: record_start(asked, output, state, owner, world))
     for line in opening_lines(config, data, model, epochs, world):
         say(world, line)
@@ -248,6 +265,8 @@ def run_locked(
         say(world, line)
     for reason in place.damaged:
         say(world, f"warning   {reason}: going on from {place.state_path} instead")
+    for line in lost:
+        say(world, line)
     if place.state_path is not None:
         say(
             world,
@@ -268,12 +287,6 @@ def run_locked(
         if resumed["config"]["epochs"] != config.epochs:
             before = resumed["config"]["epochs"]
             say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
-    about = Weights(
-        model=config.model,
-        create_args=args,
-        class_names=data.split.class_names,
-        config=asdict(config) | {"mean": data.mean, "std": data.std},
-    )
     keeper = Keeper(output, asked, data.split.class_names, images, world, signals)
     profiler = Profiler(output, config.profile, world)
     steps = len(data.train)
@@ -288,9 +301,11 @@ def run_locked(
         keeper.after_step(state)
 
     with Trackers(output, config, state.epochs_done, world) as trackers:
-        train_epochs(state, data, config, epochs, world, about, keeper, after_step, trackers)
+        best = train_epochs(
+            state, data, config, epochs, world, about, best, keeper, after_step, trackers
+        )
     profiler.close()
-    for line in closing_lines(state.history, epochs, output):
+    for line in closing_lines(state.history, best, epochs, output):
         say(world, line)
 
 
@@ -301,22 +316,27 @@ def train_epochs(
     epochs: int,
     world: World,
     about: Weights,
+    best: int,
     keeper: Keeper,
     after_step: Callable[[TrainState], None],
     trackers: Trackers,
-) -> None:
-    """Train, evaluate and keep each epoch that is left."""
+) -> int:
+    """Train, evaluate and keep each epoch that is left.
+
+    ``best`` is the epoch whose weights BEST_FILE has, 0 if there are none; so is the result.
+    """
     output = keeper.output
     started, drawn, before = time.perf_counter(), time.perf_counter(), state.epochs_done
     while state.epochs_done < epochs:
         metrics = one_epoch(state, data, config, epochs, world, keeper, after_step)
         state.end_epoch(metrics)
-        is_best = best_epoch(state.history) is metrics
+        is_best = not best or metrics["top1"] >= state.history[best - 1]["top1"]
+        best = state.epochs_done if is_best else best
+        keeper.save(state)  # first, as the weights of a finished epoch can be read from it
         about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
         for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
             weights = (state.evaluated_model, output / name, about)
             on_main(world, lambda: save_weights(*weights))
-        keeper.save(state)
         if world.is_main:
             write_metrics(output / METRICS_FILE, state.history)
             trackers.epoch(metrics)
@@ -330,6 +350,7 @@ def train_epochs(
             say(world, loader_line(metrics, data.train.num_workers))
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
+    return best
 
 
 def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
@@ -450,9 +471,10 @@ def check_output(place: Place) -> None:
     else:
         is_known = place.state_path is not None or record
     if not is_known:
+        own = " (to resume the run there, give --resume auto)" if record else ""
         raise InputError(
             f"--output {output} is not empty and does not hold the run to resume; choose another "
-            "--output"
+            f"--output{own}"
         )
 
 
@@ -460,28 +482,26 @@ def claim(
     place: Place,
     config: RunConfig,
     owner: dict,
-    epochs_done: int,
+    resumed: dict | None,
+    about: Weights,
     held: contextlib.ExitStack,
-) -> None:
-    """Make and lock the output folder; copy weights and state if the run resumes from another one.
+) -> tuple[int, list[str]]:
+    """Make and lock the output folder, and fit what it holds to the state to resume.
 
-    Until the start is complete, RUN_FILE says how to repeat it.
+    Until the start is complete, RUN_FILE says how to repeat it. Returns the epoch whose weights are
+    in BEST_FILE, 0 if there are none, and lines on what was set aside.
     """
     output = place.output
-    kept = {}
-    if place.moves:
-        source = place.state_path.parent
-        try:
-            names = (BEST_FILE, LAST_FILE) if epochs_done else ()
-            kept = {name: (source / name).read_bytes() for name in (*names, place.state_path.name)}
-        except OSError as error:
-            raise InputError(f"--resume: cannot read {error.filename}: {error.strerror}") from None
+    if place.moves:  # read before anything is written
+        fits = fitting(place.state_path, resumed, about, moves=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
     held.enter_context(locked(output))
     check_output(place)  # another run may have begun there since
+    if listing(output) != place.before:
+        raise InputError(f"--output {output}: another run has just written there; start again")
     for leftover in output.glob(WRITING):  # of a run that was killed
         leftover.unlink()
     if place.state_path is None or place.moves:
@@ -491,11 +511,19 @@ def claim(
         record = {"starts": []} | read_record(output)
         record |= {"beginning": beginning, "identity": owner}
         write_atomically(output / RUN_FILE, json.dumps(record, indent=2) + "\n")
-    for name, content in kept.items():
+    if resumed is None:
+        return 0, []
+    lines = []
+    if not place.moves:
+        fits = fitting(place.state_path, resumed, about, moves=False)
+        lines = rewind(output, resumed["state"], fits.strange)
+    for name, content in fits.files.items():
         write_atomically(output / name, content)
-    if place.state_path is not None:
-        set_aside(output / place.state_path.name)
-        remove_oldest(output, config.keep_checkpoints)
+    state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])
+    if place.moves or not state.exists():  # under the name by which it is found again
+        write_state(state, resumed)
+    remove_oldest(output, config.keep_checkpoints)
+    return fits.best, fits.lines + lines
 
 
 @contextlib.contextmanager
@@ -533,11 +561,7 @@ def record_start(
     path = output / RUN_FILE
     record = read_record(output)
     if not record and os.path.lexists(path):
-        aside = path.with_name(f"{path.name}.set-aside")
-        try:
-            os.replace(path, aside)
-        except OSError as error:
-            raise RunError(f"cannot rename {path}: {error.strerror}; remove it") from None
+        aside = set_aside(path)
         say(world, f"warning   {path} is not the record of a run; renamed to {aside.name}")
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

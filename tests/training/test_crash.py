@@ -103,8 +103,9 @@ def test_a_damaged_state_gives_way_to_the_one_before(finished, tmp_path, capsys,
     for line, path in zip(warnings, states[:-3:-1], strict=True):
         assert f"training state {path} is damaged" in line
         assert f"going on from {states[-3]} instead" in line
-    for path in states[-2:]:
-        path.with_name(f"{path.name}.set-aside").unlink()
+    names = [*(path.name for path in states[-2:]), "best.safetensors", "last.safetensors"]
+    for name in (*names, "metrics.jsonl"):
+        (output / f"{name}.set-aside").unlink()
     assert_same_run(finished, output)
 
 

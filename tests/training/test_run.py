@@ -19,6 +19,7 @@ import t2tvit
 from t2tvit.cli import main
 from t2tvit.files import write_atomically
 from t2tvit.training import engine, progress, report, run
+from t2tvit.training import state as state_module
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import Signals, read_state
@@ -195,10 +196,14 @@ def test_a_finished_run_moves_to_another_folder_whole(tmp_path, finished, capsys
     assert missing == {"state-00002-00000000.safetensors"}
     for name in ("best.safetensors", "last.safetensors", newest(finished).name):
         assert (output / name).read_bytes() == (finished / name).read_bytes()
+    best = max(metrics_of(output), key=lambda row: (row["top1"], row["epoch"]))["epoch"]
     (output / "best.safetensors").unlink()
-    line = refused(capsys, "--resume", str(output), "--output", str(tmp_path / "third"))
-    assert "best.safetensors: No such file" in line
-    assert not (tmp_path / "third").exists()
+    third = tmp_path / "third"
+    capsys.readouterr()
+    assert main(["train", "--resume", str(output), "--output", str(third)]) == 0
+    assert read_about(third / "best.safetensors").epoch == 3
+    lost = f"weights   best.safetensors: epoch 3; those of epoch {best} are lost"
+    assert (lost in capsys.readouterr().out) == (best != 3)
 
 
 def refused(capsys, *options) -> str:
@@ -491,7 +496,8 @@ def test_a_start_that_is_killed_after_any_file_can_be_repeated(
     options = ("--resume", str(finished)) if moves else TINY
     options = (*options, "--epochs", "4", "--output", str(output))
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_atomically", killed)
+        for module in (run, state_module):
+            patch.setattr(module, "write_atomically", killed)
         status = main(["train", *options])
     if status == 0:
         pytest.skip("a start writes fewer files")
@@ -514,7 +520,8 @@ def test_a_killed_start_is_repeated_without_its_options(
 
     options = ("--resume", str(finished)) if moves else TINY
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_atomically", killed)
+        for module in (run, state_module):
+            patch.setattr(module, "write_atomically", killed)
         assert main(["train", *options, "--epochs", "4", "--output", str(output)]) == 130
     more = ("--epochs", "4") if moves else ()
     assert main(["train", "--output", str(output), "--resume", "auto", *more]) == 0
