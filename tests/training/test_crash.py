@@ -59,6 +59,29 @@ def test_a_run_that_is_killed_or_stopped_at_random_ends_as_if_it_had_not_been(
     assert_same_run(whole, parts)
 
 
+def kill_and_resume(folder, count, kind):
+    """Each kill's operation, and that its run ended as the undisturbed one."""
+    command = (sys.executable, "-m", "tests.training.killed_at", str(folder), str(count), kind)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    for operation, name, run, killed, resumed in results:
+        assert (killed, resumed) == (-9, 0), (operation, name, run)
+        for output in (folder / "whole", folder / run):
+            for path in output.glob("*.set-aside*"):
+                path.unlink()
+        assert_same_run(folder / "whole", folder / run)
+    return [(operation, name) for operation, name, *_ in results]
+
+
+@pytest.mark.parametrize("kind, count", [("new", 10), ("moved", 4), ("older", 4)])
+def test_a_run_killed_at_a_file_operation_ends_as_if_it_had_not_been(tmp_path, kind, count):
+    """At a sample of different operations on different files."""
+    operations = kill_and_resume(tmp_path, count, kind)
+    assert len(set(operations)) == count
+    assert len({operation for operation, _ in operations}) >= min(count, 8)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of two epochs that keeps every state."""
