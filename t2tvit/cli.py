@@ -199,6 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED  # the reader of our output has gone
+    except OSError as error:
+        if error.filename is None:
+            raise
+        complain(InputError(f"{error.filename}: {error.strerror}"))
+        return USER_ERROR
     except SaidElsewhere as error:
         return error.status
     except RunError as error:

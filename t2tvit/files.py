@@ -21,6 +21,11 @@ WRITING = ".*.writing"
 MOST_TEXT = 64 * 2**20
 
 
+def memory_size() -> int:
+    """The bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_file(path: str | PathLike, most: int | None = None) -> None:
     """Raise unless ``path`` is a regular file of at most ``most`` bytes.
 
@@ -32,8 +37,7 @@ def check_file(path: str | PathLike, most: int | None = None) -> None:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if most is None:
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    most = memory_size() // 2 if most is None else most
     if status.st_size > most:
         size = f"it has {status.st_size:,} bytes, more than {most:,}"
         raise OSError(errno.EFBIG, f"too large ({size})", str(path))

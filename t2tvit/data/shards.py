@@ -22,6 +22,7 @@ from PIL import Image
 from t2tvit.data.digests import HEAD, digest_of_files
 from t2tvit.data.images import extensions, is_ignored, load_image
 from t2tvit.errors import InputError, LabelError
+from t2tvit.files import read_text
 
 # If a sample has several images, the first of these is taken.
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
@@ -35,6 +36,7 @@ MOST_CLASSES = 1_000_000  # where the labels say how many there are
 MOST_SHARDS = 1_000_000
 MOST_BYTES = 2**30  # of an image; a label has at most as many as LABEL_BYTES
 LABEL_BYTES = 2**20
+SAMPLE_BYTES = 2 * tarfile.BLOCKSIZE
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -128,7 +130,7 @@ def stored_counts(path: Path, shards: list[str]) -> dict[str, int] | None:
     if not path.is_file():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"].values()
+        splits = json.loads(read_text(path))["splits"].values()
         lengths = {
             name: length
             for each in splits
@@ -140,10 +142,11 @@ def stored_counts(path: Path, shards: list[str]) -> dict[str, int] | None:
             f"data: {path} does not describe its shards ({error!r}); fix or remove it"
         ) from None
     for shard, count in counts.items():
-        if type(count) is not int or count < 0:
+        # A sample has two files or more, each with a header of a block.
+        if type(count) is not int or not 0 <= count <= os.path.getsize(shard) // SAMPLE_BYTES:
             raise InputError(
-                f"data: {path} has the length {count!r} for {Path(shard).name}, expected a number "
-                "of images; fix or remove it"
+                f"data: {path} has the length {count!r:.40} for {Path(shard).name}, expected a number "
+                "of images that the shard has room for; fix or remove it"
             )
     return counts
 
@@ -153,7 +156,7 @@ def read_class_names(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {path} cannot be read ({error}); fix or remove it") from None
     while names and not names[-1]:

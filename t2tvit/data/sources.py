@@ -1,5 +1,7 @@
 """Where images come from: each source gives a split as PIL images with class indices."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +34,9 @@ DIGITS_STATISTICS = ((0.3054,), (0.3760,))
 DIGITS = "0123456789"
 HELD_OUT_DIGITS = 360
 SPLIT_SEED = 0
+MOST_SYNTHETIC = 10_000_000
+# A data set on the Hugging Face Hub: never a path, an address or a data set with code in a folder.
+HUB_NAME = re.compile(r"(?i:hfds)/[A-Za-z0-9]\w*[\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,10 @@ def open_split(
         return _digits(split, sorted(map(int, classes)))
     if source == "synthetic":
         count = rest or "1024"
-        if not count.isdecimal() or int(count) < 4:
+        if not re.fullmatch("[0-9]{1,18}", count) or not 4 <= int(count) <= MOST_SYNTHETIC:
             raise InputError(
-                f"data: got {spec!r}, expected synthetic:IMAGES with at least 4 images"
+                f"data: got {spec!r}, expected synthetic:IMAGES with at least 4 images and at most "
+                f"{MOST_SYNTHETIC:,}"
             )
         return _synthetic(int(count), split, img_size, num_classes or 1000)
     if source == "imagefolder":
@@ -235,6 +241,13 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
         raise InputError(
             f"data: got 'timm:{name}', expected a name such as timm:hfds/OWNER/NAME or "
             "timm:torch/NAME:PATH"
+        )
+    if name.lower().startswith("hfds/") and (
+        not HUB_NAME.fullmatch(name) or os.path.exists(name.partition("/")[2])
+    ):
+        raise InputError(
+            f"data: got 'timm:{name}', expected timm:hfds/OWNER/NAME of the Hugging Face Hub, which is "
+            "neither an address nor the path of a file or folder"
         )
     wanted = "train" if split == "train" else "validation"
     try:

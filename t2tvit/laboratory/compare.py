@@ -29,7 +29,7 @@ from t2t_kernels.measure import interleave, percentiles
 from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.figures import drawable, fitted, literal_text
-from t2tvit.files import write_atomically
+from t2tvit.files import read_text, write_atomically
 from t2tvit.models.cost import multiply_adds
 from t2tvit.terminal import printable
 from t2tvit.training import distributed
@@ -41,7 +41,7 @@ from t2tvit.training.bench import (
     training_step,
 )
 from t2tvit.training.build import build_model, create_args, describe_device, try_forward
-from t2tvit.training.config import RunConfig, convert, from_dict, read_yaml, write_yaml
+from t2tvit.training.config import RunConfig, convert, from_dict, load_yaml, read_yaml, write_yaml
 from t2tvit.training.distributed import World, on_main
 from t2tvit.training.keeper import Signals, Stopped
 from t2tvit.training.options import given
@@ -215,7 +215,7 @@ def claim(comparison: Comparison, output: Path) -> None:
     except OSError as error:
         raise InputError(f"--output: {output}: {error.strerror}") from None
     if (output / CONFIG_FILE).is_file():
-        before = yaml.safe_load((output / CONFIG_FILE).read_text(encoding="utf-8"))
+        before = read_comparison_file(output / CONFIG_FILE)
         for key in values.keys() - MAY_CHANGE - {"models", "seeds"}:
             refuse_change(output, key, before.get(key), values[key])
         for name in before["models"].keys() & values["models"].keys():
@@ -223,6 +223,23 @@ def claim(comparison: Comparison, output: Path) -> None:
     write_atomically(
         output / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     )
+
+
+def read_comparison_file(path: Path) -> dict:
+    """What :func:`claim` wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        values = load_yaml(read_text(path))
+    except OSError as error:
+        raise InputError(f"--output: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--output: {path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("models"), dict):
+        raise InputError(f"--output: {path} is damaged; remove it, or compare into another folder")
+    return values
 
 
 def refuse_change(output: Path, name: str, before: object, now: object) -> None:

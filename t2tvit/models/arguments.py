@@ -1,10 +1,32 @@
 """Checks that the models share. Each error names argument, got, expected."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from t2tvit.errors import InputError
 
 MIN_SIZE = 16
+# No published model comes near these. A count of layers may be given in parts, which are added.
+LARGEST, LARGEST_DEPTH = 1_000_000, 1000
+DEPTHS = ("depth", "depths", "stages", "layers", "num_stages", "depth_multiplier")
+
+
+def check_bounds(args: Mapping[str, object]) -> None:
+    """Raise an InputError if a model with these arguments would take all memory or time to build."""
+    for name, value in args.items():
+        numbers = [abs(number) for number in _numbers(value)]
+        size, most = max(numbers, default=0), LARGEST
+        if name in DEPTHS:
+            size, most = sum(numbers), LARGEST_DEPTH
+        if not size <= most:
+            raise InputError(f"{name}: got {value!r:.80}, expected at most {most:,}")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _numbers(item)
 
 
 def check_integer(name: str, value: object, least: int = 1) -> int:

@@ -6,28 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from t2tvit.errors import InputError
+from t2tvit.models.arguments import DEPTHS, LARGEST, LARGEST_DEPTH
 from t2tvit.models.registry import BASELINES, MODELS, create_model
-from t2tvit.models.timm_models import TIMM, create_timm_model
-
-# Arguments of timm's models that shape a network. All others could download or read other files.
-TIMM_ARGUMENTS = {
-    *("img_size", "num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
-    *("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate", "mlp_drop_rate"),
-    *("embed_dim", "embed_dims", "dim", "dims", "depth", "depths", "num_heads", "num_stages"),
-    *("mlp_ratio", "mlp_ratios", "qkv_bias", "qk_norm", "qk_scale", "init_values", "growth_rate"),
-    *("patch_size", "window_size", "window_ratio", "head_dim", "attn_head_dim", "rel_pos_dim"),
-    *("global_pool", "class_token", "no_embed_class", "reg_tokens", "pos_embed", "fc_norm"),
-    *("pre_norm", "final_norm", "use_fc_norm", "dynamic_img_size", "dynamic_img_pad"),
-    *("strict_img_size", "always_partition", "act_layer", "norm_layer", "head_init_scale"),
-    *("layers", "channels", "block_size", "base_width", "cardinality", "bottle_ratio"),
-    *("block_reduce_first", "stem_type", "stem_width", "avg_down", "replace_stem_pool"),
-    *("output_stride", "kernel_size", "kernel_sizes", "ls_init_value", "conv_mlp", "conv_bias"),
-    *("use_grn", "head_hidden_size", "stem_size", "fix_stem", "channel_multiplier", "pad_type"),
-    *("depth_multiplier", "width", "memory_efficient", "zero_init_last", "weight_init"),
-}
-# No published model comes near these.
-LARGEST, LARGEST_DEPTH = 1_000_000, 1000
-
+from t2tvit.models.timm_models import TIMM, TIMM_ARGUMENTS, create_timm_model
 
 def check_described(name: object, args: object, space: int, source: str) -> None:
     """Raise unless a file may describe this model.
@@ -52,7 +33,7 @@ def check_described(name: object, args: object, space: int, source: str) -> None
                 f"{source}: it sets the argument {str(key)[:80]!r} of {name}; a file may only set "
                 "arguments that shape the network"
             )
-        if not _is_plain(value, LARGEST_DEPTH if key in ("depth", "depths", "stages") else LARGEST):
+        if not _is_plain(value, LARGEST_DEPTH if key in DEPTHS else LARGEST):
             raise InputError(f"{source}: the argument {str(key)[:80]!r} of {name} is {value!r:.80}")
     try:
         with torch.device("meta"):

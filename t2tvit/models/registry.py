@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.arguments import check_bounds
 from t2tvit.models.backbone import T2TBackbone, T2TVisionTransformer
 from t2tvit.models.variants import (
     GhostAttention,
@@ -165,6 +166,7 @@ def create_model(
         drop_path_rate=drop_path_rate,
         **kw,
     )
+    check_bounds(args)
     model = config.architecture(fused_kernels=fused_kernels, **{**config.options, **args})
     model.create_args = args
     model.pretrained_cfg = pretrained_cfg(name, model.img_size, num_classes, in_chans)

@@ -1,10 +1,40 @@
 """Models of timm under the name ``timm:NAME``, built with the arguments of our own."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.models.arguments import check_bounds
 
 TIMM = "timm:"
+# Arguments of timm's models that shape a network. All others could download or read other files.
+TIMM_ARGUMENTS = {
+    *("img_size", "num_classes", "in_chans", "drop_rate", "drop_path_rate", "drop_block_rate"),
+    *("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate", "mlp_drop_rate"),
+    *("embed_dim", "embed_dims", "dim", "dims", "depth", "depths", "num_heads", "num_stages"),
+    *("mlp_ratio", "mlp_ratios", "qkv_bias", "qk_norm", "qk_scale", "init_values", "growth_rate"),
+    *("patch_size", "window_size", "window_ratio", "head_dim", "attn_head_dim", "rel_pos_dim"),
+    *("global_pool", "class_token", "no_embed_class", "reg_tokens", "pos_embed", "fc_norm"),
+    *("pre_norm", "final_norm", "use_fc_norm", "dynamic_img_size", "dynamic_img_pad"),
+    *("strict_img_size", "always_partition", "act_layer", "norm_layer", "head_init_scale"),
+    *("layers", "channels", "block_size", "base_width", "cardinality", "bottle_ratio"),
+    *("block_reduce_first", "stem_type", "stem_width", "avg_down", "replace_stem_pool"),
+    *("output_stride", "kernel_size", "kernel_sizes", "ls_init_value", "conv_mlp", "conv_bias"),
+    *("use_grn", "head_hidden_size", "stem_size", "fix_stem", "channel_multiplier", "pad_type"),
+    *("depth_multiplier", "width", "memory_efficient", "zero_init_last", "weight_init"),
+}
+
+
+def check_timm_arguments(name: str, args: Mapping[str, object]) -> None:
+    """Raise an InputError unless all that ``args`` do is to shape a network of bounded size."""
+    for key in args:
+        if key not in TIMM_ARGUMENTS:
+            raise InputError(
+                f"model {name}: the argument {str(key)[:80]!r} is not one that shapes the network; "
+                "leave it out, and give weights as --init FILE"
+            )
+    check_bounds(args)
 
 
 def create_timm_model(
@@ -24,7 +54,7 @@ def create_timm_model(
         num_classes: outputs of the head.
         in_chans: channels of the image.
         drop_path_rate: stochastic depth.
-        kw: further arguments of ``timm.create_model``.
+        kw: further arguments of ``timm.create_model`` that are among TIMM_ARGUMENTS.
 
     Raises:
         InputError: timm does not know the model, or the model does not take an argument.
@@ -34,6 +64,8 @@ def create_timm_model(
     bare = name.removeprefix(TIMM)
     if not timm.is_model(bare):
         raise InputError(unknown_name("model of timm", bare, timm.list_models()))
+    check_timm_arguments(name, kw)
+    check_bounds({"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans})
     options = {"num_classes": num_classes, "in_chans": in_chans} | kw
     if getattr(timm.get_pretrained_cfg(bare), "fixed_input_size", False):
         options["img_size"] = img_size

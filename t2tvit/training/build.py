@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from t2t_kernels.backends import explain
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
+from t2tvit.files import memory_size
 from t2tvit.models import T2TBackbone, create_model, load_checkpoint
 from t2tvit.models.checkpoint import check_fit, read_state_dict
 from t2tvit.models.t2t_module import T2TModule
@@ -34,16 +35,37 @@ def create_args(config: RunConfig, num_classes: int, channels: int) -> dict:
 
 def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
     """``create_model``, or ``timm:NAME``; any argument that does not fit is reported as the user's."""
-    if name.startswith(TIMM):
-        if fused_kernels not in ("auto", "reference"):
-            raise InputError(f"fused_kernels: got {fused_kernels!r}, but {name} has no fused kernels")
-        return create_timm_model(name, **args)
     try:
+        if name.startswith(TIMM):
+            return _build_timm_model(name, args, fused_kernels)
+        check_memory(name, args)
         return create_model(name, fused_kernels=fused_kernels, **args)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (MemoryError, TypeError, ValueError) as error:
         raise InputError(f"model {name} with {args}: {error}") from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise InputError(f"model {name} with {args} needs more memory than there is") from None
+
+
+def check_memory(name: str, args: dict) -> None:
+    """Raise an InputError if the parameters of a model of our own need more memory than there is."""
+    with torch.device("meta"):
+        model = create_model(name, **args)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size > memory_size():
+        raise InputError(
+            f"model {name} with {args}: its parameters need {size / 2**30:,.0f} GiB, and this machine "
+            f"has {memory_size() / 2**30:,.0f} GiB of memory"
+        )
+
+
+def _build_timm_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
+    if fused_kernels not in ("auto", "reference"):
+        raise InputError(f"fused_kernels: got {fused_kernels!r}, but {name} has no fused kernels")
+    return create_timm_model(name, **args)
 
 
 def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None:

@@ -4,6 +4,7 @@ Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML
 line.
 """
 
+import itertools
 import math
 import re
 import types
@@ -12,8 +13,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from t2tvit.errors import InputError, unknown_name
+from t2tvit.files import read_text
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+MOST_VALUES = 100_000  # in a YAML file
 WARMUP_SHARE = 5  # of the epochs, where the warm-up would be longer than the run
 BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 # Modes of torch.compile in which a replay reuses the memory of the gradients (pytorch/pytorch#169545).
@@ -21,8 +24,8 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 # The policies that timm reads; it ignores a section without a number, and so a mistyped one.
 NUMBER = r"\d+(\.\d*)?"
 POLICY = re.compile(
-    rf"rand(-([mn]\d+|p{NUMBER}|mstd{NUMBER}|mmax\d+|inc[01]|t\w*))*"
-    rf"|augmix(-([mwd]\d+|a{NUMBER}|b[01]|mstd{NUMBER}))*"
+    rf"rand(-([mn]\d{{1,3}}|p{NUMBER}|mstd{NUMBER}|mmax\d{{1,3}}|inc[01]|t\w*))*"
+    rf"|augmix(-([mwd]\d{{1,2}}|a{NUMBER}|b[01]|mstd{NUMBER}))*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})*"
 )
 # Arguments of create_model that model_args may not hold, and what sets them.
@@ -80,9 +83,9 @@ class RunConfig:
         metavar="SOURCE",
     )
     img_size: int | tuple[int, int] = key(
-        "data", 224, "side of the square input, or height and width, in pixels", minimum=16
+        "data", 224, "side of the square input, or height and width, in pixels", minimum=16, maximum=16384
     )
-    workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0)
+    workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0, maximum=1024)
     max_unreadable: int = key(
         "data",
         10,
@@ -118,6 +121,7 @@ class RunConfig:
         "instead of a crop of random area: resize to the input, pad by so many pixels, crop at "
         "random; none: off",
         minimum=1,
+        maximum=16384,
     )
     repeated_augmentation: int = key(
         "augmentation",
@@ -125,6 +129,7 @@ class RunConfig:
         "how often an image stands in the batches of an update, each time augmented anew; an epoch "
         "then sees that part of the images",
         minimum=1,
+        maximum=1000,
     )
     hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)
     color_jitter: float = key(
@@ -150,7 +155,9 @@ class RunConfig:
     model_args: dict = key(
         "model", {}, "further arguments of create_model, such as embed_dim=128 depth=4"
     )
-    num_classes: int | None = key("model", None, "outputs of the head; none: the data's", minimum=1)
+    num_classes: int | None = key(
+        "model", None, "outputs of the head; none: the data's", minimum=1, maximum=1_000_000
+    )
     drop_path: float = key("model", 0.1, "rate of stochastic depth", minimum=0, maximum=0.99)
     initial_checkpoint: str | None = key(
         "model",
@@ -397,22 +404,20 @@ def packaged_names() -> list[str]:
 
 def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str, object]:
     """The keys of a YAML file, or packaged config, over those of its ``base``."""
-    import yaml
-
     path = Path(config)
     if path.suffix not in (".yaml", ".yml"):
         path = PACKAGED / f"{config}.yaml"
         if not path.is_file():
             raise InputError(unknown_name("config", str(config), packaged_names()))
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(read_text(path))
     except OSError as error:
         raise InputError(
             f"config {path}: {error.strerror}; give a YAML file or one of "
             f"{', '.join(packaged_names())}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise InputError(f"config {path} is not YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"config {path}: expected keys and values, got {type(values).__name__}")
@@ -428,8 +433,12 @@ def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str,
     return read_yaml(base, (*including, path)) | values
 
 
-def _load_yaml(text: str) -> object:
-    """``yaml.safe_load``, but a key that stands twice is an error, as YAML has it."""
+def load_yaml(text: str) -> object:
+    """``yaml.safe_load``, but a key that is there twice is an error, as YAML has it.
+
+    Raises:
+        ValueError: the text is not YAML, nested too deeply, or too large with its aliases expanded.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -443,7 +452,34 @@ def _load_yaml(text: str) -> object:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
-    return yaml.load(text, Loader)
+    loader = None
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MOST_VALUES:
+            raise ValueError(f"with its aliases it has more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (AttributeError, KeyError) as error:  # PyYAML's of a tag that does not fit its text
+        raise ValueError(f"a value does not fit its tag ({error})") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _expanded(node, known: dict[int, float]) -> float:
+    """The values in a YAML node, those of an alias counted wherever it is used."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # an alias of what contains it
+        inside = node.value if isinstance(node.value, list) else ()
+        parts = itertools.chain(*(each if isinstance(each, tuple) else (each,) for each in inside))
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def write_yaml(config: RunConfig) -> str:
@@ -471,11 +507,11 @@ def convert(name: str, value: object, source: str) -> object:
         try:
             converted = _as(kind, value)
             break
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             continue
     else:
         expected = " or ".join(_describe(kind) for kind in kinds)
-        raise InputError(f"{source}: got {value!r}, expected {expected}")
+        raise InputError(f"{source}: got {value!r:.200}, expected {expected}")
     if name == "auto_augment" and not POLICY.fullmatch(converted):
         raise InputError(
             f"auto_augment: timm cannot read the policy {converted!r}; expected one such as "

@@ -124,6 +124,8 @@ def explained(error: Exception) -> Exception:
     text = " ".join(str(error).split())
     if isinstance(error, REPORTED):
         return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(
             f"the GPU's memory is full; lower --batch-size, raise --accumulate, or use "

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 
 from t2tvit.errors import InputError
-from t2tvit.training.config import HINTS, KEYS, RunConfig
+from t2tvit.training.config import HINTS, KEYS, RunConfig, load_yaml
 
 DEFAULTS = RunConfig()
 
@@ -60,16 +60,14 @@ def given(arguments: argparse.Namespace) -> dict[str, object]:
     """The schema's keys that were given on the command line, unconverted but for NAME=VALUE."""
     overrides = {name: value for name, value in vars(arguments).items() if name in KEYS}
     if "model_args" in overrides:
-        import yaml
-
         pairs = {}
         for item in overrides["model_args"]:
             name, equals, value = item.partition("=")
             if not equals or not name:
                 raise InputError(f"--model-args: got {item!r}, expected NAME=VALUE")
             try:
-                pairs[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise InputError(f"--model-args: {value!r} of {name} is not YAML") from None
+                pairs[name] = load_yaml(value)
+            except ValueError:
+                raise InputError(f"--model-args: {value!r:.80} of {name} is not YAML") from None
         overrides["model_args"] = pairs
     return overrides

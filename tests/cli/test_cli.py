@@ -142,6 +142,13 @@ REFUSALS = {
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
     "unknown-rival": (("bench", "--against", "resnet5000"), "unknown model of timm"),
     "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),
+    "long-run": (("eval", "--run", "o" * 5000), "ile name too long"),
+    "long-config": (("train", "--config", "o" * 5000), "ile name too long"),
+    "long-resume": (("train", "--resume", "o" * 300), "ile name too long"),
+    "long-data": (("train", "--data", "imagefolder:" + "o/" * 3000), "ile name too long"),
+    "long-image": (("predict", "--run", "{run}", "o" * 5000), "ile name too long"),
+    "deep-model-args": (("train", "--model-args", "depth=" + "[" * 9999), "is not YAML"),
+    "model-args-no-date": (("train", "--model-args", "depth=2001-99-99"), "is not YAML"),
     "bench-no-run": (("bench", "--run", "{tmp}"), "does not exist"),
 }
 

@@ -128,3 +128,48 @@ def test_metadata_of_a_file_of_weights(tmp_path, change, message):
     write_tensors(path, {"weight": torch.ones(3)}, METADATA_KEY, about)
     with pytest.raises(InputError, match="it names two models"):
         read_about(path)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(pretrained=True), "'pretrained' is not one that shapes the network"),
+        (dict(pretrained_cfg=dict(file="a.pth")), "'pretrained_cfg' is not one"),
+        (dict(checkpoint_path="a.pth"), "'checkpoint_path' is not one"),
+        (dict(features_only=True), "'features_only' is not one"),
+        (dict(scriptable=True), "'scriptable' is not one"),
+        (dict(kwargs_filter=["a"]), "'kwargs_filter' is not one"),
+        (dict(layers=[10**8, 1, 1, 1]), r"layers: got \[100000000, 1, 1, 1\], expected at most 1,000"),
+        (dict(layers=[600, 600]), "expected at most 1,000"),
+        (dict(num_classes=10**12), "num_classes: got 1000000000000, expected at most 1,000,000"),
+    ],
+)
+def test_no_source_reaches_beyond_the_network(args, message, monkeypatch):
+    timm = pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
+    from t2tvit.models.timm_models import create_timm_model
+    from t2tvit.training.build import build_model
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was called"))
+    for build in (
+        lambda: create_timm_model("timm:resnet18", **args),
+        lambda: build_model("timm:resnet18", args, "auto"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build()
+
+
+@pytest.mark.parametrize(
+    "name, args, message",
+    [
+        ("t2t_vit_7", dict(depth=10**8), "depth: got 100000000, expected at most 1,000"),
+        ("t2t_vit_dense", dict(stages=[500, 501]), r"stages: got \[500, 501\], expected at most 1,000"),
+        ("t2t_vit_14", dict(num_classes=10**12), "num_classes: got 1000000000000"),
+        ("vit_s_16", dict(embed_dim=999_936, num_heads=1), "its parameters need .* GiB of memory"),
+    ],
+)
+def test_a_model_that_is_far_too_large_is_not_built(name, args, message):
+    pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
+    from t2tvit.training.build import build_model
+
+    with pytest.raises(InputError, match=message):
+        build_model(name, args, "auto")

@@ -115,6 +115,52 @@ def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
     assert type(value) is type(expected)
 
 
+def bomb(level: str, first: str) -> str:
+    """A list of few words that has 8¹² values if each alias is expanded."""
+    levels = [level.replace("*", f"*a{number}") for number in range(12)]
+    levels = [f"&a{number} {text}" for number, text in enumerate((first, *levels))]
+    return f"[{', '.join(levels)}]"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (f"mean: {bomb('[*, *, *, *, *, *, *, *]', '[0, 0]')}", "more than 100,000 values"),
+        (f"model_args: {bomb('{<<: [*, *, *, *, *, *, *, *]}', '{a: 1}')}", "more than 100,000 values"),
+        ("model_args: &a {b: *a}", "more than 100,000 values"),
+        (f"model_args: {'[' * 100_000}", "nested too deeply"),
+        ("\n".join(" " * depth + "a:" for depth in range(3000)), "nested too deeply"),
+        ("epochs: 2001-99-99", "is not YAML: month must be"),
+        ("epochs: !!timestamp soon", "does not fit its tag"),
+        ("epochs: !!bool perhaps", "does not fit its tag"),
+        ("epochs: !!int many", "is not YAML: invalid literal"),
+        (f"epochs: {'9' * 6000}", "is not YAML: Exceeds the limit"),
+        (f"epochs: {'9' * 400}", "epochs: got 9999"),
+        (f"lr: {'9' * 400}", "lr: got 9999"),
+        ("epochs: !!python/object/apply:os.getcwd []", "is not YAML: could not determine"),
+        ("num_classes: 1000000000000", "num_classes: got 1000000000000, expected .* at most 1000000"),
+        ("img_size: [32, 1000000]", "img_size: got 1000000, expected .* at most 16384"),
+        ("workers: 1000000", "workers: got 1000000"),
+        ("auto_augment: augmix-w100000000", "timm cannot read the policy"),
+        ("auto_augment: rand-n1000000000", "timm cannot read the policy"),
+        ('base: "a\\0b.yaml"', "null byte"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_small_file_cannot_take_all_time_or_memory(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(path, {})
+    assert len(str(caught.value)) < 600
+
+
+def test_aliases_are_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("mean: &a [0.5, 0.5, 0.5]\nstd: *a\n")
+    assert resolve(path, {}).std == (0.5, 0.5, 0.5)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -554,6 +554,13 @@ def test_image_files_of_timm_are_opened_as_all_others(folder):
         ("timm:pets", "expected a name such as timm:hfds/OWNER/NAME"),
         ("timm:torch/no_such_set", "no_such_set"),
         ("timm:hfds/nobody/nothing", "nobody/nothing"),
+        ("timm:hfds//etc", "neither an address nor the path"),
+        ("timm:HFDS/./nothing", "neither an address nor the path"),
+        ("timm:hfds/../nobody/nothing", "neither an address nor the path"),
+        ("timm:hfds/a/b/c.zip", "neither an address nor the path"),
+        ("timm:hfds/tests/training", "neither an address nor the path"),
+        ("synthetic:1000000000000", "at most 10,000,000"),
+        ("synthetic:" + "9" * 5000, "at most 10,000,000"),
     ],
 )
 def test_data_sets_that_timm_cannot_open(spec, message):

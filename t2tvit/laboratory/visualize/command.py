@@ -28,6 +28,7 @@ from t2tvit.laboratory.visualize.performer import Study, study
 from t2tvit.laboratory.visualize.record import DEAD, EXPLODING, Layer, Recorded, record
 from t2tvit.models import T2TModule
 from t2tvit.models.t2t_module import SPLITS, TokenConvolution
+from t2tvit.models.timm_models import check_timm_arguments
 from t2tvit.terminal import printable
 from t2tvit.training import distributed
 from t2tvit.training.build import build_model, create_args, load_weights
@@ -135,6 +136,7 @@ def timm_subject(arguments: argparse.Namespace, options: dict) -> Subject:
         raise InputError(f"--checkpoint: there is no file {arguments.checkpoint}")
     wanted = resolve(None, options)
     arguments_of_model = dict(wanted.model_args)
+    check_timm_arguments(f"{TIMM}{name}", arguments_of_model)
     if "num_classes" in options:
         arguments_of_model["num_classes"] = wanted.num_classes
     if "img_size" in options and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
