@@ -178,6 +178,11 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
                 return from_dict(beginning["config"], overrides)
             if (place.output / CONFIG_FILE).exists():
                 name = place.output / CONFIG_FILE
+            elif "data" not in overrides and any(place.output.glob(WRITING)):
+                raise InputError(
+                    f"--resume auto: a start was interrupted in {place.output} before its first "
+                    "file was complete, and its options are lost; give them again"
+                )
         if name is None and overrides.get("data", "digits").partition(":")[0] == "digits":
             name = "digits"
         return resolve(name, overrides)

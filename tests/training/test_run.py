@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -728,3 +729,85 @@ def test_a_hangup_that_is_ignored_stays_ignored():
             assert signals.received == signal.SIGHUP
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume", "auto")], ids=["new", "resumed"])
+def test_a_run_that_waited_for_another_one_does_not_overwrite_it(
+    tmp_path, monkeypatch, capsys, resume
+):
+    """Both began at the same moment, and the other one is over before the first gives up."""
+    output, locked = tmp_path / "run", run.locked
+    contents = []
+
+    def late(place):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "locked", locked)
+            assert train(output, "--epochs", "2") == 0
+        contents.append({path.name: path.read_bytes() for path in output.iterdir()})
+        return locked(place)
+
+    monkeypatch.setattr(run, "locked", late)
+    line = refused(capsys, *TINY, "--output", str(output), "--epochs", "2", *resume)
+    assert f"--output {output}" in line
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == contents[0]
+
+
+@pytest.mark.parametrize("option", ["auto", "state"])
+def test_a_resumed_run_that_waited_for_another_one_does_not_overwrite_it(
+    tmp_path, monkeypatch, capsys, finished, option
+):
+    output, locked = tmp_path / "run", run.locked
+    shutil.copytree(finished, output)
+    contents = []
+
+    def late(place):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "locked", locked)
+            resume = ("--output", str(output), "--resume", "auto", "--epochs", "4")
+            assert main(["train", *resume]) == 0
+        contents.append({path.name: path.read_bytes() for path in output.iterdir()})
+        return locked(place)
+
+    monkeypatch.setattr(run, "locked", late)
+    resume = option if option == "auto" else str(newest(output))
+    options = ("--output", str(output), "--resume", resume, "--epochs", "5")
+    assert "another run has just written there" in refused(capsys, *options)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == contents[0]
+
+
+def test_of_two_processes_that_start_at_once_one_trains(tmp_path):
+    """And when it is killed, its lock does not outlive its loader processes."""
+    output = tmp_path / "run"
+    code = "import sys; from t2tvit.training import run; run.LOCK_PATIENCE = 0.3;"
+    code += "from t2tvit.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = (*TINY, "--workers", "1", "--output", str(output), "--resume", "auto")
+    command = (sys.executable, "-c", code, "train", *options, "--epochs", "1000")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both, deadline = [subprocess.Popen(command, **pipes) for _ in range(2)], time.monotonic() + 100
+    try:
+        while all(each.poll() is None for each in both) or not list(output.glob("state-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (loser,) = [each for each in both if each.poll() is not None]
+        error = loser.stderr.read()
+        assert loser.returncode == 2
+        assert f"--output {output}: another run" in error and error.count("\n") == 1
+    finally:
+        for each in both:
+            each.kill()
+            each.communicate()
+    epochs = state_of(output)["state"]["epochs_done"] + 1
+    assert main(["train", *options, "--epochs", str(epochs)]) == 0
+    assert [row["epoch"] for row in metrics_of(output)] == list(range(1, epochs + 1))
+
+
+def test_a_start_that_left_nothing_but_a_temporary_file_does_not_become_another_run(
+    tmp_path, capsys
+):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / ".run.json.writing").write_text('{"beg')
+    resume = ("--output", str(output), "--resume", "auto")
+    assert "its options are lost" in refused(capsys, *resume)
+    assert "its options are lost" in refused(capsys, *resume, "--epochs", "2")
+    assert train(output, "--epochs", "2", "--resume", "auto") == 0
