@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from t2tvit.errors import InputError, RunError
-from t2tvit.files import write_atomically
+from t2tvit.files import read_text, write_atomically
 from t2tvit.models.backbone import T2TBackbone
 from t2tvit.models.checkpoint import load_checkpoint
 from t2tvit.models.described import check_described
@@ -125,25 +125,47 @@ def read(address: str) -> Stored:
     """
     folder = fetch(address)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / CONFIG_FILE))
         name, cfg = config["architecture"], config["pretrained_cfg"]
         height, width = cfg["input_size"][1:]
         args = {"img_size": [height, width], "in_chans": cfg["input_size"][0]}
         args |= config.get("model_args", {}) | {"num_classes": config["num_classes"]}
         space = (folder / WEIGHTS_FILE).stat().st_size
         cfg = {key: value for key, value in cfg.items() if key not in (*DECIDED, *ORIGINS)}
+        names = config.get("label_names")
+        if isinstance(names, Mapping):  # timm writes some data sets' by their label
+            names = None
+        if names is not None and not _are_names(names, config["num_classes"]):
+            raise ValueError("label_names are not one name for each class")
+        for key in ("mean", "std"):
+            if not _are_numbers(cfg.get(key, ())):
+                raise ValueError(f"{key} is not a list of numbers")
     except FileNotFoundError as error:
         raise InputError(f"{address}: there is no {Path(error.filename).name}") from None
     except OSError as error:
         raise InputError(f"{address}: cannot read {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{address}: {CONFIG_FILE} is not of timm's form: {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{address}: {CONFIG_FILE} is not of timm's form: {repr(error)[:200]}"
+        ) from None
     check_described(name, args, space, f"{address}: {CONFIG_FILE}")
     if name not in MODELS | BASELINES:
         raise InputError(f"{address}: {CONFIG_FILE}: {name} is not a model of this package")
     return Stored(
-        folder / WEIGHTS_FILE, name, args, (height, width), cfg, config.get("label_names")
+        folder / WEIGHTS_FILE, name, args, (height, width), cfg, names
     )
+
+
+def _are_names(value: object, count: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(name, str) for name in value)
+    )
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, (int, float)) for each in value)
 
 
 def fetch(address: str) -> Path:

@@ -41,8 +41,8 @@ def check_described(name: object, args: object, space: int, source: str) -> None
                 model = create_timm_model(name, **args)
             else:
                 model = create_model(name, **args)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: no {name} can be built with {args}: {error}") from None
     count = sum(math.prod(value.shape) for value in model.state_dict().values())

@@ -6,6 +6,7 @@ from pathlib import Path
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig, from_dict
+from t2tvit.training.form import IMAGES, check, is_text
 from t2tvit.training.state import LAST_FILE, RUN_FILE
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
@@ -53,12 +54,11 @@ def is_identity(value: object) -> bool:
     """Whether ``value``, read from a file, has the form of :func:`identity`."""
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         return False
-    images = value.get("images")
-    return isinstance(value.get("class_names"), list) and (
-        isinstance(images, dict)
-        and all(isinstance(images.get(name), dict) for name in SPLITS)
-        and all({"images", "digest"} <= images[name].keys() for name in SPLITS)
-    )
+    try:
+        check(value, {"class_names": [is_text], "images": IMAGES}, RUN_FILE)
+    except ValueError:
+        return False
+    return True
 
 
 def check_owner(path: Path, state: dict, owner: dict | None) -> None:

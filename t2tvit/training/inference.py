@@ -125,7 +125,7 @@ def load_trained(path: Path, config: RunConfig, about: Weights | None, world: Wo
     if about is None:
         args, class_names = create_args(config, 1000, 3), None
     else:
-        args, class_names = about.create_args, about.class_names
+        args, class_names = {"in_chans": 3} | about.create_args, about.class_names
     model = build_model(config.model, args, config.fused_kernels)
     load_weights(model, path, new_head=False)
     model.to(world.device)

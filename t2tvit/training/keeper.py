@@ -11,6 +11,7 @@ from torch import Tensor
 from t2tvit.errors import InputError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, min_over_ranks, on_main
+from t2tvit.training.form import check_state
 from t2tvit.training.state import TrainState, read_tensors, rng_state, write_tensors
 
 STATE_FILES = "state-*.safetensors"
@@ -183,14 +184,17 @@ def read_state(path: Path) -> dict:
     """
     try:
         content, tensors = read_tensors(path, CONTENT_KEY)
+        if content is not None:
+            content = _put_tensors(content, tensors)
+            check_state(content)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; is it the output of a run?") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (KeyError, RecursionError, SafetensorError, OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"training state {path} is damaged ({reason})") from None
     if content is None:
         raise InputError(f"{path} is no training state; --resume takes a run's {STATE_FILES}")
-    return _put_tensors(content, tensors)
+    return content
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss, RunError
-from t2tvit.files import WRITING, set_aside, write_atomically
+from t2tvit.files import WRITING, read_bytes, read_text, set_aside, write_atomically
 from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
@@ -46,6 +46,7 @@ from t2tvit.training.identity import (
     identity,
     is_identity,
 )
+from t2tvit.training.form import check_optimizer
 from t2tvit.training.keeper import (
     Keeper,
     Signals,
@@ -159,7 +160,7 @@ def find_place(output: Path | None, resume: str | None) -> Place:
 def listing(output: Path) -> tuple:
     """What changes in a folder whenever a run starts or saves there: its states and RUN_FILE."""
     try:
-        record = (output / RUN_FILE).read_bytes()
+        record = read_bytes(output / RUN_FILE)
     except OSError:
         record = None
     return [path.name for path in states_in(output)], record
@@ -248,7 +249,7 @@ def run_locked(
     if resumed is None:
         seed_everything(config.seed + world.rank)
     else:
-        restore(state, resumed, config, world)
+        restore_checked(state, resumed, config, world, place.state_path, len(data.train))
         if state.epochs_done > epochs:
             raise InputError(
                 f"epochs: got {epochs} with the cool-down, but the run to resume has done "
@@ -434,6 +435,28 @@ def build_state(
     return TrainState(model, network, ema, optimizer, scheduler, scaler), epochs
 
 
+def restore_checked(
+    state: TrainState, resumed: dict, config: RunConfig, world: World, path: Path, steps: int
+) -> None:
+    """:func:`restore` from the file ``path`` in a run of ``steps`` updates per epoch.
+
+    Raises:
+        InputError: the state is not of this model, optimiser and data.
+    """
+    groups = [dict(group) for group in state.optimizer.param_groups]
+    try:
+        restore(state, resumed, config, world)
+        check_optimizer(state.optimizer, groups)
+        if state.step > steps:
+            raise ValueError(f"it has done {state.step} of the {steps} updates of an epoch")
+    except torch.OutOfMemoryError:
+        raise
+    # What PyTorch raises for tensors and options that do not fit has no narrower base.
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"training state {path} does not fit the run: {reason}") from None
+
+
 def restore(state: TrainState, resumed: dict, config: RunConfig, world: World) -> None:
     """Put the content of a state file into ``state`` and into this process's generators."""
     state.load_state_dict(resumed["state"])
@@ -595,7 +618,7 @@ def read_record(output: Path) -> dict:
     Empty if the file is missing, damaged or another program's.
     """
     try:
-        record = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads(read_text(output / RUN_FILE))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("starts"), list):
@@ -603,7 +626,7 @@ def read_record(output: Path) -> dict:
     beginning = record.get("beginning")
     if beginning is not None and not (
         isinstance(beginning, dict)
-        and isinstance(beginning.get("state"), str | None)
+        and isinstance(beginning.get("state", 0), str | None)
         and isinstance(beginning.get("config"), dict)
     ):
         return {}

@@ -20,6 +20,7 @@ from t2tvit.errors import InputError
 from t2tvit.files import read_bytes, write_atomically
 from t2tvit.models.described import check_described
 from t2tvit.models.reading import SAFETENSORS, kind_of
+from t2tvit.training.form import check, is_number, is_text
 
 BEST_FILE = "best.safetensors"
 LAST_FILE = "last.safetensors"
@@ -134,13 +135,26 @@ def read_about(path: Path) -> Weights | None:
     try:
         content, _ = read_tensors(path, METADATA_KEY)
         about = None if content is None else Weights(**content)
-        if about is not None and about.config.get("model", about.model) != about.model:
-            raise ValueError("it names two models")
+        if about is not None:
+            _check_about(about)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"checkpoint {path} is damaged ({error}); use another one") from None
     if about is not None:
         check_described(about.model, about.create_args, path.stat().st_size, str(path))
     return about
+
+
+def _check_about(about: Weights) -> None:
+    """Raise a ValueError unless ``about`` has values that a run writes."""
+    if about.config.get("model", about.model) != about.model:
+        raise ValueError("it names two models")
+    classes = about.class_names
+    if classes is not None:
+        check(classes, [is_text], "class_names")
+        if len(classes) > about.create_args.get("num_classes", len(classes)):
+            raise ValueError(f"it names {len(classes)} classes, more than its model has")
+    for name in ("epoch", "top1"):
+        check(getattr(about, name), is_number, name)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, content: object) -> None:

@@ -94,6 +94,36 @@ def test_a_hostile_config_is_refused(tmp_path):
             hub.load(address)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(label_names="abc"),
+        dict(label_names=[1, 2, 3]),
+        dict(label_names=["a", "b"]),
+        dict(pretrained_cfg=dict(input_size=[3, 32, 32], mean=0.5)),
+        dict(pretrained_cfg=dict(input_size=[3, 32, 32], std=["a", "b", "c"])),
+        dict(pretrained_cfg=dict(input_size=3)),
+        dict(pretrained_cfg=[]),
+        dict(num_classes="many"),
+        dict(model_args=3),
+        dict(architecture=["t2t_vit_7"]),
+        "[" * 100_000,
+        " " * (2**26 + 1),
+        "",
+    ],
+    ids=lambda change: str(change)[:40].strip() or "blank",
+)
+def test_a_config_of_another_form_is_refused(tmp_path, change):
+    model = t2tvit.create_model("t2t_vit_7", depth=1, img_size=32, num_classes=3)
+    hub.push(model, f"local-dir:{tmp_path}")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(change if isinstance(change, str) else json.dumps(config | change))
+    with pytest.raises(InputError, match="config.json") as caught:
+        hub.load(f"local-dir:{tmp_path}")
+    assert len(str(caught.value)) < 500
+
+
 def test_where_weights_came_from_is_not_taken_from_a_file(tmp_path):
     model = t2tvit.create_model("t2t_vit_7", depth=1, img_size=32, num_classes=3)
     hub.push(model, f"local-dir:{tmp_path}")

@@ -23,7 +23,7 @@ from t2tvit.training import engine, progress, report, run
 from t2tvit.training import state as state_module
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import Signals, read_state
+from t2tvit.training.keeper import Signals, read_state, write_state
 from t2tvit.training.pipeline import open_data
 from t2tvit.training.state import read_about, rng_state, set_rng_state
 from tests.training.compare import assert_equal, without_times
@@ -253,6 +253,78 @@ def test_states_that_cannot_be_resumed(tmp_path, finished, capsys):
     assert "is no training state" in refused(capsys, "--resume", weights)
 
 
+def without(*path):
+    def change(content):
+        for key in path[:-1]:
+            content = content[key]
+        del content[path[-1]]
+
+    return change
+
+
+def put(value, *path):
+    def change(content):
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return change
+
+
+def of_first_moment(content):
+    moments = next(iter(content["state"]["optimizer"]["state"].values()))
+    moments["exp_avg"] = torch.zeros(7)
+
+
+def of_a_weight(content):
+    content["state"]["model"]["head.weight"] = torch.zeros(2, 2)
+
+
+WRONG_STATES = {
+    "no-config": (without("config"), "content has no config"),
+    "no-model": (without("state", "model"), "state has no model"),
+    "no-moments": (without("state", "optimizer", "param_groups"), "optimizer has no param_groups"),
+    "no-weight": (without("state", "model", "head.bias"), "does not fit the run: .*head.bias"),
+    "another-weight": (put(torch.ones(1), "state", "model", "x"), "does not fit the run: .*x"),
+    "shape-of-a-weight": (of_a_weight, "does not fit the run: .*head.weight"),
+    "shape-of-a-moment": (of_first_moment, r"exp_avg has the shape \(7,\), expected"),
+    "text-for-a-weight": (put("a", "state", "model", "head.bias"), "model is dict"),
+    "text-for-a-count": (put("3", "state", "updates"), "updates is str '3'"),
+    "negative-count": (put(-1, "state", "step"), "step is int -1"),
+    "huge-count": (put(10**30, "state", "epochs_done"), "epochs_done is int 1000"),
+    "beyond-the-epoch": (put(10**6, "state", "step"), "it has done 1000000 of the 5 updates"),
+    "history-of-text": (put(["a", "b", "c"], "state", "history"), "history is str 'a'"),
+    "short-history": (put([], "state", "history"), "history has not one entry per epoch"),
+    "null-history": (put(None, "state", "history"), "history is NoneType"),
+    "ranks": (put([], "ranks"), "ranks is empty"),
+    "rank-of-text": (put(["a"], "ranks"), "ranks is str 'a'"),
+    "generators": (put({}, "ranks", 0, "rng"), "does not fit the run: 'python'"),
+    "generator-of-text": (put("x", "ranks", 0, "rng", "python"), "does not fit the run: "),
+    "config-of-text": (put("a", "config"), "config is str 'a'"),
+    "classes": (put([1, 2], "class_names"), "class_names is int 1"),
+    "rate-of-text": (
+        put("fast", "state", "optimizer", "param_groups", 0, "lr"),
+        "lr of the optimiser is 'fast'",
+    ),
+    "groups": (put([], "state", "optimizer", "param_groups"), "does not fit the run: "),
+    "list": (lambda content: content.clear(), "content has no state"),
+}
+
+
+@pytest.mark.parametrize("change, message", WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_state_of_another_form_is_one_line(tmp_path, finished, capsys, change, message):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    path = newest(output)
+    for other in set(output.glob("state-*")) - {path}:
+        other.unlink()
+    content = read_state(path)
+    change(content)
+    write_state(path, content)
+    line = refused(capsys, "--output", str(output), "--resume", "auto", "--epochs", "4")
+    assert re.search(message, line) and str(path) in line and len(line) < 600
+
+
 def test_training_starts_from_given_weights(tmp_path, finished):
     weights = finished / "best.safetensors"
     output = tmp_path / "run"
@@ -455,6 +527,11 @@ DAMAGED_RECORDS = {
     "starts-of-another-kind": b'{"starts": 3}',
     "binary": b"\xff\xfe\x00",
     "deep": b"[" * 100_000,
+    "beginning-without-state": b'{"starts": [], "beginning": {"config": {}}}',
+    "beginning-of-text": b'{"starts": [], "beginning": "a"}',
+    "classes-of-numbers": b'{"starts": [], "identity": {"config": {}, "class_names": [1], "images": {}}}',
+    "images-of-text": b'{"starts": [], "identity": {"config": {}, "class_names": [], "images": '
+    b'{"train": {"images": "a", "digest": 3}, "val": {"images": 1, "digest": "a"}}}}',
 }
 
 
