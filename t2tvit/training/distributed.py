@@ -1,6 +1,7 @@
 """One process or many: what torchrun says, the few collectives a run needs, who reports errors."""
 
 import contextlib
+import itertools
 import os
 import socket
 import time
@@ -90,16 +91,22 @@ def torchrun_store(rank: int, size: int) -> dist.Store | None:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[World]:
+def joined(device: str, failure: InputError | None = None) -> Iterator[World]:
     """Join the processes of a run; if an error ends it, exactly one of them reports the cause.
+
+    ``failure`` is what this process met before; it is raised once the others can learn of it.
 
     Raises:
         InputError: see :func:`start`.
         SaidElsewhere: another process reports the error.
         RunError: a loader process or another process of the run was lost, or memory ran out.
     """
+    if failure is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise failure
     world = start(device)
     try:
+        if failure is not None:
+            raise failure
         yield world
     except Exception as error:
         cause = explained(error)
@@ -237,6 +244,18 @@ def on_main(world: World, function: Callable[[], object]) -> object:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def check_same(world: World, values: dict[str, object]) -> None:
+    """Raise an InputError on every rank unless all have the same ``values``, by what they are."""
+    every = gather(world, values)
+    for rank, (name, value) in itertools.product(range(world.size), values.items()):
+        own, first = every[rank][name], every[0][name]
+        if own != first:
+            raise InputError(
+                f"{name}: process {rank} has {str(own)[:200]}, process 0 has {str(first)[:200]}; give "
+                "every process the same command, with an output on a file system that all share"
+            )
 
 
 def gather(world: World, value: object) -> list:

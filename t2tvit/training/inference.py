@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -49,8 +49,14 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         InputError: something the user can fix.
         BackendUnavailable: the backend asked for cannot run.
     """
-    path, config, about = describe(arguments)
-    with distributed.joined(config.device) as world:
+    device, failure = vars(arguments).get("device", "auto"), None
+    try:
+        path, config, about = describe(arguments)
+        device = config.device
+    except InputError as error:
+        failure = error
+    with distributed.joined(device, failure) as world:
+        distributed.check_same(world, {"weights": str(path)} | asdict(config))
         trained = load_trained(path, config, about, world)
         split, label_map = held_out(trained)
         if split.skipped:

@@ -103,10 +103,18 @@ def train(arguments: argparse.Namespace) -> None:
         BackendUnavailable: the backend asked for cannot run.
         RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
     """
-    place = find_place(arguments.output, arguments.resume)
-    config = choose_config(arguments.config, given(arguments), place)
-    again = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
-    with distributed.joined(config.device) as world:
+    device, failure = vars(arguments).get("device", "auto"), None
+    try:
+        place = find_place(arguments.output, arguments.resume)
+        config = choose_config(arguments.config, given(arguments), place)
+        device = config.device
+    except InputError as error:
+        failure = error
+    with distributed.joined(device, failure) as world:
+        again = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
+        state = place.state_path and place.state_path.name
+        shared = {"--output": str(place.output), "--resume": state} | asdict(config)
+        distributed.check_same(world, shared)
         try:
             with Signals() as signals:
                 run(config, place, world, signals)

@@ -40,6 +40,51 @@ def alone(fault, ranks, output):
     return [child.returncode for child in children], errors
 
 
+def with_options(*options):
+    """Exit statuses and standard errors of two processes with options of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "t2tvit", *map(str, each)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, each in enumerate(options)
+    ]
+    errors = [child.communicate(timeout=120)[1] for child in children]
+    return [child.returncode for child in children], errors
+
+
+def test_an_error_before_the_processes_meet_is_told_once(tmp_path):
+    (tmp_path / "damaged.yaml").write_text("epochs: [")
+    good = (*OPTIONS, "--output", tmp_path / "run")
+    bad = (*OPTIONS, "--output", tmp_path / "run", "--config", tmp_path / "damaged.yaml")
+    for options, where in (((good, bad), " (process 1)"), ((bad, good), ""), ((bad, bad), "")):
+        codes, errors = with_options(*options)
+        assert "".join(errors).startswith(f"t2tvit: error{where}: config "), errors
+        assert "".join(errors).count("\n") == 1 and all(codes)
+    evaluate = ("eval", "--device", "cpu", "--checkpoint", tmp_path / "damaged.yaml")
+    codes, errors = with_options((*evaluate, "--model", "t2t_vit_7"), (*evaluate, "--model", "none"))
+    assert "".join(errors).count("\n") == 1 and codes == [2, 2], errors
+
+
+def test_processes_with_other_commands_are_refused(tmp_path):
+    first = (*OPTIONS, "--output", tmp_path / "a")
+    for other, name in (
+        ((*OPTIONS, "--output", tmp_path / "b"), "--output"),
+        ((*first, "--seed", "3"), "seed"),
+    ):
+        codes, errors = with_options(first, other)
+        assert "".join(errors).startswith(f"t2tvit: error: {name}: process 1 has "), errors
+        assert "".join(errors).count("\n") == 1 and codes == [2, 2]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("ranks", ["0", "1", "0,1"])
 @pytest.mark.parametrize("fault", ["input_error", "run_error"])
 def test_an_error_is_told_once_with_the_rank_that_met_it(tmp_path, fault, ranks):
