@@ -43,7 +43,7 @@ class Fitting:
     lines: list[str]
 
 
-def fitting(path: Path, resumed: dict, about: Weights, moves: bool) -> Fitting:
+def fitting(path: Path, resumed: dict, about: Weights, moves: bool = False) -> Fitting:
     """The weights that fit the state ``resumed``, read from ``path``, out of what is beside it.
 
     Args:

@@ -529,7 +529,7 @@ def claim(
     """
     output = place.output
     if place.moves:  # read before anything is written
-        fits = fitting(place.state_path, resumed, about, moves=True)
+        copied = fitting(place.state_path, resumed, about, moves=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -549,17 +549,23 @@ def claim(
         write_atomically(output / RUN_FILE, json.dumps(record, indent=2) + "\n")
     if resumed is None:
         return 0, []
-    lines = []
-    if not place.moves:
-        fits = fitting(place.state_path, resumed, about, moves=False)
-        lines = rewind(output, resumed["state"], fits.strange)
-    for name, content in fits.files.items():
-        write_atomically(output / name, content)
     state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])
-    if place.moves or not state.exists():  # under the name by which it is found again
-        write_state(state, resumed)
+    if place.moves:
+        replace_files(output, copied.files)
+    if place.state_path.resolve() != state.resolve():
+        write_state(state, resumed)  # under the name by which --resume auto finds it
+    fits = fitting(state, resumed, about)
+    lines = [*(copied if place.moves else fits).lines]
+    lines += rewind(output, resumed["state"], fits.strange)
+    replace_files(output, fits.files)
     remove_oldest(output, config.keep_checkpoints)
-    return fits.best, fits.lines + lines
+    return fits.best, lines
+
+
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write files by their names."""
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
 
 
 @contextlib.contextmanager
