@@ -196,7 +196,8 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
             name = "digits"
         return resolve(name, overrides)
     before = read_state(place.state_path)["config"]
-    config = resolve(name, overrides) if name is not None else from_dict(before, overrides)
+    own = before | (started_with(place.output) if place.resume == "auto" else {})
+    config = resolve(name, overrides) if name is not None else from_dict(own, overrides)
     may_change = MAY_CHANGE
     if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
         may_change = MAY_CHANGE | REMEDIES
@@ -208,6 +209,15 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
             "run with another --output"
         )
     return config
+
+
+def started_with(output: Path) -> dict:
+    """The keys that the last start in ``output`` may have changed, and its states do not have yet."""
+    record = read_record(output)
+    if record.get("beginning") is not None:
+        return record["beginning"]["config"]
+    config = record["identity"]["config"] if "identity" in record else {}
+    return {key: config[key] for key in ("epochs", *REMEDIES) if key in config}
 
 
 def run(

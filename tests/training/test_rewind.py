@@ -206,3 +206,21 @@ def test_a_killed_start_in_another_folder_may_be_repeated_from_an_older_state(
     assert not (tmp_path / "new" / "last.safetensors").exists()
     assert main(["train", *place, "--resume", "auto"]) == 0
     check(tmp_path / "new", 5)
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["in-place", "moved"])
+def test_a_run_that_continues_keeps_its_number_of_epochs(tmp_path, output, monkeypatch, moves):
+    """Also if it is killed before it saves a state, or has nothing left to do."""
+    place = tmp_path / "new" if moves else output
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_epochs", killed)
+        assert resume(output / state_name(2, 3), "--epochs", "4", "--output", str(place)) == 130
+    assert main(["train", "--output", str(place), "--resume", "auto"]) == 0
+    check(place, 4)
+    assert resume(place / state_name(4, 0), "--epochs", "4") == 0
+    assert main(["train", "--output", str(place), "--resume", "auto"]) == 0
+    check(place, 4)
