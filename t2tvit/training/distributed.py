@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import socket
 import time
 import traceback
@@ -17,6 +18,9 @@ from t2t_kernels import BackendUnavailable
 from t2tvit.errors import InputError, OneRankError, RunError, SaidElsewhere
 
 REPORTED = (InputError, RunError, BackendUnavailable)  # with one line, by the command line
+# What PyTorch says if the CPU's memory is full, or the one that loader processes share.
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+NO_SHARED_MEMORY = re.compile(r"unable to \w+ .{0,40}</torch_\w+>: [\w ]+")
 PATIENCE = 5.0  # seconds, for another process to say why it ends
 
 
@@ -137,6 +141,15 @@ def explained(error: Exception) -> Exception:
         return RunError(
             f"the GPU's memory is full; lower --batch-size, raise --accumulate, or use "
             f"--grad-checkpointing ({text})"
+        )
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY in text:
+        return RunError(
+            f"memory is full; lower --batch-size, --img-size or --workers ({text[-200:]})"
+        )
+    if isinstance(error, RuntimeError) and (found := NO_SHARED_MEMORY.search(text)):
+        return RunError(
+            f"the loader processes have no shared memory left in /dev/shm ({found[0]}); enlarge it "
+            "(docker run --shm-size=8g), or lower --workers or --batch-size"
         )
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return RunError(

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from t2tvit.errors import RunError
+from t2tvit.training.distributed import explained
 from tests.training.tiny import TINY
 
 OPTIONS = ("train", *TINY, "--epochs", "2", "--workers", "1", "--checkpoint-minutes", "0")
@@ -71,6 +73,26 @@ def test_an_error_before_the_processes_meet_is_told_once(tmp_path):
     evaluate = ("eval", "--device", "cpu", "--checkpoint", tmp_path / "damaged.yaml")
     codes, errors = with_options((*evaluate, "--model", "t2t_vit_7"), (*evaluate, "--model", "none"))
     assert "".join(errors).count("\n") == 1 and codes == [2, 2], errors
+
+
+CAUGHT = "Caught RuntimeError in DataLoader worker process 0. Original Traceback: RuntimeError: "
+FULL = {
+    "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)": (
+        "no shared memory left in /dev/shm"
+    ),
+    "unable to write to file </torch_1_2_0>: No space left on device (28)": "left in /dev/shm",
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 80000000000 bytes. Error code 12 (Cannot allocate memory)": "memory is full; lower --b",
+}
+
+
+@pytest.mark.parametrize("text", FULL)
+def test_full_memory_is_explained(text):
+    for error in (RuntimeError(text), RuntimeError(CAUGHT + text)):
+        explanation = explained(error)
+        assert isinstance(explanation, RunError) and FULL[text] in str(explanation)
+    assert "memory is full" in str(explained(MemoryError()))
+    assert explained(mistake := RuntimeError("shapes differ")) is mistake
 
 
 def test_processes_with_other_commands_are_refused(tmp_path):
