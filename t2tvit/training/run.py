@@ -196,12 +196,9 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
             name = "digits"
         return resolve(name, overrides)
     before = read_state(place.state_path)["config"]
-    own = before | (started_with(place.output) if place.resume == "auto" else {})
+    own = before | (started_with(place.output, before) if place.resume == "auto" else {})
     config = resolve(name, overrides) if name is not None else from_dict(own, overrides)
-    may_change = MAY_CHANGE
-    if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
-        may_change = MAY_CHANGE | REMEDIES
-    found = difference(config, from_dict(before), may_change)
+    found = difference(config, from_dict(before), may_change(place.state_path.parent))
     if found is not None:
         key, new, old = found
         raise InputError(
@@ -211,12 +208,22 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     return config
 
 
-def started_with(output: Path) -> dict:
-    """The keys that the last start in ``output`` may have changed, and its states do not have yet."""
+def may_change(folder: Path) -> set[str]:
+    """The keys in which a run that is resumed from ``folder`` may differ from its beginning."""
+    return MAY_CHANGE | REMEDIES if any(folder.glob(NOT_FINITE_FILES)) else MAY_CHANGE
+
+
+def started_with(output: Path, before: dict) -> dict:
+    """The keys that the last start in ``output`` changed, and the state's config ``before`` lacks.
+
+    None if the state is of another run, which :func:`check_owner` reports.
+    """
     record = read_record(output)
     if record.get("beginning") is not None:
         return record["beginning"]["config"]
-    config = record["identity"]["config"] if "identity" in record else {}
+    config = record["identity"]["config"] if "identity" in record else before
+    if difference(from_dict(before), from_dict(config), may_change(output)) is not None:
+        return {}
     return {key: config[key] for key in ("epochs", *REMEDIES) if key in config}
 
 
@@ -247,7 +254,7 @@ def run_locked(
         torch.cuda.reset_peak_memory_stats(world.device)
     resumed = None if place.state_path is None else read_state(place.state_path)
     if resumed is not None:
-        on_main(world, lambda: check_owner(place.state_path, resumed, owner_of(place)))
+        on_main(world, lambda: check_state_owner(place, resumed))
     splits = open_splits(config, None if resumed is None else resumed["class_names"])
     images = on_main(world, lambda: described_images(splits, place, resumed))
     asked = config
@@ -657,6 +664,12 @@ def read_record(output: Path) -> dict:
     if "identity" in record and not is_identity(record["identity"]):
         return {}
     return record
+
+
+def check_state_owner(place: Place, resumed: dict) -> None:
+    """Raise an InputError if the state to resume is not of the run that its folder belongs to."""
+    allowed = may_change(place.state_path.parent)
+    check_owner(place.state_path, resumed, owner_of(place), allowed)
 
 
 def owner_of(place: Place) -> dict | None:

@@ -232,8 +232,9 @@ def finished(tmp_path_factory):
         (("--model-args", "embed_dim=32", "depth=1", "num_heads=2"), "model_args: got"),
         (("--data", "digits:012", "--num-classes", "none"), "data: got digits:012, but"),
         (("--lr", "2e-3", "--optimizer", "sgd"), "optimizer: got sgd"),
+        (("--clip-grad", "1"), "clip_grad: got 1.0, but run.json beside it has None"),
     ],
-    ids=["seed", "images", "model", "source", "optimizer"],
+    ids=["seed", "images", "model", "source", "optimizer", "remedy"],
 )
 def test_the_state_of_another_run_is_refused(tmp_path, finished, capsys, options, words):
     output, other = tmp_path / "run", tmp_path / "other"
@@ -243,7 +244,8 @@ def test_the_state_of_another_run_is_refused(tmp_path, finished, capsys, options
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     line = refused(capsys, "--output", str(output), "--resume", "auto")
     assert f"{output / newest(other).name} is the state of another run: {words}" in line
-    refused(capsys, "--resume", str(output), "--output", str(tmp_path / "new"))
+    assert words in refused(capsys, "--resume", str(output), "--output", str(tmp_path / "new"))
+    assert words in refused(capsys, "--resume", str(output / newest(other).name))
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert not (tmp_path / "new").exists()
     (output / newest(other).name).unlink()
