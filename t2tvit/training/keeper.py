@@ -157,7 +157,7 @@ def find_state(output: Path) -> tuple[Path | None, list[str]]:
     damaged = []
     for path in states_in(output):
         try:
-            read_state(path)
+            read_resumable(path)
         except InputError as error:
             damaged.append(str(error))
             continue
@@ -186,7 +186,6 @@ def read_state(path: Path) -> dict:
         content, tensors = read_tensors(path, CONTENT_KEY)
         if content is not None:
             content = _put_tensors(content, tensors)
-            check_state(content)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; is it the output of a run?") from None
     except (KeyError, RecursionError, SafetensorError, OSError, TypeError, ValueError) as error:
@@ -194,6 +193,20 @@ def read_state(path: Path) -> dict:
         raise InputError(f"training state {path} is damaged ({reason})") from None
     if content is None:
         raise InputError(f"{path} is no training state; --resume takes a run's {STATE_FILES}")
+    return content
+
+
+def read_resumable(path: Path) -> dict:
+    """:func:`read_state`, with the form of a state that a run can resume from.
+
+    Raises:
+        InputError: see there, or the content has another form.
+    """
+    content = read_state(path)
+    try:
+        check_state(content)
+    except ValueError as error:
+        raise InputError(f"training state {path} is damaged ({error})") from None
     return content
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from t2tvit.errors import InputError
 from t2tvit.files import set_aside
-from t2tvit.training.keeper import read_state, state_name, states_in
+from t2tvit.training.keeper import read_resumable, state_name, states_in
 from t2tvit.training.plots import draw_curves
 from t2tvit.training.state import (
     BEST_FILE,
@@ -110,7 +110,7 @@ def weights_of(
     if (state["epochs_done"], state["step"]) != (epoch, 0):
         beside = path.with_name(state_name(epoch, 0))
         try:
-            state = read_state(beside)["state"]
+            state = read_resumable(beside)["state"]
         except InputError:
             return None
         if json.dumps(state["history"]) != json.dumps(history):  # NaN equals NaN

@@ -52,7 +52,7 @@ from t2tvit.training.keeper import (
     Signals,
     Stopped,
     find_state,
-    read_state,
+    read_resumable,
     remove_oldest,
     state_name,
     states_in,
@@ -195,7 +195,7 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
         if name is None and overrides.get("data", "digits").partition(":")[0] == "digits":
             name = "digits"
         return resolve(name, overrides)
-    before = read_state(place.state_path)["config"]
+    before = read_resumable(place.state_path)["config"]
     own = before | (started_with(place.output, before) if place.resume == "auto" else {})
     config = resolve(name, overrides) if name is not None else from_dict(own, overrides)
     found = difference(config, from_dict(before), may_change(place.state_path.parent))
@@ -252,7 +252,7 @@ def run_locked(
     on_main(world, lambda: check_trackers(config))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
-    resumed = None if place.state_path is None else read_state(place.state_path)
+    resumed = None if place.state_path is None else read_resumable(place.state_path)
     if resumed is not None:
         on_main(world, lambda: check_state_owner(place, resumed))
     splits = open_splits(config, None if resumed is None else resumed["class_names"])
