@@ -61,10 +61,10 @@ def is_identity(value: object) -> bool:
     return True
 
 
-def check_owner(path: Path, state: dict, owner: dict | None, may_change: set[str]) -> None:
+def check_owner(path: Path, state: dict, owner: dict | None) -> None:
     """Refuse the training state of another run than ``owner``, the folder's :func:`identity`.
 
-    Keys of ``may_change`` are not compared. States of the earlier format do not describe their ``images``; the rest is compared.
+    States of the earlier format do not describe their ``images``; the rest is compared.
 
     Raises:
         InputError: they differ.
@@ -72,7 +72,7 @@ def check_owner(path: Path, state: dict, owner: dict | None, may_change: set[str
     if owner is None:
         return
     ours, theirs = from_dict(owner["config"]), from_dict(state["config"])
-    found = difference(theirs, ours, may_change)
+    found = difference(theirs, ours, MAY_CHANGE | REMEDIES)
     if found is None and state["class_names"] != owner["class_names"]:
         found = ("classes", *unlike(state["class_names"], owner["class_names"]))
     if found is None and "images" in state:

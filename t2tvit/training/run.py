@@ -198,7 +198,10 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     before = read_resumable(place.state_path)["config"]
     own = before | (started_with(place.output, before) if place.resume == "auto" else {})
     config = resolve(name, overrides) if name is not None else from_dict(own, overrides)
-    found = difference(config, from_dict(before), may_change(place.state_path.parent))
+    may_change = MAY_CHANGE
+    if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
+        may_change = MAY_CHANGE | REMEDIES
+    found = difference(config, from_dict(own), may_change)
     if found is not None:
         key, new, old = found
         raise InputError(
@@ -206,11 +209,6 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
             "run with another --output"
         )
     return config
-
-
-def may_change(folder: Path) -> set[str]:
-    """The keys in which a run that is resumed from ``folder`` may differ from its beginning."""
-    return MAY_CHANGE | REMEDIES if any(folder.glob(NOT_FINITE_FILES)) else MAY_CHANGE
 
 
 def started_with(output: Path, before: dict) -> dict:
@@ -222,7 +220,7 @@ def started_with(output: Path, before: dict) -> dict:
     if record.get("beginning") is not None:
         return record["beginning"]["config"]
     config = record["identity"]["config"] if "identity" in record else before
-    if difference(from_dict(before), from_dict(config), may_change(output)) is not None:
+    if difference(from_dict(before), from_dict(config), MAY_CHANGE | REMEDIES) is not None:
         return {}
     return {key: config[key] for key in ("epochs", *REMEDIES) if key in config}
 
@@ -254,7 +252,7 @@ def run_locked(
         torch.cuda.reset_peak_memory_stats(world.device)
     resumed = None if place.state_path is None else read_resumable(place.state_path)
     if resumed is not None:
-        on_main(world, lambda: check_state_owner(place, resumed))
+        on_main(world, lambda: check_owner(place.state_path, resumed, owner_of(place)))
     splits = open_splits(config, None if resumed is None else resumed["class_names"])
     images = on_main(world, lambda: described_images(splits, place, resumed))
     asked = config
@@ -664,12 +662,6 @@ def read_record(output: Path) -> dict:
     if "identity" in record and not is_identity(record["identity"]):
         return {}
     return record
-
-
-def check_state_owner(place: Place, resumed: dict) -> None:
-    """Raise an InputError if the state to resume is not of the run that its folder belongs to."""
-    allowed = may_change(place.state_path.parent)
-    check_owner(place.state_path, resumed, owner_of(place), allowed)
 
 
 def owner_of(place: Place) -> dict | None:

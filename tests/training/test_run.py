@@ -756,14 +756,24 @@ def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypa
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_after_losses_that_are_not_finite_what_helps_may_change(tmp_path, finished, capsys):
+def test_after_losses_that_are_not_finite_what_helps_may_change(
+    tmp_path, monkeypatch, finished, capsys
+):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     remedies = ("--lr", "5e-4", "--clip-grad", "1", "--amp", "float16", "--epochs", "4")
     resume = ("--output", str(output), "--resume", "auto")
     assert "but the run to resume has" in refused(capsys, *resume, *remedies)
     (output / "not_finite-0.safetensors").write_bytes(b"of the run that broke down")
-    assert main(["train", *resume, *remedies]) == 0
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # before it saves a state
+        patch.setattr(run, "train_epochs", killed)
+        assert main(["train", *resume, *remedies]) == 130
+    assert "lr        0.0005 instead of 0.001" in capsys.readouterr().out
+    assert main(["train", *resume]) == 0
     assert "lr        0.0005 instead of 0.001" in capsys.readouterr().out
     assert metrics_of(output)[-1]["lr"] <= 5e-4
     assert "seed: got 1" in refused(capsys, *resume, "--seed", "1", "--epochs", "4", *remedies[:-2])
