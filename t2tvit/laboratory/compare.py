@@ -123,8 +123,9 @@ def compare_command(arguments: argparse.Namespace) -> None:
             train_all(comparison, output, world)
             if world.is_main:
                 report(comparison, costs, output, world)
-        except Stopped:
+        except Stopped as stopped:
             say(world, f"stopped by a signal; repeat the command to resume from {output}")
+            stopped.end_elsewhere()
 
 
 def read_comparison(

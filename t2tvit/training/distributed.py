@@ -7,6 +7,7 @@ import re
 import socket
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -70,7 +71,9 @@ def start(device: str) -> World:
         rank=rank,
         world_size=size,
     )
-    return World(rank, size, place, dist.PrefixStore("errors", store))
+    names = [uuid.uuid4().hex]  # the store may have outlived other processes
+    dist.broadcast_object_list(names, device=place)
+    return World(rank, size, place, dist.PrefixStore(names[0], store))
 
 
 def torchrun_store(rank: int, size: int) -> dist.Store | None:

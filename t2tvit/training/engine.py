@@ -10,7 +10,6 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -18,8 +17,10 @@ from t2tvit.errors import InputError, NonFiniteLoss, OneRankError
 from t2tvit.terminal import printable
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World, gather, share_buffers, sum_over_ranks
+from t2tvit.training.keeper import Keeper
 from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
 from t2tvit.training.progress import Progress, peak_memory, say
+from t2tvit.training.samples import Sample
 from t2tvit.training.state import TrainState, rng_state
 
 # How often the loss is read from the device: each time waits for all work queued there.
@@ -53,10 +54,12 @@ def train_epoch(
     world: World,
     progress: Progress,
     after_step: Callable[[TrainState], None],
+    waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, float]:
     """Train to the end of the epoch, from its step ``state.step`` on.
 
-    ``after_step`` is called where ``state`` is whole, and what it raises ends the epoch.
+    ``after_step`` is called where ``state`` is whole, and what it raises ends the epoch. Each batch
+    is waited for inside ``waiting()``.
 
     Returns:
         ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second`` that
@@ -76,49 +79,66 @@ def train_epoch(
         loss_function = SoftTargetCrossEntropy()
     begin_epoch(data.train, state.epochs_done, state.step)
     state.network.train()
-    started, before = time.perf_counter(), state.images
-    total = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
-    waited, reading, asked = 0.0, 0.0, started
-    for sample in recorded("wait for the loader", batches(data.train)):
-        waited += time.perf_counter() - asked
-        reading += sample.seconds.sum().item()
+    state.loss_sum = torch.as_tensor(state.loss_sum, dtype=torch.float64, device=world.device)
+    clock = LoaderClock(state.images)
+    items = awaited("wait for the loader", batches(data.train), waiting)
+    for sample in clock.timed(items):
         note_unreadable(state, sample.problem, config, world)
-        state.scheduler.step_update(state.updates)
         with record_function("augment"):
             images = data.augment(sample.image)
             targets = sample.label.to(world.device, non_blocking=True)
             if mix is not None:
                 images, targets = mix(images, targets)
-        generators = rng_state(world.device)
-        statistics = [(value, value.clone()) for value in batch_statistics(state.model)]
-        loss = accumulate(state, images, targets, loss_function, config, world)
-        if update(state, config.clip_grad):
-            state.skipped_in_a_row = 0
-            total = total + loss * len(images)
-            state.loss_sum = total
-            state.images += len(images)
-        else:
-            for value, before_update in statistics:
-                value.copy_(before_update)
-            names = sample.name.tolist() if isinstance(sample.name, Tensor) else sample.name
-            batch = {"images": images, "targets": targets, "rng": generators, "names": names}
-            report_skipped(state, loss.item(), batch, config, len(data.train), world)
-        state.updates += 1
-        state.step += 1
+        learn(state, images, targets, sample, loss_function, config, len(data.train), world)
         if state.step % CHECK_EVERY == 0 or state.step == len(data.train):
-            rate = (state.images - before) * world.size / (time.perf_counter() - started)
-            mean = total.item() / max(state.images, 1)
-            wait = waited / (time.perf_counter() - started)
-            memory = peak_memory(world.device)
-            progress.show(
-                state.step,
-                f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB",
-            )
+            progress.show(state.step, training_line(state, clock, world))
         after_step(state)
+    return epoch_metrics(state, clock, data, world)
+
+
+class LoaderClock:
+    """Measures how long training waits for its loader, and how long the images take to be read.
+
+    ``images_before`` are the epoch's images of before this process began.
+    """
+
+    def __init__(self, images_before: int):
+        self.images_before = images_before
+        self.started = time.perf_counter()
+        self.waited = self.reading = 0.0
+
+    def timed(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """``samples``; the time until each of them comes is counted."""
         asked = time.perf_counter()
-    seconds = time.perf_counter() - started
-    sums = total.new_tensor([total.item(), state.images, before, waited, reading])
-    loss_sum, images, before, waited, reading = sum_over_ranks(world, sums).tolist()
+        for sample in samples:
+            self.waited += time.perf_counter() - asked
+            self.reading += sample.seconds.sum().item()
+            yield sample
+            asked = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.started
+
+
+def training_line(state: TrainState, clock: LoaderClock, world: World) -> str:
+    """How the epoch at hand goes."""
+    rate = (state.images - clock.images_before) * world.size / clock.seconds
+    mean = float(state.loss_sum) / max(state.images, 1)
+    wait = clock.waited / clock.seconds
+    memory = peak_memory(world.device)
+    return f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB"
+
+
+def epoch_metrics(
+    state: TrainState, clock: LoaderClock, data: Data, world: World
+) -> dict[str, float]:
+    """What :func:`train_epoch` returns."""
+    seconds = clock.seconds
+    own = [state.loss_sum.item(), state.images, clock.images_before, clock.waited, clock.reading]
+    sums = sum_over_ranks(world, state.loss_sum.new_tensor(own))
+    loss_sum, images, before, waited, reading = sums.tolist()
     readers = max(data.train.num_workers, 1) * world.size
     return {
         "train_loss": loss_sum / images,
@@ -132,10 +152,37 @@ def train_epoch(
     }
 
 
-def batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a training forward changes: the running statistics of batch norm."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [value for norm in norms for value in norm.buffers(recurse=False)]
+def learn(
+    state: TrainState,
+    images: Tensor,
+    targets: Tensor,
+    sample: Sample,
+    loss_function: nn.Module,
+    config: RunConfig,
+    steps: int,
+    world: World,
+) -> None:
+    """Make one of the epoch's ``steps`` updates, or skip it if its loss or gradient is not finite.
+
+    Raises:
+        NonFiniteLoss: it is one skipped update too many.
+    """
+    state.scheduler.step_update(state.updates)
+    generators = rng_state(world.device)
+    buffers = [(value, value.clone()) for value in state.model.buffers()]
+    loss = accumulate(state, images, targets, loss_function, config, world)
+    if update(state, config.clip_grad):
+        state.skipped_in_a_row, state.diverging = 0, False
+        state.loss_sum = state.loss_sum + loss * len(images)
+        state.images += len(images)
+    else:
+        for value, before_update in buffers:  # batch norm's statistics among them
+            value.copy_(before_update)
+        names = sample.name.tolist() if isinstance(sample.name, Tensor) else sample.name
+        batch = {"images": images, "targets": targets, "rng": generators, "names": names}
+        report_skipped(state, loss.item(), batch, config, steps, world)
+    state.updates += 1
+    state.step += 1
 
 
 def note_unreadable(
@@ -159,11 +206,13 @@ def note_unreadable(
         print(printable(line), flush=True)
 
 
-def recorded(name: str, items: Iterable) -> Iterator:
-    """``items``; a profile names the time that each takes to come."""
+def awaited(
+    name: str, items: Iterable, waiting: Callable[[], contextlib.AbstractContextManager]
+) -> Iterator:
+    """``items``; each is waited for inside ``waiting()``, and a profile names the time it takes."""
     items = iter(items)
     while True:
-        with record_function(name):
+        with record_function(name), waiting():
             try:
                 item = next(items)
             except StopIteration:
@@ -247,6 +296,8 @@ def report_skipped(
     where = f"step {state.step + 1} of epoch {state.epochs_done + 1}"
     ranks = gather(world, (loss, batch["names"]))
     bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
+    # A loss scale that is too large is found so, and is no fault of the batch.
+    state.diverging = bool(bad) or not state.scaler.is_enabled()
     what = "the loss is not finite" if bad else "the gradient is not finite"
     whose = "; ".join(
         f"rank {rank}: loss {value}, training images {' '.join(map(str, names))}"
@@ -259,8 +310,7 @@ def report_skipped(
             "Lower --lr, set --clip-grad, or use --amp bfloat16 or none",
             batch,
         )
-    # A loss scale that is too large is found so, and is no fault of the batch.
-    if bad or not state.scaler.is_enabled():
+    if state.diverging:
         say(world, f"warning   {what} at {where} ({whose}); update skipped")
 
 
@@ -271,35 +321,42 @@ def evaluate(
     normalize: Normalize,
     config: RunConfig,
     world: World,
-    after_batch: Callable[[], None] = lambda: None,
+    keeper: Keeper | None = None,
 ) -> dict[str, float]:
     """Mean loss and accuracy in percent over all ranks, each image counted once.
 
-    ``after_batch`` is called after each batch; what it raises ends the evaluation.
+    An image whose logits are not all finite counts as wrong; the loss is then not finite. With
+    ``keeper``, a signal ends the evaluation on all ranks.
 
     Returns:
         ``eval_loss``, ``top1``, with five classes or more ``top5``, and ``eval_images``.
+
+    Raises:
+        Stopped: on every rank, if ``keeper`` knows of a signal on any.
     """
     share_buffers(world, model)
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     started = time.perf_counter()
     is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    items = batches(loader) if keeper is None else keeper.until_stopped(batches(loader))
     with Progress("evaluation", None if is_stream else len(loader), world) as progress:
-        for step, (images, labels) in enumerate(batches(loader), start=1):
+        for step, (images, labels) in enumerate(items, start=1):
             labels = labels.to(world.device, non_blocking=True)
             with precision(config, world.device):
                 logits = model(normalize(images)).float()
             ranked = logits.topk(min(5, model.num_classes)).indices == labels[:, None]
+            ranked &= logits.isfinite().all(dim=1, keepdim=True)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             count = ranked.new_tensor(len(labels), dtype=torch.float64)
             sums += torch.stack(
                 [loss.double(), ranked[:, 0].sum().double(), ranked.sum().double(), count]
             )
-            after_batch()
             if step % CHECK_EVERY == 0:
                 rate = sums[3].item() * world.size / (time.perf_counter() - started)
                 progress.show(step, f"{rate:,.0f} images/s")
+    if keeper is not None:
+        keeper.after_evaluation()
     loss, first, five, count = sum_over_ranks(world, sums).tolist()
     result = {"eval_loss": loss / count, "top1": 100 * first / count}
     if model.num_classes >= 5:

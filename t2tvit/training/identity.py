@@ -16,7 +16,7 @@ MAY_CHANGE = {
     *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
     *("tensorboard", "wandb"),
 }
-# After losses that were not finite, these may differ too: they are the remedies.
+# These may differ too if the command line gives them: they help against losses that are not finite.
 REMEDIES = {"lr", "clip_grad", "amp"}
 SPLITS = {"train": "training", "val": "held-out"}
 DIGITS = 12  # of a digest, in messages

@@ -3,7 +3,6 @@
 import atexit
 import itertools
 import math
-import multiprocessing
 import os
 import signal
 import time
@@ -33,7 +32,7 @@ from t2tvit.data.sources import FolderImages, Split, TimmImages, open_split
 from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import STOP_SIGNALS
+from t2tvit.training.keeper import STOP_SIGNALS, end_loaders
 from t2tvit.training.samples import Sample
 from t2tvit.training.state import drawing_from
 
@@ -422,13 +421,8 @@ def ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def end_workers() -> None:
-    """Before multiprocessing's own exit, which sends what the workers ignore and waits for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises for every worker that is killed
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+# Before multiprocessing's own exit, which sends what the workers ignore and waits for ever.
+atexit.register(end_loaders)
 
 
 def eval_loader(

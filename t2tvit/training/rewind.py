@@ -5,6 +5,7 @@ epochs are set aside, and the weights are those of the epochs that the state kno
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +57,8 @@ def fitting(path: Path, resumed: dict, about: Weights, moves: bool = False) -> F
     state = resumed["state"]
     history = state["history"]
     known = {name: epoch_of(path.parent / name, history) for name in (BEST_FILE, LAST_FILE)}
-    ranked = sorted(history, key=lambda row: (row["top1"], row["epoch"]), reverse=True)
+    finite = (row for row in history if math.isfinite(row["eval_loss"]))
+    ranked = sorted(finite, key=lambda row: (row["top1"], row["epoch"]), reverse=True)
     wanted = {BEST_FILE: [row["epoch"] for row in ranked]}
     wanted[LAST_FILE] = [row["epoch"] for row in history[-1:]]
     found, files, lines = {}, {}, []

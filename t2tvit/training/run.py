@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shlex
 import sys
@@ -52,6 +53,7 @@ from t2tvit.training.keeper import (
     Signals,
     Stopped,
     find_state,
+    obeying,
     read_resumable,
     remove_oldest,
     state_name,
@@ -118,8 +120,10 @@ def train(arguments: argparse.Namespace) -> None:
         try:
             with Signals() as signals:
                 run(config, place, world, signals)
-        except Stopped:
-            say(world, f"stopped by a signal; all that was done is kept. Resume with: {again}")
+        except Stopped as stopped:
+            kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
+            say(world, f"stopped by a signal; {kept}. Resume with: {again}")
+            stopped.end_elsewhere()
         except KeyboardInterrupt:
             say(world, f"interrupted; the last checkpoint is kept. Resume with: {again}")
             raise
@@ -175,7 +179,9 @@ def listing(output: Path) -> tuple:
 
 
 def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
-    """The configuration of a new or resumed run; MAY_CHANGE and REMEDIES may differ in the latter.
+    """The configuration of a new or resumed run.
+
+    In the latter, MAY_CHANGE may differ, and REMEDIES if they are among ``overrides``.
 
     Without ``name``, a resumed run goes on with its own, and training on digits (or on data not
     named) takes the packaged ``digits``.
@@ -198,15 +204,15 @@ def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     before = read_resumable(place.state_path)["config"]
     own = before | (started_with(place.output, before) if place.resume == "auto" else {})
     config = resolve(name, overrides) if name is not None else from_dict(own, overrides)
-    may_change = MAY_CHANGE
-    if any(place.state_path.parent.glob(NOT_FINITE_FILES)):
-        may_change = MAY_CHANGE | REMEDIES
+    may_change = MAY_CHANGE | (REMEDIES & overrides.keys())
     found = difference(config, from_dict(own), may_change)
     if found is not None:
         key, new, old = found
+        option = f"--{key.replace('_', '-')} {'none' if new is None else new}"
+        change = f"give {option} to change it" if key in REMEDIES else "leave it"
         raise InputError(
-            f"{key}: got {new}, but the run to resume has {old}; leave it, or start another "
-            "run with another --output"
+            f"{key}: got {new}, but the run to resume has {old}; {change}, or start another run "
+            "with another --output"
         )
     return config
 
@@ -253,11 +259,12 @@ def run_locked(
     resumed = None if place.state_path is None else read_resumable(place.state_path)
     if resumed is not None:
         on_main(world, lambda: check_owner(place.state_path, resumed, owner_of(place)))
-    splits = open_splits(config, None if resumed is None else resumed["class_names"])
-    images = on_main(world, lambda: described_images(splits, place, resumed))
     asked = config
-    config, changes = fitted(config, len(splits[0].images))
-    data = open_data(config, world, splits)
+    with obeying(signals, world):
+        splits = open_splits(config, None if resumed is None else resumed["class_names"])
+        images = on_main(world, lambda: described_images(splits, place, resumed))
+        config, changes = fitted(config, len(splits[0].images))
+        data = open_data(config, world, splits)
     seed_everything(config.seed)
     args = create_args(config, len(data.split.class_names), data.split.channels)
     model = build_model(config.model, args, config.fused_kernels)
@@ -273,11 +280,7 @@ def run_locked(
         seed_everything(config.seed + world.rank)
     else:
         restore_checked(state, resumed, config, world, place.state_path, len(data.train))
-        if state.epochs_done > epochs:
-            raise InputError(
-                f"epochs: got {epochs} with the cool-down, but the run to resume has done "
-                f"{state.epochs_done}; raise --epochs, or resume an older state with --resume FILE"
-            )
+        check_left(state.epochs_done, epochs, resumed["config"], config)
 
     owner = identity(asked, data.split.class_names, images)
     about = Weights(
@@ -288,34 +291,20 @@ def run_locked(
     )
     best, lost = on_main(world, lambda: claim(place, asked, owner, resumed, about, held))
     on_main(world, lambda: record_start(asked, output, state, owner, world))
-    for line in opening_lines(config, data, model, epochs, world):
-        say(world, line)
-    for line in changes:
+    for line in (*opening_lines(config, data, model, epochs, world), *changes):
         say(world, line)
     for reason in place.damaged:
         say(world, f"warning   {reason}: going on from {place.state_path} instead")
     for line in lost:
         say(world, line)
-    if place.state_path is not None:
+    if resumed is not None:
         say(
             world,
             f"resumed   {place.state_path}, after {state.epochs_done} epochs and {state.step} "
             "updates",
         )
-        workers = resumed["config"]["workers"]
-        if is_stream(data.split) and state.step and workers != config.workers:
-            say(
-                world,
-                f"warning   the order of shards depends on --workers, {config.workers} instead of "
-                f"{workers}: the rest of this epoch repeats some images and leaves others out",
-            )
-        for key in sorted(REMEDIES):
-            if resumed["config"][key] != getattr(config, key):
-                change = f"{getattr(config, key)} instead of {resumed['config'][key]}"
-                say(world, f"{key:<9} {change}")
-        if resumed["config"]["epochs"] != config.epochs:
-            before = resumed["config"]["epochs"]
-            say(world, f"epochs    {config.epochs} instead of {before}: another cosine from here")
+        for line in change_lines(resumed["config"], config, is_stream(data.split) and state.step > 0):
+            say(world, line)
     keeper = Keeper(output, asked, data.split.class_names, images, world, signals)
     profiler = Profiler(output, config.profile, world)
     steps = len(data.train)
@@ -334,8 +323,54 @@ def run_locked(
             state, data, config, epochs, world, about, best, keeper, after_step, trackers
         )
     profiler.close()
+    check_end(state, best)
     for line in closing_lines(state.history, best, epochs, output):
         say(world, line)
+
+
+def check_left(epochs_done: int, epochs: int, before: dict, config: RunConfig) -> None:
+    """Refuse to resume a run for fewer epochs than it has done, or with changes but no epoch left."""
+    if epochs_done > epochs:
+        raise InputError(
+            f"epochs: got {epochs} with the cool-down, but the run to resume has done "
+            f"{epochs_done}; raise --epochs, or resume an older state with --resume FILE"
+        )
+    for key in sorted(REMEDIES):
+        if epochs_done == epochs and before[key] != getattr(config, key):
+            raise InputError(
+                f"{key}: got {getattr(config, key)}, but the run to resume has {before[key]} and no "
+                "epoch left to train; raise --epochs, or leave it"
+            )
+
+
+def change_lines(before: dict, config: RunConfig, is_amid_stream: bool) -> Iterator[str]:
+    """What is other than in the configuration ``before`` of the run to resume."""
+    if is_amid_stream and before["workers"] != config.workers:
+        yield (
+            f"warning   the order of shards depends on --workers, {config.workers} instead of "
+            f"{before['workers']}: the rest of this epoch repeats some images and leaves others out"
+        )
+    for key in sorted(REMEDIES):
+        if before[key] != getattr(config, key):
+            yield f"{key:<9} {getattr(config, key)} instead of {before[key]}"
+    if before["epochs"] != config.epochs:
+        yield f"epochs    {config.epochs} instead of {before['epochs']}: another cosine from here"
+
+
+def check_end(state: TrainState, best: int) -> None:
+    """Raise a RunError if the run ends with a model that has diverged; BEST_FILE is of epoch ``best``."""
+    remedies = "resume with a lower --lr, with --clip-grad, or with --amp bfloat16 or none"
+    if not math.isfinite(state.history[-1]["eval_loss"]):
+        kept = f"{BEST_FILE} is from epoch {best}" if best else "no epoch had a finite one"
+        raise RunError(
+            f"the held-out loss of the last epoch is not finite; {kept}. Lower --lr, set "
+            "--clip-grad, or use --amp none in another run"
+        )
+    if state.diverging:
+        raise RunError(
+            f"the loss or gradient was not finite in the last {state.skipped_in_a_row} updates, "
+            f"which were skipped; the training states from before are kept: {remedies}"
+        )
 
 
 def train_epochs(
@@ -359,9 +394,12 @@ def train_epochs(
     while state.epochs_done < epochs:
         metrics = one_epoch(state, data, config, epochs, world, keeper, after_step)
         state.end_epoch(metrics)
-        is_best = not best or metrics["top1"] >= state.history[best - 1]["top1"]
+        is_finite = math.isfinite(metrics["eval_loss"])
+        if not is_finite:
+            say(world, f"warning   the held-out loss of epoch {state.epochs_done} is not finite")
+        is_best = is_finite and (not best or metrics["top1"] >= state.history[best - 1]["top1"])
         best = state.epochs_done if is_best else best
-        keeper.save(state)  # first, as the weights of a finished epoch can be read from it
+        keeper.after_epoch(state)  # first, as the weights of a finished epoch can be read from it
         about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
         for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
             weights = (state.evaluated_model, output / name, about)
@@ -407,7 +445,9 @@ def one_epoch(
     epoch, started = state.epochs_done + 1, time.perf_counter()
     with Progress(f"epoch {epoch}/{epochs}", len(data.train), world) as progress:
         try:
-            metrics = train_epoch(state, data, config, world, progress, after_step)
+            metrics = train_epoch(
+                state, data, config, world, progress, after_step, lambda: keeper.waiting(state)
+            )
         except NonFiniteLoss as error:
             path = keeper.output / NOT_FINITE_FILES.replace("*", str(world.rank))
             write_state(path, error.batch | {"model": state.model.state_dict()})
@@ -415,14 +455,9 @@ def one_epoch(
                 f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
             )
             raise NonFiniteLoss(text, error.batch) from None
-    metrics |= evaluate(
-        state.evaluated_model,
-        data.held_out,
-        data.normalize,
-        config,
-        world,
-        lambda: keeper.during_evaluation(state),
-    )
+    keeper.before_evaluation(state)
+    model = state.evaluated_model
+    metrics |= evaluate(model, data.held_out, data.normalize, config, world, keeper)
     return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
 
@@ -681,5 +716,9 @@ def described_images(
 
 
 def write_metrics(path: Path, history: list[dict]) -> None:
-    """One JSON object per line and epoch."""
-    write_atomically(path, "".join(json.dumps(metrics) + "\n" for metrics in history))
+    """One JSON object per line and epoch; null for what is not finite, which JSON cannot say."""
+    rows = (
+        {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        for metrics in history
+    )
+    write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

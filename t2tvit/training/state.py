@@ -39,7 +39,8 @@ class TrainState:
 
     ``step`` batches of the epoch at hand are done; ``loss_sum`` over their ``images`` is this
     rank's, as is ``unreadable``, what is wrong with images; all else is the same on every rank.
-    ``skipped`` counts the epoch's updates that were not made.
+    ``skipped`` counts the epoch's updates that were not made. ``diverging`` says that the last one
+    was not made, for another reason than a loss scale that is too large.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class TrainState:
     unreadable: set[str] = field(default_factory=set)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    diverging: bool = False
     history: list[dict] = field(default_factory=list)
 
     @property

@@ -157,6 +157,53 @@ def test_a_loss_that_is_not_finite_skips_its_update_and_is_reported(amp, capsys)
     assert state.model.head.weight.isfinite().all() and metrics["train_loss"] < 10
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(6), nn.InstanceNorm1d(6, track_running_stats=True)]
+)
+def test_a_skipped_update_leaves_every_buffer(layer):
+    """Here with a layer after the poison, of which batch norm is only the commonest."""
+
+    class Network(Linear):
+        def __init__(self):
+            super().__init__(6)
+            self.norm = layer
+
+        def forward(self, images):
+            outputs = self.head(images.flatten(1)) * (torch.nan if self.fails else 1)
+            if isinstance(self.norm, nn.BatchNorm1d):
+                return self.norm(outputs)
+            return self.norm(outputs[..., None].expand(-1, -1, 2) * torch.tensor([1.0, 2.0]))[..., 0]
+
+    data = open_data(CONFIG, WORLD)
+    state, _ = build_state(Network(), CONFIG, len(data.train), WORLD)
+    state.model.fails = False
+    one_epoch(state, data, CONFIG)
+    state.epochs_done, state.step, state.model.fails = 1, 0, True
+    before = {name: value.clone() for name, value in state.model.named_buffers()}
+    with pytest.raises(NonFiniteLoss):
+        one_epoch(state, data, CONFIG)
+    for name, value in state.model.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_image_whose_logits_are_not_finite_is_wrong_and_the_loss_says_so():
+    labels = torch.zeros(3, dtype=torch.long)  # what argmax finds among NaN
+    batches = [(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), labels)]
+
+    class Broken(nn.Module):
+        num_classes = 6
+
+        def forward(self, images):
+            logits = torch.eye(6)[labels]
+            logits[1:] = torch.nan
+            return logits
+
+    normalize = Normalize((0.5,) * 3, (0.2,) * 3, WORLD.device)
+    metrics = evaluate(Broken(), batches, normalize, CONFIG, WORLD)
+    assert metrics["eval_loss"] != metrics["eval_loss"]
+    assert metrics["top1"] == metrics["top5"] == pytest.approx(100 / 3)
+
+
 def test_a_gradient_that_is_not_finite_skips_its_update():
     state, data = poisoned(CONFIG)
     before = state.model.head.weight.detach().clone()

@@ -222,6 +222,8 @@ def test_a_second_run_does_not_mix_with_the_first(finished, capsys):
     assert "is not empty" in line and "--resume auto" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--lr", "0.5")
     assert "lr: got 0.5, but the run to resume has 0.001" in line
+    line = refused(capsys, "--output", str(finished), "--resume", "auto", "--momentum", "0.5")
+    assert "momentum: got 0.5, but the run to resume has 0.9; leave it" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--epochs", "2")
     assert "epochs: got 2 with the cool-down, but the run to resume has done 3" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--data", "digits")
@@ -426,7 +428,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    line = f"t2tvit: error: cannot write {output}/state-00004-00000000.safetensors: "
+    line = f"t2tvit: error: cannot write {output}/state-00003-00000005.safetensors: "
     assert done.stderr == line + "File too large\n"
     assert {path: path.read_bytes() for path in output.glob("state-*")} == before
     assert not list(output.glob(".*"))
@@ -756,27 +758,164 @@ def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypa
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_after_losses_that_are_not_finite_what_helps_may_change(
-    tmp_path, monkeypatch, finished, capsys
+@pytest.mark.parametrize(
+    "option, value, line",
+    [
+        ("--lr", "5e-4", "lr        0.0005 instead of 0.001"),
+        ("--clip-grad", "1", "clip_grad 1.0 instead of None"),
+        ("--amp", "float16", "amp       float16 instead of none"),
+    ],
+)
+def test_what_helps_a_run_that_diverges_may_change_if_the_command_line_gives_it(
+    tmp_path, finished, capsys, option, value, line
 ):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    remedies = ("--lr", "5e-4", "--clip-grad", "1", "--amp", "float16", "--epochs", "4")
     resume = ("--output", str(output), "--resume", "auto")
-    assert "but the run to resume has" in refused(capsys, *resume, *remedies)
-    (output / "not_finite-0.safetensors").write_bytes(b"of the run that broke down")
+    given = f"{option[2:].replace('-', '_')}: got "
+    error = refused(capsys, *resume, option, value)
+    assert error.startswith(f"t2tvit: error: {given}") and "no epoch left to train" in error
+    assert main(["train", *resume, option, value, "--epochs", "4"]) == 0
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert main(["train", *resume, "--epochs", "5"]) == 0  # with what it has now
+    assert "seed: got 1" in refused(capsys, *resume, "--seed", "1", "--epochs", "5")
+
+
+def test_a_lower_rate_given_on_resuming_is_the_one_used(tmp_path, monkeypatch, finished):
+    """Also if the run is killed before it saves a state, and resumed without it."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    resume = ("--output", str(output), "--resume", "auto")
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:  # before it saves a state
+    with monkeypatch.context() as patch:
         patch.setattr(run, "train_epochs", killed)
-        assert main(["train", *resume, *remedies]) == 130
-    assert "lr        0.0005 instead of 0.001" in capsys.readouterr().out
+        assert main(["train", *resume, "--epochs", "4", "--lr", "5e-4"]) == 130
     assert main(["train", *resume]) == 0
-    assert "lr        0.0005 instead of 0.001" in capsys.readouterr().out
-    assert metrics_of(output)[-1]["lr"] <= 5e-4
-    assert "seed: got 1" in refused(capsys, *resume, "--seed", "1", "--epochs", "4", *remedies[:-2])
+    assert 0 < metrics_of(output)[-1]["lr"] <= 5e-4
+
+
+def test_a_configuration_file_alone_changes_no_rate_of_a_run(tmp_path, finished, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    own = tmp_path / "own.yaml"
+    own.write_text((output / "config.yaml").read_text().replace("lr: 0.001", "lr: 0.5"))
+    resume = ("--config", str(own), "--output", str(output), "--resume", "auto", "--epochs", "4")
+    assert "give --lr 0.5 to change it" in refused(capsys, *resume)
+    assert main(["train", *resume, "--lr", "0.5"]) == 0
+
+
+def skipping(monkeypatch, *updates):
+    """Skip these updates of the run, as if their gradients were not finite."""
+    update = engine.update
+    monkeypatch.setattr(
+        engine,
+        "update",
+        lambda state, clip_grad: state.updates not in updates and update(state, clip_grad),
+    )
+
+
+def test_no_state_is_saved_after_an_epoch_that_ends_while_updates_are_skipped(
+    tmp_path, monkeypatch, capsys
+):
+    """The first update that is made again saves one."""
+    output = tmp_path / "run"
+    skipping(monkeypatch, 3, 4, 5)
+    assert train(output, "--epochs", "2", "--keep-checkpoints", "99") == 0
+    assert "the last 2 updates were skipped" in capsys.readouterr().out
+    names = [path.stem for path in sorted(output.glob("state-*"))]
+    assert names == ["state-00001-00000002", "state-00002-00000000"]
+    assert len(metrics_of(output)) == 2
+
+
+@pytest.mark.parametrize("minutes", ["0", "10"])
+def test_a_signal_while_updates_are_skipped_leaves_the_last_good_state(
+    tmp_path, monkeypatch, capsys, minutes
+):
+    output = tmp_path / "run"
+    options = ("--epochs", "2", "--keep-checkpoints", "99", "--checkpoint-minutes", minutes)
+    with monkeypatch.context() as patch:
+        skipping(patch, 7, 8)
+        after_step = run.Keeper.after_step
+
+        def signalled(self, state):
+            if state.updates == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            after_step(self, state)
+
+        patch.setattr(run.Keeper, "after_step", signalled)
+        assert train(output, *options) == 0
+    assert "stopped by a signal; the last good state is kept" in capsys.readouterr().out
+    last = {"0": "state-00001-00000002", "10": "state-00001-00000000"}[minutes]
+    assert newest(output).stem == last
+    assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
+    assert state_of(output)["state"]["epochs_done"] == 2
+
+
+def test_a_run_that_ends_while_updates_are_skipped_fails_and_keeps_the_last_good_state(
+    tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    skipping(monkeypatch, 8, 9)
+    assert train(output, "--epochs", "2") == 1
+    line = capsys.readouterr().err
+    assert "not finite in the last 2 updates" in line and line.count("\n") == 1
+    assert newest(output).stem == "state-00001-00000000"
+
+
+def test_a_loss_scale_that_is_too_large_at_the_end_is_no_failure(tmp_path, monkeypatch):
+    skipping(monkeypatch, 9)
+    assert train(tmp_path / "run", "--epochs", "2", "--amp", "float16") == 0
+
+
+def overflowing(monkeypatch, *epochs):
+    """The logits of one held-out image are not finite in these epochs."""
+    evaluate, forward = run.evaluate, t2tvit.models.T2TBackbone.forward
+    evaluated = []
+
+    def counted(*inputs):
+        evaluated.append(None)
+        return evaluate(*inputs)
+
+    def overflows(self, images):
+        logits = forward(self, images)
+        if not self.training and len(evaluated) in epochs:
+            logits[0, 0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(run, "evaluate", counted)
+    monkeypatch.setattr(t2tvit.models.T2TBackbone, "forward", overflows)
+
+
+def test_an_evaluation_that_is_not_finite_is_reported_and_never_the_best(
+    tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    overflowing(monkeypatch, 1, 3)
+    assert train(output, "--epochs", "4") == 0
+    out = capsys.readouterr().out
+    for epoch in (1, 3):
+        assert f"warning   the held-out loss of epoch {epoch} is not finite" in out
+    assert out.count("is not finite") == 2
+    assert "NaN" not in (output / "metrics.jsonl").read_text()
+    rows = metrics_of(output)
+    assert [row["eval_loss"] is None for row in rows] == [True, False, True, False]
+    best = max((rows[1], rows[3]), key=lambda row: (row["top1"], row["epoch"]))
+    assert read_about(output / "best.safetensors").epoch == best["epoch"]
+
+
+@pytest.mark.parametrize("epochs", [(3,), (1, 2, 3)])
+def test_a_run_whose_last_evaluation_is_not_finite_fails(tmp_path, monkeypatch, capsys, epochs):
+    output = tmp_path / "run"
+    overflowing(monkeypatch, *epochs)
+    assert train(output, "--epochs", "3") == 1
+    line = capsys.readouterr().err
+    assert "held-out loss of the last epoch is not finite" in line and line.count("\n") == 1
+    assert (output / "best.safetensors").exists() == (len(epochs) < 3)
+    moved = ("--resume", str(output), "--output", str(tmp_path / "moved"), "--epochs", "4")
+    assert main(["train", *moved]) == 0  # the logits are finite again
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
