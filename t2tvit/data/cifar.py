@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from t2tvit.errors import InputError
+from t2tvit.files import check_file, read_bytes
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -104,7 +105,7 @@ def read_cifar(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndar
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; is the data set whole?") from None
 
@@ -136,6 +137,7 @@ def _read_python(path: Path, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
 
 def _unpickle(path: Path) -> dict:
     try:
+        check_file(path)
         with path.open("rb") as file:
             content = _DataOnly(file, encoding="bytes").load()
     except OSError as error:

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from t2tvit.errors import InputError
+from t2tvit.files import read_text
 
 IMAGENET_CLASSES = 1000
 
@@ -26,7 +27,7 @@ def read_names(path: Path, count: int) -> list[str]:
         InputError: the file cannot be read, or has not ``count`` lines.
     """
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class-names: {path} cannot be read ({error})") from None
     if len(names) != count:

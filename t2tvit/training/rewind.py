@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from t2tvit.errors import InputError
-from t2tvit.files import set_aside
+from t2tvit.files import read_bytes, set_aside
 from t2tvit.training.keeper import read_resumable, state_name, states_in
 from t2tvit.training.plots import draw_curves
 from t2tvit.training.state import (
@@ -103,7 +103,7 @@ def weights_of(
     for name, found in epochs.items():
         if found == epoch:
             try:
-                return (path.parent / name).read_bytes()
+                return read_bytes(path.parent / name)
             except OSError as error:
                 raise InputError(
                     f"--resume: cannot read {error.filename}: {error.strerror}"
@@ -151,6 +151,6 @@ def draw(history: list[dict], path: Path) -> None:
 def rows_in(path: Path) -> int:
     """The number of a file's lines; 0 if it cannot be read."""
     try:
-        return path.read_bytes().count(b"\n")
+        return read_bytes(path).count(b"\n")
     except OSError:
         return 0

@@ -147,6 +147,39 @@ def test_a_state_before_an_evaluation_takes_no_other_s_place(whole, tmp_path):
     assert [path.stem for path in (tmp_path / "run").glob("state-*")] == ["state-00003-00000000"]
 
 
+PIPES = """
+import faulthandler, os, sys
+from pathlib import Path
+from t2tvit.data.cifar import read_cifar
+from t2tvit.errors import InputError
+from t2tvit.laboratory.class_names import read_names
+from t2tvit.training.rewind import rows_in
+
+faulthandler.dump_traceback_later(20, exit=True)
+folder = Path(sys.argv[1])
+for name in ("data_batch_2", "batches.meta", "data_batch_2.bin", "batches.meta.txt", "names"):
+    os.mkfifo(folder / name)
+for reads in (
+    lambda: read_cifar("cifar10", folder, "train"),
+    lambda: read_names(folder / "names", 10),
+):
+    try:
+        reads()
+    except InputError as error:
+        assert "not a regular file" in str(error), error
+assert rows_in(folder / "names") == 0
+print("done")
+"""
+
+
+@pytest.mark.parametrize("version", ["data_batch_1", "data_batch_1.bin"])
+def test_pipes_in_place_of_files_are_errors_and_do_not_hang(tmp_path, version):
+    (tmp_path / version).write_bytes(bytes(3073))
+    command = (sys.executable, "-c", PIPES, str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
 IN_EVALUATION = """
 import os, signal, sys, time
 from t2tvit.cli import main
