@@ -10,6 +10,7 @@ from t2tvit.models.arguments import DEPTHS, LARGEST, LARGEST_DEPTH
 from t2tvit.models.registry import BASELINES, MODELS, create_model
 from t2tvit.models.timm_models import TIMM, TIMM_ARGUMENTS, create_timm_model
 
+
 def check_described(name: object, args: object, space: int, source: str) -> None:
     """Raise unless a file may describe this model.
 

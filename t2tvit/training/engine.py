@@ -306,7 +306,7 @@ def report_skipped(
     if state.skipped_in_a_row > config.max_skipped or state.skipped == steps:
         kept = "; the last checkpoint is intact" if state.epochs_done > 0 else ""
         raise NonFiniteLoss(
-            f"{what} at {where}, the {state.skipped_in_a_row}. in a row ({whose}){kept}. "
+            f"{what} at {where}, {state.skipped_in_a_row} times in a row ({whose}){kept}. "
             "Lower --lr, set --clip-grad, or use --amp bfloat16 or none",
             batch,
         )

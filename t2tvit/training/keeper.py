@@ -29,8 +29,9 @@ AGREE_EVERY = 10
 # While they evaluate, each of them looks for a signal of another's so often, in seconds.
 ASK_EVERY = 0.5
 # How long a process that was asked to stop waits for its next batch, in seconds. Alone it loses
-# nothing by not waiting; of many, it ends without saving a state.
-PATIENCE_ALONE, PATIENCE_OF_MANY = 0.5, 3.0
+# nothing by not waiting. One of many ends without saving a state, so it waits for a slow loader,
+# but less than the 30 seconds after which torchrun kills it.
+PATIENCE_ALONE, PATIENCE_OF_MANY = 0.5, 15.0
 
 
 class Stopped(Exception):
@@ -134,9 +135,9 @@ def obeying(signals: Signals, world: World) -> Iterator[None]:
 
 
 class Keeper:
-    """Writes a run's state into ``output``, and decides when, with one mind over all ranks.
+    """Writes a run's state into ``output``; all ranks agree on when to save.
 
-    While updates are skipped, it saves no state: those from before are the ones to resume from.
+    No state is saved while updates are skipped: the states from before are the ones to resume from.
 
     Args:
         output: the run's folder.
@@ -207,6 +208,7 @@ class Keeper:
                 return
             except Blocked:
                 end_loaders()
+                self._ask()
                 return
             yield batch
             self._ask()

@@ -1,10 +1,13 @@
 """From PIL images to normalised batches: workers deliver uint8, the device does the rest."""
 
 import atexit
+import ctypes
 import itertools
 import math
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +41,7 @@ from t2tvit.training.state import drawing_from
 
 LONGEST = 32  # times the input's shape; what is cut from a longer image is far from the centre crop
 CHECK_SECONDS = 10
+PR_SET_PDEATHSIG = 1  # Linux sends a process this signal when its parent ends
 
 
 class TransformedImages(Dataset):
@@ -385,7 +389,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         num_workers=workers_for(split, config),
         pin_memory=world.device.type == "cuda",
         drop_last=True,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # or beginning an epoch again would draw from the run's
     )
 
@@ -415,10 +419,20 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """A signal to the process group is the main process's, which still needs its workers."""
+def begin_worker(worker: int) -> None:
+    """Let this loader process ignore the signals to stop, and end with its main process.
+
+    A signal to the process group is for the main process, which still needs its workers. PyTorch
+    does not notice a main process that was killed while it started them; such workers would keep
+    the lock of the run's folder for ever.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if multiprocessing.get_start_method() == "fork":
+        if os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)
 
 
 # Before multiprocessing's own exit, which sends what the workers ignore and waits for ever.
@@ -444,7 +458,7 @@ def eval_loader(
         batch_size=math.ceil(config.batch_size / world.size),
         num_workers=workers_for(split, config),
         pin_memory=world.device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # or a repeated evaluation would draw from the run's
     )
 

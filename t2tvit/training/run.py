@@ -37,6 +37,7 @@ from t2tvit.training.build import (
 from t2tvit.training.config import RunConfig, fitted, from_dict, resolve, write_yaml
 from t2tvit.training.distributed import World, on_main
 from t2tvit.training.engine import evaluate, train_epoch
+from t2tvit.training.form import check_optimizer
 from t2tvit.training.identity import (
     MAY_CHANGE,
     REMEDIES,
@@ -47,7 +48,6 @@ from t2tvit.training.identity import (
     identity,
     is_identity,
 )
-from t2tvit.training.form import check_optimizer
 from t2tvit.training.keeper import (
     Keeper,
     Signals,
@@ -113,7 +113,6 @@ def train(arguments: argparse.Namespace) -> None:
     except InputError as error:
         failure = error
     with distributed.joined(device, failure) as world:
-        again = f"t2tvit train --output {shlex.quote(str(place.output))} --resume auto"
         state = place.state_path and place.state_path.name
         shared = {"--output": str(place.output), "--resume": state} | asdict(config)
         distributed.check_same(world, shared)
@@ -122,16 +121,23 @@ def train(arguments: argparse.Namespace) -> None:
                 run(config, place, world, signals)
         except Stopped as stopped:
             kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
-            say(world, f"stopped by a signal; {kept}. Resume with: {again}")
+            say(world, f"stopped by a signal; {how_to_resume(place.output, kept)}")
             stopped.end_elsewhere()
         except KeyboardInterrupt:
-            say(world, f"interrupted; the last checkpoint is kept. Resume with: {again}")
+            say(world, f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
             raise
+
+
+def how_to_resume(output: Path, kept: str) -> str:
+    """What is ``kept`` of a run that was ended in ``output``, and how to resume it."""
+    if not states_in(output) and not read_record(output):
+        return "training had not begun. Start it again with the same command"
+    return f"{kept}. Resume with: t2tvit train --output {shlex.quote(str(output))} --resume auto"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run writes, what ``--resume`` said, and the state file to go on from, if any.
+    """Where a run writes, what ``--resume`` said, and the state file to resume from, if any.
 
     ``damaged`` says why newer states cannot be read; ``before`` is the :func:`listing` of ``output``.
     """
@@ -144,7 +150,7 @@ class Place:
 
     @property
     def moves(self) -> bool:
-        """Whether the run goes on in another folder than it began in."""
+        """Whether the run resumes in another folder than the state's."""
         source = self.state_path
         return source is not None and source.parent.resolve() != self.output.resolve()
 
@@ -181,10 +187,9 @@ def listing(output: Path) -> tuple:
 def choose_config(name: str | None, overrides: dict, place: Place) -> RunConfig:
     """The configuration of a new or resumed run.
 
-    In the latter, MAY_CHANGE may differ, and REMEDIES if they are among ``overrides``.
-
-    Without ``name``, a resumed run goes on with its own, and training on digits (or on data not
-    named) takes the packaged ``digits``.
+    A resumed run may change the keys in MAY_CHANGE, and those in REMEDIES that ``overrides`` sets.
+    Without ``name``, it keeps its own configuration. A new run without ``name`` uses the packaged
+    ``digits`` if its data are the digits or not given.
     """
     if place.state_path is None:
         if name is None and place.resume == "auto":  # interrupted before its first checkpoint
@@ -294,7 +299,7 @@ def run_locked(
     for line in (*opening_lines(config, data, model, epochs, world), *changes):
         say(world, line)
     for reason in place.damaged:
-        say(world, f"warning   {reason}: going on from {place.state_path} instead")
+        say(world, f"warning   {reason}: resuming from {place.state_path} instead")
     for line in lost:
         say(world, line)
     if resumed is not None:
@@ -332,7 +337,7 @@ def check_left(epochs_done: int, epochs: int, before: dict, config: RunConfig) -
     """Refuse to resume a run for fewer epochs than it has done, or with changes but no epoch left."""
     if epochs_done > epochs:
         raise InputError(
-            f"epochs: got {epochs} with the cool-down, but the run to resume has done "
+            f"epochs: got {epochs}, cool-down included, but the run to resume has done "
             f"{epochs_done}; raise --epochs, or resume an older state with --resume FILE"
         )
     for key in sorted(REMEDIES):
@@ -391,6 +396,7 @@ def train_epochs(
     """
     output = keeper.output
     started, drawn, before = time.perf_counter(), time.perf_counter(), state.epochs_done
+    is_loader_told = False
     while state.epochs_done < epochs:
         metrics = one_epoch(state, data, config, epochs, world, keeper, after_step)
         state.end_epoch(metrics)
@@ -413,8 +419,9 @@ def train_epochs(
         done = state.epochs_done
         left = (time.perf_counter() - started) / (done - before) * (epochs - done)
         say(world, epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
-        if done == before + 1:
+        if not is_loader_told and metrics["loader_images_per_second"]:
             say(world, loader_line(metrics, data.train.num_workers))
+            is_loader_told = True
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
     return best

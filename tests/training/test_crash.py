@@ -125,7 +125,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(finished, tmp_path, capsys,
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     for line, path in zip(warnings, states[:-3:-1], strict=True):
         assert f"training state {path} is damaged" in line
-        assert f"going on from {states[-3]} instead" in line
+        assert f"resuming from {states[-3]} instead" in line
     names = [*(path.name for path in states[-2:]), "best.safetensors", "last.safetensors"]
     for name in (*names, "metrics.jsonl"):
         (output / f"{name}.set-aside").unlink()

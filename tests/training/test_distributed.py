@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("t2tvit: error") == 1
-    assert "not finite at step 5 of epoch 1, the 5. in a row (rank 1: loss nan" in done.stderr
+    assert "not finite at step 5 of epoch 1, 5 times in a row (rank 1: loss nan" in done.stderr
     assert "rank 0" not in done.stderr
     files = {path.name for path in (tmp_path / "run").glob("not_finite-*")}
     assert files == {"not_finite-0.safetensors", "not_finite-1.safetensors"}

@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_skips_its_update():
 def test_too_many_skipped_updates_in_a_row_end_the_run_with_their_batch():
     config = replace(CONFIG, max_skipped=1)
     state, data = poisoned(config, 1, 3, 4)
-    match = "not finite at step 4 of epoch 1, the 2. in a row .*Lower --lr"
+    match = "not finite at step 4 of epoch 1, 2 times in a row .*Lower --lr"
     with pytest.raises(NonFiniteLoss, match=match) as caught:
         one_epoch(state, data, config)
     batch = caught.value.batch

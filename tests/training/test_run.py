@@ -225,7 +225,7 @@ def test_a_second_run_does_not_mix_with_the_first(finished, capsys):
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--momentum", "0.5")
     assert "momentum: got 0.5, but the run to resume has 0.9; leave it" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--epochs", "2")
-    assert "epochs: got 2 with the cool-down, but the run to resume has done 3" in line
+    assert "epochs: got 2, cool-down included, but the run to resume has done 3" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--data", "digits")
     assert "data: got digits, but the run to resume has synthetic:44" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before

@@ -112,7 +112,7 @@ def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(
 ):
     with Hang(pipeline.TrainingImages, 0):
         assert train(tmp_path / "run") == 0
-    assert "stopped by a signal" in capsys.readouterr().out
+    assert "stopped by a signal; training had not begun. Start it again" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
@@ -145,6 +145,30 @@ def test_a_state_before_an_evaluation_takes_no_other_s_place(whole, tmp_path):
     assert names == {"state-00002-00000000", "state-00003-00000000"}
     assert train(tmp_path / "run", "--keep-checkpoints", "1") == 0
     assert [path.stem for path in (tmp_path / "run").glob("state-*")] == ["state-00003-00000000"]
+
+
+KILLED = """
+import os, signal, sys, time
+from t2tvit.cli import main
+
+parent = os.getpid()
+
+def wait_for_the_kill():
+    while os.getppid() == parent:
+        time.sleep(0.01)
+
+os.register_at_fork(
+    after_in_parent=lambda: os.kill(parent, signal.SIGKILL), after_in_child=wait_for_the_kill
+)
+sys.exit(main())
+"""
+
+
+def test_a_run_that_is_killed_while_its_loader_starts_leaves_no_process(tmp_path):
+    options = ("train", *TINY, "--workers", "1", "--output", str(tmp_path / "run"))
+    command = (sys.executable, "-c", KILLED, *options)
+    done = subprocess.run(command, capture_output=True, timeout=30)  # until all have closed their output
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 PIPES = """
@@ -224,8 +248,9 @@ def test_a_signal_to_one_process_in_an_evaluation_ends_both_together(tmp_path):
 HANGING = """
 import os, sys
 from t2tvit.cli import main
-from t2tvit.training import pipeline
+from t2tvit.training import keeper, pipeline
 
+keeper.PATIENCE_OF_MANY = 3.0
 read, calls = pipeline.TrainingImages.__getitem__, []
 
 def hanging(self, index):
