@@ -73,6 +73,10 @@ def create_timm_model(
         options["drop_path_rate"] = drop_path_rate
     try:
         return timm.create_model(bare, **options)
-    except (AssertionError, TypeError, ValueError) as error:
+    # What timm and PyTorch raise for arguments that do not fit has no narrower base.
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         hint = "; it may lack stochastic depth: --drop-path 0" if drop_path_rate else ""
-        raise InputError(f"model {name} with {options}: {error}{hint}") from None
+        raise InputError(f"model {name} with {options}: {reason}{hint}") from None

@@ -10,6 +10,7 @@ import t2tvit
 from t2tvit import hub
 from t2tvit.errors import InputError
 from t2tvit.models.described import check_described
+from t2tvit.models.timm_models import create_timm_model
 
 SPACE = 10**8
 
@@ -203,3 +204,19 @@ def test_a_model_that_is_far_too_large_is_not_built(name, args, message):
 
     with pytest.raises(InputError, match=message):
         build_model(name, args, "auto")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"norm_layer": "os.system"},
+        {"act_layer": "no_such"},
+        {"num_heads": 0},
+        {"patch_size": -1},
+        {"global_pool": "no_such"},
+    ],
+)
+def test_values_that_timm_cannot_use_are_one_line(args):
+    with pytest.raises(InputError, match="model timm:vit_tiny_patch16_224 with") as error:
+        create_timm_model("timm:vit_tiny_patch16_224", **args)
+    assert "\n" not in str(error.value)
