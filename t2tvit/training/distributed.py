@@ -191,6 +191,9 @@ def is_lost_connection(error: Exception) -> bool:
 
 def lost(world: World) -> Exception:
     """What this process raises when another has ended, perhaps without reporting why."""
+    # A process that is killed closes its connections one by one, and the store's may be the last:
+    # PyTorch logs a traceback if the store is asked in between.
+    time.sleep(0.3)
     if said(world, "cause") is not None:
         return SaidElsewhere(1)
     with contextlib.suppress(RuntimeError):
