@@ -40,13 +40,15 @@ class DeviceScope {
   }
 #endif
 
-  // Blocks that occupy the device several times over, so that the last of them end close together.
-  int enough_blocks() const {
-    int multiprocessors = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_),
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_),
           "device attributes");
-    return 32 * multiprocessors;
+    return count;
   }
+
+  // Blocks that occupy the device several times over, so that the last of them end close together.
+  int enough_blocks() const { return 32 * multiprocessors(); }
 
   // Launches without waiting; throws if the launch itself was refused.
   template <typename Params>

@@ -161,5 +161,56 @@ __device__ inline float fast_exp2(float x) {
   return power;
 }
 
+// 1/x within one unit in the last place, for normal x whose reciprocal is normal.
+__device__ inline float fast_reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+
+// 1/√x within two units in the last place, for normal x.
+__device__ inline float fast_rsqrt(float x) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// Two elements of a 16-bit type share a register, the first in its lower half.
+template <typename T>
+__device__ uint32_t round_pair(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    static_assert(std::is_same_v<T, torch::headeronly::Half>);
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+}
+template <typename T>
+__device__ float2 elements_of(uint32_t pair) {
+  float2 elements;
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    elements.x = __uint_as_float(pair << 16);
+    elements.y = __uint_as_float(pair & 0xFFFF0000u);
+  } else {
+    asm("{ .reg .f16 first, second; mov.b32 {first, second}, %2; cvt.f32.f16 %0, first; "
+        "cvt.f32.f16 %1, second; }"
+        : "=f"(elements.x), "=f"(elements.y)
+        : "r"(pair));
+  }
+  return elements;
+}
+
+// Both elements brought between -2^50 and 2^50, which float16 cannot exceed. NaN stays NaN.
+template <typename T>
+__device__ uint32_t limit_pair(uint32_t pair) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x58805880u));
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(0xD880D880u));
+  }
+  return pair;
+}
+
 }  // namespace t2t
 #endif

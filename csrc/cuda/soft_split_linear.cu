@@ -28,6 +28,7 @@
 
 #include "pack.cuh"
 #include "patches.cuh"
+#include "projection.cuh"
 #include "soft_split_linear.h"
 
 namespace t2t {
@@ -636,6 +637,16 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
   if (y.numel() == 0) return y;
   with_element_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (patch_order(map) != PatchOrder::kNeither) {
+        Projection16<T> projection(map, x, weight, bias ? bias->const_data_ptr() : nullptr,
+                                   norm_weight ? norm_weight->const_data_ptr() : nullptr,
+                                   norm_bias ? norm_bias->const_data_ptr() : nullptr, float(eps),
+                                   device);
+        projection(y.mutable_data_ptr(), nullptr, device);
+        return;
+      }
+    }
     ProjectParams p = {};
     p.patches = make_patches<T>(map, x);
     const Tensor packed = packed_weight<T>(p.patches, weight, device);

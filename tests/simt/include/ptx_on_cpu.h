@@ -177,5 +177,27 @@ void wait_for_products(Sums&...) {
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1 / x; }
+inline float fast_rsqrt(float x) { return 1 / std::sqrt(x); }
+
+template <typename T>
+uint32_t round_pair(float first, float second) {
+  const T elements[2] = {static_cast<T>(first), static_cast<T>(second)};
+  uint32_t pair;
+  std::memcpy(&pair, elements, 4);
+  return pair;
+}
+template <typename T>
+float2 elements_of(uint32_t pair) {
+  return {element_of<T>(pair, 0), element_of<T>(pair, 1)};
+}
+template <typename T>
+uint32_t limit_pair(uint32_t pair) {
+  const auto limited = [&](int i) {
+    const float x = element_of<T>(pair, i);
+    return x > 0x1p50f ? 0x1p50f : x < -0x1p50f ? -0x1p50f : x;
+  };
+  return round_pair<T>(limited(0), limited(1));
+}
 
 }  // namespace t2t

@@ -1,0 +1,292 @@
+// Patches of half types as left operands of a product, in registers: gathered from the map by the
+// lanes that multiply by them, and normalised there. No patch lies anywhere else.
+//
+// Two orders of a patch's elements, by the map:
+//   rows   few channels, an image: (channel, row of the kernel, column), eight columns to a row. A
+//          lane has two adjacent columns of each row
+//   taps   a multiple of 64 channels: (tap, channel). A lane has eight adjacent channels
+// Places of a row beyond the kernel hold the token's reference, which the moments do not see, and
+// are multiplied by zeros.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "operands.cuh"
+#include "patches.cuh"
+#include "rows.cuh"
+
+namespace t2t {
+
+constexpr int kRowColumns = 8;
+constexpr int kMostRows = 28;
+// Elements of a tap that are loaded together: two groups.
+constexpr int kTapChannels = 64;
+
+// A map and its tokens, numbered through all images.
+struct PatchMap {
+  const void* x;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
+  int height, width, kernel, stride, padding, elements;
+  Divisor tokens, columns;  // of an image, of a row of tokens
+  int64_t token_count;      // of all images
+  // Rows order: where each row begins, and its row of the kernel.
+  int rows;
+  int64_t row_offset[kMostRows];
+  int row_of_kernel[kMostRows];
+};
+
+enum class PatchOrder { kRows, kTaps, kNeither };
+
+inline PatchOrder patch_order(const Geometry& map) {
+  if (map.channels > 0 && map.channels % kTapChannels == 0) return PatchOrder::kTaps;
+  if (map.kernel <= kRowColumns && map.channels * map.kernel <= kMostRows && map.channels > 0) {
+    return PatchOrder::kRows;
+  }
+  return PatchOrder::kNeither;
+}
+
+inline PatchMap make_patch_map(const Geometry& map, const torch::stable::Tensor& x) {
+  PatchMap p = {};
+  p.x = x.const_data_ptr();
+  p.batch_stride = x.stride(0);
+  p.channel_stride = x.stride(1);
+  p.row_stride = x.stride(2);
+  p.column_stride = x.stride(3);
+  p.height = map.height;
+  p.width = map.width;
+  p.kernel = map.kernel;
+  p.stride = map.stride;
+  p.padding = map.padding;
+  p.elements = map.token_width();
+  p.tokens = make_divisor(map.rows * map.columns);
+  p.columns = make_divisor(map.columns);
+  p.token_count = map.batch * map.rows * map.columns;
+  if (patch_order(map) == PatchOrder::kRows) {
+    p.rows = map.channels * map.kernel;
+    for (int row = 0; row < p.rows; ++row) {
+      p.row_of_kernel[row] = row % map.kernel;
+      p.row_offset[row] = row / map.kernel * p.channel_stride + row % map.kernel * p.row_stride;
+    }
+  }
+  return p;
+}
+
+// Rows that a kernel is compiled for: an image of one, three or four channels with a kernel of 7.
+inline int compiled_rows(int rows) { return rows <= 8 ? 8 : rows <= 21 ? 21 : kMostRows; }
+
+// Groups of 32 elements of a patch in its order, which may be more than the patch has.
+inline int patch_groups(const Geometry& map) {
+  return patch_order(map) == PatchOrder::kRows
+             ? static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 4))
+             : map.token_width() / kGroup;
+}
+
+// The place of element `e` of lane t's eight in a group, in the token's own order; −1 beyond it.
+__host__ __device__ inline int own_element(const PatchMap& p, int channels, int group, int t,
+                                           int e) {
+  if (p.rows > 0) {
+    const int row = group * 4 + e / 2, column = t * 2 + e % 2;
+    return row < p.rows && column < p.kernel ? row * p.kernel + column : -1;
+  }
+  const int element = group * kGroup + t * 8 + e, tap = element / channels;
+  return (element - tap * channels) * p.kernel * p.kernel + tap;
+}
+
+// Where a lane's tokens, rows g and g + 8 of a tile, begin. A token that does not exist lies
+// outside of the map.
+struct Corners {
+  int64_t offset[2];
+  int y[2], x[2];
+
+  __device__ Corners(const PatchMap& p, int64_t first_token) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t token = first_token + sum_row(half);
+      const auto index = static_cast<uint32_t>(token < p.token_count ? token : 0);
+      const uint32_t image = p.tokens(index);
+      const uint32_t in_image = index - image * p.tokens.divisor;
+      const uint32_t row = p.columns(in_image);
+      y[half] = static_cast<int>(row) * p.stride - p.padding;
+      x[half] = static_cast<int>(in_image - row * p.columns.divisor) * p.stride - p.padding;
+      offset[half] = image * p.batch_stride + y[half] * p.row_stride + x[half] * p.column_stride;
+      if (token >= p.token_count) y[half] = -0x40000000;
+    }
+  }
+  __device__ bool has_row(const PatchMap& p, int half, int row) const {
+    return static_cast<unsigned>(y[half] + row) < static_cast<unsigned>(p.height);
+  }
+  __device__ bool has_column(const PatchMap& p, int half, int column) const {
+    return static_cast<unsigned>(x[half] + column) < static_cast<unsigned>(p.width);
+  }
+};
+
+// Mean and 1/σ of rows g and g + 8.
+struct RowMoments {
+  float mean[2], rstd[2];
+};
+
+// Sums of a row's deviations from a reference, an element of the row itself: a flat patch has
+// moments of exactly its value and zero.
+struct Deviations {
+  float reference[2], sum[2], squares[2];
+
+  // `first`: an element that lane t = 0 has.
+  __device__ Deviations(float first, float second) : sum{}, squares{} {
+    const bool has = lane_index() % 4 == 0;
+    reference[0] = sum_of_row(has ? first : 0.f);
+    reference[1] = sum_of_row(has ? second : 0.f);
+  }
+  template <typename T>
+  __device__ void add(int half, uint32_t pair) {
+    const float2 element = elements_of<T>(pair);
+    const float first = element.x - reference[half], second = element.y - reference[half];
+    sum[half] += first;
+    sum[half] += second;
+    squares[half] += first * first;
+    squares[half] += second * second;
+  }
+  __device__ RowMoments finish(int count, float eps) {
+    RowMoments moments;
+    const float share = 1.f / static_cast<float>(count);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float mean = sum_of_row(sum[half]) * share;
+      const float variance = sum_of_row(squares[half]) * share - mean * mean;
+      moments.mean[half] = reference[half] + mean;
+      moments.rstd[half] = fast_rsqrt(fmaxf(variance, 0.f) + eps);
+    }
+    return moments;
+  }
+};
+
+template <typename T>
+__device__ uint32_t normalized_pair(uint32_t pair, float mean, float rstd) {
+  const float2 element = elements_of<T>(pair);
+  return round_pair<T>((element.x - mean) * rstd, (element.y - mean) * rstd);
+}
+
+// The first `kPairs` pairs of each row.
+template <typename T, int kPairs, int kGroups>
+__device__ void normalize(Operand<kGroups>& patches, const RowMoments& moments) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      uint32_t& pair = patches.at[i / 4][half][i % 4];
+      pair = normalized_pair<T>(pair, moments.mean[half], moments.rstd[half]);
+    }
+  }
+}
+
+// Rows order. All of a patch, `kPatchRows` rows or fewer; pairs are loaded whole where `kPairs`.
+template <typename T, int kPatchRows, bool kPairs>
+struct PatchRows {
+  static constexpr int kGroups = (kPatchRows + 3) / 4;
+  Operand<kGroups> patches;
+
+  __device__ void load(const PatchMap& p, int64_t first_token) {
+    const Corners corners(p, first_token);
+    const int column = lane_index() % 4 * 2;
+    patches.clear();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* from = static_cast<const T*>(p.x) + corners.offset[half] + column * p.column_stride;
+      const bool first = corners.has_column(p, half, column) && column < p.kernel;
+      const bool second = corners.has_column(p, half, column + 1) && column + 1 < p.kernel;
+#pragma unroll
+      for (int row = 0; row < kPatchRows; ++row) {
+        uint32_t& pair = patches.at[row / 4][half][row % 4];
+        const T* at = from + p.row_offset[row];
+        const bool exists = row < p.rows && corners.has_row(p, half, p.row_of_kernel[row]);
+        if constexpr (kPairs) {
+          if (exists && first) pair = *reinterpret_cast<const uint32_t*>(at);
+        } else {
+          const auto* bits = reinterpret_cast<const uint16_t*>(at);
+          if (exists && first) pair = bits[0];
+          if (exists && second) pair |= uint32_t(bits[p.column_stride]) << 16;
+        }
+      }
+    }
+  }
+
+  // Fills the places beyond the kernel; the moments are those of the rest.
+  __device__ RowMoments take_moments(const PatchMap& p, float eps) {
+    Deviations deviations(elements_of<T>(patches.at[0][0][0]).x,
+                          elements_of<T>(patches.at[0][1][0]).x);
+    const int column = lane_index() % 4 * 2;
+    const uint32_t beyond =
+        (column < p.kernel ? 0 : 0xFFFFu) | (column + 1 < p.kernel ? 0 : 0xFFFF0000u);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t reference =
+          round_pair<T>(deviations.reference[half], deviations.reference[half]);
+#pragma unroll
+      for (int row = 0; row < kPatchRows; ++row) {
+        uint32_t& pair = patches.at[row / 4][half][row % 4];
+        const uint32_t replaced = row < p.rows ? beyond : 0xFFFFFFFFu;
+        pair = (pair & ~replaced) | (reference & replaced);
+        deviations.template add<T>(half, pair);
+      }
+    }
+    return deviations.finish(p.elements, eps);
+  }
+};
+
+// Taps order. 64 channels of one tap, rows g and g + 8; `kVectors`: 16 bytes at a time.
+template <typename T, bool kVectors>
+__device__ Operand<2> load_tap(const PatchMap& p, const Corners& corners, int tap, int channel) {
+  Operand<2> operand;
+  operand.clear();
+  const int row = tap / p.kernel, column = tap - row * p.kernel;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (!corners.has_row(p, half, row) || !corners.has_column(p, half, column)) continue;
+    const T* from = static_cast<const T*>(p.x) + corners.offset[half] + row * p.row_stride +
+                    column * p.column_stride +
+                    (channel + lane_index() % 4 * 8) * p.channel_stride;
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      uint32_t(&to)[4] = operand.at[group][half];
+      if constexpr (kVectors) {
+        const uint4 vector = *reinterpret_cast<const uint4*>(from + group * kGroup);
+        to[0] = vector.x;
+        to[1] = vector.y;
+        to[2] = vector.z;
+        to[3] = vector.w;
+      } else {
+        const auto* bits = reinterpret_cast<const uint16_t*>(from);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t at = (group * kGroup + 2 * i) * p.channel_stride;
+          to[i] = bits[at] | uint32_t(bits[at + p.channel_stride]) << 16;
+        }
+      }
+    }
+  }
+  return operand;
+}
+
+// Loads every tap once for its moments.
+template <typename T, bool kVectors>
+__device__ RowMoments moments_of_taps(const PatchMap& p, const Corners& corners, float eps) {
+  const int taps = p.kernel * p.kernel, channels = p.elements / taps;
+  Operand<2> operand = load_tap<T, kVectors>(p, corners, 0, 0);
+  Deviations deviations(elements_of<T>(operand.at[0][0][0]).x,
+                        elements_of<T>(operand.at[0][1][0]).x);
+#pragma unroll 1
+  for (int element = 0; element < p.elements;) {
+    const Operand<2> loaded = operand;
+    element += kTapChannels;
+    if (element < p.elements) {
+      const int tap = element / channels;
+      operand = load_tap<T, kVectors>(p, corners, tap, element - tap * channels);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      deviations.template add<T>(i / 4 % 2, loaded.at[i / 8][i / 4 % 2][i % 4]);
+    }
+  }
+  return deviations.finish(p.elements, eps);
+}
+
+}  // namespace t2t
