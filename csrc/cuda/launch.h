@@ -105,4 +105,17 @@ void with_element_type(const char* name, torch::headeronly::ScalarType type, Run
   }
 }
 
+// The same for the kernels of half types only.
+template <typename Run>
+void with_half_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
+    case ScalarType::Half: return run(torch::headeronly::Half());
+    default:
+      STD_TORCH_CHECK(false, name, ": expected bfloat16 or float16, got ",
+                      torch::headeronly::toString(type));
+  }
+}
+
 }  // namespace t2t

@@ -6,20 +6,46 @@
 // the matrix unit in the same order. Rows of tokens are loaded and stored 16 bytes at a time.
 #pragma once
 
-#include "mma.cuh"
+#include <algorithm>
+
+#include "geometry.h"
+#include "launch.h"
+#include "rows.cuh"
 
 namespace t2t {
 
-// 16 rows by 32·kGroups columns of 16-bit elements: [group][row g, row g + 8][pair of elements].
+// 16 rows by 32·kGroups columns of 16-bit elements, in the registers in which `mma` takes them: two
+// fragments of a group.
 template <int kGroups>
 struct Operand {
   uint32_t at[kGroups][2][4];
 
+  // Elements 2i and 2i + 1 of a lane's eight of a group, of row g or g + 8.
+  __device__ uint32_t& pair(int group, int half, int i) {
+    return at[group][i / 2][i % 2 * 2 + half];
+  }
+  __device__ uint32_t pair(int group, int half, int i) const {
+    return at[group][i / 2][i % 2 * 2 + half];
+  }
   __device__ void clear() {
 #pragma unroll
     for (int i = 0; i < 8 * kGroups; ++i) at[i / 8][i / 4 % 2][i % 4] = 0;
   }
 };
+
+// A lane's eight elements of a group, as they lie in memory.
+template <int kGroups>
+__device__ void set_eight(Operand<kGroups>& operand, int group, int half, const uint4& eight) {
+  operand.pair(group, half, 0) = eight.x;
+  operand.pair(group, half, 1) = eight.y;
+  operand.pair(group, half, 2) = eight.z;
+  operand.pair(group, half, 3) = eight.w;
+}
+template <int kGroups>
+__device__ uint4 eight_of(const Operand<kGroups>& operand, int group, int half) {
+  return {operand.pair(group, half, 0), operand.pair(group, half, 1), operand.pair(group, half, 2),
+          operand.pair(group, half, 3)};
+}
 
 template <typename T, int kGroups>
 __device__ Operand<kGroups> rounded_operand(const Sums<kGroups>& sums) {
@@ -27,15 +53,9 @@ __device__ Operand<kGroups> rounded_operand(const Sums<kGroups>& sums) {
 #pragma unroll
   for (int i = 0; i < 8 * kGroups; ++i) {
     const float* pair = &sums.at[i / 8][i / 4 % 2][i % 4 * 2];
-    operand.at[i / 8][i / 4 % 2][i % 4] = round_pair<T>(pair[0], pair[1]);
+    operand.pair(i / 8, i / 4 % 2, i % 4) = round_pair<T>(pair[0], pair[1]);
   }
   return operand;
-}
-
-// Elements 2i and 2i + 1 of what a lane has of one row of a group.
-template <typename T, int kGroups>
-__device__ float2 elements_at(const Operand<kGroups>& operand, int group, int half, int i) {
-  return elements_of<T>(operand.at[group][half][i]);
 }
 
 // A block of a right operand: 32 rows by 32 columns. Each lane finds what it needs of eight columns
@@ -46,6 +66,12 @@ constexpr int kBlockBytes = kBlockVectors * 16;
 // The element (row, column) that element `e` of vector `i` of a block holds.
 __device__ inline int block_row(int i, int e) { return i % 4 * 8 + e; }
 __device__ inline int block_column(int i) { return i % kLanes / 4 / 2 * 8 + i / kLanes * 2 + i / 4 % 2; }
+
+// The same the other way: where the element lies among a block's elements.
+__device__ inline int block_place(int row, int column) {
+  const int lane = (column / 8 * 2 + column % 2) * 4 + row / 8;
+  return (column % 8 / 2 * kLanes + lane) * 8 + row % 8;
+}
 
 // Fills blocks, row groups outermost; `element(row, column)` is a float.
 template <typename T, typename Element>
@@ -72,21 +98,17 @@ __device__ float remainder_of(float x) {
   return x - kept.x;
 }
 
-// sums += left·block; `kSteps` of 1 takes the first two pairs of the left operand only.
+// sums += left·block; `kSteps` of 1 takes the first fragment of the left operand only.
 template <typename T, int kSteps = 2>
-__device__ void multiply_block(float (&sums)[2][8], const uint32_t (&left)[2][4],
+__device__ void multiply_block(float (&d)[2][8], const uint32_t (&left)[2][4],
                                const uint4* block) {
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
     const uint4 right = block[tile * kLanes + lane_index()];
-    float(&d)[2][8] = sums;
-    const uint32_t first[4] = {left[0][0], left[1][0], left[0][1], left[1][1]};
-    mma<T>(d[0][2 * tile], d[0][2 * tile + 1], d[1][2 * tile], d[1][2 * tile + 1], first, right.x,
-           right.y);
+    const int i = 2 * tile;
+    mma<T>(d[0][i], d[0][i + 1], d[1][i], d[1][i + 1], left[0], right.x, right.y);
     if constexpr (kSteps == 2) {
-      const uint32_t second[4] = {left[0][2], left[1][2], left[0][3], left[1][3]};
-      mma<T>(d[0][2 * tile], d[0][2 * tile + 1], d[1][2 * tile], d[1][2 * tile + 1], second,
-             right.z, right.w);
+      mma<T>(d[0][i], d[0][i + 1], d[1][i], d[1][i + 1], left[1], right.z, right.w);
     }
   }
 }
@@ -112,10 +134,98 @@ __device__ void add_row_sums(float (&sums)[2], const uint32_t (&left)[2][4]) {
   float unused[2] = {};
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
-    const uint32_t part[4] = {left[0][2 * step], left[1][2 * step], left[0][2 * step + 1],
-                              left[1][2 * step + 1]};
-    mma<T>(sums[0], unused[0], sums[1], unused[1], part, ones, ones);
+    mma<T>(sums[0], unused[0], sums[1], unused[1], left[step], ones, ones);
   }
+}
+
+// Rows g and g + 8 of a tile of tokens first … of an image, 64 elements each; zeros beyond `tokens`.
+template <typename T>
+__device__ Operand<2> load_operand(const Rows& rows, int64_t image, int first, int tokens) {
+  Operand<2> operand;
+  operand.clear();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int token = first + sum_row(half);
+    if (token >= tokens) continue;
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride +
+                      token * rows.token_stride + sum_column(group) * rows.element_stride;
+      if (rows.vectors) {
+        set_eight(operand, group, half, *reinterpret_cast<const uint4*>(from));
+      } else {
+        const auto* bits = reinterpret_cast<const uint16_t*>(from);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          operand.pair(group, half, i) = bits[2 * i * rows.element_stride] |
+                                         uint32_t(bits[(2 * i + 1) * rows.element_stride]) << 16;
+        }
+      }
+    }
+  }
+  return operand;
+}
+
+// The opposite, to rows of global memory that begin at multiples of 16 bytes.
+template <typename T>
+__device__ void store_operand(const Operand<2>& operand, T* to, int64_t token_stride, int tokens) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = sum_row(i % 2);
+    if (row < tokens) {
+      store_vector(to + row * token_stride + sum_column(i / 2), eight_of(operand, i / 2, i % 2));
+    }
+  }
+}
+
+// To a tile of shared memory.
+template <typename T>
+__device__ void keep_operand(const Operand<2>& operand, T* tile, int pitch) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<uint4*>(tile + sum_row(i % 2) * pitch + sum_column(i / 2)) =
+        eight_of(operand, i / 2, i % 2);
+  }
+}
+
+// Adds what `operand` holds.
+template <typename T>
+__device__ void add_operand(Sums<2>& sums, const Operand<2>& operand) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 pair = elements_of<T>(operand.pair(i / 8, i / 4 % 2, i % 4));
+    float* to = &sums.at[i / 8][i / 4 % 2][i % 4 * 2];
+    to[0] += pair.x;
+    to[1] += pair.y;
+  }
+}
+
+// The tiles of a warp: those of all images, dealt to all warps of the grid in turn.
+struct TileLoop {
+  int tokens, tiles;  // of an image
+  int64_t images;
+
+  template <typename Work>
+  __device__ void operator()(Work work) const {
+    const int warps = blockDim.x / kLanes;
+    const int64_t all = images * tiles, step = int64_t(gridDim.x) * warps;
+    int64_t tile = int64_t(blockIdx.x) * warps + warp_index();
+    for (; tile < all; tile += step) {
+      const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
+      work(image, static_cast<int>(tile - image * tiles) * kRows);
+    }
+  }
+};
+inline TileLoop make_tile_loop(int64_t images, int64_t tokens) {
+  return {static_cast<int>(tokens), static_cast<int>(divide_up(tokens, kRows)), images};
+}
+
+// Blocks of `warps` warps, as many as are resident at a time with `per_multiprocessor` of them.
+inline dim3 grid_of_tiles(const TileLoop& loop, int warps, int per_multiprocessor,
+                          const DeviceScope& device) {
+  const int64_t needed = divide_up(loop.images * loop.tiles, warps);
+  return dim3(grid_size(
+      std::min<int64_t>(needed, int64_t(per_multiprocessor) * device.multiprocessors())));
 }
 
 }  // namespace t2t

@@ -172,7 +172,7 @@ __device__ void normalize(Operand<kGroups>& patches, const RowMoments& moments) 
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      uint32_t& pair = patches.at[i / 4][half][i % 4];
+      uint32_t& pair = patches.pair(i / 4, half, i % 4);
       pair = normalized_pair<T>(pair, moments.mean[half], moments.rstd[half]);
     }
   }
@@ -195,7 +195,7 @@ struct PatchRows {
       const bool second = corners.has_column(p, half, column + 1) && column + 1 < p.kernel;
 #pragma unroll
       for (int row = 0; row < kPatchRows; ++row) {
-        uint32_t& pair = patches.at[row / 4][half][row % 4];
+        uint32_t& pair = patches.pair(row / 4, half, row % 4);
         const T* at = from + p.row_offset[row];
         const bool exists = row < p.rows && corners.has_row(p, half, p.row_of_kernel[row]);
         if constexpr (kPairs) {
@@ -211,8 +211,8 @@ struct PatchRows {
 
   // Fills the places beyond the kernel; the moments are those of the rest.
   __device__ RowMoments take_moments(const PatchMap& p, float eps) {
-    Deviations deviations(elements_of<T>(patches.at[0][0][0]).x,
-                          elements_of<T>(patches.at[0][1][0]).x);
+    Deviations deviations(elements_of<T>(patches.pair(0, 0, 0)).x,
+                          elements_of<T>(patches.pair(0, 1, 0)).x);
     const int column = lane_index() % 4 * 2;
     const uint32_t beyond =
         (column < p.kernel ? 0 : 0xFFFFu) | (column + 1 < p.kernel ? 0 : 0xFFFF0000u);
@@ -222,7 +222,7 @@ struct PatchRows {
           round_pair<T>(deviations.reference[half], deviations.reference[half]);
 #pragma unroll
       for (int row = 0; row < kPatchRows; ++row) {
-        uint32_t& pair = patches.at[row / 4][half][row % 4];
+        uint32_t& pair = patches.pair(row / 4, half, row % 4);
         const uint32_t replaced = row < p.rows ? beyond : 0xFFFFFFFFu;
         pair = (pair & ~replaced) | (reference & replaced);
         deviations.template add<T>(half, pair);
@@ -232,61 +232,80 @@ struct PatchRows {
   }
 };
 
-// Taps order. 64 channels of one tap, rows g and g + 8; `kVectors`: 16 bytes at a time.
+// Taps order. One after the other, 64 channels of a tap; `kVectors`: 16 bytes at a time.
 template <typename T, bool kVectors>
-__device__ Operand<2> load_tap(const PatchMap& p, const Corners& corners, int tap, int channel) {
-  Operand<2> operand;
-  operand.clear();
-  const int row = tap / p.kernel, column = tap - row * p.kernel;
+class PatchTaps {
+ public:
+  __device__ PatchTaps(const PatchMap& p, const Corners& corners)
+      : map_(p), corners_(corners), channels_(p.elements / (p.kernel * p.kernel)) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!corners.has_row(p, half, row) || !corners.has_column(p, half, column)) continue;
-    const T* from = static_cast<const T*>(p.x) + corners.offset[half] + row * p.row_stride +
-                    column * p.column_stride +
-                    (channel + lane_index() % 4 * 8) * p.channel_stride;
+    for (int half = 0; half < 2; ++half) {
+      from_[half] = static_cast<const T*>(p.x) + corners.offset[half] +
+                    lane_index() % 4 * 8 * p.channel_stride;
+    }
+  }
+
+  __device__ Operand<2> next() {
+    Operand<2> operand;
+    operand.clear();
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      uint32_t(&to)[4] = operand.at[group][half];
-      if constexpr (kVectors) {
-        const uint4 vector = *reinterpret_cast<const uint4*>(from + group * kGroup);
-        to[0] = vector.x;
-        to[1] = vector.y;
-        to[2] = vector.z;
-        to[3] = vector.w;
-      } else {
-        const auto* bits = reinterpret_cast<const uint16_t*>(from);
+    for (int half = 0; half < 2; ++half) {
+      if (!corners_.has_row(map_, half, row_) || !corners_.has_column(map_, half, column_)) continue;
+      const T* from = from_[half] + offset_;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t at = (group * kGroup + 2 * i) * p.channel_stride;
-          to[i] = bits[at] | uint32_t(bits[at + p.channel_stride]) << 16;
+      for (int group = 0; group < 2; ++group) {
+        if constexpr (kVectors) {
+          set_eight(operand, group, half, *reinterpret_cast<const uint4*>(from + group * kGroup));
+        } else {
+          const auto* bits = reinterpret_cast<const uint16_t*>(from);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int64_t at = (group * kGroup + 2 * i) * map_.channel_stride;
+            operand.pair(group, half, i) =
+                bits[at] | uint32_t(bits[at + map_.channel_stride]) << 16;
+          }
         }
       }
     }
-  }
-  return operand;
-}
-
-// Loads every tap once for its moments.
-template <typename T, bool kVectors>
-__device__ RowMoments moments_of_taps(const PatchMap& p, const Corners& corners, float eps) {
-  const int taps = p.kernel * p.kernel, channels = p.elements / taps;
-  Operand<2> operand = load_tap<T, kVectors>(p, corners, 0, 0);
-  Deviations deviations(elements_of<T>(operand.at[0][0][0]).x,
-                        elements_of<T>(operand.at[0][1][0]).x);
-#pragma unroll 1
-  for (int element = 0; element < p.elements;) {
-    const Operand<2> loaded = operand;
-    element += kTapChannels;
-    if (element < p.elements) {
-      const int tap = element / channels;
-      operand = load_tap<T, kVectors>(p, corners, tap, element - tap * channels);
+    channel_ += kTapChannels;
+    if (channel_ == channels_) {
+      channel_ = 0;
+      if (++column_ == map_.kernel) {
+        column_ = 0;
+        ++row_;
+      }
     }
+    offset_ = row_ * map_.row_stride + column_ * map_.column_stride + channel_ * map_.channel_stride;
+    return operand;
+  }
+
+  __device__ const PatchMap& map() const { return map_; }
+
+ private:
+  const PatchMap& map_;
+  const Corners& corners_;
+  const T* from_[2];
+  int channels_, row_ = 0, column_ = 0, channel_ = 0;
+  int64_t offset_ = 0;
+};
+
+// Loads all of a patch once for its moments.
+template <typename T, bool kVectors>
+__device__ RowMoments moments_of_taps(PatchTaps<T, kVectors> taps, float eps) {
+  Operand<2> loaded = taps.next();
+  Deviations deviations(elements_of<T>(loaded.pair(0, 0, 0)).x,
+                        elements_of<T>(loaded.pair(0, 1, 0)).x);
+  const int pieces = taps.map().elements / kTapChannels;
+#pragma unroll 1
+  for (int piece = 0; piece < pieces; ++piece) {
+    const Operand<2> current = loaded;
+    if (piece + 1 < pieces) loaded = taps.next();
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      deviations.template add<T>(i / 4 % 2, loaded.at[i / 8][i / 4 % 2][i % 4]);
+      deviations.template add<T>(i / 4 % 2, current.pair(i / 8, i / 4 % 2, i % 4));
     }
   }
-  return deviations.finish(p.elements, eps);
+  return deviations.finish(taps.map().elements, eps);
 }
 
 }  // namespace t2t

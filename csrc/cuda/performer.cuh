@@ -1,11 +1,12 @@
-// Performer attention on tiles of 16 tokens, finite for every finite input and in float32 whatever
-// the tensors' type: an exponent's absolute error is a feature's relative one.
+// Performer attention of half types with 64 elements and 32 features, on the matrix unit.
 //
-// With log-features a = w·k − |k|²/2 of the keys and b = w·q of the queries, the maxima
-// c_i = max_s a_si and g_t = max_i (b_ti + c_i) leave the exponentials:
-//   Z_i = Σ_s e^(a_si − c_i), S_i = Σ_s e^(a_si − c_i) v_s, f_ti = e^(b_ti + c_i − g_t),
-//   y_t = Σ_i f_ti S_i / D_t, D_t = Σ_i f_ti Z_i + e^(h_t − g_t), h_t = |q_t|²/2 + log(eps·m).
-// g_t is at least h_t, so that D_t is finite and at least 1.
+// Keys, queries and features are rounded to the type; log-features, maxima and sums are float32. w
+// is multiplied in two parts, so that the log-features of the rounded keys and queries are exact to
+// float32's own errors. With a = w·k − |k|²/2, b = w·q and the maxima c_i = max_s a_si:
+//   Z_i = Σ_s φ_si, S_i = Σ_s φ_si v_s, φ_si = e^(a_si − c_i), rounded once for both
+//   y_t = Σ_i f_ti S̄_i / D_t, S̄_i = S_i / Z_i, f_ti = e^(b_ti + l_i − g_t), l_i = c_i + log Z_i,
+//   D_t = Σ_i f_ti + e^(h_t − g_t), h_t = |q_t|²/2 + log(eps·m), g_t = max(h_t, max_i (b_ti + l_i))
+// The means S̄ are no larger than the largest value, whatever the type.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,500 +14,28 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
-#include "pack.cuh"
-#include "rows.cuh"
+#include "geometry.h"
+#include "launch.h"
+#include "operands.cuh"
 
 namespace t2t {
 
-constexpr int kFeaturePitch = padded_row<float>(kGroup);
-
-// Beyond it |x|² overflows float32; the features there differ by less than float32 resolves anyway.
-constexpr float kLargest = 1e15f;
-
-struct Features {
-  const float* packed;    // w as E × m
-  const float* packed_t;  // as m × E
-  int count, embed;
-  float log_eps;  // log(eps·m), −infinity without eps
-
-  __host__ __device__ int groups() const { return (count + kGroup - 1) / kGroup; }
-  __host__ __device__ int embed_groups() const { return (embed + kGroup - 1) / kGroup; }
-  __host__ __device__ int depth() const { return (count + 15) / 16 * 16; }
-  __host__ __device__ int embed_depth() const { return (embed + 15) / 16 * 16; }
-  // Floats of one image's packed sums.
-  __host__ __device__ int packed_floats() const { return embed_groups() * depth() * kGroup; }
-  __host__ __device__ int packed_t_floats() const { return groups() * embed_depth() * kGroup; }
-};
-
-// Of one image: sums over its keys, or the gradients of those.
-struct KeySums {
-  const float *maximum, *normalizer;
-  const float *packed, *packed_t;  // m × E, and transposed
-};
-
-// NaN stays NaN.
-__device__ inline float within_range(float x) {
-  return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x;
-}
-
-// Tokens first … of an image, as floats, zero beyond `tokens` and `embed`; keys and queries are
-// brought within range.
-template <typename T>
-__device__ void load_tile(const Rows& rows, int64_t image, int first, int tokens, int embed,
-                          bool limit, float* tile) {
-  const int units = (embed + 15) / 16 * 2;
-  const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride;
-  for (int i = lane_index(); i < kRows * units; i += kLanes) {
-    const int row = i / units;
-    const int column = (i - row * units) * 8;
-    const int count = first + row < tokens ? embed - column : 0;
-    const T* at = from + (first + row) * rows.token_stride + column * rows.element_stride;
-    float values[8];
-    if (rows.element_stride == 1) {
-      load_eight(values, at, count, rows.vectors);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      tile[row * kTilePitch + column + e] = limit ? within_range(values[e]) : values[e];
-    }
-  }
-}
-
-// |x|²/2 of a tile's rows g and g + 8.
-__device__ inline void half_squares(const float* tile, int embed, float (&half)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float sums[4] = {};
-    for (int e = lane_index() % 4 * 4; e < embed; e += 16) {
-      const auto x = *reinterpret_cast<const Vec<float>*>(tile + sum_row(i) * kTilePitch + e);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += x.at[j] * x.at[j];
-    }
-    half[i] = sum_of_row((sums[0] + sums[1]) + (sums[2] + sums[3])) / 2;
-  }
-}
-
-// Log-features of the keys in a tile: kGroups groups of features from `first_group` on.
-template <int kGroups>
-__device__ void key_logs(const Features& w, const float* keys, int first_group,
-                         Sums<kGroups>& logs) {
-  float half[2];
-  half_squares(keys, w.embed, half);
-  logs.clear();
-  multiply_short(logs, keys, kTilePitch, w.packed + first_group * w.embed_depth() * kGroup,
-                 w.embed_depth() * kGroup, w.embed_depth(), w.groups() - first_group);
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) logs.at[i / 2][i % 2][e] -= half[i % 2];
-  }
-}
+constexpr int kFeatures = 32, kEmbed = 64;
+constexpr float kLog2E = 1.44269504f;
 
 // Sums of parts of an image's tokens: (part, feature[, embed]).
 struct Parts {
   float *maximum, *normalizer, *sums;
 };
 
-template <int kTall>
-__device__ void store_outer(const OuterSums<kTall, kWidest / 8>& sums, float* to, int first_feature,
-                            const Features& w) {
-#pragma unroll
-  for (int i = 0; i < 2 * kTall; ++i) {
-    const int feature = first_feature + sums.row(i / 2, i % 2);
-#pragma unroll
-    for (int j = 0; j < kWidest / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = sums.column(j) + e;
-        if (feature < w.count && column < w.embed) {
-          to[feature * w.embed + column] = sums.at[i / 2][j][i % 2][e];
-        }
-      }
-    }
-  }
-}
-
-// A running maximum and the sums under it of 32 features: a lane has the maximum and normaliser of
-// feature `lane`, and of the sums (32 × 64) its part of an outer product.
-struct RunningSums {
-  float maximum = -INFINITY, normalizer = 0.f;
-  OuterSums<2, kWidest / 8> sums;
-
-  // Adds keys and values. `features` (16 rows) and `shrink` (32 floats) are work space.
-  __device__ void add(const Features& w, const float* keys, const float* values, int slice,
-                      int tokens, float* features, float* shrink) {
-    Sums<1> logs;
-    key_logs(w, keys, slice, logs);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (sum_row(half) >= tokens) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) logs.at[0][half][e] = -INFINITY;
-      }
-    }
-    keep_sums(logs, features, kFeaturePitch);
-    __syncwarp();
-    const int lane = lane_index();
-    float larger = maximum;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row)
-      larger = fmaxf(larger, features[row * kFeaturePitch + lane]);
-    float total = 0.f;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float feature = expf(features[row * kFeaturePitch + lane] - larger);
-      features[row * kFeaturePitch + lane] = feature;
-      total += feature;
-    }
-    shrink[lane] = expf(maximum - larger);
-    normalizer = normalizer * shrink[lane] + total;
-    maximum = larger;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float factor = shrink[sums.row(i / 2, i % 2)];
-#pragma unroll
-      for (int j = 0; j < kWidest / 8; ++j) {
-        sums.at[i / 2][j][i % 2][0] *= factor;
-        sums.at[i / 2][j][i % 2][1] *= factor;
-      }
-    }
-    multiply_tokens(sums, features, kFeaturePitch, values, kTilePitch, kRows);
-  }
-
-  __device__ void store(const Features& w, const Parts& to, int64_t part, int slice) const {
-    const int feature = slice * kGroup + lane_index();
-    if (feature < w.count) {
-      to.maximum[part * w.count + feature] = maximum;
-      to.normalizer[part * w.count + feature] = normalizer;
-    }
-    store_outer(sums, to.sums + part * w.count * w.embed, slice * kGroup, w);
-  }
-};
-
-// What the backward of a tile of queries needs besides the features.
-struct Attended {
-  Wide y;
-  float inverse[2];  // 1 / D of rows g and g + 8
-  float slope[2];    // the derivative of D by |q|²/2
-};
-
-// y of the queries in a tile; their features go to a tile, which may be the same.
-__device__ inline Attended attend(const Features& w, const KeySums& keys, const float* queries,
-                                  float* features) {
-  Attended result;
-  float half[2];
-  half_squares(queries, w.embed, half);
-  Wide logs;
-  logs.clear();
-  multiply_short(logs, queries, kTilePitch, w.packed, w.embed_depth() * kGroup, w.embed_depth(),
-                 w.groups());
-  float top[2] = {half[0] + w.log_eps, half[1] + w.log_eps};
-#pragma unroll
-  for (int group = 0; group < kWidestGroups; ++group) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int feature = sum_column(group) + e;
-      const float maximum = feature < w.count ? keys.maximum[feature] : -INFINITY;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        logs.at[group][i][e] += maximum;
-        top[i] = fmaxf(top[i], logs.at[group][i][e]);
-      }
-    }
-  }
-  float divisor[2] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) top[i] = largest_of_row(top[i]);
-#pragma unroll
-  for (int group = 0; group < kWidestGroups; ++group) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int feature = sum_column(group) + e;
-      const float normalizer = feature < w.count ? keys.normalizer[feature] : 0.f;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        logs.at[group][i][e] = expf(logs.at[group][i][e] - top[i]);
-        divisor[i] += logs.at[group][i][e] * normalizer;
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    result.slope[i] = expf(half[i] + w.log_eps - top[i]);
-    result.inverse[i] = 1.f / (sum_of_row(divisor[i]) + result.slope[i]);
-  }
-  // The queries have been multiplied by all lanes.
-  __syncwarp();
-  keep_sums(logs, features, kTilePitch);
-  __syncwarp();
-  result.y.clear();
-  multiply_short(result.y, features, kTilePitch, keys.packed, w.depth() * kGroup, w.depth(),
-                 w.embed_groups());
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    result.y.at[i / 16][i / 8 % 2][i % 8] *= result.inverse[i / 8 % 2];
-  }
-  return result;
-}
-
-// Gradient of z from that of its features' logs. z is in `tile`, which is overwritten; `factor` is
-// the gradient of |z|²/2. Where z is out of range the clamp passes no gradient.
-__device__ inline Wide input_gradient(const Features& w, const Wide& log_gradients,
-                                      const float (&factor)[2], float* tile) {
-  Wide z, result;
-  take_sums(tile, z);
-  keep_sums(log_gradients, tile, kTilePitch);
-  __syncwarp();
-  result.clear();
-  multiply_short(result, tile, kTilePitch, w.packed_t, w.depth() * kGroup, w.depth(),
-                 w.embed_groups());
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    const float value = z.at[i / 16][i / 8 % 2][i % 8];
-    float& gradient = result.at[i / 16][i / 8 % 2][i % 8];
-    gradient = fabsf(value) < kLargest ? gradient + value * factor[i / 8 % 2] : 0.f;
-  }
-  return result;
-}
-
-// Gradient of the queries in a tile, which is overwritten, from that of y. What the gradients of
-// the sums are made of stays: the features, the gradient of N = y·D in `kept_grads`, and that of D
-// by row.
-__device__ inline Wide attend_backward(const Features& w, const KeySums& keys,
-                                       const Attended& attended, Wide& grads, float* queries,
-                                       const float* features, float* kept_grads,
-                                       float* normalizer_gradients) {
-  float of_divisor[2] = {};
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    float& grad = grads.at[i / 16][i / 8 % 2][i % 8];
-    grad *= attended.inverse[i / 8 % 2];
-    of_divisor[i / 8 % 2] -= grad * attended.y.at[i / 16][i / 8 % 2][i % 8];
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    of_divisor[i] = sum_of_row(of_divisor[i]);
-    if (lane_index() % 4 == 0) normalizer_gradients[sum_row(i)] = of_divisor[i];
-  }
-  keep_sums(grads, kept_grads, kTilePitch);
-  __syncwarp();
-  Wide log_gradients;
-  log_gradients.clear();
-  multiply_short(log_gradients, kept_grads, kTilePitch, keys.packed_t, w.embed_depth() * kGroup,
-                 w.embed_depth(), w.groups());
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    float feature[8];
-    load_eight(feature, features + sum_row(i % 2) * kTilePitch + sum_column(i / 2), 8, true);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int index = sum_column(i / 2) + e;
-      const float normalizer = index < w.count ? keys.normalizer[index] : 0.f;
-      float& gradient = log_gradients.at[i / 2][i % 2][e];
-      gradient = feature[e] * (gradient + of_divisor[i % 2] * normalizer);
-    }
-  }
-  const float factor[2] = {of_divisor[0] * attended.slope[0], of_divisor[1] * attended.slope[1]};
-  return input_gradient(w, log_gradients, factor, queries);
-}
-
-// Gradients of the keys and values in tiles, which are overwritten, from those of the sums.
-__device__ inline void keys_backward(const Features& w, const KeySums& keys, const KeySums& grads,
-                                     float* key_tile, float* value_tile, Wide& key_gradients,
-                                     Wide& value_gradients) {
-  Wide features, log_gradients;
-  key_logs(w, key_tile, 0, features);
-  log_gradients.clear();
-  multiply_short(log_gradients, value_tile, kTilePitch, grads.packed_t, w.embed_depth() * kGroup,
-                 w.embed_depth(), w.groups());
-  float total[2] = {};
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int index = sum_column(i / 2) + e;
-      const bool exists = index < w.count;
-      const float maximum = exists ? keys.maximum[index] : 0.f;
-      const float normalizer = exists ? grads.normalizer[index] : 0.f;
-      float& feature = features.at[i / 2][i % 2][e];
-      float& gradient = log_gradients.at[i / 2][i % 2][e];
-      feature = exists ? expf(feature - maximum) : 0.f;
-      gradient = feature * (gradient + normalizer);
-      total[i % 2] -= gradient;
-    }
-  }
-  // The tiles have been multiplied by all lanes.
-  __syncwarp();
-  keep_sums(features, value_tile, kTilePitch);
-  const float factor[2] = {sum_of_row(total[0]), sum_of_row(total[1])};
-  key_gradients = input_gradient(w, log_gradients, factor, key_tile);
-  value_gradients.clear();
-  multiply_short(value_gradients, value_tile, kTilePitch, grads.packed, w.depth() * kGroup,
-                 w.depth(), w.embed_groups());
-}
-
-// Gradients of the sums from the tokens of a block of two warps, each of which takes every other 16
-// features.
-constexpr int kGradientWarps = 2;
-
-struct SumGradients {
-  OuterSums<1, kWidest / 8> sums[2];
-  float normalizer[2] = {};
-
-  __device__ void clear() {
-    sums[0].clear();
-    sums[1].clear();
-  }
-
-  // Features and gradients of N are tiles of all warps, one after the other.
-  __device__ void add(const Features& w, const float* features, const float* grads,
-                      const float* normalizer_gradients) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int first = (warp_index() + i * kGradientWarps) * 16;
-      if (first >= w.count) break;
-      multiply_tokens(sums[i], features + first, kTilePitch, grads, kTilePitch,
-                      kGradientWarps * kRows);
-      float total = 0.f;
-      for (int row = lane_index() / 16; row < kGradientWarps * kRows; row += 2) {
-        total += features[row * kTilePitch + first + lane_index() % 16] * normalizer_gradients[row];
-      }
-      normalizer[i] += total + __shfl_xor_sync(kAllLanes, total, 16);
-    }
-  }
-
-  __device__ void store(const Features& w, const Parts& to, int64_t part) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int first = (warp_index() + i * kGradientWarps) * 16;
-      const int feature = first + lane_index() % 16;
-      if (lane_index() < 16 && feature < w.count) {
-        to.normalizer[part * w.count + feature] = normalizer[i];
-      }
-      store_outer(sums[i], to.sums + part * w.count * w.embed, first, w);
-    }
-  }
-};
-
-// The sums of each image from those of its parts, one after the other, and their packed forms.
-struct CombineParams {
-  Features w;
-  Parts parts;
-  int parts_per_image;
-  int64_t images;
-  float *maximum, *normalizer, *sums;  // without maxima the parts are simply added
-  float *packed, *packed_t;            // null: not wanted
-};
-
-constexpr int kCombineWarps = 4;
-
-// A warp per image and feature; features beyond the last are packed as zeros.
-template <bool kMaxima>
-__global__ void __launch_bounds__(kCombineWarps* kLanes) combine_kernel(const CombineParams p) {
-  const int64_t item = int64_t(blockIdx.x) * kCombineWarps + warp_index();
-  const int rows = p.w.groups() * kGroup;
-  const int64_t image = item / rows;
-  const int feature = static_cast<int>(item - image * rows);
-  if (image >= p.images) return;
-  float maximum = -INFINITY, normalizer = 0.f, sums[2] = {};
-  for (int i = 0; i < p.parts_per_image && feature < p.w.count; ++i) {
-    const int64_t at = (image * p.parts_per_image + i) * p.w.count + feature;
-    float shrink = 1.f, shrink_other = 1.f;
-    if (kMaxima) {
-      const float larger = fmaxf(maximum, p.parts.maximum[at]);
-      shrink = expf(maximum - larger);
-      shrink_other = expf(p.parts.maximum[at] - larger);
-      maximum = larger;
-    }
-    normalizer = normalizer * shrink + p.parts.normalizer[at] * shrink_other;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int column = lane_index() + j * kLanes;
-      if (column < p.w.embed) {
-        sums[j] = sums[j] * shrink + p.parts.sums[at * p.w.embed + column] * shrink_other;
-      }
-    }
-  }
-  const int64_t at = image * p.w.count + feature;
-  if (feature < p.w.count && lane_index() == 0) {
-    if (kMaxima) p.maximum[at] = maximum;
-    p.normalizer[at] = normalizer;
-  }
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int column = lane_index() + j * kLanes;
-    if (p.sums && feature < p.w.count && column < p.w.embed)
-      p.sums[at * p.w.embed + column] = sums[j];
-    if (p.packed && feature < p.w.depth() && j < p.w.embed_groups()) {
-      p.packed[image * p.w.packed_floats() + (j * p.w.depth() + feature) * kGroup + lane_index()] =
-          sums[j];
-    }
-    if (p.packed_t && column < p.w.embed_depth()) {
-      p.packed_t[image * p.w.packed_t_floats() +
-                 (feature / kGroup * p.w.embed_depth() + column) * kGroup + feature % kGroup] =
-          sums[j];
-    }
-  }
-}
-
-// Matrices (batches, rows, columns) of contiguous floats, packed as they are or transposed.
-inline torch::stable::Tensor packed_floats(const torch::stable::Tensor& from, int64_t batches,
-                                           int rows, int columns, bool transposed,
-                                           const DeviceScope& device) {
-  Packing p = {};
-  p.from = from.const_data_ptr();
-  p.batch_stride = int64_t(rows) * columns;
-  p.inner = 1;
-  p.depth = transposed ? columns : rows;
-  p.outer_stride = transposed ? 1 : columns;
-  p.columns = p.section = transposed ? rows : columns;
-  p.column_stride = transposed ? columns : 1;
-  p.groups = p.groups_per_section = static_cast<int>(divide_up(p.columns, kGroup));
-  torch::stable::Tensor to = new_floats(from, batches * packed_size(p.depth, p.groups));
-  p.to = to.mutable_data_ptr();
-  launch_pack<float>({p}, batches, device);
-  return to;
-}
-
-// The random features as the kernels take them. It owns their packed forms.
-class PackedFeatures {
- public:
-  PackedFeatures(const char* name, const torch::stable::Tensor& w, double eps, bool backward,
-                 const DeviceScope& device)
-      : floats_(
-            torch::stable::contiguous(torch::stable::to(w, torch::headeronly::ScalarType::Float))) {
-    const int count = static_cast<int>(w.size(0)), embed = static_cast<int>(w.size(1));
-    STD_TORCH_CHECK(count >= 1 && embed >= 1 && count <= kWidest && embed <= kWidest, name,
-                    ": expected 1 to ", kWidest, " features and embeddings, got ", count, " and ",
-                    embed);
-    packed_ = packed_floats(floats_, 1, count, embed, true, device);
-    if (backward) packed_t_ = packed_floats(floats_, 1, count, embed, false, device);
-    features_ = {floats_of(packed_), backward ? floats_of(*packed_t_) : nullptr, count, embed,
-                 eps > 0 ? static_cast<float>(std::log(eps) + std::log(count)) : -INFINITY};
-  }
-  const Features& features() const { return features_; }
-
- private:
-  torch::stable::Tensor floats_, packed_;
-  std::optional<torch::stable::Tensor> packed_t_;
-  Features features_;
-};
-
-// Parts of the sums of so many images, in one piece of memory.
+// Memory for them, in one piece.
 class PartMemory {
  public:
-  PartMemory(const torch::stable::Tensor& like, const Features& w, int64_t parts)
-      : memory_(new_floats(like, parts * w.count * (2 + w.embed))) {
+  PartMemory(const torch::stable::Tensor& like, int64_t parts)
+      : memory_(new_floats(like, parts * kFeatures * (2 + kEmbed))) {
     float* at = floats_of(memory_);
-    parts_ = {at, at + parts * w.count, at + 2 * parts * w.count};
+    parts_ = {at, at + parts * kFeatures, at + 2 * parts * kFeatures};
   }
   const Parts& parts() const { return parts_; }
 
@@ -515,17 +44,704 @@ class PartMemory {
   Parts parts_;
 };
 
-// Tiles of an image that a warp, or block, takes, such that about twelve warps of each
-// multiprocessor have work: the fewer the parts, the cheaper to combine.
-inline int64_t tiles_of_part(int64_t tiles, const DeviceScope& device) {
-  return std::clamp<int64_t>(divide_up(tiles * 8, 3 * device.enough_blocks()), 1, 16);
+// w in its two parts as a right operand, embed by features, or features by embed.
+constexpr int kFeatureBlocks = 4;
+
+template <typename T>
+__device__ void pack_features(uint4* to, const float* w, bool transposed) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    pack_blocks<T>(to + part * 2 * kBlockVectors, transposed ? 1 : 2, transposed ? 2 : 1,
+                   threadIdx.x, blockDim.x, [&](int row, int column) {
+                     const float x = transposed ? w[row * kEmbed + column] : w[column * kEmbed + row];
+                     return part == 0 ? x : remainder_of<T>(x);
+                   });
+  }
 }
 
-template <bool kMaxima>
-void launch_combine(const CombineParams& p, const DeviceScope& device) {
-  const int64_t blocks = divide_up(p.images * p.w.groups() * kGroup, kCombineWarps);
-  device.launch("performer_combine", combine_kernel<kMaxima>, dim3(static_cast<unsigned>(blocks)),
-                kCombineWarps * kLanes, 0, p);
+template <typename T>
+__device__ Operand<2> limited(Operand<2> operand) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    uint32_t& pair = operand.pair(i / 8, i / 4 % 2, i % 4);
+    pair = limit_pair<T>(pair);
+  }
+  return operand;
 }
+
+// |x|²/2 of rows g and g + 8.
+template <typename T>
+__device__ void half_squares(const Operand<2>& rows, float (&half)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sums[2] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float2 pair = elements_of<T>(rows.pair(j / 4, i, j % 4));
+      sums[0] += pair.x * pair.x;
+      sums[1] += pair.y * pair.y;
+    }
+    half[i] = sum_of_row(sums[0] + sums[1]) / 2;
+  }
+}
+
+// w as a left operand: [part][16 features][group of 32][row g, row g + 8][lane].
+constexpr int kFeatureRowVectors = 2 * 2 * 2 * 2 * kLanes;
+
+template <typename T>
+__device__ void pack_feature_rows(uint4* to, const float* w) {
+  for (int i = threadIdx.x; i < kFeatureRowVectors; i += blockDim.x) {
+    const int lane = i % kLanes;
+    const int feature = i / 128 % 2 * 16 + i / 32 % 2 * 8 + lane / 4;
+    const float* from = w + feature * kEmbed + i / 64 % 2 * kGroup + lane % 4 * 8;
+    uint32_t pairs[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float x = from[2 * j], y = from[2 * j + 1];
+      pairs[j] = i < kFeatureRowVectors / 2
+                     ? round_pair<T>(x, y)
+                     : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
+    }
+    to[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+}
+
+// Equal shares of an image's tokens for the warps that add them up.
+struct Chunks {
+  int tokens, chunk, chunks;  // tokens of an image and of a warp; warps of an image
+  int64_t images;
+
+  int64_t count() const { return images * chunks; }
+};
+
+// As many warps as are resident at a time, with equal work, but of 16 tiles at most.
+inline Chunks make_chunks(int64_t images, int64_t tokens, int warps_per_multiprocessor,
+                          const DeviceScope& device) {
+  const int64_t tiles = divide_up(tokens, kRows);
+  const int64_t warps = int64_t(warps_per_multiprocessor) * device.multiprocessors();
+  const int64_t per_image = std::clamp<int64_t>(warps / images, divide_up(tiles, 16), tiles);
+  const int64_t tiles_of_chunk = divide_up(tiles, per_image);
+  return {static_cast<int>(tokens), static_cast<int>(tiles_of_chunk * kRows),
+          static_cast<int>(divide_up(tiles, tiles_of_chunk)), images};
+}
+
+struct KeysParams {
+  const float* w;
+  Rows keys, values;
+  Chunks chunks;
+  Parts parts;
+};
+
+constexpr int kAttentionWarps = 4;
+constexpr int kValuePitch = padded_row<uint16_t>(kEmbed);
+constexpr int kKeysWarpBytes = kRows * (kValuePitch * 2 + 4);
+constexpr int kKeysBytes = kFeatureRowVectors * 16 + kAttentionWarps * kKeysWarpBytes;
+
+// Log-features lie transposed: features are the rows of the sums, which are then the left operand
+// of the sums over tokens as they lie.
+template <typename T>
+__global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
+    keys_kernel(const KeysParams p) {
+  uint4* w = dynamic_shared;
+  pack_feature_rows<T>(w, p.w);
+  __syncthreads();
+  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
+  const Chunks& chunks = p.chunks;
+  if (part >= chunks.images * chunks.chunks) return;
+  const int64_t image = part / chunks.chunks;
+  const int first = static_cast<int>(part - image * chunks.chunks) * chunks.chunk;
+  const int tokens = chunks.tokens;
+  T* values = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
+                                   warp_index() * kKeysWarpBytes);
+  auto* halves = reinterpret_cast<float*>(values + kRows * kValuePitch);
+  const int lane = lane_index();
+
+  OuterSums<2, kEmbed / 8> sums;
+  float maximum[2][2], normalizer[2][2] = {};
+  sums.clear();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) maximum[i / 2][i % 2] = -INFINITY;
+
+  const int end = min(first + chunks.chunk, tokens);
+  for (int at = first; at < end; at += kRows) {
+    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, at, tokens));
+    float half[2];
+    half_squares<T>(keys, half);
+    // The tiles have been read by all lanes.
+    __syncwarp();
+    keep_operand(load_operand<T>(p.values, image, at, tokens), values, kValuePitch);
+    if (lane % 4 == 0) {
+      halves[lane / 4] = half[0];
+      halves[lane / 4 + 8] = half[1];
+    }
+    __syncwarp();
+
+    // [16 features][8 tokens]: rows g and g + 8, tokens 2t and 2t + 1.
+    float logs[2][2][2][2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int tall = i / 2 % 2, group = i % 2;
+      const uint4* from = w + (i * 2) * kLanes + lane;
+      const uint4 top = from[0], bottom = from[kLanes];
+      const uint32_t left[2][4] = {{top.x, bottom.x, top.y, bottom.y},
+                                   {top.z, bottom.z, top.w, bottom.w}};
+#pragma unroll
+      for (int wide = 0; wide < 2; ++wide) {
+        float(&d)[2][2] = logs[tall][wide];
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[step],
+                 keys.pair(group, wide, 2 * step), keys.pair(group, wide, 2 * step + 1));
+        }
+      }
+    }
+#pragma unroll
+    for (int wide = 0; wide < 2; ++wide) {
+      const int token = wide * 8 + lane % 4 * 2;
+      const float2 of_token = *reinterpret_cast<const float2*>(halves + token);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float(&pair)[2] = logs[i / 2][wide][i % 2];
+        pair[0] = at + token < tokens ? pair[0] - of_token.x : -INFINITY;
+        pair[1] = at + token + 1 < tokens ? pair[1] - of_token.y : -INFINITY;
+      }
+    }
+    float factor[2][2];
+    bool grown = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int tall = i / 2, row = i % 2;
+      float largest = maximum[tall][row];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) largest = fmaxf(largest, logs[tall][j / 2][row][j % 2]);
+      largest = largest_of_row(largest);
+      factor[tall][row] = fast_exp2((maximum[tall][row] - largest) * kLog2E);
+      grown = grown || largest > maximum[tall][row];
+      maximum[tall][row] = largest;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& log = logs[tall][j / 2][row][j % 2];
+        log = fast_exp2((log - largest) * kLog2E);
+      }
+    }
+    if (grown) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        normalizer[i / 2][i % 2] *= factor[i / 2][i % 2];
+#pragma unroll
+        for (int j = 0; j < kEmbed / 8; ++j) {
+          sums.at[i / 2][j][i % 2][0] *= factor[i / 2][i % 2];
+          sums.at[i / 2][j][i % 2][1] *= factor[i / 2][i % 2];
+        }
+      }
+    }
+    __syncwarp();
+    uint32_t features[2][4];
+    const uint32_t ones = round_pair<T>(1.f, 1.f);
+#pragma unroll
+    for (int tall = 0; tall < 2; ++tall) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&pair)[2] = logs[tall][i / 2][i % 2];
+        features[tall][i] = round_pair<T>(pair[0], pair[1]);
+      }
+      float unused[2] = {};
+      mma<T>(normalizer[tall][0], unused[0], normalizer[tall][1], unused[1], features[tall], ones,
+             ones);
+    }
+#pragma unroll
+    for (int j = 0; j < kEmbed / 8; j += 2) {
+      uint32_t right[4];
+      load_matrices_transposed(right, values + lane % 16 * kValuePitch + j * 8 + lane / 16 * 8);
+#pragma unroll
+      for (int tall = 0; tall < 2; ++tall) {
+        auto& d = sums.at[tall][j];
+        auto& e = sums.at[tall][j + 1];
+        mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], features[tall], right[0], right[1]);
+        mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], features[tall], right[2], right[3]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t feature = part * kFeatures + sums.row(i / 2, i % 2);
+    if (lane % 4 == 0) {
+      p.parts.maximum[feature] = maximum[i / 2][i % 2];
+      p.parts.normalizer[feature] = normalizer[i / 2][i % 2];
+    }
+#pragma unroll
+    for (int j = 0; j < kEmbed / 8; ++j) {
+      *reinterpret_cast<float2*>(p.parts.sums + feature * kEmbed + sums.column(j)) = {
+          sums.at[i / 2][j][i % 2][0], sums.at[i / 2][j][i % 2][1]};
+    }
+  }
+}
+
+// Matrices of features by embed of each image in two parts, as right operands: as they are, and
+// transposed.
+constexpr int kMeanVectors = kFeatureBlocks * kBlockVectors;
+
+struct Means {
+  float* logs;       // (images, features): l; of a gradient, that of Z
+  uint4 *as_is, *transposed;
+};
+
+// One image's sums from those of its parts. Without maxima the parts are added, as gradients are.
+struct MeansParams {
+  Parts parts;
+  int parts_per_image;
+  int64_t images;
+  float *maximum, *normalizer, *sums;  // null: not wanted
+  const float* of_normalizer;          // of gradients: Z
+  Means means;
+};
+
+// A warp per image and feature.
+template <typename T, bool kGradients>
+__global__ void __launch_bounds__(kAttentionWarps* kLanes) means_kernel(const MeansParams p) {
+  const int64_t item = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
+  const int64_t image = item / kFeatures;
+  const int feature = static_cast<int>(item - image * kFeatures);
+  if (image >= p.images) return;
+  float maximum = -INFINITY, normalizer = 0.f, sums[2] = {};
+  for (int i = 0; i < p.parts_per_image; ++i) {
+    const int64_t at = (image * p.parts_per_image + i) * kFeatures + feature;
+    float shrink = 1.f, shrink_other = 1.f;
+    if (!kGradients) {
+      const float larger = fmaxf(maximum, p.parts.maximum[at]);
+      shrink = expf(maximum - larger);
+      shrink_other = expf(p.parts.maximum[at] - larger);
+      maximum = larger;
+    }
+    normalizer = normalizer * shrink + p.parts.normalizer[at] * shrink_other;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      sums[j] = sums[j] * shrink +
+                p.parts.sums[at * kEmbed + lane_index() + j * kLanes] * shrink_other;
+    }
+  }
+  if (!kGradients && p.sums) {
+    if (lane_index() == 0) {
+      p.maximum[item] = maximum;
+      p.normalizer[item] = normalizer;
+    }
+    p.sums[item * kEmbed + lane_index()] = sums[0];
+    p.sums[item * kEmbed + lane_index() + kLanes] = sums[1];
+  }
+  const float scale = 1.f / (kGradients ? p.of_normalizer[item] : normalizer);
+  if (lane_index() == 0) {
+    p.means.logs[item] = kGradients ? normalizer * scale : maximum + logf(normalizer);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float mean = sums[j] * scale;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const T element = static_cast<T>(part == 0 ? mean : remainder_of<T>(mean));
+      const int block = part * 2 + j;
+      if (p.means.as_is) {
+        reinterpret_cast<T*>(p.means.as_is + image * kMeanVectors +
+                             block * kBlockVectors)[block_place(feature, lane_index())] = element;
+      }
+      if (p.means.transposed) {
+        reinterpret_cast<T*>(p.means.transposed + image * kMeanVectors +
+                             block * kBlockVectors)[block_place(lane_index(), feature)] = element;
+      }
+    }
+  }
+}
+
+// sums += left·means, by both parts; they lie in global memory, one image's for many tiles.
+template <typename T, int kRowGroups, int kColumnGroups>
+__device__ void multiply_parts(Sums<kColumnGroups>& sums, const Operand<kRowGroups>& left,
+                               const uint4* blocks) {
+  multiply_blocks<T>(sums, left, blocks);
+  multiply_blocks<T>(sums, left, blocks + 2 * kBlockVectors);
+}
+
+// What the attention leaves of a tile of queries.
+struct AttendedTile {
+  Operand<1> features;  // f
+  float inverse[2];     // 1/D
+  float slope[2];       // e^(h − g)
+  Sums<2> y;
+};
+
+// `queries` are within range; `w` is the feature matrix, embed by features.
+template <typename T>
+__device__ AttendedTile attend_tile(const Operand<2>& queries, const uint4* w, float log_eps,
+                                    const float* logs_of_keys, const uint4* means) {
+  AttendedTile result;
+  float half[2];
+  half_squares<T>(queries, half);
+  Sums<1> logs;
+  logs.clear();
+  multiply_parts<T>(logs, queries, w);
+  float of_keys[8];
+  load_eight(of_keys, logs_of_keys + lane_index() % 4 * 8, 8, true);
+  float top[2] = {half[0] + log_eps, half[1] + log_eps};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float& log = logs.at[0][i / 8][i % 8];
+    log += of_keys[i % 8];
+    top[i / 8] = fmaxf(top[i / 8], log);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) top[i] = largest_of_row(top[i]);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float& log = logs.at[0][i / 8][i % 8];
+    log = fast_exp2((log - top[i / 8]) * kLog2E);
+  }
+  result.features = rounded_operand<T>(logs);
+  float divisor[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    result.slope[i] = fast_exp2((half[i] + log_eps - top[i]) * kLog2E);
+    divisor[i] = result.slope[i];
+  }
+  add_row_sums<T>(divisor, result.features.at[0]);
+  result.y.clear();
+  multiply_parts<T>(result.y, result.features, means);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) result.inverse[i] = fast_reciprocal(divisor[i]);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    result.y.at[i / 16][i / 8 % 2][i % 8] *= result.inverse[i / 8 % 2];
+  }
+  return result;
+}
+
+// What the attention has of w and of the keys of all images, in the order of a call's kernels.
+template <typename T>
+class KeyMeans {
+ public:
+  KeyMeans(const torch::stable::Tensor& like, int64_t images, bool transposed)
+      : images_(images),
+        logs_(new_floats(like, images * kFeatures)),
+        blocks_(torch::stable::new_empty(
+            like, {(transposed ? 2 : 1) * images * kMeanVectors * Vec<T>::size})) {
+    auto* at = static_cast<uint4*>(blocks_.mutable_data_ptr());
+    means_ = {floats_of(logs_), at, transposed ? at + images * kMeanVectors : nullptr};
+  }
+  const Means& operator()() const { return means_; }
+
+  // From parts, whose sums go to `maximum`, `normalizer` and `sums`.
+  void combine(const Parts& parts, int parts_per_image, float* maximum, float* normalizer,
+               float* sums, const DeviceScope& device) const {
+    launch<false>({parts, parts_per_image, images_, maximum, normalizer, sums, nullptr, means_},
+                  device);
+  }
+  // From the sums themselves.
+  void load(const Parts& sums, const DeviceScope& device) const {
+    launch<false>({sums, 1, images_, nullptr, nullptr, nullptr, nullptr, means_}, device);
+  }
+  // Gradients of sums from parts of them, over the normaliser.
+  void combine_gradients(const Parts& parts, int parts_per_image, const float* normalizer,
+                         const DeviceScope& device) const {
+    launch<true>({parts, parts_per_image, images_, nullptr, nullptr, nullptr, normalizer, means_},
+                 device);
+  }
+
+ private:
+  template <bool kGradients>
+  void launch(const MeansParams& p, const DeviceScope& device) const {
+    device.launch("performer_means", means_kernel<T, kGradients>,
+                  dim3(grid_size(divide_up(images_ * kFeatures, kAttentionWarps))),
+                  kAttentionWarps * kLanes, 0, p);
+  }
+
+  int64_t images_;
+  torch::stable::Tensor logs_, blocks_;
+  Means means_;
+};
+
+// ---- backward
+
+struct QueriesBackwardParams {
+  const float* w;
+  float log_eps;
+  Rows queries, grads;  // of y
+  Means means;
+  Chunks chunks;
+  Parts parts;  // gradients of the sums over Z
+  void* grad_queries;
+  int64_t grad_stride;  // from a token to the next
+};
+
+constexpr int kFeaturePitch = padded_row<uint16_t>(kFeatures);
+constexpr int kQueriesWarpBytes = kRows * 2 * (kFeaturePitch + kValuePitch);
+constexpr int kBothFeatures = 2 * kFeatureBlocks * kBlockVectors;
+constexpr int kQueriesBackwardBytes = kBothFeatures * 16 + kAttentionWarps * kQueriesWarpBytes;
+
+// Gradients of what was limited are zero where it was: the derivative of the limit.
+template <typename T>
+__device__ void stop_at_limit(Sums<2>& gradients, const Operand<2>& limited) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 pair = elements_of<T>(limited.pair(i / 8, i / 4 % 2, i % 4));
+    float* to = &gradients.at[i / 8][i / 4 % 2][i % 4 * 2];
+    if (!(fabsf(pair.x) < 0x1p50f)) to[0] = 0.f;
+    if (!(fabsf(pair.y) < 0x1p50f)) to[1] = 0.f;
+  }
+}
+
+// dz = logs' gradients·w + z·factor.
+template <typename T>
+__device__ Sums<2> through_features(const Operand<1>& log_gradients, const uint4* w_transposed,
+                                    const Operand<2>& z, const float (&factor)[2]) {
+  Sums<2> result;
+  result.clear();
+  multiply_parts<T>(result, log_gradients, w_transposed);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int half = i / 4 % 2;
+    const float2 pair = elements_of<T>(z.pair(i / 8, half, i % 4));
+    float* to = &result.at[i / 8][half][i % 4 * 2];
+    to[0] += pair.x * factor[half];
+    to[1] += pair.y * factor[half];
+  }
+  stop_at_limit<T>(result, z);
+  return result;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
+    queries_backward_kernel(const QueriesBackwardParams p) {
+  uint4* w = dynamic_shared;
+  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
+  pack_features<T>(w, p.w, false);
+  pack_features<T>(w_transposed, p.w, true);
+  __syncthreads();
+  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
+  const Chunks& chunks = p.chunks;
+  if (part >= chunks.images * chunks.chunks) return;
+  const int64_t image = part / chunks.chunks;
+  const int first = static_cast<int>(part - image * chunks.chunks) * chunks.chunk;
+  const int tokens = chunks.tokens;
+  T* features = reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared + kBothFeatures) +
+                                     warp_index() * kQueriesWarpBytes);
+  T* grads = features + kRows * kFeaturePitch;
+
+  OuterSums<2, kEmbed / 8> sums;
+  sums.clear();
+  float of_normalizer[8] = {};
+  const int end = min(first + chunks.chunk, tokens);
+#pragma unroll 1
+  for (int at = first; at < end; at += kRows) {
+    const Operand<2> queries = limited<T>(load_operand<T>(p.queries, image, at, tokens));
+    const AttendedTile attended =
+        attend_tile<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures,
+                       p.means.as_is + image * kMeanVectors);
+    Operand<2> grad;
+    float of_divisor[2] = {};
+    {
+      Sums<2> scaled;
+      scaled.clear();
+      add_operand<T>(scaled, load_operand<T>(p.grads, image, at, tokens));
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        float& value = scaled.at[i / 16][i / 8 % 2][i % 8];
+        value *= attended.inverse[i / 8 % 2];
+        of_divisor[i / 8 % 2] -= value * attended.y.at[i / 16][i / 8 % 2][i % 8];
+      }
+      grad = rounded_operand<T>(scaled);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) of_divisor[i] = sum_of_row(of_divisor[i]);
+
+    // The tiles have been multiplied by all lanes.
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<uint4*>(features + sum_row(half) * kFeaturePitch + sum_column(0)) =
+          eight_of(attended.features, 0, half);
+    }
+    keep_operand(grad, grads, kValuePitch);
+    __syncwarp();
+    multiply_tokens(sums, features, kFeaturePitch, grads, kValuePitch, kRows);
+
+    Sums<1> log_gradients;
+    log_gradients.clear();
+    multiply_parts<T>(log_gradients, grad, p.means.transposed + image * kMeanVectors);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i / 4;
+      const float2 pair = elements_of<T>(attended.features.pair(0, half, i % 4));
+      float* to = &log_gradients.at[0][half][i % 4 * 2];
+      to[0] = pair.x * (to[0] + of_divisor[half]);
+      to[1] = pair.y * (to[1] + of_divisor[half]);
+      of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
+      of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
+    }
+    const float factor[2] = {of_divisor[0] * attended.slope[0],
+                             of_divisor[1] * attended.slope[1]};
+    const Sums<2> grad_queries =
+        through_features<T>(rounded_operand<T>(log_gradients), w_transposed, queries, factor);
+    store_operand(rounded_operand<T>(grad_queries),
+                  static_cast<T*>(p.grad_queries) + (image * tokens + at) * p.grad_stride,
+                  p.grad_stride, tokens - at);
+  }
+
+  const int lane = lane_index();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float total = of_normalizer[i];
+    for (int distance = 4; distance < kLanes; distance *= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, distance);
+    }
+    if (lane < 4) p.parts.normalizer[part * kFeatures + lane * 8 + i] = total;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t feature = part * kFeatures + sums.row(i / 2, i % 2);
+#pragma unroll
+    for (int j = 0; j < kEmbed / 8; ++j) {
+      *reinterpret_cast<float2*>(p.parts.sums + feature * kEmbed + sums.column(j)) = {
+          sums.at[i / 2][j][i % 2][0], sums.at[i / 2][j][i % 2][1]};
+    }
+  }
+}
+
+struct KeysBackwardParams {
+  const float* w;
+  Rows keys, values, skip;  // skip: a gradient of the values that is added; may be null
+  const float* maximum;
+  Means grads;  // of the sums over Z
+  TileLoop loop;
+  void *grad_keys, *grad_values;
+  int64_t grad_stride;  // from a token to the next
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
+    keys_backward_kernel(const KeysBackwardParams p) {
+  uint4* w = dynamic_shared;
+  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
+  pack_features<T>(w, p.w, false);
+  pack_features<T>(w_transposed, p.w, true);
+  __syncthreads();
+  p.loop([&](int64_t image, int first) {
+    const int tokens = p.loop.tokens;
+    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, first, tokens));
+    const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
+    float half[2], column[8];
+    half_squares<T>(keys, half);
+    Sums<1> logs, log_gradients;
+    logs.clear();
+    multiply_parts<T>(logs, keys, w);
+    load_eight(column, p.maximum + image * kFeatures + sum_column(0), 8, true);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& log = logs.at[0][i / 8][i % 8];
+      log = fast_exp2((log - half[i / 8] - column[i % 8]) * kLog2E);
+    }
+    const Operand<1> features = rounded_operand<T>(logs);
+    log_gradients.clear();
+    multiply_parts<T>(log_gradients, values, p.grads.transposed + image * kMeanVectors);
+    load_eight(column, p.grads.logs + image * kFeatures + sum_column(0), 8, true);
+    float factor[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float2 pair = elements_of<T>(features.pair(0, i / 4, i % 4));
+      float* to = &log_gradients.at[0][i / 4][i % 4 * 2];
+      to[0] = pair.x * (to[0] + column[i % 4 * 2]);
+      to[1] = pair.y * (to[1] + column[i % 4 * 2 + 1]);
+      factor[i / 4] -= to[0] + to[1];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) factor[i] = sum_of_row(factor[i]);
+    const int64_t to = (image * tokens + first) * p.grad_stride;
+    store_operand(rounded_operand<T>(through_features<T>(rounded_operand<T>(log_gradients),
+                                                         w_transposed, keys, factor)),
+                  static_cast<T*>(p.grad_keys) + to, p.grad_stride, tokens - first);
+    Sums<2> grad_values;
+    grad_values.clear();
+    multiply_parts<T>(grad_values, features, p.grads.as_is + image * kMeanVectors);
+    if (p.skip.at) add_operand<T>(grad_values, load_operand<T>(p.skip, image, first, tokens));
+    store_operand(rounded_operand<T>(grad_values), static_cast<T*>(p.grad_values) + to,
+                  p.grad_stride, tokens - first);
+  });
+}
+
+// w in float32, and what of it and eps an operator's kernels take.
+class RandomFeatures {
+ public:
+  RandomFeatures(const char* name, const torch::stable::Tensor& w, double eps)
+      : floats_(
+            torch::stable::contiguous(torch::stable::to(w, torch::headeronly::ScalarType::Float))),
+        log_eps_(eps > 0 ? static_cast<float>(std::log(eps) + std::log(kFeatures)) : -INFINITY) {
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == kFeatures && w.size(1) == kEmbed, name,
+                    ": w must be (", kFeatures, ", ", kEmbed, ")");
+  }
+  const float* floats() const { return static_cast<const float*>(floats_.const_data_ptr()); }
+  float log_eps() const { return log_eps_; }
+
+ private:
+  torch::stable::Tensor floats_;
+  float log_eps_;
+};
+
+// The sums over keys that an operator saves, and its passes over tokens.
+template <typename T>
+struct PerformerPasses {
+  const RandomFeatures& features;
+  int64_t images, tokens;
+  const DeviceScope& device;
+
+  // Maximum, normaliser and sums of each image.
+  void keys(const Rows& keys, const Rows& values, const torch::stable::Tensor& like,
+            const Parts& saved, const KeyMeans<T>& means) const {
+    KeysParams p = {};
+    p.w = features.floats();
+    p.keys = keys;
+    p.values = values;
+    p.chunks = make_chunks(images, tokens, 3 * kAttentionWarps, device);
+    const PartMemory parts(like, p.chunks.count());
+    p.parts = parts.parts();
+    device.launch("performer_keys", keys_kernel<T>,
+                  dim3(grid_size(divide_up(p.chunks.count(), kAttentionWarps))),
+                  kAttentionWarps * kLanes, kKeysBytes, p);
+    means.combine(p.parts, p.chunks.chunks, saved.maximum, saved.normalizer, saved.sums, device);
+  }
+
+  // Gradients of q, k and v from that of y. `grad_y` may be where the gradient of q goes.
+  void backward(const Rows& keys, const Rows& queries, const Rows& values, const Rows& grad_y,
+                const Rows& skip, const torch::stable::Tensor& like, const Parts& saved,
+                const KeyMeans<T>& means, void* grad_keys, void* grad_queries, void* grad_values,
+                int64_t grad_stride) const {
+    QueriesBackwardParams q = {};
+    q.w = features.floats();
+    q.log_eps = features.log_eps();
+    q.queries = queries;
+    q.grads = grad_y;
+    q.means = means();
+    q.chunks = make_chunks(images, tokens, 2 * kAttentionWarps, device);
+    const PartMemory parts(like, q.chunks.count());
+    q.parts = parts.parts();
+    q.grad_queries = grad_queries;
+    q.grad_stride = grad_stride;
+    device.launch("performer_queries_backward", queries_backward_kernel<T>,
+                  dim3(grid_size(divide_up(q.chunks.count(), kAttentionWarps))),
+                  kAttentionWarps * kLanes, kQueriesBackwardBytes, q);
+    const KeyMeans<T> grads(like, images, true);
+    grads.combine_gradients(q.parts, q.chunks.chunks, saved.normalizer, device);
+    KeysBackwardParams k = {};
+    k.w = q.w;
+    k.keys = keys;
+    k.values = values;
+    k.skip = skip;
+    k.maximum = saved.maximum;
+    k.grads = grads();
+    k.loop = make_tile_loop(images, tokens);
+    k.grad_keys = grad_keys;
+    k.grad_values = grad_values;
+    k.grad_stride = grad_stride;
+    device.launch("performer_keys_backward", keys_backward_kernel<T>,
+                  grid_of_tiles(k.loop, kAttentionWarps, 3, device), kAttentionWarps * kLanes,
+                  kBothFeatures * 16, k);
+  }
+};
 
 }  // namespace t2t

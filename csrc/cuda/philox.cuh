@@ -45,6 +45,34 @@ __device__ inline void philox(uint64_t seed, uint64_t block, uint32_t site, uint
   words[3] = c3;
 }
 
+// Blocks first, first + 1, second and second + 1 side by side.
+__device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t second, uint32_t site,
+                                      uint32_t (&words)[4][4]) {
+  const uint64_t blocks[4] = {first, first + 1, second, second + 1};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i][0] = static_cast<uint32_t>(blocks[i]);
+    words[i][1] = static_cast<uint32_t>(blocks[i] >> 32);
+    words[i][2] = site;
+    words[i][3] = 0;
+  }
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t(&c)[4] = words[i];
+      const uint64_t one = uint64_t(0xD2511F53u) * c[0], other = uint64_t(0xCD9E8D57u) * c[2];
+      c[0] = static_cast<uint32_t>(other >> 32) ^ c[1] ^ k0;
+      c[1] = static_cast<uint32_t>(other);
+      c[2] = static_cast<uint32_t>(one >> 32) ^ c[3] ^ k1;
+      c[3] = static_cast<uint32_t>(one);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
 // Multiplies eight adjacent elements, the first of which has index `first`, by their factors.
 __device__ inline void drop_eight(const Dropout& dropout, uint32_t site, int64_t first,
                                   float (&values)[8]) {

@@ -107,9 +107,10 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
       for (int e = 0; e < 8; ++e) values[e] = sums.at[group][half][e] + constants[e];
       T* to = static_cast<T*>(p.y) + token * p.outputs + column;
       if (p.vectors) {
-        *reinterpret_cast<uint4*>(to) = {
-            round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]),
-            round_pair<T>(values[4], values[5]), round_pair<T>(values[6], values[7])};
+        store_vector(to, uint4{round_pair<T>(values[0], values[1]),
+                               round_pair<T>(values[2], values[3]),
+                               round_pair<T>(values[4], values[5]),
+                               round_pair<T>(values[6], values[7])});
       } else {
         store_eight(to, values, p.outputs - column, false);
       }
@@ -117,11 +118,16 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
   }
 }
 
-// Sections of 64 columns, so that a patch and the sums fit in the registers of twelve warps.
-constexpr int kSectionGroups = 2;
+// Sections of 32 columns, so that two tiles and the sums fit in the registers of twelve warps.
+constexpr int kSectionGroups = 1;
+constexpr int kTiles = 2, kTileTokens = kTiles * kRows;
+
+// Fewer warps where two tiles need more registers.
+template <int kPatchRows, bool kPairs>
+constexpr int kRowsWarps = kPatchRows <= (kPairs ? 21 : 8) ? kProjectWarps : 8;
 
 template <typename T, int kPatchRows, bool kPairs>
-__global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
+__global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
     project_rows_kernel(const ProjectionParams p) {
   using Patches = PatchRows<T, kPatchRows, kPairs>;
   const int first_group = blockIdx.y * kProjectGroups;
@@ -137,36 +143,56 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
   wait_for_copies<0>();
   __syncthreads();
 
-  const int warps = blockDim.x / kLanes;
-  const int64_t step = int64_t(gridDim.x) * warps * kRows;
-  for (int64_t token = (int64_t(blockIdx.x) * warps + warp_index()) * kRows;
+  // Two tiles of 16 tokens share what is loaded of the weight.
+  const int64_t step = int64_t(gridDim.x) * blockDim.x / kLanes * kTileTokens;
+  for (int64_t token = (int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index()) * kTileTokens;
        token < p.map.token_count; token += step) {
-    Patches tile;
-    tile.load(p.map, token);
-    if (p.normalized) {
-      const RowMoments moments = tile.take_moments(p.map, p.eps);
-      normalize<T, kPatchRows>(tile.patches, moments);
-      store_moments<T>(p, token, moments);
+    Patches tiles[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      tiles[tile].load(p.map, token + tile * kRows);
+      if (p.normalized) {
+        const RowMoments moments = tiles[tile].take_moments(p.map, p.eps);
+        normalize<T, kPatchRows>(tiles[tile].patches, moments);
+        store_moments<T>(p, token + tile * kRows, moments);
+      }
+      // One tile's addresses after the other's, or they would not fit in registers.
+      __syncwarp();
     }
 #pragma unroll 1
     for (int section = 0; section < column_groups; section += kSectionGroups) {
-      Sums<kSectionGroups> sums;
-      sums.clear();
+      Sums<kSectionGroups> sums[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) sums[tile].clear();
 #pragma unroll
       for (int i = 0; i < Patches::kGroups; ++i) {
         constexpr int kLastPairs = kPatchRows - 4 * (Patches::kGroups - 1);
+        const int steps = i == Patches::kGroups - 1 && kLastPairs <= 2 ? 1 : 2;
 #pragma unroll
         for (int j = 0; j < kSectionGroups; ++j) {
           if (section + j >= column_groups) continue;
           const uint4* block = dynamic_shared + (i * column_groups + section + j) * kBlockVectors;
-          if (i == Patches::kGroups - 1 && kLastPairs <= 2) {
-            multiply_block<T, 1>(sums.at[j], tile.patches.at[i], block);
-          } else {
-            multiply_block<T>(sums.at[j], tile.patches.at[i], block);
+#pragma unroll
+          for (int column = 0; column < 8; column += 2) {
+            const uint4 right = block[column / 2 * kLanes + lane_index()];
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              auto& d = sums[tile].at[j];
+              const auto& left = tiles[tile].patches.at[i];
+              mma<T>(d[0][column], d[0][column + 1], d[1][column], d[1][column + 1], left[0],
+                     right.x, right.y);
+              if (steps == 2) {
+                mma<T>(d[0][column], d[0][column + 1], d[1][column], d[1][column + 1], left[1],
+                       right.z, right.w);
+              }
+            }
           }
         }
       }
-      store_projected<T>(p, token, first_group + section, sums);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        store_projected<T>(p, token + tile * kRows, first_group + section, sums[tile]);
+      }
     }
   }
 }
@@ -180,8 +206,7 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     project_taps_kernel(const ProjectionParams p) {
   const int first_group = blockIdx.y * kProjectGroups;
   const int column_groups = min(kProjectGroups, p.column_groups - first_group);
-  const int pieces = p.groups / 2, taps = p.map.kernel * p.map.kernel;
-  const int channels = p.map.elements / taps;
+  const int pieces = p.groups / 2;
   const int piece_vectors = 2 * column_groups * kBlockVectors;
   const int64_t step = int64_t(gridDim.x) * blockDim.x / kLanes * kRows;
   const int64_t first = int64_t(blockIdx.x) * (blockDim.x / kLanes) * kRows;
@@ -209,17 +234,19 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     const Corners corners(p.map, token);
     RowMoments moments = {{0.f, 0.f}, {1.f, 1.f}};
     if (p.normalized) {
-      moments = moments_of_taps<T, kVectors>(p.map, corners, p.eps);
+      moments = moments_of_taps(PatchTaps<T, kVectors>(p.map, corners), p.eps);
       store_moments<T>(p, token, moments);
     }
+    PatchTaps<T, kVectors> taps(p.map, corners);
     Sums<kProjectGroups> sums;
     sums.clear();
 #pragma unroll 1
     for (int piece = 0; piece < pieces; ++piece) {
-      const int element = piece * kTapChannels, tap = element / channels;
-      Operand<2> patches =
-          load_tap<T, kVectors>(p.map, corners, tap, element - tap * channels);
+      Operand<2> patches = taps.next();
       if (p.normalized) normalize<T, 8>(patches, moments);
+      // New registers, in the order of the fragments: ptxas would copy them for every product.
+      keep_in_loop(patches.at[0], piece);
+      keep_in_loop(patches.at[1], piece);
       wait_for_copies<1>();
       // The piece is there for all warps, and the one before it has been multiplied by all.
       __syncthreads();
@@ -290,31 +317,18 @@ class Projection16 {
 
   // y (tokens of all images, outputs) and, if not null, the tokens' moments.
   void operator()(void* y, float2* moments, const DeviceScope& device) {
-    ProjectionParams p = params_;
-    p.y = y;
-    p.moments = moments;
-    p.vectors = p.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
-    const int64_t tiles = divide_up(p.map.token_count, kRows);
-    const int64_t wide = divide_up(p.column_groups, kProjectGroups);
-    const int64_t blocks = std::max<int64_t>(1, device.multiprocessors() / wide);
-    const auto warps = std::clamp<int64_t>(divide_up(tiles, blocks), 1, kProjectWarps);
-    const dim3 grid(grid_size(std::min(blocks, divide_up(tiles, warps))),
-                    static_cast<unsigned>(wide));
-    const int threads = static_cast<int>(warps) * kLanes;
-    const int columns = std::min(kProjectGroups, p.column_groups);
-    const auto launch = [&](void (*kernel)(ProjectionParams), int blocks_of_weight) {
-      device.launch("soft_split_linear", kernel, grid, threads,
-                    static_cast<size_t>(blocks_of_weight) * kBlockBytes, p);
-    };
+    params_.y = y;
+    params_.moments = moments;
+    params_.vectors = params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
     if (order_ == PatchOrder::kTaps) {
       launch(vectors_ ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
-             kStages * 2 * kProjectGroups);
+             kProjectWarps, kRows, kStages * 2 * kProjectGroups, device);
       return;
     }
-    switch (compiled_rows(p.map.rows)) {
-      case 8: return launch(rows_kernel<8>(), p.groups * columns);
-      case 21: return launch(rows_kernel<21>(), p.groups * columns);
-      default: return launch(rows_kernel<kMostRows>(), p.groups * columns);
+    switch (compiled_rows(params_.map.rows)) {
+      case 8: return launch_rows<8>(device);
+      case 21: return launch_rows<21>(device);
+      default: return launch_rows<kMostRows>(device);
     }
   }
 
@@ -324,9 +338,28 @@ class Projection16 {
 
  private:
   template <int kPatchRows>
-  auto rows_kernel() const -> void (*)(ProjectionParams) {
-    return vectors_ ? project_rows_kernel<T, kPatchRows, true>
-                    : project_rows_kernel<T, kPatchRows, false>;
+  void launch_rows(const DeviceScope& device) const {
+    const int blocks = params_.groups * std::min(kProjectGroups, params_.column_groups);
+    if (vectors_) {
+      launch(project_rows_kernel<T, kPatchRows, true>, kRowsWarps<kPatchRows, true>, kTileTokens,
+             blocks, device);
+    } else {
+      launch(project_rows_kernel<T, kPatchRows, false>, kRowsWarps<kPatchRows, false>, kTileTokens,
+             blocks, device);
+    }
+  }
+
+  // One block a multiprocessor, of fewer warps if there are few tokens.
+  void launch(void (*kernel)(ProjectionParams), int most_warps, int warp_tokens,
+              int blocks_of_weight, const DeviceScope& device) const {
+    const int64_t tiles = divide_up(params_.map.token_count, warp_tokens);
+    const int64_t wide = divide_up(params_.column_groups, kProjectGroups);
+    const int64_t blocks = std::max<int64_t>(1, device.multiprocessors() / wide);
+    const int warps = static_cast<int>(std::clamp<int64_t>(divide_up(tiles, blocks), 1, most_warps));
+    device.launch("soft_split_linear", kernel,
+                  dim3(grid_size(std::min(blocks, divide_up(tiles, warps))),
+                       static_cast<unsigned>(wide)),
+                  warps * kLanes, static_cast<size_t>(blocks_of_weight) * kBlockBytes, params_);
   }
 
   torch::stable::Tensor packed_, constants_;

@@ -618,6 +618,8 @@ void launch_project(ProjectParams p, const DeviceScope& device) {
                 warps * TokenTile<T>::bytes(p.chunk), p);
 }
 
+}  // namespace
+
 Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
                          std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
                          int64_t kernel_size, int64_t stride, int64_t padding, double eps) {
@@ -663,6 +665,8 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
   });
   return y;
 }
+
+namespace {
 
 // Mean, 1/σ, m1 and m2 of every token; without `means` the last two are zero.
 template <typename T>

@@ -9,6 +9,15 @@
 
 namespace t2t {
 
+// y (B, T, outputs).
+torch::stable::Tensor soft_split_linear(torch::stable::Tensor x, torch::stable::Tensor weight,
+                                        std::optional<torch::stable::Tensor> bias,
+                                        std::optional<torch::stable::Tensor> norm_weight,
+                                        std::optional<torch::stable::Tensor> norm_bias,
+                                        int64_t kernel_size, int64_t stride, int64_t padding,
+                                        double eps);
+
+
 // Gradients of the map (empty unless `need_x`), weight, bias, and the norm's parameters (empty
 // without a norm) from that of the result.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,

@@ -24,6 +24,10 @@ __device__ void store_vector(T* to, const Vec<T>& vector) {
   __stwb(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(vector));
 }
 
+__device__ inline void store_vector(void* to, const uint4& vector) {
+  __stwb(static_cast<uint4*>(to), vector);
+}
+
 // Elements between the last 16-byte boundary and `pointer`.
 template <typename T>
 __device__ int phase_of(const T* pointer) {

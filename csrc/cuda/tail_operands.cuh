@@ -1,0 +1,524 @@
+// The tail of a T2T layer (see tail.cuh) for half types and 64 elements, its operands in registers
+// and its weights in shared memory.
+#pragma once
+
+#include <vector>
+
+#include "operands.cuh"
+#include "tail.cuh"
+
+namespace t2t {
+
+// The weight of a linear map (outputs × inputs) as a right operand, inputs by outputs or, for the
+// gradient, outputs by inputs.
+constexpr int kLinearBlocks = 4;
+
+template <typename T>
+__device__ void pack_linear(uint4* to, const void* weight, bool transposed) {
+  const T* from = static_cast<const T*>(weight);
+  pack_blocks<T>(to, 2, 2, threadIdx.x, blockDim.x, [&](int row, int column) {
+    return static_cast<float>(from[transposed ? row * kWidest + column : column * kWidest + row]);
+  });
+}
+
+// The tail's tensors in memory, all contiguous and of 64 rows and columns.
+struct TailPointers {
+  const void *proj, *proj_bias, *norm_gain, *norm_offset, *mlp_in, *mlp_in_bias, *mlp_out,
+      *mlp_out_bias;
+  Dropout dropout;
+};
+
+// What an operator is given of a tail, checked; it keeps contiguous copies alive.
+class TailArguments {
+ public:
+  TailArguments(const char* name, const TailTensors& tensors, const torch::stable::Tensor& like,
+                Dropout dropout)
+      : name_(name), dtype_(like.scalar_type()) {
+    pointers_ = {checked("proj_weight", tensors.proj_weight, 2),
+                 checked("proj_bias", tensors.proj_bias, 1),
+                 checked("norm2_weight", tensors.norm_weight, 1),
+                 checked("norm2_bias", tensors.norm_bias, 1),
+                 checked("mlp_0_weight", tensors.mlp_in_weight, 2),
+                 checked("mlp_0_bias", tensors.mlp_in_bias, 1),
+                 checked("mlp_2_weight", tensors.mlp_out_weight, 2),
+                 checked("mlp_2_bias", tensors.mlp_out_bias, 1),
+                 dropout};
+  }
+  const TailPointers& operator()() const { return pointers_; }
+
+ private:
+  const void* checked(const char* argument, const torch::stable::Tensor& tensor, int dimensions) {
+    bool same = tensor.dim() == dimensions && tensor.scalar_type() == dtype_;
+    for (int i = 0; i < dimensions; ++i) same = same && tensor.size(i) == kWidest;
+    STD_TORCH_CHECK(same, name_, ": ", argument, " has the wrong shape or dtype");
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return kept_.back().const_data_ptr();
+  }
+
+  const char* name_;
+  torch::headeronly::ScalarType dtype_;
+  std::vector<torch::stable::Tensor> kept_;
+  TailPointers pointers_ = {};
+};
+
+// Vectors in shared memory, as floats.
+struct TailVectors {
+  float proj_bias[kWidest], norm_gain[kWidest], norm_offset[kWidest], mlp_in_bias[kWidest],
+      mlp_out_bias[kWidest];
+
+  template <typename T>
+  __device__ void load(const TailPointers& p) {
+    for (int i = threadIdx.x; i < kWidest; i += blockDim.x) {
+      const auto at = [&](const void* from) {
+        return static_cast<float>(static_cast<const T*>(from)[i]);
+      };
+      proj_bias[i] = at(p.proj_bias);
+      norm_gain[i] = at(p.norm_gain);
+      norm_offset[i] = at(p.norm_offset);
+      mlp_in_bias[i] = at(p.mlp_in_bias);
+      mlp_out_bias[i] = at(p.mlp_out_bias);
+    }
+  }
+};
+
+__device__ inline void add_columns(Sums<2>& sums, const float* vector) {
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    float addends[8];
+    load_eight(addends, vector + sum_column(group), 8, true);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums.at[group][i / 8][i % 8] += addends[i % 8];
+  }
+}
+
+// Which of a lane's 32 elements of a tile dropout keeps: bit 16·group + 8·half + e.
+struct Kept {
+  uint32_t bits;
+
+  // Of tokens first_token … of all images. Both rows' numbers are drawn side by side.
+  __device__ Kept(const Dropout& dropout, uint32_t site, int64_t first_token) : bits(~0u) {
+    if (dropout.seed == nullptr) return;
+    const auto seed = static_cast<uint64_t>(*dropout.seed);
+    bits = 0;
+#pragma unroll 1
+    for (int group = 0; group < 2; ++group) {
+      uint32_t words[4][4];
+      const int64_t first = ((first_token + lane_index() / 4) * kWidest + sum_column(group)) / 4;
+      philox_of_four(seed, first, first + 8 * kWidest / 4, site, words);
+      uint32_t kept = 0;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (words[i / 4][i % 4] >= dropout.threshold) kept |= 1u << i;
+      }
+      bits |= kept << 16 * group;
+    }
+  }
+  __device__ void apply(const Dropout& dropout, Sums<2>& sums) const {
+    if (dropout.seed == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float& value = sums.at[i / 16][i / 8 % 2][i % 8];
+      value = bits >> i & 1 ? value * dropout.scale : 0.f;
+    }
+  }
+};
+
+// Means of rows g and g + 8.
+__device__ inline void row_means(const Sums<2>& sums, float (&mean)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float totals[2] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) totals[i % 2] += sums.at[i / 8][half][i % 8];
+    mean[half] = sum_of_row(totals[0] + totals[1]) / kWidest;
+  }
+}
+
+// Normalises rows without gain and offset; 1/σ goes to `rstd`.
+__device__ inline void normalize_rows(Sums<2>& sums, float (&rstd)[2]) {
+  float mean[2];
+  row_means(sums, mean);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float squares[2] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& value = sums.at[i / 8][half][i % 8];
+      value -= mean[half];
+      squares[i % 2] += value * value;
+    }
+    rstd[half] = fast_rsqrt(sum_of_row(squares[0] + squares[1]) / kWidest + kNormEps);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums.at[i / 8][half][i % 8] *= rstd[half];
+  }
+}
+
+// normalised·gain + offset, rounded.
+template <typename T>
+__device__ Operand<2> scaled_rows(const Sums<2>& normalized, const TailVectors& vectors) {
+  Sums<2> scaled;
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    float gain[8], offset[8];
+    load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
+    load_eight(offset, vectors.norm_offset + sum_column(group), 8, true);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      scaled.at[group][i / 8][i % 8] =
+          normalized.at[group][i / 8][i % 8] * gain[i % 8] + offset[i % 8];
+    }
+  }
+  return rounded_operand<T>(scaled);
+}
+
+// Φ(x) and the density of the normal distribution, the former to 1e-7 (Abramowitz and Stegun,
+// 7.1.26), far below a half type's rounding.
+__device__ inline float2 normal_distribution(float x) {
+  const float t = fast_reciprocal(fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.f));
+  const float power = fast_exp2(x * x * (-0.5f * 1.44269504f));
+  float series = fmaf(1.061405429f, t, -1.453152027f);
+  series = fmaf(series, t, 1.421413741f);
+  series = fmaf(series, t, -0.284496736f);
+  series = fmaf(series, t, 0.254829592f);
+  const float beyond = 0.5f * t * series * power;
+  return {x < 0.f ? beyond : 1.f - beyond, 0.39894228f * power};
+}
+
+__device__ inline void apply_gelu(Sums<2>& sums) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    float& value = sums.at[i / 16][i / 8 % 2][i % 8];
+    value *= normal_distribution(value).x;
+  }
+}
+
+// The tail of y, whose weights lie packed: proj, mlp_in, mlp_out.
+template <typename T>
+__device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4* weights,
+                           const TailVectors& vectors, const Dropout& dropout,
+                           int64_t first_token) {
+  Sums<2> a;
+  a.clear();
+  multiply_blocks<T>(a, y, weights);
+  add_columns(a, vectors.proj_bias);
+  Kept(dropout, kAfterProj, first_token).apply(dropout, a);
+  add_operand<T>(a, v);
+
+  Operand<2> operand;
+  {
+    Sums<2> normalized = a;
+    float rstd[2];
+    normalize_rows(normalized, rstd);
+    operand = scaled_rows<T>(normalized, vectors);
+  }
+  Sums<2> hidden;
+  hidden.clear();
+  multiply_blocks<T>(hidden, operand, weights + kLinearBlocks * kBlockVectors);
+  add_columns(hidden, vectors.mlp_in_bias);
+  apply_gelu(hidden);
+  operand = rounded_operand<T>(hidden);
+  Sums<2> out;
+  out.clear();
+  multiply_blocks<T>(out, operand, weights + 2 * kLinearBlocks * kBlockVectors);
+  add_columns(out, vectors.mlp_out_bias);
+  Kept(dropout, kAfterMlp, first_token).apply(dropout, out);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    out.at[i / 16][i / 8 % 2][i % 8] += a.at[i / 16][i / 8 % 2][i % 8];
+  }
+  return out;
+}
+
+// ---- backward
+
+// A block's share in the gradients of the tail: matrices (outputs × inputs), then vectors.
+struct TailGradients {
+  float proj[kWidest][kWidest], mlp_in[kWidest][kWidest], mlp_out[kWidest][kWidest];
+  float proj_bias[kWidest], norm_gain[kWidest], norm_offset[kWidest], mlp_in_bias[kWidest],
+      mlp_out_bias[kWidest];
+};
+constexpr int kTailGradientFloats = sizeof(TailGradients) / sizeof(float);
+
+struct TailBackwardParams16 {
+  TailPointers tail;
+  Rows grad;  // of the tail's result
+  TileLoop loop;
+  // (image, token, …), from a token to the next `stride` elements.
+  void *grad_y, *grad_v;
+  int64_t stride;
+  TailGradients* slots;  // of each block
+};
+
+constexpr int kTailWarps = 8;
+constexpr int kTailPitch = padded_row<uint16_t>(kWidest);
+constexpr int kTailTileElements = kTailWarps * kRows * kTailPitch;
+// proj and mlp_in, and mlp_out, mlp_in and proj transposed.
+constexpr int kTailBackwardVectors = 5 * kLinearBlocks * kBlockVectors;
+constexpr int kTailBackwardBytes = kTailBackwardVectors * 16 +
+                                   static_cast<int>(sizeof(TailVectors)) +
+                                   2 * kTailTileElements * 2;
+
+// A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
+using SharedSums = OuterSums<2, 2>;
+__device__ inline int shared_row() { return warp_index() % 2 * 32; }
+__device__ inline int shared_column() { return warp_index() / 2 * 16; }
+
+template <typename T>
+__device__ void add_shared(SharedSums& sums, const T* left, const T* right) {
+  multiply_tokens(sums, left + shared_row(), kTailPitch, right + shared_column(), kTailPitch,
+                  kTailWarps * kRows);
+}
+__device__ inline void store_shared(const SharedSums& sums, float (&to)[kWidest][kWidest]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = shared_row() + sums.row(i / 4, i / 2 % 2);
+    *reinterpret_cast<float2*>(&to[row][shared_column() + sums.column(i % 2)]) = {
+        sums.at[i / 4][i % 2][i / 2 % 2][0], sums.at[i / 4][i % 2][i / 2 % 2][1]};
+  }
+}
+
+// Sums over the tokens of a tile's columns: of 16 columns and half of the tokens a warp, rows g and
+// g + 8 of the columns.
+struct ColumnSums {
+  float at[2] = {};
+
+  template <typename T>
+  __device__ void add(const T* tile) {
+    const int lane = lane_index(), first = warp_index() / 4 * (kTailWarps / 2 * kRows);
+    const uint32_t ones = round_pair<T>(1.f, 1.f);
+    float unused[2] = {};
+#pragma unroll
+    for (int k = first; k < first + kTailWarps / 2 * kRows; k += 16) {
+      uint32_t left[4];
+      load_matrices_transposed(left, tile + (k + lane % 8 + lane / 16 * 8) * kTailPitch +
+                                         warp_index() % 4 * 16 + lane / 8 % 2 * 8);
+      mma<T>(at[0], unused[0], at[1], unused[1], left, ones, ones);
+    }
+  }
+  // `halves`: 64 floats for each half of the tokens.
+  __device__ void store(float* halves) const {
+    if (lane_index() % 4 != 0) return;
+    float* to = halves + warp_index() / 4 * kWidest + warp_index() % 4 * 16 + lane_index() / 4;
+    to[0] = at[0];
+    to[8] = at[1];
+  }
+};
+
+// Backward of the tail: `attend(image, first)` gives y of a tile, and what is left of it goes to
+// memory or to the block's slot. All warps of a block go on together.
+template <typename T, typename Attend>
+__device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& values,
+                                 const uint4* weights, const TailVectors& vectors, T* lefts,
+                                 T* rights, Attend attend) {
+  constexpr int kLinear = kLinearBlocks * kBlockVectors;
+  T* left = lefts + warp_index() * kRows * kTailPitch;
+  T* right = rights + warp_index() * kRows * kTailPitch;
+  const Dropout& dropout = p.tail.dropout;
+  SharedSums proj, mlp_in, mlp_out;
+  ColumnSums proj_bias, norm_gain, norm_offset, mlp_in_bias, mlp_out_bias;
+  proj.clear();
+  mlp_in.clear();
+  mlp_out.clear();
+
+  const int tokens = p.loop.tokens;
+  const int64_t all = p.loop.images * p.loop.tiles;
+#pragma unroll 1
+  for (int64_t block_tile = int64_t(blockIdx.x) * kTailWarps; block_tile < all;
+       block_tile += int64_t(gridDim.x) * kTailWarps) {
+    const int64_t tile = min(block_tile + warp_index(), all - 1);
+    const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(p.loop.tiles);
+    // A warp without a tile has one beyond the image's tokens, whose gradients are zero.
+    const int first = block_tile + warp_index() < all
+                          ? static_cast<int>(tile - image * p.loop.tiles) * kRows
+                          : tokens;
+    const int64_t first_token = image * tokens + first;
+
+    // Forward, up to the hidden units.
+    const Operand<2> y = attend(image, first);
+    const Kept kept_proj(dropout, kAfterProj, first_token);
+    Sums<2> normalized;
+    float rstd[2];
+    normalized.clear();
+    multiply_blocks<T>(normalized, y, weights);
+    add_columns(normalized, vectors.proj_bias);
+    kept_proj.apply(dropout, normalized);
+    add_operand<T>(normalized, load_operand<T>(values, image, first, tokens));
+    normalize_rows(normalized, rstd);
+    Sums<2> hidden;
+    hidden.clear();
+    multiply_blocks<T>(hidden, scaled_rows<T>(normalized, vectors), weights + kLinear);
+    add_columns(hidden, vectors.mlp_in_bias);
+
+    // mlp_out: dropout's gradient by the activated units.
+    Operand<2> grad;
+    {
+      Sums<2> dropped;
+      dropped.clear();
+      add_operand<T>(dropped, load_operand<T>(p.grad, image, first, tokens));
+      Kept(dropout, kAfterMlp, first_token).apply(dropout, dropped);
+      grad = rounded_operand<T>(dropped);
+    }
+    Sums<2> slopes;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float& value = hidden.at[i / 16][i / 8 % 2][i % 8];
+      const float2 normal = normal_distribution(value);
+      slopes.at[i / 16][i / 8 % 2][i % 8] = fmaf(value, normal.y, normal.x);
+      value *= normal.x;
+    }
+    keep_operand(grad, left, kTailPitch);
+    keep_operand(rounded_operand<T>(hidden), right, kTailPitch);
+    __syncthreads();
+    add_shared(mlp_out, lefts, rights);
+    mlp_out_bias.add(lefts);
+    hidden.clear();
+    multiply_blocks<T>(hidden, grad, weights + 2 * kLinear);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      hidden.at[i / 16][i / 8 % 2][i % 8] *= slopes.at[i / 16][i / 8 % 2][i % 8];
+    }
+    grad = rounded_operand<T>(hidden);
+    __syncthreads();
+
+    // mlp_in: the hidden units' gradient by the norm's result.
+    keep_operand(grad, left, kTailPitch);
+    keep_operand(scaled_rows<T>(normalized, vectors), right, kTailPitch);
+    __syncthreads();
+    add_shared(mlp_in, lefts, rights);
+    mlp_in_bias.add(lefts);
+    Sums<2> grads;
+    grads.clear();
+    multiply_blocks<T>(grads, grad, weights + 3 * kLinear);
+    __syncthreads();
+
+    // The norm: its offset's gradient and, times the normalised rows, its gain's.
+    keep_operand(rounded_operand<T>(grads), left, kTailPitch);
+    {
+      Sums<2> product;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        product.at[i / 16][i / 8 % 2][i % 8] =
+            grads.at[i / 16][i / 8 % 2][i % 8] * normalized.at[i / 16][i / 8 % 2][i % 8];
+      }
+      keep_operand(rounded_operand<T>(product), right, kTailPitch);
+    }
+    __syncthreads();
+    norm_offset.add(lefts);
+    norm_gain.add(rights);
+    {
+      float mean[2], mean_of_product[2] = {};
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        float gain[8];
+        load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          float& value = grads.at[group][i / 8][i % 8];
+          value *= gain[i % 8];
+          mean_of_product[i / 8] += value * normalized.at[group][i / 8][i % 8];
+        }
+      }
+      row_means(grads, mean);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mean_of_product[i] = sum_of_row(mean_of_product[i]) / kWidest;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int half = i / 8 % 2;
+        float& value = grads.at[i / 16][half][i % 8];
+        value = (value - mean[half] -
+                 normalized.at[i / 16][half][i % 8] * mean_of_product[half]) * rstd[half];
+      }
+    }
+    add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));
+    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_v) + first_token * p.stride,
+                  p.stride, tokens - first);
+
+    // proj: dropout's gradient by y.
+    kept_proj.apply(dropout, grads);
+    grad = rounded_operand<T>(grads);
+    __syncthreads();
+    keep_operand(grad, left, kTailPitch);
+    keep_operand(y, right, kTailPitch);
+    __syncthreads();
+    add_shared(proj, lefts, rights);
+    proj_bias.add(lefts);
+    grads.clear();
+    multiply_blocks<T>(grads, grad, weights + 4 * kLinear);
+    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_y) + first_token * p.stride,
+                  p.stride, tokens - first);
+    __syncthreads();
+  }
+
+  TailGradients& slot = p.slots[blockIdx.x];
+  store_shared(proj, slot.proj);
+  store_shared(mlp_in, slot.mlp_in);
+  store_shared(mlp_out, slot.mlp_out);
+  auto* halves = reinterpret_cast<float*>(lefts);
+  const ColumnSums* const columns[5] = {&proj_bias, &norm_gain, &norm_offset, &mlp_in_bias,
+                                        &mlp_out_bias};
+#pragma unroll
+  for (int i = 0; i < 5; ++i) columns[i]->store(halves + i * 2 * kWidest);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 5 * kWidest; i += blockDim.x) {
+    const float* at = halves + i / kWidest * 2 * kWidest + i % kWidest;
+    slot.proj_bias[i] = at[0] + at[kWidest];
+  }
+}
+
+struct TailFinishParams16 {
+  const float* slots;
+  int slot_count;
+  void* to[8];  // proj, mlp_in, mlp_out, then the vectors, in the order of the slot
+};
+
+// Adds the slots one after the other.
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads) tail_sums_kernel(const TailFinishParams16 p) {
+  const int at = blockIdx.x * kFinishThreads + threadIdx.x;
+  if (at >= kTailGradientFloats) return;
+  float total = 0.f;
+  for (int i = 0; i < p.slot_count; ++i) total += p.slots[int64_t(i) * kTailGradientFloats + at];
+  constexpr int kMatrix = kWidest * kWidest;
+  const int which = at < 3 * kMatrix ? at / kMatrix : 3 + (at - 3 * kMatrix) / kWidest;
+  const int begin = which < 3 ? which * kMatrix : 3 * kMatrix + (which - 3) * kWidest;
+  static_cast<T*>(p.to[which])[at - begin] = static_cast<T>(total);
+}
+
+// The slots of a backward's blocks, and what becomes of them.
+class TailSlots16 {
+ public:
+  TailSlots16(const torch::stable::Tensor& like, const TileLoop& loop, const DeviceScope& device)
+      : grid_(grid_of_tiles(loop, kTailWarps, 1, device)),
+        memory_(new_floats(like, int64_t(grid_.x) * kTailGradientFloats)) {}
+
+  dim3 grid() const { return grid_; }
+  TailGradients* slots() const { return reinterpret_cast<TailGradients*>(floats_of(memory_)); }
+
+  // The gradients of the tail's parameters; zeros if nothing has been added.
+  template <typename T>
+  TailTensors finish(const torch::stable::Tensor& like, const DeviceScope& device) const {
+    const auto empty = [&](std::initializer_list<int64_t> shape) {
+      return torch::stable::new_empty(like, shape);
+    };
+    constexpr int64_t E = kWidest;
+    TailTensors to = {empty({E, E}), empty({E}), empty({E}),    empty({E}),
+                      empty({E, E}), empty({E}), empty({E, E}), empty({E})};
+    const TailFinishParams16 params = {
+        floats_of(memory_),
+        static_cast<int>(grid_.x),
+        {to.proj_weight.mutable_data_ptr(), to.mlp_in_weight.mutable_data_ptr(),
+         to.mlp_out_weight.mutable_data_ptr(), to.proj_bias.mutable_data_ptr(),
+         to.norm_weight.mutable_data_ptr(), to.norm_bias.mutable_data_ptr(),
+         to.mlp_in_bias.mutable_data_ptr(), to.mlp_out_bias.mutable_data_ptr()}};
+    device.launch("tail_sums", tail_sums_kernel<T>,
+                  dim3(grid_size(divide_up(kTailGradientFloats, kFinishThreads))), kFinishThreads,
+                  0, params);
+    return to;
+  }
+
+ private:
+  dim3 grid_;
+  torch::stable::Tensor memory_;
+};
+
+}  // namespace t2t
