@@ -117,8 +117,9 @@ struct Kept {
     if (dropout.seed == nullptr) return;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      float& value = sums.at[i / 16][i / 8 % 2][i % 8];
-      value = bits >> i & 1 ? value * dropout.scale : 0.f;
+      // The scale where the bit is set, else zero.
+      const int kept = static_cast<int>(bits << (31 - i)) >> 31;
+      sums.at[i / 16][i / 8 % 2][i % 8] *= __int_as_float(kept & __float_as_int(dropout.scale));
     }
   }
 };
