@@ -81,15 +81,40 @@ inline int patch_groups(const Geometry& map) {
              : map.token_width() / kGroup;
 }
 
-// The place of element `e` of lane t's eight in a group, in the token's own order; −1 beyond it.
-__host__ __device__ inline int own_element(const PatchMap& p, int channels, int group, int t,
-                                           int e) {
+// A map with what decides which kernels take it, and whether they take several elements at a time.
+struct PatchSource {
+  PatchMap map;
+  PatchOrder order;
+  bool vectors;
+};
+
+inline PatchSource make_patch_source(const Geometry& map, const torch::stable::Tensor& x) {
+  const auto aligned = [&](int64_t elements) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (2 * elements) == 0 &&
+           x.stride(0) % elements == 0 && x.stride(2) % elements == 0;
+  };
+  const PatchOrder order = patch_order(map);
+  const bool vectors = order == PatchOrder::kTaps
+                           ? x.stride(1) == 1 && aligned(8) && x.stride(3) % 8 == 0
+                           : x.stride(3) == 1 && aligned(2) && x.stride(1) % 2 == 0 &&
+                                 map.stride % 2 == 0 && map.padding % 2 == 0 && map.width % 2 == 0;
+  return {make_patch_map(map, x), order, vectors};
+}
+
+// The place of an element of the patch's order in the token's own; −1 beyond the patch.
+__host__ __device__ inline int own_element(const PatchMap& p, int channels, int element) {
   if (p.rows > 0) {
-    const int row = group * 4 + e / 2, column = t * 2 + e % 2;
+    const int row = element / kRowColumns, column = element % kRowColumns;
     return row < p.rows && column < p.kernel ? row * p.kernel + column : -1;
   }
-  const int element = group * kGroup + t * 8 + e, tap = element / channels;
+  if (element >= p.elements) return -1;
+  const int tap = element / channels;
   return (element - tap * channels) * p.kernel * p.kernel + tap;
+}
+
+// Which element is element `e` of lane t's eight in a group of an operand.
+__host__ __device__ inline int element_of_lane(const PatchMap& p, int group, int t, int e) {
+  return p.rows > 0 ? (group * 4 + e / 2) * kRowColumns + t * 2 + e % 2 : group * kGroup + t * 8 + e;
 }
 
 // Where a lane's tokens, rows g and g + 8 of a tile, begin. A token that does not exist lies

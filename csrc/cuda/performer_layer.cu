@@ -183,8 +183,9 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
                             mlp_0_bias, mlp_2_weight, mlp_2_bias},
                            x, dropout_of(seed, dropout_p));
   const RandomFeatures features(kName, w, eps);
-  const Tensor kqv = soft_split_linear(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
-                                       kernel_size, stride, padding, kNormEps);
+  const Projected projected = project(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
+                                      kernel_size, stride, padding, kNormEps, true);
+  const Tensor& kqv = projected.y;
   const int64_t images = kqv.size(0), tokens = kqv.size(1);
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == images && grad.size(1) == tokens &&
                       grad.size(2) == kEmbed && grad.scalar_type() == x.scalar_type(),
@@ -227,7 +228,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   });
   auto [grad_x, grad_kqv_weight, grad_kqv_bias, grad_norm_weight, grad_norm_bias] =
       soft_split_linear_backward(grad_kqv, x, kqv_weight, norm1_weight, norm1_bias, kernel_size,
-                                 stride, padding, kNormEps, need_x);
+                                 stride, padding, kNormEps, need_x, &projected);
   return {grad_x,
           grad_norm_weight,
           grad_norm_bias,

@@ -28,6 +28,7 @@ struct FoldParams {
   const void *weight, *bias, *gain, *offset;  // all but the weight may be null
   uint4* packed;                              // W∘γ, in blocks
   float* constants;                           // W·β + b, padded to groups
+  float* row_sums;                            // of the rounded W∘γ, padded likewise
 };
 
 constexpr int kFoldWarps = 4;
@@ -38,31 +39,39 @@ __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldPara
   if (output >= p.column_groups * kGroup) return;
   const bool exists = output < p.outputs;
   const T* weight = static_cast<const T*>(p.weight) + int64_t(output) * p.map.elements;
-  float constant = 0.f;
+  float constant = 0.f, sum = 0.f;
   for (int i = lane_index(); i < p.groups * 4; i += kLanes) {
     const int group = i / 4, t = i % 4;
     float elements[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int own = exists ? own_element(p.map, p.channels, group, t, e) : -1;
+      const int own =
+          exists ? own_element(p.map, p.channels, element_of_lane(p.map, group, t, e)) : -1;
       elements[e] = own >= 0 ? static_cast<float>(weight[own]) : 0.f;
       if (own >= 0 && p.offset) {
         constant += elements[e] * static_cast<float>(static_cast<const T*>(p.offset)[own]);
       }
       if (own >= 0 && p.gain) elements[e] *= static_cast<float>(static_cast<const T*>(p.gain)[own]);
     }
-    const int column = output % kGroup;
-    const int lane = (column / 8 * 2 + column % 2) * 4 + t;
+    uint32_t pairs[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      pairs[e] = round_pair<T>(elements[2 * e], elements[2 * e + 1]);
+      const float2 rounded = elements_of<T>(pairs[e]);
+      sum += rounded.x + rounded.y;
+    }
     p.packed[(int64_t(group) * p.column_groups + output / kGroup) * kBlockVectors +
-             column % 8 / 2 * kLanes + lane] = {
-        round_pair<T>(elements[0], elements[1]), round_pair<T>(elements[2], elements[3]),
-        round_pair<T>(elements[4], elements[5]), round_pair<T>(elements[6], elements[7])};
+             block_place(t * 8, output % kGroup) / 8] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
   for (int distance = 1; distance < kLanes; distance *= 2) {
     constant += __shfl_xor_sync(kAllLanes, constant, distance);
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
   }
   if (exists && p.bias) constant += static_cast<float>(static_cast<const T*>(p.bias)[output]);
-  if (lane_index() == 0) p.constants[output] = constant;
+  if (lane_index() == 0) {
+    p.constants[output] = constant;
+    p.row_sums[output] = sum;
+  }
 }
 
 struct ProjectionParams {
@@ -276,7 +285,8 @@ class Projection16 {
                const torch::stable::Tensor& weight, const void* bias, const void* gain,
                const void* offset, float eps, const DeviceScope& device) {
     FoldParams fold = {};
-    fold.map = make_patch_map(map, x);
+    source_ = make_patch_source(map, x);
+    fold.map = source_.map;
     fold.channels = map.channels;
     fold.groups = patch_groups(map);
     fold.outputs = static_cast<int>(weight.size(0));
@@ -287,9 +297,10 @@ class Projection16 {
     fold.offset = offset;
     packed_ = torch::stable::new_empty(
         weight, {int64_t(fold.groups) * fold.column_groups * kGroup * kGroup});
-    constants_ = new_floats(weight, fold.column_groups * kGroup);
+    constants_ = new_floats(weight, 2 * fold.column_groups * kGroup);
     fold.packed = static_cast<uint4*>(packed_.mutable_data_ptr());
     fold.constants = floats_of(constants_);
+    fold.row_sums = fold.constants + fold.column_groups * kGroup;
     device.launch("soft_split_linear_fold", fold_kernel<T>,
                   dim3(grid_size(divide_up(fold.column_groups * kGroup, kFoldWarps))),
                   kFoldWarps * kLanes, 0, fold);
@@ -301,18 +312,6 @@ class Projection16 {
     params_.outputs = fold.outputs;
     params_.normalized = gain != nullptr;
     params_.eps = eps;
-    order_ = patch_order(map);
-    const auto* address = reinterpret_cast<const char*>(x.const_data_ptr());
-    const auto aligned = [&](int64_t elements) {
-      return reinterpret_cast<uintptr_t>(address) % (2 * elements) == 0 &&
-             x.stride(0) % elements == 0 && x.stride(2) % elements == 0;
-    };
-    if (order_ == PatchOrder::kRows) {
-      vectors_ = x.stride(3) == 1 && aligned(2) && x.stride(1) % 2 == 0 && map.stride % 2 == 0 &&
-                 map.padding % 2 == 0 && map.width % 2 == 0;
-    } else {
-      vectors_ = x.stride(1) == 1 && aligned(8) && x.stride(3) % 8 == 0;
-    }
   }
 
   // y (tokens of all images, outputs) and, if not null, the tokens' moments.
@@ -320,8 +319,8 @@ class Projection16 {
     params_.y = y;
     params_.moments = moments;
     params_.vectors = params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
-    if (order_ == PatchOrder::kTaps) {
-      launch(vectors_ ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
+    if (source_.order == PatchOrder::kTaps) {
+      launch(source_.vectors ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
              kProjectWarps, kRows, kStages * 2 * kProjectGroups, device);
       return;
     }
@@ -332,15 +331,14 @@ class Projection16 {
     }
   }
 
-  const ProjectionParams& params() const { return params_; }
-  PatchOrder order() const { return order_; }
-  bool vectors() const { return vectors_; }
+  // W·β + b and the sums of the rows of W∘γ, each padded to groups.
+  const torch::stable::Tensor& constants() const { return constants_; }
 
  private:
   template <int kPatchRows>
   void launch_rows(const DeviceScope& device) const {
     const int blocks = params_.groups * std::min(kProjectGroups, params_.column_groups);
-    if (vectors_) {
+    if (source_.vectors) {
       launch(project_rows_kernel<T, kPatchRows, true>, kRowsWarps<kPatchRows, true>, kTileTokens,
              blocks, device);
     } else {
@@ -363,9 +361,8 @@ class Projection16 {
   }
 
   torch::stable::Tensor packed_, constants_;
+  PatchSource source_ = {};
   ProjectionParams params_ = {};
-  PatchOrder order_ = PatchOrder::kNeither;
-  bool vectors_ = false;
 };
 
 }  // namespace t2t

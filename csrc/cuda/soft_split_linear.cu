@@ -28,7 +28,7 @@
 
 #include "pack.cuh"
 #include "patches.cuh"
-#include "projection.cuh"
+#include "projection_gradient.cuh"
 #include "soft_split_linear.h"
 
 namespace t2t {
@@ -620,9 +620,9 @@ void launch_project(ProjectParams p, const DeviceScope& device) {
 
 }  // namespace
 
-Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                         std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-                         int64_t kernel_size, int64_t stride, int64_t padding, double eps) {
+Projected project(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                  int64_t kernel_size, int64_t stride, int64_t padding, double eps, bool moments) {
   const Geometry map = geometry_of(x, kernel_size, stride, padding);
   const int64_t width = map.token_width(), tokens = int64_t(map.rows) * map.columns;
   STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");
@@ -635,8 +635,9 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
     norm_weight = checked("norm_weight", *norm_weight, {width}, x);
     norm_bias = checked("norm_bias", *norm_bias, {width}, x);
   }
-  Tensor y = torch::stable::new_empty(x, {map.batch, tokens, outputs});
-  if (y.numel() == 0) return y;
+  Projected result = {torch::stable::new_empty(x, {map.batch, tokens, outputs}), {}, {}};
+  const Tensor& y = result.y;
+  if (y.numel() == 0) return result;
   with_element_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, float>) {
@@ -645,7 +646,13 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                    norm_weight ? norm_weight->const_data_ptr() : nullptr,
                                    norm_bias ? norm_bias->const_data_ptr() : nullptr, float(eps),
                                    device);
-        projection(y.mutable_data_ptr(), nullptr, device);
+        float2* to = nullptr;
+        if (moments && norm_weight) {
+          result.moments = new_floats(x, map.batch * tokens * 2);
+          result.constants = projection.constants();
+          to = static_cast<float2*>(result.moments->mutable_data_ptr());
+        }
+        projection(y.mutable_data_ptr(), to, device);
         return;
       }
     }
@@ -663,7 +670,14 @@ Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
     p.vectors = rows_are_vectors<T>(p.y, outputs);
     launch_project<T, false>(p, device);
   });
-  return y;
+  return result;
+}
+
+Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                         int64_t kernel_size, int64_t stride, int64_t padding, double eps) {
+  return project(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps, false)
+      .y;
 }
 
 namespace {
@@ -796,7 +810,7 @@ void map_gradient(const Patches& patches, const Tensor& x, const Tensor& grad, c
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
     Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> norm_weight,
     std::optional<Tensor> norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
-    double eps, bool need_x) {
+    double eps, bool need_x, const Projected* known) {
   const Geometry map = geometry_of(x, kernel_size, stride, padding);
   const int64_t width = map.token_width(), tokens = int64_t(map.rows) * map.columns;
   STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");
@@ -824,6 +838,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
 
   with_element_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, float>) {
+      // Gradients whose rows begin at multiples of 16 bytes.
+      if (patch_order(map) != PatchOrder::kNeither &&
+          rows_are_vectors<T>(grad.const_data_ptr(), outputs)) {
+        std::optional<Projected> own;
+        if (norm_weight && map.batch > 0 && (known == nullptr || !known->moments)) {
+          own = project(x, weight, std::nullopt, norm_weight, norm_bias, kernel_size, stride,
+                        padding, eps, true);
+          known = &*own;
+        }
+        const void* gain = norm_weight ? norm_weight->const_data_ptr() : nullptr;
+        const PatchSource source = make_patch_source(map, x);
+        const bool has_moments = norm_weight && map.batch > 0;
+        const auto* moments =
+            has_moments ? static_cast<const float2*>(known->moments->const_data_ptr()) : nullptr;
+        WeightSumsParams s = {};
+        s.outputs = static_cast<int>(outputs);
+        s.weight = weight.const_data_ptr();
+        s.gain = gain;
+        s.offset = norm_weight ? norm_bias->const_data_ptr() : nullptr;
+        s.grad_weight = grad_weight.mutable_data_ptr();
+        s.grad_bias = grad_bias.mutable_data_ptr();
+        s.grad_gain = grad_gain.mutable_data_ptr();
+        s.grad_offset = grad_offset.mutable_data_ptr();
+        weight_gradients16<T>(map, source, grad, moments, s, device);
+        if (!need_x || map.batch == 0) return;
+        if (has_map_gradient16(map, outputs)) {
+          map_gradient16<T>(
+              map, source, x, grad, weight, gain, has_moments ? known->y.const_data_ptr() : nullptr,
+              moments, has_moments ? floats_of(*known->constants) : nullptr, grad_x, device);
+        } else {
+          const Patches patches = make_patches<T>(map, x);
+          std::optional<Tensor> memory;
+          if (norm_weight) {
+            memory = token_scalars<T>(patches, grad, weight, *norm_weight, eps, true, device);
+          }
+          map_gradient<T>(patches, x, grad, weight, gain,
+                          memory ? static_cast<const float4*>(memory->const_data_ptr()) : nullptr,
+                          grad_x, device);
+        }
+        return;
+      }
+    }
     const Patches patches = make_patches<T>(map, x);
     Norm norm = {};
     const float4* scalars = nullptr;
@@ -848,9 +905,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
   return {grad_x, grad_weight, grad_bias, grad_gain, grad_offset};
 }
 
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
+    double eps, bool need_x) {
+  return soft_split_linear_backward(grad, x, weight, norm_weight, norm_bias, kernel_size, stride,
+                                    padding, eps, need_x, nullptr);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(t2t_cuda, T2T_DISPATCH_KEY, m) {
   m.impl("soft_split_linear", TORCH_BOX(&soft_split_linear));
-  m.impl("soft_split_linear_backward", TORCH_BOX(&soft_split_linear_backward));
+  m.impl("soft_split_linear_backward", TORCH_BOX(&backward));
 }
+
+}  // namespace
 
 }  // namespace t2t

@@ -9,6 +9,18 @@
 
 namespace t2t {
 
+// The forward with what its backward would else compute again, where its kernels have it: mean and
+// 1/σ of every token, and what the norm adds up to in each output.
+struct Projected {
+  torch::stable::Tensor y;
+  std::optional<torch::stable::Tensor> moments, constants;
+};
+Projected project(torch::stable::Tensor x, torch::stable::Tensor weight,
+                  std::optional<torch::stable::Tensor> bias,
+                  std::optional<torch::stable::Tensor> norm_weight,
+                  std::optional<torch::stable::Tensor> norm_bias, int64_t kernel_size,
+                  int64_t stride, int64_t padding, double eps, bool moments);
+
 // y (B, T, outputs).
 torch::stable::Tensor soft_split_linear(torch::stable::Tensor x, torch::stable::Tensor weight,
                                         std::optional<torch::stable::Tensor> bias,
@@ -19,13 +31,14 @@ torch::stable::Tensor soft_split_linear(torch::stable::Tensor x, torch::stable::
 
 
 // Gradients of the map (empty unless `need_x`), weight, bias, and the norm's parameters (empty
-// without a norm) from that of the result.
+// without a norm) from that of the result. `known` may be null.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
            torch::stable::Tensor, torch::stable::Tensor>
 soft_split_linear_backward(torch::stable::Tensor grad, torch::stable::Tensor x,
                            torch::stable::Tensor weight,
                            std::optional<torch::stable::Tensor> norm_weight,
                            std::optional<torch::stable::Tensor> norm_bias, int64_t kernel_size,
-                           int64_t stride, int64_t padding, double eps, bool need_x);
+                           int64_t stride, int64_t padding, double eps, bool need_x,
+                           const Projected* known);
 
 }  // namespace t2t

@@ -212,7 +212,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
   });
   auto [grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias] =
       soft_split_linear_backward(grad_qkv, x, qkv_weight, norm1_weight, norm1_bias, kernel_size,
-                                 stride, padding, kNormEps, need_x);
+                                 stride, padding, kNormEps, need_x, nullptr);
   return {grad_x,
           grad_norm_weight,
           grad_norm_bias,
