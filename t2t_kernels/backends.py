@@ -29,18 +29,39 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Operation:
     """A public function: the backends, besides the reference, that have a kernel for it, the
     operations that its reference is composed of, each of which is served by its own best backend,
-    and per backend the largest sizes that its kernel takes."""
+    and per backend the sizes and dtypes that its kernel takes, where it does not take all."""
 
     name: str
     kernels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
-    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+
+    def takes(self, backend: str, dtype: torch.dtype, **sizes: int) -> bool:
+        """Whether the kernel of ``backend`` takes this dtype and these sizes."""
+        return self.why_not(backend, dtype, sizes) is None
+
+    def why_not(
+        self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]
+    ) -> str | None:
+        """What the kernel of ``backend`` does not take; None if it takes the call."""
+        for name, taken in self.sizes.get(backend, {}).items():
+            if name in sizes and sizes[name] not in taken:
+                kind = f"{name} = {taken[0]}" if len(taken) == 1 else f"{name} up to {taken[-1]}"
+                return f"its kernel takes {kind}, got {sizes[name]}"
+        dtypes = self.dtypes.get(backend, KERNEL_DTYPES)
+        if dtype not in dtypes:
+            names = [str(taken).removeprefix("torch.") for taken in dtypes]
+            listed = f"{', '.join(names[:-1])} and {names[-1]}"
+            return f"its kernel takes {listed}, got {str(dtype).removeprefix('torch.')}"
+        return None
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -50,9 +71,10 @@ def register_operation(
     name: str,
     kernels: tuple[str, ...] = (),
     parts: tuple[str, ...] = (),
-    limits: Mapping[str, Mapping[str, int]] | None = None,
+    sizes: Mapping[str, Mapping[str, range]] | None = None,
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
 ) -> Operation:
-    OPERATIONS[name] = Operation(name, kernels, parts, limits or {})
+    OPERATIONS[name] = Operation(name, kernels, parts, sizes or {}, dtypes or {})
     return OPERATIONS[name]
 
 
@@ -194,10 +216,9 @@ def _why_not(
     if backend != "reference" and backend not in operation.kernels:
         have = ", ".join(("reference", *operation.kernels))
         return f"no {backend} kernel for it yet (there is: {have})"
-    for name, largest in operation.limits.get(backend, {}).items():
-        if sizes.get(name, 0) > largest:
-            return f"its kernel takes {name} up to {largest}, got {sizes[name]}"
-    return why_unavailable(backend, device, dtype)
+    return why_unavailable(backend, device, dtype) or (
+        None if backend == "reference" else operation.why_not(backend, dtype, sizes)
+    )
 
 
 def choose(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels import flops
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
 
@@ -51,7 +51,11 @@ def _backward_flops(grad, k, q, v, w, *_) -> int:
 PERFORMER_ATTENTION = register_operation(
     "performer_attention",
     kernels=("cpu", "triton", "cuda"),
-    limits={"triton": {"E": 128, "m": 128}, "cuda": {"E": 64, "m": 64}},
+    sizes={
+        "triton": dict.fromkeys("Em", range(129)),
+        "cuda": {"E": range(64, 65), "m": range(32, 33)},
+    },
+    dtypes={"cuda": HALF_DTYPES},
 )
 
 declare(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
@@ -80,7 +80,11 @@ PERFORMER_LAYER = register_operation(
     "performer_layer",
     kernels=("cpu", "triton", "cuda"),
     parts=("soft_split_linear", "performer_attention"),
-    limits={"triton": dict.fromkeys("EmM", 128), "cuda": dict.fromkeys("EmM", 64)},
+    sizes={
+        "triton": dict.fromkeys("EmM", range(129)),
+        "cuda": {"E": range(64, 65), "m": range(32, 33), "M": range(64, 65)},
+    },
+    dtypes={"cuda": HALF_DTYPES},
 )
 
 declare(

@@ -53,7 +53,7 @@ def _backward_flops(grad, q, k, v, *_) -> int:
 TOKEN_ATTENTION = register_operation(
     "token_attention",
     kernels=("cpu", "triton", "cuda"),
-    limits={"triton": {"E": 128}, "cuda": {"E": 64}},
+    sizes={"triton": {"E": range(129)}, "cuda": {"E": range(65)}},
 )
 
 declare(

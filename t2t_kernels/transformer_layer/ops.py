@@ -79,7 +79,10 @@ TRANSFORMER_LAYER = register_operation(
     "transformer_layer",
     kernels=("cpu", "triton", "cuda"),
     parts=("soft_split_linear", "token_attention"),
-    limits={"triton": dict.fromkeys("EM", 128), "cuda": dict.fromkeys("EM", 64)},
+    sizes={
+        "triton": dict.fromkeys("EM", range(129)),
+        "cuda": dict.fromkeys("EM", range(65)),
+    },
 )
 
 declare(
