@@ -98,6 +98,46 @@ __device__ float remainder_of(float x) {
   return x - kept.x;
 }
 
+// Four blocks are a tile of 64 rows by 64 columns. Where warpgroups multiply, a tile lies as their
+// products take it (see operand_at), a row per column of the operand; rows and columns are dealt so
+// that left operand and sums lie in the lanes as above.
+constexpr int kWideTileVectors = 4 * kBlockVectors;
+
+// Stores eight rows t·8 … of a group of 32 in a column of a tile: a lane's eight of a left operand.
+__device__ inline void store_in_tile(uint4* tile, int group, int t, int column,
+                                     const uint32_t (&pairs)[4]) {
+  if constexpr (kHasWarpgroups) {
+    const int in_group = column % kGroup;
+    const int row = column / kGroup * kGroup + in_group % 8 / 2 * 8 + in_group / 8 * 2 + column % 2;
+    auto* words = reinterpret_cast<uint32_t*>(tile + row * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[(((group * 4 + i) ^ (row % 8)) * 4) + t] = pairs[i];
+  } else {
+    uint4* block = tile + (group * 2 + column / kGroup) * kBlockVectors;
+    block[block_place(t * 8, column % kGroup) / 8] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+  }
+}
+
+// sums (+)= left·tiles for one warpgroup: 64 rows, 64 columns, of `kSteps` fragments of the left
+// operand, whose groups of rows lie `stride` vectors a pair apart. All 128 threads take part.
+template <typename T, int kSteps, int kGroups>
+__device__ void start_wide_products(float (&sums)[8][2][2], const Operand<kGroups>& left,
+                                    const uint4* tiles, int stride, bool add) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_async<T, false>(sums, left.at[step / 2][step % 2],
+                             operand_at(tiles + step / 4 * stride) + step % 4 * kOperandColumns,
+                             add || step > 0);
+  }
+}
+// A product's sums as a lane has them elsewhere.
+__device__ inline void take_wide(const float (&from)[8][2][2], Sums<2>& to) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    to.at[i / 16][i / 8 % 2][i % 8] = from[i / 16 * 4 + i % 8 / 2][i / 8 % 2][i % 2];
+  }
+}
+
 // sums += left·block; `kSteps` of 1 takes the first fragment of the left operand only.
 template <typename T, int kSteps = 2>
 __device__ void multiply_block(float (&d)[2][8], const uint32_t (&left)[2][4],

@@ -74,11 +74,11 @@ inline PatchMap make_patch_map(const Geometry& map, const torch::stable::Tensor&
 // Rows that a kernel is compiled for: an image of one, three or four channels with a kernel of 7.
 inline int compiled_rows(int rows) { return rows <= 8 ? 8 : rows <= 21 ? 21 : kMostRows; }
 
-// Groups of 32 elements of a patch in its order, which may be more than the patch has.
-inline int patch_groups(const Geometry& map) {
+// Pairs of groups of 32 elements of a patch in its order, which may be more than the patch has.
+inline int patch_pieces(const Geometry& map) {
   return patch_order(map) == PatchOrder::kRows
-             ? static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 4))
-             : map.token_width() / kGroup;
+             ? static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 8))
+             : map.token_width() / kTapChannels;
 }
 
 // A map with what decides which kernels take it, and whether they take several elements at a time.

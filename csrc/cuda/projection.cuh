@@ -1,9 +1,9 @@
 // Soft split, LayerNorm and Linear of half types: y = (W∘γ)·û + (W·β + b), û the patch normalised
 // without gain and offset. Forward; the backward computes y again in the same way.
 //
-// A warp works alone on 16 tokens. It gathers and normalises them in registers, and multiplies them
-// by a weight that lies in shared memory: all of it for the rows order, for the taps order in pieces
-// of 64 elements that pass through three buffers.
+// A warp gathers and normalises 16 tokens in its registers, and multiplies them by a weight that lies
+// in shared memory: all of it for the rows order, for the taps order in pieces of 64 elements that
+// pass through three buffers. On Hopper four warps multiply together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,17 +17,17 @@
 
 namespace t2t {
 
-constexpr int kProjectWarps = 12;
-// Columns of a block: k, q and v.
-constexpr int kProjectGroups = 6;
+constexpr int kProjectWarps = 12, kWarpgroup = 4;
+// Columns of a block, in tiles of 64: k, q and v.
+constexpr int kProjectTiles = 3, kProjectGroups = 2 * kProjectTiles;
 
 // One warp per output.
 struct FoldParams {
   PatchMap map;
-  int channels, groups, outputs, column_groups;
+  int channels, pieces, outputs, column_tiles;
   const void *weight, *bias, *gain, *offset;  // all but the weight may be null
-  uint4* packed;                              // W∘γ, in blocks
-  float* constants;                           // W·β + b, padded to groups
+  uint4* packed;                              // W∘γ, (piece of 64 elements, tile of 64 outputs)
+  float* constants;                           // W·β + b, padded to tiles
   float* row_sums;                            // of the rounded W∘γ, padded likewise
 };
 
@@ -36,11 +36,11 @@ constexpr int kFoldWarps = 4;
 template <typename T>
 __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldParams p) {
   const int output = blockIdx.x * kFoldWarps + warp_index();
-  if (output >= p.column_groups * kGroup) return;
+  if (output >= p.column_tiles * kWidest) return;
   const bool exists = output < p.outputs;
   const T* weight = static_cast<const T*>(p.weight) + int64_t(output) * p.map.elements;
   float constant = 0.f, sum = 0.f;
-  for (int i = lane_index(); i < p.groups * 4; i += kLanes) {
+  for (int i = lane_index(); i < p.pieces * 8; i += kLanes) {
     const int group = i / 4, t = i % 4;
     float elements[8];
 #pragma unroll
@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldPara
       const float2 rounded = elements_of<T>(pairs[e]);
       sum += rounded.x + rounded.y;
     }
-    p.packed[(int64_t(group) * p.column_groups + output / kGroup) * kBlockVectors +
-             block_place(t * 8, output % kGroup) / 8] = {pairs[0], pairs[1], pairs[2], pairs[3]};
+    store_in_tile(p.packed + (int64_t(group / 2) * p.column_tiles + output / kWidest) *
+                                 kWideTileVectors,
+                  group % 2, t, output % kWidest, pairs);
   }
   for (int distance = 1; distance < kLanes; distance *= 2) {
     constant += __shfl_xor_sync(kAllLanes, constant, distance);
@@ -78,7 +79,7 @@ struct ProjectionParams {
   PatchMap map;
   const uint4* packed;
   const float* constants;
-  int groups, column_groups, outputs;
+  int pieces, column_tiles, outputs;
   bool normalized;
   float eps;
   void* y;
@@ -127,80 +128,106 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
   }
 }
 
-// Sections of 32 columns, so that two tiles and the sums fit in the registers of twelve warps.
-constexpr int kSectionGroups = 1;
-constexpr int kTiles = 2, kTileTokens = kTiles * kRows;
+// Starts to copy a piece of the block's columns of the weight.
+__device__ inline void copy_piece(uint4* to, const ProjectionParams& p, int piece,
+                                  int column_tiles) {
+  const uint4* from = p.packed + (int64_t(piece) * p.column_tiles + blockIdx.y * kProjectTiles) *
+                                     kWideTileVectors;
+  for (int i = threadIdx.x; i < column_tiles * kWideTileVectors; i += blockDim.x) {
+    copy_async(to + i, from + i, true);
+  }
+}
 
-// Fewer warps where two tiles need more registers.
+// Two tiles of tokens a warp. Fewer warps where both need more registers.
+constexpr int kTiles = 2, kTileTokens = kTiles * kRows;
 template <int kPatchRows, bool kPairs>
-constexpr int kRowsWarps = kPatchRows <= (kPairs ? 21 : 8) ? kProjectWarps : 8;
+constexpr int kRowsWarps = kPatchRows <= (kPairs ? 21 : 8) ? kProjectWarps : 2 * kWarpgroup;
 
 template <typename T, int kPatchRows, bool kPairs>
 __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
     project_rows_kernel(const ProjectionParams p) {
   using Patches = PatchRows<T, kPatchRows, kPairs>;
+  constexpr int kSteps = (kPatchRows + 1) / 2;
+  const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
   const int first_group = blockIdx.y * kProjectGroups;
-  const int column_groups = min(kProjectGroups, p.column_groups - first_group);
-  const uint4* packed =
-      p.packed + first_group * kBlockVectors;
-  for (int i = threadIdx.x; i < p.groups * column_groups * kBlockVectors; i += blockDim.x) {
-    const int group = i / (column_groups * kBlockVectors);
-    copy_async(dynamic_shared + i,
-               packed + group * (p.column_groups - column_groups) * kBlockVectors + i, true);
+  const int stride = column_tiles * kWideTileVectors;
+  for (int piece = 0; piece < p.pieces; ++piece) {
+    copy_piece(dynamic_shared + piece * stride, p, piece, column_tiles);
   }
   commit_copies();
   wait_for_copies<0>();
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 
-  // Two tiles of 16 tokens share what is loaded of the weight.
-  const int64_t step = int64_t(gridDim.x) * blockDim.x / kLanes * kTileTokens;
-  for (int64_t token = (int64_t(blockIdx.x) * (blockDim.x / kLanes) + warp_index()) * kTileTokens;
-       token < p.map.token_count; token += step) {
-    Patches tiles[kTiles];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      tiles[tile].load(p.map, token + tile * kRows);
-      if (p.normalized) {
-        const RowMoments moments = tiles[tile].take_moments(p.map, p.eps);
-        normalize<T, kPatchRows>(tiles[tile].patches, moments);
-        store_moments<T>(p, token + tile * kRows, moments);
-      }
-      // One tile's addresses after the other's, or they would not fit in registers.
-      __syncwarp();
+  const auto load = [&](Patches& tile, int64_t token) {
+    tile.load(p.map, token);
+    if (p.normalized) {
+      const RowMoments moments = tile.take_moments(p.map, p.eps);
+      normalize<T, kPatchRows>(tile.patches, moments);
+      store_moments<T>(p, token, moments);
     }
+  };
+  const int64_t block_tokens = int64_t(blockDim.x / kLanes) * kTileTokens;
+  for (int64_t of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
+       of_block += gridDim.x * block_tokens) {
+    const int64_t token = of_block + warp_index() * kTileTokens;
+    if constexpr (kHasWarpgroups) {
 #pragma unroll 1
-    for (int section = 0; section < column_groups; section += kSectionGroups) {
-      Sums<kSectionGroups> sums[kTiles];
+      for (int tile = 0; tile < kTiles; ++tile) {
+        Patches patches;
+        load(patches, token + tile * kRows);
+#pragma unroll 1
+        for (int column = 0; column < column_tiles; ++column) {
+          keep_in_loop(patches.patches.at, column);
+          float wide[8][2][2];
+          start_products(wide, patches.patches.at);
+          start_wide_products<T, kSteps>(wide, patches.patches,
+                                         dynamic_shared + column * kWideTileVectors, stride, false);
+          commit_products();
+          wait_for_products(wide);
+          Sums<2> sums;
+          take_wide(wide, sums);
+          store_projected<T>(p, token + tile * kRows, first_group + 2 * column, sums);
+        }
+      }
+    } else {
+      Patches tiles[kTiles];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) sums[tile].clear();
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load(tiles[tile], token + tile * kRows);
+        // One tile's addresses after the other's, or they would not fit in registers.
+        __syncwarp();
+      }
+      // 32 columns at a time: what is loaded of the weight serves both tiles.
+#pragma unroll 1
+      for (int group = 0; group < 2 * column_tiles; ++group) {
+        Sums<1> sums[kTiles];
 #pragma unroll
-      for (int i = 0; i < Patches::kGroups; ++i) {
-        constexpr int kLastPairs = kPatchRows - 4 * (Patches::kGroups - 1);
-        const int steps = i == Patches::kGroups - 1 && kLastPairs <= 2 ? 1 : 2;
+        for (int tile = 0; tile < kTiles; ++tile) sums[tile].clear();
 #pragma unroll
-        for (int j = 0; j < kSectionGroups; ++j) {
-          if (section + j >= column_groups) continue;
-          const uint4* block = dynamic_shared + (i * column_groups + section + j) * kBlockVectors;
+        for (int i = 0; i < Patches::kGroups; ++i) {
+          const uint4* block = dynamic_shared + i / 2 * stride + group / 2 * kWideTileVectors +
+                               (i % 2 * 2 + group % 2) * kBlockVectors;
 #pragma unroll
           for (int column = 0; column < 8; column += 2) {
             const uint4 right = block[column / 2 * kLanes + lane_index()];
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-              auto& d = sums[tile].at[j];
+              auto& d = sums[tile].at[0];
               const auto& left = tiles[tile].patches.at[i];
               mma<T>(d[0][column], d[0][column + 1], d[1][column], d[1][column + 1], left[0],
                      right.x, right.y);
-              if (steps == 2) {
+              if (2 * i + 1 < kSteps) {
                 mma<T>(d[0][column], d[0][column + 1], d[1][column], d[1][column + 1], left[1],
                        right.z, right.w);
               }
             }
           }
         }
-      }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        store_projected<T>(p, token + tile * kRows, first_group + section, sums[tile]);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          store_projected<T>(p, token + tile * kRows, first_group + group, sums[tile]);
+        }
       }
     }
   }
@@ -208,37 +235,28 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
 
 // Pieces of the weight, 64 elements by the block's columns.
 constexpr int kStages = 3;
-constexpr int kStageVectors = 2 * kProjectGroups * kBlockVectors;
+constexpr int kStageVectors = kProjectTiles * kWideTileVectors;
 
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     project_taps_kernel(const ProjectionParams p) {
+  const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
   const int first_group = blockIdx.y * kProjectGroups;
-  const int column_groups = min(kProjectGroups, p.column_groups - first_group);
-  const int pieces = p.groups / 2;
-  const int piece_vectors = 2 * column_groups * kBlockVectors;
-  const int64_t step = int64_t(gridDim.x) * blockDim.x / kLanes * kRows;
-  const int64_t first = int64_t(blockIdx.x) * (blockDim.x / kLanes) * kRows;
 
   // The pieces follow one another in a ring of stages, across rounds.
   int next_piece = 0, next_stage = 0, stage = 0;
   const auto start_loading = [&] {
-    uint4* to = dynamic_shared + next_stage * kStageVectors;
-    const uint4* from =
-        p.packed + (next_piece * 2 * p.column_groups + first_group) * kBlockVectors;
-    for (int i = threadIdx.x; i < piece_vectors; i += blockDim.x) {
-      const int second = i >= piece_vectors / 2;
-      copy_async(to + i, from + i + second * (p.column_groups - column_groups) * kBlockVectors,
-                 true);
-    }
+    copy_piece(dynamic_shared + next_stage * kStageVectors, p, next_piece, column_tiles);
     commit_copies();
-    next_piece = next_piece + 1 < pieces ? next_piece + 1 : 0;
+    next_piece = next_piece + 1 < p.pieces ? next_piece + 1 : 0;
     next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
   };
   start_loading();
   start_loading();
 
-  for (int64_t of_block = first; of_block < p.map.token_count; of_block += step) {
+  const int64_t block_tokens = int64_t(blockDim.x / kLanes) * kRows;
+  for (int64_t of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
+       of_block += gridDim.x * block_tokens) {
     const int64_t token = of_block + warp_index() * kRows;
     const Corners corners(p.map, token);
     RowMoments moments = {{0.f, 0.f}, {1.f, 1.f}};
@@ -247,32 +265,49 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
       store_moments<T>(p, token, moments);
     }
     PatchTaps<T, kVectors> taps(p.map, corners);
-    Sums<kProjectGroups> sums;
-    sums.clear();
+    float wide[kProjectTiles][8][2][2] = {};
+    Sums<2> sums[kProjectTiles];
+#pragma unroll
+    for (int i = 0; i < kProjectTiles; ++i) sums[i].clear();
 #pragma unroll 1
-    for (int piece = 0; piece < pieces; ++piece) {
+    for (int piece = 0; piece < p.pieces; ++piece) {
       Operand<2> patches = taps.next();
       if (p.normalized) normalize<T, 8>(patches, moments);
       // New registers, in the order of the fragments: ptxas would copy them for every product.
       keep_in_loop(patches.at[0], piece);
       keep_in_loop(patches.at[1], piece);
       wait_for_copies<1>();
+      if constexpr (kHasWarpgroups) show_to_products();
       // The piece is there for all warps, and the one before it has been multiplied by all.
       __syncthreads();
       start_loading();
-      const uint4* blocks = dynamic_shared + stage * kStageVectors;
+      const uint4* tiles = dynamic_shared + stage * kStageVectors;
       stage = stage + 1 < kStages ? stage + 1 : 0;
+      if constexpr (kHasWarpgroups) {
+        start_products(wide, patches.at);
+        // Also tiles that the weight does not have: ptxas would wait for each product of a branch.
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < kProjectTiles; ++i) {
+          start_wide_products<T, 4>(wide[i], patches, tiles + i * kWideTileVectors, 0, true);
+        }
+        commit_products();
+        wait_for_products(wide);
+      } else {
 #pragma unroll
-        for (int j = 0; j < kProjectGroups; ++j) {
-          if (j >= column_groups) break;
-          multiply_block<T>(sums.at[j], patches.at[i],
-                            blocks + (i * column_groups + j) * kBlockVectors);
+        for (int i = 0; i < kProjectTiles; ++i) {
+          if (i >= column_tiles) break;
+          multiply_blocks<T>(sums[i], patches, tiles + i * kWideTileVectors);
+          // Loads of the next tile would not fit in registers.
+          __syncwarp();
         }
       }
     }
-    store_projected<T>(p, token, first_group, sums);
+#pragma unroll
+    for (int i = 0; i < kProjectTiles; ++i) {
+      if (i >= column_tiles) break;
+      if constexpr (kHasWarpgroups) take_wide(wide[i], sums[i]);
+      store_projected<T>(p, token, first_group + 2 * i, sums[i]);
+    }
   }
   wait_for_copies<0>();
 }
@@ -288,27 +323,27 @@ class Projection16 {
     source_ = make_patch_source(map, x);
     fold.map = source_.map;
     fold.channels = map.channels;
-    fold.groups = patch_groups(map);
+    fold.pieces = patch_pieces(map);
     fold.outputs = static_cast<int>(weight.size(0));
-    fold.column_groups = static_cast<int>(divide_up(fold.outputs, kGroup));
+    fold.column_tiles = static_cast<int>(divide_up(fold.outputs, kWidest));
     fold.weight = weight.const_data_ptr();
     fold.bias = bias;
     fold.gain = gain;
     fold.offset = offset;
     packed_ = torch::stable::new_empty(
-        weight, {int64_t(fold.groups) * fold.column_groups * kGroup * kGroup});
-    constants_ = new_floats(weight, 2 * fold.column_groups * kGroup);
+        weight, {int64_t(fold.pieces) * fold.column_tiles * kWidest * kWidest});
+    constants_ = new_floats(weight, 2 * fold.column_tiles * kWidest);
     fold.packed = static_cast<uint4*>(packed_.mutable_data_ptr());
     fold.constants = floats_of(constants_);
-    fold.row_sums = fold.constants + fold.column_groups * kGroup;
+    fold.row_sums = fold.constants + fold.column_tiles * kWidest;
     device.launch("soft_split_linear_fold", fold_kernel<T>,
-                  dim3(grid_size(divide_up(fold.column_groups * kGroup, kFoldWarps))),
+                  dim3(grid_size(divide_up(fold.column_tiles * kWidest, kFoldWarps))),
                   kFoldWarps * kLanes, 0, fold);
     params_.map = fold.map;
     params_.packed = fold.packed;
     params_.constants = fold.constants;
-    params_.groups = fold.groups;
-    params_.column_groups = fold.column_groups;
+    params_.pieces = fold.pieces;
+    params_.column_tiles = fold.column_tiles;
     params_.outputs = fold.outputs;
     params_.normalized = gain != nullptr;
     params_.eps = eps;
@@ -321,7 +356,7 @@ class Projection16 {
     params_.vectors = params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
     if (source_.order == PatchOrder::kTaps) {
       launch(source_.vectors ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
-             kProjectWarps, kRows, kStages * 2 * kProjectGroups, device);
+             kProjectWarps, kRows, kStages * kProjectTiles, device);
       return;
     }
     switch (compiled_rows(params_.map.rows)) {
@@ -337,27 +372,29 @@ class Projection16 {
  private:
   template <int kPatchRows>
   void launch_rows(const DeviceScope& device) const {
-    const int blocks = params_.groups * std::min(kProjectGroups, params_.column_groups);
+    const int tiles = params_.pieces * std::min(kProjectTiles, params_.column_tiles);
     if (source_.vectors) {
       launch(project_rows_kernel<T, kPatchRows, true>, kRowsWarps<kPatchRows, true>, kTileTokens,
-             blocks, device);
+             tiles, device);
     } else {
       launch(project_rows_kernel<T, kPatchRows, false>, kRowsWarps<kPatchRows, false>, kTileTokens,
-             blocks, device);
+             tiles, device);
     }
   }
 
-  // One block a multiprocessor, of fewer warps if there are few tokens.
+  // One block a multiprocessor, of fewer warpgroups if there are few tokens.
   void launch(void (*kernel)(ProjectionParams), int most_warps, int warp_tokens,
-              int blocks_of_weight, const DeviceScope& device) const {
-    const int64_t tiles = divide_up(params_.map.token_count, warp_tokens);
-    const int64_t wide = divide_up(params_.column_groups, kProjectGroups);
+              int tiles_of_weight, const DeviceScope& device) const {
+    const int64_t groups = divide_up(params_.map.token_count, kWarpgroup * warp_tokens);
+    const int64_t wide = divide_up(params_.column_tiles, kProjectTiles);
     const int64_t blocks = std::max<int64_t>(1, device.multiprocessors() / wide);
-    const int warps = static_cast<int>(std::clamp<int64_t>(divide_up(tiles, blocks), 1, most_warps));
+    const int64_t of_block =
+        std::clamp<int64_t>(divide_up(groups, blocks), 1, most_warps / kWarpgroup);
     device.launch("soft_split_linear", kernel,
-                  dim3(grid_size(std::min(blocks, divide_up(tiles, warps))),
+                  dim3(grid_size(std::min(blocks, divide_up(groups, of_block))),
                        static_cast<unsigned>(wide)),
-                  warps * kLanes, static_cast<size_t>(blocks_of_weight) * kBlockBytes, params_);
+                  static_cast<int>(of_block) * kWarpgroup * kLanes,
+                  static_cast<size_t>(tiles_of_weight) * kWideTileVectors * sizeof(uint4), params_);
   }
 
   torch::stable::Tensor packed_, constants_;

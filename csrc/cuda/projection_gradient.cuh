@@ -592,7 +592,7 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
     const TokenScalarsParams s = {grad.const_data_ptr(),
                                   y,
                                   constants,
-                                  constants + divide_up(outputs, kGroup) * kGroup,
+                                  constants + divide_up(outputs, kWidest) * kWidest,
                                   moments,
                                   tokens,
                                   outputs,

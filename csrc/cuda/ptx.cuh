@@ -111,6 +111,12 @@ __device__ void keep_in_loop(uint32_t (&left)[kCount][4], int iteration) {
   }
 }
 
+template <int kGroups, int kCount>
+__device__ void keep_in_loop(uint32_t (&left)[kGroups][kCount][4], int iteration) {
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) keep_in_loop(left[i], iteration);
+}
+
 #define T2T_SUMS(j) "+f"(d[j][0][0]), "+f"(d[j][0][1]), "+f"(d[j][1][0]), "+f"(d[j][1][1])
 #define T2T_WGMMA(type)                                                                            \
   asm volatile(                                                                                    \

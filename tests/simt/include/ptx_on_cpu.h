@@ -128,6 +128,8 @@ float right_element(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n
 
 template <int kCount>
 void keep_in_loop(uint32_t (&)[kCount][4], int) {}
+template <int kGroups, int kCount>
+void keep_in_loop(uint32_t (&)[kGroups][kCount][4], int) {}
 template <typename... Registers>
 void start_products(Registers&...) {
   simt::start_products();
