@@ -218,13 +218,56 @@ __device__ void store_operand(const Operand<2>& operand, T* to, int64_t token_st
   }
 }
 
-// To a tile of shared memory.
+// Tokens in shared memory, 64 elements each: rows of 128 bytes whose eight 16-byte parts lie such that
+// neither what a warp keeps of eight rows nor a column of parts meets in a bank.
 template <typename T>
-__device__ void keep_operand(const Operand<2>& operand, T* tile, int pitch) {
+__device__ T* part_of(T* tile, int row, int part) {
+  const int swizzle = row % 2 * 4 + row / 2 % 4;
+  return tile + row * kWidest + (part ^ swizzle) * 8;
+}
+template <typename T, int kGroups>
+__device__ void keep_operand(const Operand<kGroups>& operand, T* tile) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    *reinterpret_cast<uint4*>(tile + sum_row(i % 2) * pitch + sum_column(i / 2)) =
+  for (int i = 0; i < 2 * kGroups; ++i) {
+    *reinterpret_cast<uint4*>(part_of(tile, sum_row(i % 2), i / 2 * 4 + lane_index() % 4)) =
         eight_of(operand, i / 2, i % 2);
+  }
+}
+
+// Fragments of a tile's columns part·8 …: of 16 tokens from `token` on as the left operand of a
+// product over tokens, or of 16 columns as its right operand.
+template <typename T>
+__device__ void load_left(uint32_t (&left)[4], T* tile, int token, int part) {
+  const int lane = lane_index();
+  load_matrices_transposed(
+      left, part_of(tile, token + lane % 8 + lane / 16 * 8, part + lane / 8 % 2));
+}
+template <typename T>
+__device__ void load_right(uint32_t (&right)[4], T* tile, int token, int part) {
+  load_matrices_transposed(right, part_of(tile, token + lane_index() % 16, part + lane_index() / 16));
+}
+
+// sums += Aᵀ·B over `tokens` tokens, of columns that begin at the given parts.
+template <int kTall, int kWide, typename T>
+__device__ void multiply_tiles(OuterSums<kTall, kWide>& sums, T* a, int a_part, T* b, int b_part,
+                               int tokens) {
+#pragma unroll 1
+  for (int token = 0; token < tokens; token += kRows) {
+    uint32_t left[kTall][4];
+#pragma unroll
+    for (int i = 0; i < kTall; ++i) load_left(left[i], a, token, a_part + 2 * i);
+#pragma unroll
+    for (int j = 0; j < kWide; j += 2) {
+      uint32_t right[4];
+      load_right(right, b, token, b_part + j);
+#pragma unroll
+      for (int i = 0; i < kTall; ++i) {
+        auto& d = sums.at[i][j];
+        auto& e = sums.at[i][j + 1];
+        mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[i], right[0], right[1]);
+        mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[i], right[2], right[3]);
+      }
+    }
   }
 }
 
@@ -240,19 +283,31 @@ __device__ void add_operand(Sums<2>& sums, const Operand<2>& operand) {
   }
 }
 
-// The tiles of a warp: those of all images, dealt to all warps of the grid in turn.
+template <typename T>
+__device__ Sums<2> sums_of(const Operand<2>& operand) {
+  Sums<2> sums;
+  sums.clear();
+  add_operand<T>(sums, operand);
+  return sums;
+}
+
+// Tiles of 16 tokens of all images, dealt to the warps of the grid in turn.
 struct TileLoop {
   int tokens, tiles;  // of an image
   int64_t images;
 
+  // All warps of a block go on together. One without a tile has one beyond the image's tokens.
   template <typename Work>
   __device__ void operator()(Work work) const {
     const int warps = blockDim.x / kLanes;
-    const int64_t all = images * tiles, step = int64_t(gridDim.x) * warps;
-    int64_t tile = int64_t(blockIdx.x) * warps + warp_index();
-    for (; tile < all; tile += step) {
+    const int64_t all = images * tiles;
+#pragma unroll 1
+    for (int64_t first = int64_t(blockIdx.x) * warps; first < all;
+         first += int64_t(gridDim.x) * warps) {
+      const int64_t tile = min(first + warp_index(), all - 1);
       const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
-      work(image, static_cast<int>(tile - image * tiles) * kRows);
+      work(image, first + warp_index() < all ? static_cast<int>(tile - image * tiles) * kRows
+                                             : tokens);
     }
   }
 };

@@ -133,8 +133,8 @@ struct KeysParams {
 };
 
 constexpr int kAttentionWarps = 4;
-constexpr int kValuePitch = padded_row<uint16_t>(kEmbed);
-constexpr int kKeysWarpBytes = kRows * (kValuePitch * 2 + 4);
+constexpr int kTileBytes = kRows * kEmbed * 2;
+constexpr int kKeysWarpBytes = kTileBytes + kRows * 4;
 constexpr int kKeysBytes = kFeatureRowVectors * 16 + kAttentionWarps * kKeysWarpBytes;
 
 // Log-features lie transposed: features are the rows of the sums, which are then the left operand
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
   const int tokens = chunks.tokens;
   T* values = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
                                    warp_index() * kKeysWarpBytes);
-  auto* halves = reinterpret_cast<float*>(values + kRows * kValuePitch);
+  auto* halves = reinterpret_cast<float*>(values + kRows * kEmbed);
   const int lane = lane_index();
 
   OuterSums<2, kEmbed / 8> sums;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
     half_squares<T>(keys, half);
     // The tiles have been read by all lanes.
     __syncwarp();
-    keep_operand(load_operand<T>(p.values, image, at, tokens), values, kValuePitch);
+    keep_operand(load_operand<T>(p.values, image, at, tokens), values);
     if (lane % 4 == 0) {
       halves[lane / 4] = half[0];
       halves[lane / 4 + 8] = half[1];
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
 #pragma unroll
     for (int j = 0; j < kEmbed / 8; j += 2) {
       uint32_t right[4];
-      load_matrices_transposed(right, values + lane % 16 * kValuePitch + j * 8 + lane / 16 * 8);
+      load_right(right, values, 0, j);
 #pragma unroll
       for (int tall = 0; tall < 2; ++tall) {
         auto& d = sums.at[tall][j];
@@ -470,8 +470,7 @@ struct QueriesBackwardParams {
   int64_t grad_stride;  // from a token to the next
 };
 
-constexpr int kFeaturePitch = padded_row<uint16_t>(kFeatures);
-constexpr int kQueriesWarpBytes = kRows * 2 * (kFeaturePitch + kValuePitch);
+constexpr int kQueriesWarpBytes = 2 * kTileBytes;
 constexpr int kBothFeatures = 2 * kFeatureBlocks * kBlockVectors;
 constexpr int kQueriesBackwardBytes = kBothFeatures * 16 + kAttentionWarps * kQueriesWarpBytes;
 
@@ -522,7 +521,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
   const int tokens = chunks.tokens;
   T* features = reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared + kBothFeatures) +
                                      warp_index() * kQueriesWarpBytes);
-  T* grads = features + kRows * kFeaturePitch;
+  T* grads = features + kRows * kEmbed;
 
   OuterSums<2, kEmbed / 8> sums;
   sums.clear();
@@ -553,14 +552,10 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
 
     // The tiles have been multiplied by all lanes.
     __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint4*>(features + sum_row(half) * kFeaturePitch + sum_column(0)) =
-          eight_of(attended.features, 0, half);
-    }
-    keep_operand(grad, grads, kValuePitch);
+    keep_operand(attended.features, features);
+    keep_operand(grad, grads);
     __syncwarp();
-    multiply_tokens(sums, features, kFeaturePitch, grads, kValuePitch, kRows);
+    multiply_tiles(sums, features, 0, grads, 0, kRows);
 
     Sums<1> log_gradients;
     log_gradients.clear();

@@ -41,21 +41,22 @@ struct AttendParams {
   void* out;
 };
 
-constexpr int kAttendVectors = (kFeatureBlocks + 3 * kLinearBlocks) * kBlockVectors;
+constexpr int kAttendVectors = 3 * kWideTileVectors + kFeatureBlocks * kBlockVectors;
 constexpr int kAttendBytes = kAttendVectors * 16 + static_cast<int>(sizeof(TailVectors));
 constexpr int kAttendBlocks = 3;
 
 template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
     attend_kernel(const AttendParams p) {
-  uint4* w = dynamic_shared;
-  uint4* weights = w + kFeatureBlocks * kBlockVectors;
+  uint4* weights = dynamic_shared;
+  uint4* w = weights + 3 * kWideTileVectors;
   auto& vectors = *reinterpret_cast<TailVectors*>(dynamic_shared + kAttendVectors);
   pack_features<T>(w, p.w, false);
   pack_linear<T>(weights, p.tail.proj, false);
-  pack_linear<T>(weights + kLinearBlocks * kBlockVectors, p.tail.mlp_in, false);
-  pack_linear<T>(weights + 2 * kLinearBlocks * kBlockVectors, p.tail.mlp_out, false);
+  pack_linear<T>(weights + kWideTileVectors, p.tail.mlp_in, false);
+  pack_linear<T>(weights + 2 * kWideTileVectors, p.tail.mlp_out, false);
   vectors.load<T>(p.tail);
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
@@ -83,10 +84,10 @@ constexpr int kTailBytes = kTailBackwardBytes + kFeatureBlocks * kBlockBytes;
 
 template <typename T>
 __global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(const TailParams p) {
-  constexpr int kLinear = kLinearBlocks * kBlockVectors;
-  uint4* w = dynamic_shared;
-  uint4* weights = w + kFeatureBlocks * kBlockVectors;
-  T* tiles = reinterpret_cast<T*>(weights + 5 * kLinear);
+  constexpr int kLinear = kWideTileVectors;
+  uint4* weights = dynamic_shared;
+  uint4* w = weights + 5 * kLinear;
+  T* tiles = reinterpret_cast<T*>(w + kFeatureBlocks * kBlockVectors);
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
   const TailPointers& tail = p.backward.tail;
   pack_features<T>(w, p.w, false);
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(co
   pack_linear<T>(weights + 3 * kLinear, tail.mlp_in, true);
   pack_linear<T>(weights + 4 * kLinear, tail.proj, true);
   vectors.load<T>(tail);
+  if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
   tail_backward_of<T>(
       p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,

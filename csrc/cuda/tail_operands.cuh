@@ -11,14 +11,40 @@ namespace t2t {
 
 // The weight of a linear map (outputs × inputs) as a right operand, inputs by outputs or, for the
 // gradient, outputs by inputs.
-constexpr int kLinearBlocks = 4;
-
 template <typename T>
 __device__ void pack_linear(uint4* to, const void* weight, bool transposed) {
-  const T* from = static_cast<const T*>(weight);
-  pack_blocks<T>(to, 2, 2, threadIdx.x, blockDim.x, [&](int row, int column) {
-    return static_cast<float>(from[transposed ? row * kWidest + column : column * kWidest + row]);
-  });
+  const auto* from = static_cast<const uint16_t*>(weight);
+  for (int i = threadIdx.x; i < kWideTileVectors; i += blockDim.x) {
+    const int column = i / 8, row = i % 8 * 8;
+    uint32_t pairs[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const auto at = [&](int r) {
+        return uint32_t(from[transposed ? r * kWidest + column : column * kWidest + r]);
+      };
+      pairs[e] = at(row + 2 * e) | at(row + 2 * e + 1) << 16;
+    }
+    store_in_tile(to, i % 8 / 4, i % 4, column, pairs);
+  }
+}
+
+// left·weight. On Hopper the four warps of a group multiply together.
+template <typename T>
+__device__ Sums<2> times_linear(const Operand<2>& left, const uint4* weight) {
+  Sums<2> sums;
+  if constexpr (kHasWarpgroups) {
+    float wide[8][2][2];
+    Operand<2> operand = left;
+    start_products(wide, operand.at);
+    start_wide_products<T, 4>(wide, operand, weight, 0, false);
+    commit_products();
+    wait_for_products(wide, operand.at);
+    take_wide(wide, sums);
+  } else {
+    sums.clear();
+    multiply_blocks<T>(sums, left, weight);
+  }
+  return sums;
 }
 
 // The tail's tensors in memory, all contiguous and of 64 rows and columns.
@@ -198,9 +224,7 @@ template <typename T>
 __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4* weights,
                            const TailVectors& vectors, const Dropout& dropout,
                            int64_t first_token) {
-  Sums<2> a;
-  a.clear();
-  multiply_blocks<T>(a, y, weights);
+  Sums<2> a = times_linear<T>(y, weights);
   add_columns(a, vectors.proj_bias);
   Kept(dropout, kAfterProj, first_token).apply(dropout, a);
   add_operand<T>(a, v);
@@ -212,15 +236,11 @@ __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4
     normalize_rows(normalized, rstd);
     operand = scaled_rows<T>(normalized, vectors);
   }
-  Sums<2> hidden;
-  hidden.clear();
-  multiply_blocks<T>(hidden, operand, weights + kLinearBlocks * kBlockVectors);
+  Sums<2> hidden = times_linear<T>(operand, weights + kWideTileVectors);
   add_columns(hidden, vectors.mlp_in_bias);
   apply_gelu(hidden);
   operand = rounded_operand<T>(hidden);
-  Sums<2> out;
-  out.clear();
-  multiply_blocks<T>(out, operand, weights + 2 * kLinearBlocks * kBlockVectors);
+  Sums<2> out = times_linear<T>(operand, weights + 2 * kWideTileVectors);
   add_columns(out, vectors.mlp_out_bias);
   Kept(dropout, kAfterMlp, first_token).apply(dropout, out);
 #pragma unroll
@@ -251,10 +271,10 @@ struct TailBackwardParams16 {
 };
 
 constexpr int kTailWarps = 8;
-constexpr int kTailPitch = padded_row<uint16_t>(kWidest);
-constexpr int kTailTileElements = kTailWarps * kRows * kTailPitch;
+constexpr int kTailTokens = kTailWarps * kRows;
+constexpr int kTailTileElements = kTailTokens * kWidest;
 // proj and mlp_in, and mlp_out, mlp_in and proj transposed.
-constexpr int kTailBackwardVectors = 5 * kLinearBlocks * kBlockVectors;
+constexpr int kTailBackwardVectors = 5 * kWideTileVectors;
 constexpr int kTailBackwardBytes = kTailBackwardVectors * 16 +
                                    static_cast<int>(sizeof(TailVectors)) +
                                    2 * kTailTileElements * 2;
@@ -265,9 +285,8 @@ __device__ inline int shared_row() { return warp_index() % 2 * 32; }
 __device__ inline int shared_column() { return warp_index() / 2 * 16; }
 
 template <typename T>
-__device__ void add_shared(SharedSums& sums, const T* left, const T* right) {
-  multiply_tokens(sums, left + shared_row(), kTailPitch, right + shared_column(), kTailPitch,
-                  kTailWarps * kRows);
+__device__ void add_shared(SharedSums& sums, T* left, T* right) {
+  multiply_tiles(sums, left, shared_row() / 8, right, shared_column() / 8, kTailTokens);
 }
 __device__ inline void store_shared(const SharedSums& sums, float (&to)[kWidest][kWidest]) {
 #pragma unroll
@@ -284,15 +303,14 @@ struct ColumnSums {
   float at[2] = {};
 
   template <typename T>
-  __device__ void add(const T* tile) {
-    const int lane = lane_index(), first = warp_index() / 4 * (kTailWarps / 2 * kRows);
+  __device__ void add(T* tile) {
+    const int first = warp_index() / 4 * (kTailTokens / 2);
     const uint32_t ones = round_pair<T>(1.f, 1.f);
     float unused[2] = {};
 #pragma unroll
-    for (int k = first; k < first + kTailWarps / 2 * kRows; k += 16) {
+    for (int token = first; token < first + kTailTokens / 2; token += kRows) {
       uint32_t left[4];
-      load_matrices_transposed(left, tile + (k + lane % 8 + lane / 16 * 8) * kTailPitch +
-                                         warp_index() % 4 * 16 + lane / 8 % 2 * 8);
+      load_left(left, tile, token, warp_index() % 4 * 2);
       mma<T>(at[0], unused[0], at[1], unused[1], left, ones, ones);
     }
   }
@@ -311,9 +329,9 @@ template <typename T, typename Attend>
 __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& values,
                                  const uint4* weights, const TailVectors& vectors, T* lefts,
                                  T* rights, Attend attend) {
-  constexpr int kLinear = kLinearBlocks * kBlockVectors;
-  T* left = lefts + warp_index() * kRows * kTailPitch;
-  T* right = rights + warp_index() * kRows * kTailPitch;
+  constexpr int kLinear = kWideTileVectors;
+  T* left = lefts + warp_index() * kRows * kWidest;
+  T* right = rights + warp_index() * kRows * kWidest;
   const Dropout& dropout = p.tail.dropout;
   SharedSums proj, mlp_in, mlp_out;
   ColumnSums proj_bias, norm_gain, norm_offset, mlp_in_bias, mlp_out_bias;
@@ -322,33 +340,23 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
   mlp_out.clear();
 
   const int tokens = p.loop.tokens;
-  const int64_t all = p.loop.images * p.loop.tiles;
-#pragma unroll 1
-  for (int64_t block_tile = int64_t(blockIdx.x) * kTailWarps; block_tile < all;
-       block_tile += int64_t(gridDim.x) * kTailWarps) {
-    const int64_t tile = min(block_tile + warp_index(), all - 1);
-    const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(p.loop.tiles);
-    // A warp without a tile has one beyond the image's tokens, whose gradients are zero.
-    const int first = block_tile + warp_index() < all
-                          ? static_cast<int>(tile - image * p.loop.tiles) * kRows
-                          : tokens;
+  // Gradients of tokens beyond an image's last are zero.
+  p.loop([&](int64_t image, int first) {
     const int64_t first_token = image * tokens + first;
 
     // Forward, up to the hidden units.
     const Operand<2> y = attend(image, first);
     const Kept kept_proj(dropout, kAfterProj, first_token);
-    Sums<2> normalized;
     float rstd[2];
-    normalized.clear();
-    multiply_blocks<T>(normalized, y, weights);
+    Sums<2> normalized = times_linear<T>(y, weights);
     add_columns(normalized, vectors.proj_bias);
     kept_proj.apply(dropout, normalized);
     add_operand<T>(normalized, load_operand<T>(values, image, first, tokens));
     normalize_rows(normalized, rstd);
-    Sums<2> hidden;
-    hidden.clear();
-    multiply_blocks<T>(hidden, scaled_rows<T>(normalized, vectors), weights + kLinear);
+    Sums<2> hidden = times_linear<T>(scaled_rows<T>(normalized, vectors), weights + kLinear);
     add_columns(hidden, vectors.mlp_in_bias);
+    // In half the registers; plain PyTorch normalises rounded rows.
+    const Operand<2> kept_rows = rounded_operand<T>(normalized);
 
     // mlp_out: dropout's gradient by the activated units.
     Operand<2> grad;
@@ -367,13 +375,12 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
       slopes.at[i / 16][i / 8 % 2][i % 8] = fmaf(value, normal.y, normal.x);
       value *= normal.x;
     }
-    keep_operand(grad, left, kTailPitch);
-    keep_operand(rounded_operand<T>(hidden), right, kTailPitch);
+    keep_operand(grad, left);
+    keep_operand(rounded_operand<T>(hidden), right);
     __syncthreads();
     add_shared(mlp_out, lefts, rights);
     mlp_out_bias.add(lefts);
-    hidden.clear();
-    multiply_blocks<T>(hidden, grad, weights + 2 * kLinear);
+    hidden = times_linear<T>(grad, weights + 2 * kLinear);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       hidden.at[i / 16][i / 8 % 2][i % 8] *= slopes.at[i / 16][i / 8 % 2][i % 8];
@@ -382,31 +389,29 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
     __syncthreads();
 
     // mlp_in: the hidden units' gradient by the norm's result.
-    keep_operand(grad, left, kTailPitch);
-    keep_operand(scaled_rows<T>(normalized, vectors), right, kTailPitch);
+    keep_operand(grad, left);
+    keep_operand(scaled_rows<T>(sums_of<T>(kept_rows), vectors), right);
     __syncthreads();
     add_shared(mlp_in, lefts, rights);
     mlp_in_bias.add(lefts);
-    Sums<2> grads;
-    grads.clear();
-    multiply_blocks<T>(grads, grad, weights + 3 * kLinear);
+    Sums<2> grads = times_linear<T>(grad, weights + 3 * kLinear);
     __syncthreads();
 
     // The norm: its offset's gradient and, times the normalised rows, its gain's.
-    keep_operand(rounded_operand<T>(grads), left, kTailPitch);
+    keep_operand(rounded_operand<T>(grads), left);
     {
-      Sums<2> product;
+      Sums<2> product = sums_of<T>(kept_rows);
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
-        product.at[i / 16][i / 8 % 2][i % 8] =
-            grads.at[i / 16][i / 8 % 2][i % 8] * normalized.at[i / 16][i / 8 % 2][i % 8];
+        product.at[i / 16][i / 8 % 2][i % 8] *= grads.at[i / 16][i / 8 % 2][i % 8];
       }
-      keep_operand(rounded_operand<T>(product), right, kTailPitch);
+      keep_operand(rounded_operand<T>(product), right);
     }
     __syncthreads();
     norm_offset.add(lefts);
     norm_gain.add(rights);
     {
+      const Sums<2> rows = sums_of<T>(kept_rows);
       float mean[2], mean_of_product[2] = {};
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
@@ -416,7 +421,7 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
         for (int i = 0; i < 16; ++i) {
           float& value = grads.at[group][i / 8][i % 8];
           value *= gain[i % 8];
-          mean_of_product[i / 8] += value * normalized.at[group][i / 8][i % 8];
+          mean_of_product[i / 8] += value * rows.at[group][i / 8][i % 8];
         }
       }
       row_means(grads, mean);
@@ -426,8 +431,8 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
       for (int i = 0; i < 32; ++i) {
         const int half = i / 8 % 2;
         float& value = grads.at[i / 16][half][i % 8];
-        value = (value - mean[half] -
-                 normalized.at[i / 16][half][i % 8] * mean_of_product[half]) * rstd[half];
+        value = (value - mean[half] - rows.at[i / 16][half][i % 8] * mean_of_product[half]) *
+                rstd[half];
       }
     }
     add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));
@@ -438,17 +443,16 @@ __device__ void tail_backward_of(const TailBackwardParams16& p, const Rows& valu
     kept_proj.apply(dropout, grads);
     grad = rounded_operand<T>(grads);
     __syncthreads();
-    keep_operand(grad, left, kTailPitch);
-    keep_operand(y, right, kTailPitch);
+    keep_operand(grad, left);
+    keep_operand(y, right);
     __syncthreads();
     add_shared(proj, lefts, rights);
     proj_bias.add(lefts);
-    grads.clear();
-    multiply_blocks<T>(grads, grad, weights + 4 * kLinear);
+    grads = times_linear<T>(grad, weights + 4 * kLinear);
     store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_y) + first_token * p.stride,
                   p.stride, tokens - first);
     __syncthreads();
-  }
+  });
 
   TailGradients& slot = p.slots[blockIdx.x];
   store_shared(proj, slot.proj);
