@@ -22,7 +22,6 @@
 namespace t2t {
 
 constexpr int kFeatures = 32, kEmbed = 64;
-constexpr float kLog2E = 1.44269504f;
 
 // Sums of parts of an image's tokens: (part, feature[, embed]).
 struct Parts {

@@ -20,7 +20,7 @@
 
 #include "performer.cuh"
 #include "soft_split_linear.h"
-#include "tail_operands.cuh"
+#include "tail.cuh"
 
 namespace t2t {
 namespace {
@@ -77,27 +77,19 @@ struct TailParams {
   float log_eps;
   Rows queries, values;
   Means means;
-  TailBackwardParams16 backward;
+  TailBackwardParams backward;
 };
 
 constexpr int kTailBytes = kTailBackwardBytes + kFeatureBlocks * kBlockBytes;
 
 template <typename T>
 __global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(const TailParams p) {
-  constexpr int kLinear = kWideTileVectors;
   uint4* weights = dynamic_shared;
-  uint4* w = weights + 5 * kLinear;
+  uint4* w = weights + 5 * kWideTileVectors;
   T* tiles = reinterpret_cast<T*>(w + kFeatureBlocks * kBlockVectors);
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
-  const TailPointers& tail = p.backward.tail;
   pack_features<T>(w, p.w, false);
-  pack_linear<T>(weights, tail.proj, false);
-  pack_linear<T>(weights + kLinear, tail.mlp_in, false);
-  pack_linear<T>(weights + 2 * kLinear, tail.mlp_out, true);
-  pack_linear<T>(weights + 3 * kLinear, tail.mlp_in, true);
-  pack_linear<T>(weights + 4 * kLinear, tail.proj, true);
-  vectors.load<T>(tail);
-  if constexpr (kHasWarpgroups) show_to_products();
+  pack_tail_backward<T>(weights, vectors, p.backward.tail);
   __syncthreads();
   tail_backward_of<T>(
       p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,
@@ -116,13 +108,6 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   STD_TORCH_CHECK(p == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
                   kName, ": seed must be an int64 tensor of one element");
   return make_dropout(p, seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr);
-}
-
-// Columns of k, q and v, or of their gradient, which lie side by side.
-template <typename T>
-Rows section_of(const Tensor& kqv, Section section) {
-  return {static_cast<const T*>(kqv.const_data_ptr()) + section * kEmbed, kqv.size(1) * 3 * kEmbed,
-          3 * kEmbed, 1, true};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
@@ -150,13 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     using T = decltype(zero);
     const KeyMeans<T> means(x, images, false);
     PerformerPasses<T>{features, images, tokens, device}.keys(
-        section_of<T>(kqv, kKey), section_of<T>(kqv, kValue), x,
+        section_of<T>(kqv, kKey, kEmbed), section_of<T>(kqv, kValue, kEmbed), x,
         {floats_of(maximum), floats_of(normalizer), floats_of(sums)}, means);
     AttendParams p = {};
     p.w = features.floats();
     p.log_eps = features.log_eps();
-    p.queries = section_of<T>(kqv, kQuery);
-    p.values = section_of<T>(kqv, kValue);
+    p.queries = section_of<T>(kqv, kQuery, kEmbed);
+    p.values = section_of<T>(kqv, kValue, kEmbed);
     p.means = means();
     p.tail = tail();
     p.loop = make_tile_loop(images, tokens);
@@ -201,7 +186,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const TileLoop loop = make_tile_loop(images, tokens);
-    const TailSlots16 slots(x, loop, device);
+    const TailSlots slots(x, loop, device);
     if (images > 0) {
       const KeyMeans<T> means(x, images, true);
       means.load(saved, device);
@@ -209,21 +194,22 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
       TailParams p = {};
       p.w = features.floats();
       p.log_eps = features.log_eps();
-      p.queries = section_of<T>(kqv, kQuery);
-      p.values = section_of<T>(kqv, kValue);
+      p.queries = section_of<T>(kqv, kQuery, kEmbed);
+      p.values = section_of<T>(kqv, kValue, kEmbed);
       p.means = means();
       p.backward = {tail(),
                     rows_of<T>(grad),
                     loop,
                     to + kQuery * kEmbed,
+                    3 * kEmbed,
                     to + kValue * kEmbed,
                     3 * kEmbed,
                     slots.slots()};
       device.launch("performer_layer_tail_backward", tail_backward_kernel<T>, slots.grid(),
                     kTailWarps * kLanes, kTailBytes, p);
       PerformerPasses<T>{features, images, tokens, device}.backward(
-          section_of<T>(kqv, kKey), p.queries, p.values, section_of<T>(grad_kqv, kQuery),
-          section_of<T>(grad_kqv, kValue), x, saved, means, to + kKey * kEmbed,
+          section_of<T>(kqv, kKey, kEmbed), p.queries, p.values, section_of<T>(grad_kqv, kQuery, kEmbed),
+          section_of<T>(grad_kqv, kValue, kEmbed), x, saved, means, to + kKey * kEmbed,
           to + kQuery * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
     }
     grads = slots.finish<T>(x, device);

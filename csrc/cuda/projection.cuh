@@ -82,7 +82,10 @@ struct ProjectionParams {
   int pieces, column_tiles, outputs;
   bool normalized;
   float eps;
-  void* y;
+  // Where the columns of a block's tiles go, 192 columns further for each block; from a token to the
+  // next so many elements.
+  void* y[kProjectTiles];
+  int64_t y_stride;
   bool vectors;     // rows of y begin at multiples of 16 bytes
   float2* moments;  // mean and 1/σ of every token; may be null
 };
@@ -98,14 +101,19 @@ __device__ void store_moments(const ProjectionParams& p, int64_t first_token,
   }
 }
 
-// Columns of groups first_group …
+// Columns of the block's groups first_group …
 template <typename T, int kGroups>
 __device__ void store_projected(const ProjectionParams& p, int64_t first_token, int first_group,
                                 const Sums<kGroups>& sums) {
+  const int before = blockIdx.y * kProjectGroups * kGroup;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    const int column = (first_group + group) * kGroup + lane_index() % 4 * 8;
+    const int of_block = (first_group + group) * kGroup + lane_index() % 4 * 8;
+    const int column = before + of_block;
     if (column >= p.outputs) continue;
+    const int tile = of_block / kWidest;
+    T* y = static_cast<T*>(tile == 0 ? p.y[0] : tile == 1 ? p.y[1] : p.y[2]) + before +
+           of_block % kWidest;
     float constants[8];
     load_eight(constants, p.constants + column, 8, true);
 #pragma unroll
@@ -115,7 +123,7 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
       float values[8];
 #pragma unroll
       for (int e = 0; e < 8; ++e) values[e] = sums.at[group][half][e] + constants[e];
-      T* to = static_cast<T*>(p.y) + token * p.outputs + column;
+      T* to = y + token * p.y_stride;
       if (p.vectors) {
         store_vector(to, uint4{round_pair<T>(values[0], values[1]),
                                round_pair<T>(values[2], values[3]),
@@ -149,7 +157,6 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
   using Patches = PatchRows<T, kPatchRows, kPairs>;
   constexpr int kSteps = (kPatchRows + 1) / 2;
   const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
-  const int first_group = blockIdx.y * kProjectGroups;
   const int stride = column_tiles * kWideTileVectors;
   for (int piece = 0; piece < p.pieces; ++piece) {
     copy_piece(dynamic_shared + piece * stride, p, piece, column_tiles);
@@ -187,7 +194,7 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
           wait_for_products(wide);
           Sums<2> sums;
           take_wide(wide, sums);
-          store_projected<T>(p, token + tile * kRows, first_group + 2 * column, sums);
+          store_projected<T>(p, token + tile * kRows, 2 * column, sums);
         }
       }
     } else {
@@ -226,7 +233,7 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
         }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          store_projected<T>(p, token + tile * kRows, first_group + group, sums[tile]);
+          store_projected<T>(p, token + tile * kRows, group, sums[tile]);
         }
       }
     }
@@ -241,7 +248,6 @@ template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     project_taps_kernel(const ProjectionParams p) {
   const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
-  const int first_group = blockIdx.y * kProjectGroups;
 
   // The pieces follow one another in a ring of stages, across rounds.
   int next_piece = 0, next_stage = 0, stage = 0;
@@ -306,7 +312,7 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     for (int i = 0; i < kProjectTiles; ++i) {
       if (i >= column_tiles) break;
       if constexpr (kHasWarpgroups) take_wide(wide[i], sums[i]);
-      store_projected<T>(p, token, first_group + 2 * i, sums[i]);
+      store_projected<T>(p, token, 2 * i, sums[i]);
     }
   }
   wait_for_copies<0>();
@@ -350,10 +356,30 @@ class Projection16 {
   }
 
   // y (tokens of all images, outputs) and, if not null, the tokens' moments.
-  void operator()(void* y, float2* moments, const DeviceScope& device) {
-    params_.y = y;
+  void operator()(const torch::stable::Tensor& y, float2* moments, const DeviceScope& device) {
+    for (int i = 0; i < kProjectTiles; ++i) {
+      params_.y[i] = static_cast<T*>(y.mutable_data_ptr()) + i * kWidest;
+    }
+    params_.y_stride = params_.outputs;
     params_.moments = moments;
-    params_.vectors = params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
+    params_.vectors =
+        params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
+    launch(device);
+  }
+  // Each 64 of 192 columns to a tensor of their own, contiguous and newly made.
+  void operator()(const torch::stable::Tensor (&sections)[kProjectTiles],
+                  const DeviceScope& device) {
+    for (int i = 0; i < kProjectTiles; ++i) params_.y[i] = sections[i].mutable_data_ptr();
+    params_.y_stride = kWidest;
+    params_.vectors = true;
+    launch(device);
+  }
+
+  // W·β + b and the sums of the rows of W∘γ, each padded to tiles.
+  const torch::stable::Tensor& constants() const { return constants_; }
+
+ private:
+  void launch(const DeviceScope& device) const {
     if (source_.order == PatchOrder::kTaps) {
       launch(source_.vectors ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
              kProjectWarps, kRows, kStages * kProjectTiles, device);
@@ -366,10 +392,6 @@ class Projection16 {
     }
   }
 
-  // W·β + b and the sums of the rows of W∘γ, each padded to groups.
-  const torch::stable::Tensor& constants() const { return constants_; }
-
- private:
   template <int kPatchRows>
   void launch_rows(const DeviceScope& device) const {
     const int tiles = params_.pieces * std::min(kProjectTiles, params_.column_tiles);

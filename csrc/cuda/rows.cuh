@@ -20,6 +20,7 @@ constexpr int kWidest = 64;
 constexpr int kWidestGroups = kWidest / kGroup;
 using Wide = Sums<kWidestGroups>;
 static_assert(kWidest <= kShortSum);
+constexpr float kLog2E = 1.4426950408889634f;
 // Of a warp's tiles in shared memory.
 constexpr int kTilePitch = padded_row<float>(kWidest);
 constexpr int kTileFloats = kRows * kTilePitch;
@@ -38,6 +39,13 @@ Rows rows_of(const torch::stable::Tensor& tensor) {
                        tensor.stride(1) % V == 0 &&
                        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), vectors};
+}
+
+// Columns section·embed … of contiguous tokens: k, q or v where they lie side by side.
+template <typename T>
+Rows section_of(const torch::stable::Tensor& tokens, int64_t section, int64_t embed) {
+  return {static_cast<const T*>(tokens.const_data_ptr()) + section * embed,
+          tokens.size(1) * tokens.size(2), tokens.size(2), 1, true};
 }
 
 // Whether all are (B, T, E) of one shape and dtype, with tokens that 32 bits can count.

@@ -652,7 +652,7 @@ Projected project(Tensor x, Tensor weight, std::optional<Tensor> bias,
           result.constants = projection.constants();
           to = static_cast<float2*>(result.moments->mutable_data_ptr());
         }
-        projection(y.mutable_data_ptr(), to, device);
+        projection(y, to, device);
         return;
       }
     }
@@ -671,6 +671,39 @@ Projected project(Tensor x, Tensor weight, std::optional<Tensor> bias,
     launch_project<T, false>(p, device);
   });
   return result;
+}
+
+std::pair<int64_t, int64_t> tokens_of(const Tensor& x, int64_t kernel_size, int64_t stride,
+                                      int64_t padding) {
+  const Geometry map = geometry_of(x, kernel_size, stride, padding);
+  return {map.batch, int64_t(map.rows) * map.columns};
+}
+
+void project_into(const Tensor& x, const Tensor& weight, const Tensor& norm_weight,
+                  const Tensor& norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
+                  double eps, const Tensor (&sections)[3]) {
+  const Geometry map = geometry_of(x, kernel_size, stride, padding);
+  if (patch_order(map) == PatchOrder::kNeither) {
+    Tensor y = project(x, weight, std::nullopt, norm_weight, norm_bias, kernel_size, stride,
+                       padding, eps, false)
+                   .y;
+    for (int i = 0; i < 3; ++i) {
+      Tensor section = sections[i];
+      torch::stable::copy_(section, torch::stable::narrow(y, 2, i * kWidest, kWidest));
+    }
+    return;
+  }
+  const int64_t width = map.token_width();
+  const DeviceScope device(x);
+  const Tensor w = checked("weight", weight, {3 * kWidest, width}, x);
+  const Tensor gain = checked("norm_weight", norm_weight, {width}, x);
+  const Tensor offset = checked("norm_bias", norm_bias, {width}, x);
+  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Projection16<T> projection(map, x, w, nullptr, gain.const_data_ptr(), offset.const_data_ptr(),
+                               float(eps), device);
+    projection(sections, device);
+  });
 }
 
 Tensor soft_split_linear(Tensor x, Tensor weight, std::optional<Tensor> bias,

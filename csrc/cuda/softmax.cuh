@@ -22,7 +22,6 @@
 namespace t2t {
 
 constexpr int kTilesOfEight = kWidest / 8;
-constexpr float kLog2E = 1.4426950408889634f;
 
 template <typename T>
 constexpr bool kExact = std::is_same_v<T, float>;
@@ -564,10 +563,10 @@ SoftmaxInputs softmax_inputs(const torch::stable::Tensor& q, const torch::stable
 
 template <typename T, int kWarpsOfBlock, typename Params>
 void launch_softmax(const DeviceScope& device, const char* name, void (*kernel)(Params),
-                    int64_t images, const Params& params) {
+                    int64_t images, const Params& params, size_t further_bytes = 0) {
   const int64_t blocks = images * params.in.blocks_per_image(kWarpsOfBlock);
   device.launch(name, kernel, dim3(static_cast<unsigned>(blocks)), kWarpsOfBlock * kLanes,
-                shared_bytes<T>(kWarpsOfBlock), params);
+                shared_bytes<T>(kWarpsOfBlock) + further_bytes, params);
 }
 
 template <typename T>

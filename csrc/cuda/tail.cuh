@@ -1,460 +1,561 @@
-// What a T2T layer does with the attention's result y, on tiles of 16 tokens, forward and backward:
+// What a T2T layer does with the attention's result y, for half types and 64 elements, forward and
+// backward:
 //   a = v + dropout(proj(y)), out = a + dropout(mlp_out(gelu(mlp_in(norm(a)))))
-// Operands of products are rounded to the map's type, as plain PyTorch rounds every intermediate.
+// Operands are in registers, rounded as plain PyTorch rounds every intermediate, and weights in
+// shared memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <vector>
 
-#include "geometry.h"
-#include "launch.h"
+#include "operands.cuh"
 #include "philox.cuh"
-#include "rows.cuh"
 
 namespace t2t {
 
 constexpr float kNormEps = 1e-5f;
 // The dropouts' sites, as in the reference.
 constexpr uint32_t kAfterProj = 0, kAfterMlp = 1;
-// Of a block that works on tails.
-constexpr int kWarps = 4;
 
-// The tail's parameters. Weights are packed as inputs × outputs, those of the backward transposed.
-struct Tail {
-  const void *proj, *mlp_in, *mlp_out;
-  const void *proj_t, *mlp_in_t, *mlp_out_t;
-  const void *proj_bias, *norm_gain, *norm_offset, *mlp_in_bias, *mlp_out_bias;
-  int embed, hidden;
-  Dropout dropout;
-
-  __host__ __device__ int embed_depth() const { return (embed + 15) / 16 * 16; }
-  __host__ __device__ int hidden_depth() const { return (hidden + 15) / 16 * 16; }
-};
-
-// The sums of a product whose left operand is a tile of type T.
-template <typename T>
-__device__ Wide times(const T* tile, const void* packed, int depth, int columns) {
-  Wide sums;
-  sums.clear();
-  multiply_short(sums, tile, padded_row<T>(kWidest), static_cast<const T*>(packed), depth * kGroup,
-                 depth, (columns + kGroup - 1) / kGroup);
-  return sums;
-}
-
-// sums·gain + bias by column, zero beyond `columns`; either may be null.
-template <typename T>
-__device__ void scale_and_shift(Wide& sums, const void* gain, const void* bias, int columns) {
-#pragma unroll
-  for (int group = 0; group < kWidestGroups; ++group) {
-    const int column = sum_column(group);
-    float factor[8], addend[8];
-    if (gain) load_eight(factor, static_cast<const T*>(gain) + column, columns - column, false);
-    if (bias) load_eight(addend, static_cast<const T*>(bias) + column, columns - column, false);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float& value = sums.at[group][i / 8][i % 8];
-      if (gain) value *= factor[i % 8];
-      if (bias) value += addend[i % 8];
-      if (column + i % 8 >= columns) value = 0.f;
-    }
-  }
-}
-
-// Dropout of the elements of tokens first_token … of all images.
-__device__ inline void drop(const Tail& t, uint32_t site, int64_t first_token, Wide& sums) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    const int64_t token = first_token + sum_row(i % 2);
-    drop_eight(t.dropout, site, token * t.embed + sum_column(i / 2), sums.at[i / 2][i % 2]);
-  }
-}
-
-__device__ inline void add(Wide& to, const Wide& other) {
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    to.at[i / 16][i / 8 % 2][i % 8] += other.at[i / 16][i / 8 % 2][i % 8];
-  }
-}
-
-// Means over the columns that exist, of rows g and g + 8.
-__device__ inline void row_means(const Wide& sums, int columns, float (&mean)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8 * kWidestGroups; ++i) {
-      if (sum_column(i / 8) + i % 8 < columns) total += sums.at[i / 8][half][i % 8];
-    }
-    mean[half] = sum_of_row(total) / static_cast<float>(columns);
-  }
-}
-
-// Normalises rows without gain and offset; 1/σ goes to `rstd`. Columns beyond the last are zero.
-__device__ inline void normalize_rows(Wide& sums, int columns, float (&rstd)[2]) {
-  float mean[2], variance[2];
-  row_means(sums, columns, mean);
-  Wide squares;
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    float& value = sums.at[i / 16][i / 8 % 2][i % 8];
-    value = sum_column(i / 16) + i % 8 < columns ? value - mean[i / 8 % 2] : 0.f;
-    squares.at[i / 16][i / 8 % 2][i % 8] = value * value;
-  }
-  row_means(squares, columns, variance);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) rstd[half] = 1.f / sqrtf(variance[half] + kNormEps);
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    sums.at[i / 16][i / 8 % 2][i % 8] *= rstd[i / 8 % 2];
-  }
-}
-
-// Φ of the exact GELU x·Φ(x).
-__device__ inline float normal_integral(float x) { return 0.5f * (1.f + erff(x * 0.70710678f)); }
-__device__ inline float normal_density(float x) { return 0.39894228f * expf(-0.5f * x * x); }
-
-template <typename T>
-__device__ void keep_rounded(const Wide& sums, T* tile) {
-  keep_sums(sums, tile, padded_row<T>(kWidest));
-}
-
-// out of the tokens first_token … of all images; `add_v(a)` adds v, `operand` is the warp's work
-// space.
-template <typename T, bool kDropout, typename AddV>
-__device__ Wide tail_forward(const Tail& t, const Wide& y, AddV add_v, int64_t first_token,
-                             T* operand) {
-  // What was there may still be read by other lanes.
-  __syncwarp();
-  keep_rounded(y, operand);
-  __syncwarp();
-  Wide a = times(operand, t.proj, t.embed_depth(), t.embed);
-  scale_and_shift<T>(a, nullptr, t.proj_bias, t.embed);
-  if (kDropout) drop(t, kAfterProj, first_token, a);
-  add_v(a);
-
-  Wide normalized = a;
-  float rstd[2];
-  normalize_rows(normalized, t.embed, rstd);
-  scale_and_shift<T>(normalized, t.norm_gain, t.norm_offset, t.embed);
-  __syncwarp();
-  keep_rounded(normalized, operand);
-  __syncwarp();
-  Wide hidden = times(operand, t.mlp_in, t.embed_depth(), t.hidden);
-  scale_and_shift<T>(hidden, nullptr, t.mlp_in_bias, t.hidden);
-#pragma unroll
-  for (int i = 0; i < 16 * kWidestGroups; ++i) {
-    float& value = hidden.at[i / 16][i / 8 % 2][i % 8];
-    value *= normal_integral(value);
-  }
-  __syncwarp();
-  keep_rounded(hidden, operand);
-  __syncwarp();
-  Wide out = times(operand, t.mlp_out, t.hidden_depth(), t.embed);
-  scale_and_shift<T>(out, nullptr, t.mlp_out_bias, t.embed);
-  if (kDropout) drop(t, kAfterMlp, first_token, out);
-  add(out, a);
-  return out;
-}
-
-// A block's share in the gradients of the tail: three matrices of 64 × 64 (outputs × inputs), each
-// thread's elements a block's threads apart, then vectors of 64. Kept in registers it would leave
-// too few for the rest; in this order a warp adds to it 128 bytes at a time, in the L2 cache.
-struct TailSlot {
-  static constexpr int kThreads = kWarps * kLanes;
-  static constexpr int kProj = 0, kMlpIn = 1, kMlpOut = 2;
-  static constexpr int kMatrix = kWidest * kWidest;
-  static constexpr int kProjBias = 3 * kMatrix, kNormGain = kProjBias + kWidest,
-                       kNormOffset = kNormGain + kWidest, kMlpInBias = kNormOffset + kWidest,
-                       kMlpOutBias = kMlpInBias + kWidest, kFloats = kMlpOutBias + kWidest;
-};
-
-struct TailBackward {
-  Tail tail;
-  int64_t images;
-  int tokens;  // of an image
-  Rows grad;
-  // (image, token, …), with so many elements from a token to the next.
-  void *grad_y, *grad_v;
-  int y_stride, v_stride;
-  float* slots;
-  int warp_bytes;
-};
-
-// Besides each warp's own memory: the left and right operands of a block's 64 tokens.
-template <typename T>
-__host__ __device__ constexpr int tail_operand_elements() {
-  return kWarps * kRows * padded_row<T>(kWidest);
-}
-template <typename T>
-constexpr int tail_operand_bytes() {
-  return 2 * tail_operand_elements<T>() * static_cast<int>(sizeof(T));
-}
-// Of a warp, when it has left the attention: y, and the normalised rows.
-template <typename T>
-__host__ __device__ constexpr int tail_bytes() {
-  return kRows * padded_row<T>(kWidest) * sizeof(T) + kTileFloats * sizeof(float);
-}
-
-// `attend(image, first, shared, kept_y)` leaves y of a warp's tokens, rounded, in `kept_y`, where
-// its memory `shared` begins, and returns v. Gradients: those of y and v to memory, those of the
-// parameters to the block's slot.
-template <typename T, bool kDropout, typename Attend>
-__device__ void tail_backward(const TailBackward& p, Attend attend) {
-  constexpr int kPitch = padded_row<T>(kWidest);
-  const Tail& t = p.tail;
-  T* lefts = reinterpret_cast<T*>(dynamic_shared);
-  T* rights = lefts + tail_operand_elements<T>();
-  T* left = lefts + warp_index() * kRows * kPitch;
-  T* right = rights + warp_index() * kRows * kPitch;
-  char* shared =
-      reinterpret_cast<char*>(rights + tail_operand_elements<T>()) + warp_index() * p.warp_bytes;
-  T* kept_y = reinterpret_cast<T*>(shared);
-  auto* kept_norm = reinterpret_cast<float*>(kept_y + kRows * kPitch);
-
-  // A warp has 16 rows of each matrix, a thread one column of each vector: of the left operand the
-  // first 64 threads, of the right one the others.
-  float* slot = p.slots + int64_t(blockIdx.x) * TailSlot::kFloats;
-  const auto add_columns = [&](int vector, const T* tile, bool first) {
-    float total = 0.f;
-    for (int row = 0; row < kWarps * kRows; ++row) {
-      total += static_cast<float>(tile[row * kPitch + threadIdx.x % kWidest]);
-    }
-    float& at = slot[vector + threadIdx.x % kWidest];
-    at = first ? total : at + total;
-  };
-  const auto add_product = [&](int matrix, bool first) {
-    OuterSums<1, kWidest / 8> sums;
-    sums.clear();
-    multiply_tokens(sums, lefts + warp_index() * 16, kPitch, rights, kPitch, kWarps * kRows);
-    float* at = slot + matrix * TailSlot::kMatrix + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < kWidest / 2; ++i) {
-      const float sum = sums.at[0][i / 4][i / 2 % 2][i % 2];
-      at[i * TailSlot::kThreads] = first ? sum : at[i * TailSlot::kThreads] + sum;
-    }
-  };
-
-  const bool upper = threadIdx.x < kWidest;
-  const int64_t groups = (p.tokens + kWarps * kRows - 1) / (kWarps * kRows);
-  for (int64_t item = blockIdx.x; item < p.images * groups; item += gridDim.x) {
-    const bool begins = item == blockIdx.x;
-    const int64_t image = item / groups;
-    const int first =
-        static_cast<int>(item - image * groups) * kWarps * kRows + warp_index() * kRows;
-    const int64_t first_token = image * p.tokens + first;
-    Wide hidden;
-    float rstd[2];
-    {
-      const Wide v = attend(image, first, shared, kept_y);
-      __syncwarp();
-      Wide a = times(kept_y, t.proj, t.embed_depth(), t.embed);
-      scale_and_shift<T>(a, nullptr, t.proj_bias, t.embed);
-      if (kDropout) drop(t, kAfterProj, first_token, a);
-      add(a, v);
-      normalize_rows(a, t.embed, rstd);
-      keep_sums(a, kept_norm, kTilePitch);
-      scale_and_shift<T>(a, t.norm_gain, t.norm_offset, t.embed);
-      keep_rounded(a, left);
-      __syncwarp();
-      hidden = times(left, t.mlp_in, t.embed_depth(), t.hidden);
-      scale_and_shift<T>(hidden, nullptr, t.mlp_in_bias, t.hidden);
-      __syncwarp();
-    }
-
-    // mlp_out: dropout's gradient by the activated units.
-    {
-      Wide grad, activated = hidden;
-      load_rows<T>(p.grad, image, first, p.tokens, t.embed, grad);
-      if (kDropout) drop(t, kAfterMlp, first_token, grad);
-      keep_rounded(grad, left);
-#pragma unroll
-      for (int i = 0; i < 16 * kWidestGroups; ++i) {
-        float& value = activated.at[i / 16][i / 8 % 2][i % 8];
-        value *= normal_integral(value);
-      }
-      keep_rounded(activated, right);
-    }
-    __syncthreads();
-    add_product(TailSlot::kMlpOut, begins);
-    if (upper) add_columns(TailSlot::kMlpOutBias, lefts, begins);
-    Wide grad_hidden = times(left, t.mlp_out_t, t.embed_depth(), t.hidden);
-    __syncthreads();
-
-    // mlp_in: the hidden units' gradient by the norm's result.
-#pragma unroll
-    for (int i = 0; i < 16 * kWidestGroups; ++i) {
-      const float value = hidden.at[i / 16][i / 8 % 2][i % 8];
-      grad_hidden.at[i / 16][i / 8 % 2][i % 8] *=
-          normal_integral(value) + value * normal_density(value);
-    }
-    keep_rounded(grad_hidden, left);
-    {
-      Wide normalized;
-      take_sums(kept_norm, normalized);
-      scale_and_shift<T>(normalized, t.norm_gain, t.norm_offset, t.embed);
-      keep_rounded(normalized, right);
-    }
-    __syncthreads();
-    add_product(TailSlot::kMlpIn, begins);
-    if (upper) add_columns(TailSlot::kMlpInBias, lefts, begins);
-    Wide grad = times(left, t.mlp_in_t, t.hidden_depth(), t.embed);
-    __syncthreads();
-
-    // The norm: its offset's gradient and, times the normalised rows, its gain's.
-    Wide normalized;
-    take_sums(kept_norm, normalized);
-    keep_rounded(grad, left);
-    {
-      Wide product = grad;
-#pragma unroll
-      for (int i = 0; i < 16 * kWidestGroups; ++i) {
-        product.at[i / 16][i / 8 % 2][i % 8] *= normalized.at[i / 16][i / 8 % 2][i % 8];
-      }
-      keep_rounded(product, right);
-    }
-    __syncthreads();
-    add_columns(upper ? TailSlot::kNormOffset : TailSlot::kNormGain, upper ? lefts : rights,
-                begins);
-    __syncthreads();
-    scale_and_shift<T>(grad, t.norm_gain, nullptr, t.embed);
-    {
-      float mean[2], mean_of_product[2];
-      row_means(grad, t.embed, mean);
-      Wide product = grad;
-#pragma unroll
-      for (int i = 0; i < 16 * kWidestGroups; ++i) {
-        product.at[i / 16][i / 8 % 2][i % 8] *= normalized.at[i / 16][i / 8 % 2][i % 8];
-      }
-      row_means(product, t.embed, mean_of_product);
-#pragma unroll
-      for (int i = 0; i < 16 * kWidestGroups; ++i) {
-        const int half = i / 8 % 2;
-        float& value = grad.at[i / 16][half][i % 8];
-        value = (value - mean[half] - normalized.at[i / 16][half][i % 8] * mean_of_product[half]) *
-                rstd[half];
-      }
-      add_rows<T>(p.grad, image, first, p.tokens, t.embed, grad);
-    }
-    const int left_tokens = p.tokens - first;
-    store_rows(grad, static_cast<T*>(p.grad_v) + first_token * p.v_stride, left_tokens, t.embed,
-               p.v_stride);
-
-    // proj: dropout's gradient by y.
-    if (kDropout) drop(t, kAfterProj, first_token, grad);
-    keep_rounded(grad, left);
-    {
-      Wide y;
-      take_sums(kept_y, y);
-      keep_rounded(y, right);
-    }
-    __syncthreads();
-    add_product(TailSlot::kProj, begins);
-    if (upper) add_columns(TailSlot::kProjBias, lefts, begins);
-    const Wide grad_y = times(left, t.proj_t, t.embed_depth(), t.embed);
-    store_rows(grad_y, static_cast<T*>(p.grad_y) + first_token * p.y_stride, left_tokens, t.embed,
-               p.y_stride);
-    __syncthreads();
-  }
-}
-
-struct TailFinishParams {
-  const float* slots;
-  int slot_count, embed, hidden;
-  void *proj, *proj_bias, *norm_gain, *norm_offset, *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;
-};
-
-constexpr int kFinishThreads = 128;
-
-// Adds the slots one after the other.
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads) tail_finish_kernel(const TailFinishParams p) {
-  const int at = blockIdx.x * kFinishThreads + threadIdx.x;
-  if (at >= TailSlot::kFloats) return;
-  float total = 0.f;
-  for (int i = 0; i < p.slot_count; ++i) total += p.slots[int64_t(i) * TailSlot::kFloats + at];
-  const auto store = [&](void* to, int row, int column, int rows, int columns) {
-    if (row < rows && column < columns) {
-      static_cast<T*>(to)[row * columns + column] = static_cast<T>(total);
-    }
-  };
-  if (at < 3 * TailSlot::kMatrix) {
-    // Element i of a thread's OuterSums<1, 8>.
-    const int i = at % TailSlot::kMatrix / TailSlot::kThreads, thread = at % TailSlot::kThreads;
-    const int row = thread / kLanes * 16 + i / 2 % 2 * 8 + thread % kLanes / 4;
-    const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-    const int matrix = at / TailSlot::kMatrix;
-    if (matrix == TailSlot::kProj) store(p.proj, row, column, p.embed, p.embed);
-    if (matrix == TailSlot::kMlpIn) store(p.mlp_in, row, column, p.hidden, p.embed);
-    if (matrix == TailSlot::kMlpOut) store(p.mlp_out, row, column, p.embed, p.hidden);
-  } else {
-    const int column = at % kWidest, vector = at - column;
-    if (vector == TailSlot::kProjBias) store(p.proj_bias, 0, column, 1, p.embed);
-    if (vector == TailSlot::kNormGain) store(p.norm_gain, 0, column, 1, p.embed);
-    if (vector == TailSlot::kNormOffset) store(p.norm_offset, 0, column, 1, p.embed);
-    if (vector == TailSlot::kMlpInBias) store(p.mlp_in_bias, 0, column, 1, p.hidden);
-    if (vector == TailSlot::kMlpOutBias) store(p.mlp_out_bias, 0, column, 1, p.embed);
-  }
-}
-
+// The tail's parameters, or their gradients.
 struct TailTensors {
   torch::stable::Tensor proj_weight, proj_bias, norm_weight, norm_bias, mlp_in_weight, mlp_in_bias,
       mlp_out_weight, mlp_out_bias;
 };
 
-// The slots of the blocks of a backward, and what becomes of them.
+// The weight of a linear map (outputs × inputs) as a right operand, inputs by outputs or, for the
+// gradient, outputs by inputs.
+template <typename T>
+__device__ void pack_linear(uint4* to, const void* weight, bool transposed) {
+  const auto* from = static_cast<const uint16_t*>(weight);
+  for (int i = threadIdx.x; i < kWideTileVectors; i += blockDim.x) {
+    const int column = i / 8, row = i % 8 * 8;
+    uint32_t pairs[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const auto at = [&](int r) {
+        return uint32_t(from[transposed ? r * kWidest + column : column * kWidest + r]);
+      };
+      pairs[e] = at(row + 2 * e) | at(row + 2 * e + 1) << 16;
+    }
+    store_in_tile(to, i % 8 / 4, i % 4, column, pairs);
+  }
+}
+
+// left·weight. On Hopper the four warps of a group multiply together.
+template <typename T>
+__device__ Sums<2> times_linear(const Operand<2>& left, const uint4* weight) {
+  Sums<2> sums;
+  if constexpr (kHasWarpgroups) {
+    float wide[8][2][2];
+    Operand<2> operand = left;
+    start_products(wide, operand.at);
+    start_wide_products<T, 4>(wide, operand, weight, 0, false);
+    commit_products();
+    wait_for_products(wide, operand.at);
+    take_wide(wide, sums);
+  } else {
+    sums.clear();
+    multiply_blocks<T>(sums, left, weight);
+  }
+  return sums;
+}
+
+// The tail's tensors in memory, all contiguous and of 64 rows and columns.
+struct TailPointers {
+  const void *proj, *proj_bias, *norm_gain, *norm_offset, *mlp_in, *mlp_in_bias, *mlp_out,
+      *mlp_out_bias;
+  Dropout dropout;
+};
+
+// What an operator is given of a tail, checked; it keeps contiguous copies alive.
+class TailArguments {
+ public:
+  TailArguments(const char* name, const TailTensors& tensors, const torch::stable::Tensor& like,
+                Dropout dropout)
+      : name_(name), dtype_(like.scalar_type()) {
+    pointers_ = {checked("proj_weight", tensors.proj_weight, 2),
+                 checked("proj_bias", tensors.proj_bias, 1),
+                 checked("norm2_weight", tensors.norm_weight, 1),
+                 checked("norm2_bias", tensors.norm_bias, 1),
+                 checked("mlp_0_weight", tensors.mlp_in_weight, 2),
+                 checked("mlp_0_bias", tensors.mlp_in_bias, 1),
+                 checked("mlp_2_weight", tensors.mlp_out_weight, 2),
+                 checked("mlp_2_bias", tensors.mlp_out_bias, 1),
+                 dropout};
+  }
+  const TailPointers& operator()() const { return pointers_; }
+
+ private:
+  const void* checked(const char* argument, const torch::stable::Tensor& tensor, int dimensions) {
+    bool same = tensor.dim() == dimensions && tensor.scalar_type() == dtype_;
+    for (int i = 0; i < dimensions; ++i) same = same && tensor.size(i) == kWidest;
+    STD_TORCH_CHECK(same, name_, ": ", argument, " has the wrong shape or dtype");
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return kept_.back().const_data_ptr();
+  }
+
+  const char* name_;
+  torch::headeronly::ScalarType dtype_;
+  std::vector<torch::stable::Tensor> kept_;
+  TailPointers pointers_ = {};
+};
+
+// Vectors in shared memory, as floats.
+struct TailVectors {
+  float proj_bias[kWidest], norm_gain[kWidest], norm_offset[kWidest], mlp_in_bias[kWidest],
+      mlp_out_bias[kWidest];
+
+  template <typename T>
+  __device__ void load(const TailPointers& p) {
+    for (int i = threadIdx.x; i < kWidest; i += blockDim.x) {
+      const auto at = [&](const void* from) {
+        return static_cast<float>(static_cast<const T*>(from)[i]);
+      };
+      proj_bias[i] = at(p.proj_bias);
+      norm_gain[i] = at(p.norm_gain);
+      norm_offset[i] = at(p.norm_offset);
+      mlp_in_bias[i] = at(p.mlp_in_bias);
+      mlp_out_bias[i] = at(p.mlp_out_bias);
+    }
+  }
+};
+
+__device__ inline void add_columns(Sums<2>& sums, const float* vector) {
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    float addends[8];
+    load_eight(addends, vector + sum_column(group), 8, true);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums.at[group][i / 8][i % 8] += addends[i % 8];
+  }
+}
+
+// Which of a lane's 32 elements of a tile dropout keeps: bit 16·group + 8·half + e.
+struct Kept {
+  uint32_t bits;
+
+  // Of tokens first_token … of all images. Both rows' numbers are drawn side by side.
+  __device__ Kept(const Dropout& dropout, uint32_t site, int64_t first_token) : bits(~0u) {
+    if (dropout.seed == nullptr) return;
+    const auto seed = static_cast<uint64_t>(*dropout.seed);
+    bits = 0;
+#pragma unroll 1
+    for (int group = 0; group < 2; ++group) {
+      uint32_t words[4][4];
+      const int64_t first = ((first_token + lane_index() / 4) * kWidest + sum_column(group)) / 4;
+      philox_of_four(seed, first, first + 8 * kWidest / 4, site, words);
+      uint32_t kept = 0;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (words[i / 4][i % 4] >= dropout.threshold) kept |= 1u << i;
+      }
+      bits |= kept << 16 * group;
+    }
+  }
+  __device__ void apply(const Dropout& dropout, Sums<2>& sums) const {
+    if (dropout.seed == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      // The scale where the bit is set, else zero.
+      const int kept = static_cast<int>(bits << (31 - i)) >> 31;
+      sums.at[i / 16][i / 8 % 2][i % 8] *= __int_as_float(kept & __float_as_int(dropout.scale));
+    }
+  }
+};
+
+// Means of rows g and g + 8.
+__device__ inline void row_means(const Sums<2>& sums, float (&mean)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float totals[2] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) totals[i % 2] += sums.at[i / 8][half][i % 8];
+    mean[half] = sum_of_row(totals[0] + totals[1]) / kWidest;
+  }
+}
+
+// Normalises rows without gain and offset; 1/σ goes to `rstd`.
+__device__ inline void normalize_rows(Sums<2>& sums, float (&rstd)[2]) {
+  float mean[2];
+  row_means(sums, mean);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float squares[2] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& value = sums.at[i / 8][half][i % 8];
+      value -= mean[half];
+      squares[i % 2] += value * value;
+    }
+    rstd[half] = fast_rsqrt(sum_of_row(squares[0] + squares[1]) / kWidest + kNormEps);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums.at[i / 8][half][i % 8] *= rstd[half];
+  }
+}
+
+// normalised·gain + offset, rounded.
+template <typename T>
+__device__ Operand<2> scaled_rows(const Sums<2>& normalized, const TailVectors& vectors) {
+  Sums<2> scaled;
+#pragma unroll
+  for (int group = 0; group < 2; ++group) {
+    float gain[8], offset[8];
+    load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
+    load_eight(offset, vectors.norm_offset + sum_column(group), 8, true);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      scaled.at[group][i / 8][i % 8] =
+          normalized.at[group][i / 8][i % 8] * gain[i % 8] + offset[i % 8];
+    }
+  }
+  return rounded_operand<T>(scaled);
+}
+
+// Φ(x) and the density of the normal distribution, the former to 1e-7 (Abramowitz and Stegun,
+// 7.1.26), far below a half type's rounding.
+__device__ inline float2 normal_distribution(float x) {
+  const float t = fast_reciprocal(fmaf(0.3275911f * 0.70710678f, fabsf(x), 1.f));
+  const float power = fast_exp2(x * x * (-0.5f * 1.44269504f));
+  float series = fmaf(1.061405429f, t, -1.453152027f);
+  series = fmaf(series, t, 1.421413741f);
+  series = fmaf(series, t, -0.284496736f);
+  series = fmaf(series, t, 0.254829592f);
+  const float beyond = 0.5f * t * series * power;
+  return {x < 0.f ? beyond : 1.f - beyond, 0.39894228f * power};
+}
+
+__device__ inline void apply_gelu(Sums<2>& sums) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    float& value = sums.at[i / 16][i / 8 % 2][i % 8];
+    value *= normal_distribution(value).x;
+  }
+}
+
+// The tail of y, whose weights lie packed: proj, mlp_in, mlp_out.
+template <typename T>
+__device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4* weights,
+                           const TailVectors& vectors, const Dropout& dropout,
+                           int64_t first_token) {
+  Sums<2> a = times_linear<T>(y, weights);
+  add_columns(a, vectors.proj_bias);
+  Kept(dropout, kAfterProj, first_token).apply(dropout, a);
+  add_operand<T>(a, v);
+
+  Operand<2> operand;
+  {
+    Sums<2> normalized = a;
+    float rstd[2];
+    normalize_rows(normalized, rstd);
+    operand = scaled_rows<T>(normalized, vectors);
+  }
+  Sums<2> hidden = times_linear<T>(operand, weights + kWideTileVectors);
+  add_columns(hidden, vectors.mlp_in_bias);
+  apply_gelu(hidden);
+  operand = rounded_operand<T>(hidden);
+  Sums<2> out = times_linear<T>(operand, weights + 2 * kWideTileVectors);
+  add_columns(out, vectors.mlp_out_bias);
+  Kept(dropout, kAfterMlp, first_token).apply(dropout, out);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    out.at[i / 16][i / 8 % 2][i % 8] += a.at[i / 16][i / 8 % 2][i % 8];
+  }
+  return out;
+}
+
+// ---- backward
+
+// A block's share in the gradients of the tail: matrices (outputs × inputs), then vectors.
+struct TailGradients {
+  float proj[kWidest][kWidest], mlp_in[kWidest][kWidest], mlp_out[kWidest][kWidest];
+  float proj_bias[kWidest], norm_gain[kWidest], norm_offset[kWidest], mlp_in_bias[kWidest],
+      mlp_out_bias[kWidest];
+};
+constexpr int kTailGradientFloats = sizeof(TailGradients) / sizeof(float);
+
+struct TailBackwardParams {
+  TailPointers tail;
+  Rows grad;  // of the tail's result
+  TileLoop loop;
+  // (image, token, …), from a token to the next so many elements.
+  void* grad_y;
+  int64_t y_stride;
+  void* grad_v;
+  int64_t v_stride;
+  TailGradients* slots;  // of each block
+};
+
+constexpr int kTailWarps = 8;
+constexpr int kTailTokens = kTailWarps * kRows;
+constexpr int kTailTileElements = kTailTokens * kWidest;
+// proj and mlp_in, and mlp_out, mlp_in and proj transposed.
+constexpr int kTailBackwardVectors = 5 * kWideTileVectors;
+constexpr int kTailBackwardBytes = kTailBackwardVectors * 16 +
+                                   static_cast<int>(sizeof(TailVectors)) +
+                                   2 * kTailTileElements * 2;
+
+// The weights in the order above; a barrier has to follow.
+template <typename T>
+__device__ void pack_tail_backward(uint4* weights, TailVectors& vectors, const TailPointers& tail) {
+  pack_linear<T>(weights, tail.proj, false);
+  pack_linear<T>(weights + kWideTileVectors, tail.mlp_in, false);
+  pack_linear<T>(weights + 2 * kWideTileVectors, tail.mlp_out, true);
+  pack_linear<T>(weights + 3 * kWideTileVectors, tail.mlp_in, true);
+  pack_linear<T>(weights + 4 * kWideTileVectors, tail.proj, true);
+  vectors.load<T>(tail);
+  if constexpr (kHasWarpgroups) show_to_products();
+}
+
+// A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
+using SharedSums = OuterSums<2, 2>;
+__device__ inline int shared_row() { return warp_index() % 2 * 32; }
+__device__ inline int shared_column() { return warp_index() / 2 * 16; }
+
+template <typename T>
+__device__ void add_shared(SharedSums& sums, T* left, T* right) {
+  multiply_tiles(sums, left, shared_row() / 8, right, shared_column() / 8, kTailTokens);
+}
+__device__ inline void store_shared(const SharedSums& sums, float (&to)[kWidest][kWidest]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = shared_row() + sums.row(i / 4, i / 2 % 2);
+    *reinterpret_cast<float2*>(&to[row][shared_column() + sums.column(i % 2)]) = {
+        sums.at[i / 4][i % 2][i / 2 % 2][0], sums.at[i / 4][i % 2][i / 2 % 2][1]};
+  }
+}
+
+// Sums over the tokens of a tile's columns: of 16 columns and half of the tokens a warp, rows g and
+// g + 8 of the columns.
+struct ColumnSums {
+  float at[2] = {};
+
+  template <typename T>
+  __device__ void add(T* tile) {
+    const int first = warp_index() / 4 * (kTailTokens / 2);
+    const uint32_t ones = round_pair<T>(1.f, 1.f);
+    float unused[2] = {};
+#pragma unroll
+    for (int token = first; token < first + kTailTokens / 2; token += kRows) {
+      uint32_t left[4];
+      load_left(left, tile, token, warp_index() % 4 * 2);
+      mma<T>(at[0], unused[0], at[1], unused[1], left, ones, ones);
+    }
+  }
+  // `halves`: 64 floats for each half of the tokens.
+  __device__ void store(float* halves) const {
+    if (lane_index() % 4 != 0) return;
+    float* to = halves + warp_index() / 4 * kWidest + warp_index() % 4 * 16 + lane_index() / 4;
+    to[0] = at[0];
+    to[8] = at[1];
+  }
+};
+
+// Backward of the tail: `attend(image, first)` gives y of a tile, and what is left of it goes to
+// memory or to the block's slot. All warps of a block go on together.
+template <typename T, typename Attend>
+__device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values,
+                                 const uint4* weights, const TailVectors& vectors, T* lefts,
+                                 T* rights, Attend attend) {
+  constexpr int kLinear = kWideTileVectors;
+  T* left = lefts + warp_index() * kRows * kWidest;
+  T* right = rights + warp_index() * kRows * kWidest;
+  const Dropout& dropout = p.tail.dropout;
+  SharedSums proj, mlp_in, mlp_out;
+  ColumnSums proj_bias, norm_gain, norm_offset, mlp_in_bias, mlp_out_bias;
+  proj.clear();
+  mlp_in.clear();
+  mlp_out.clear();
+
+  const int tokens = p.loop.tokens;
+  // Gradients of tokens beyond an image's last are zero.
+  p.loop([&](int64_t image, int first) {
+    const int64_t first_token = image * tokens + first;
+
+    // Forward, up to the hidden units.
+    const Operand<2> y = attend(image, first);
+    const Kept kept_proj(dropout, kAfterProj, first_token);
+    float rstd[2];
+    Sums<2> normalized = times_linear<T>(y, weights);
+    add_columns(normalized, vectors.proj_bias);
+    kept_proj.apply(dropout, normalized);
+    add_operand<T>(normalized, load_operand<T>(values, image, first, tokens));
+    normalize_rows(normalized, rstd);
+    Sums<2> hidden = times_linear<T>(scaled_rows<T>(normalized, vectors), weights + kLinear);
+    add_columns(hidden, vectors.mlp_in_bias);
+    // In half the registers; plain PyTorch normalises rounded rows.
+    const Operand<2> kept_rows = rounded_operand<T>(normalized);
+
+    // mlp_out: dropout's gradient by the activated units.
+    Operand<2> grad;
+    {
+      Sums<2> dropped;
+      dropped.clear();
+      add_operand<T>(dropped, load_operand<T>(p.grad, image, first, tokens));
+      Kept(dropout, kAfterMlp, first_token).apply(dropout, dropped);
+      grad = rounded_operand<T>(dropped);
+    }
+    Sums<2> slopes;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float& value = hidden.at[i / 16][i / 8 % 2][i % 8];
+      const float2 normal = normal_distribution(value);
+      slopes.at[i / 16][i / 8 % 2][i % 8] = fmaf(value, normal.y, normal.x);
+      value *= normal.x;
+    }
+    keep_operand(grad, left);
+    keep_operand(rounded_operand<T>(hidden), right);
+    __syncthreads();
+    add_shared(mlp_out, lefts, rights);
+    mlp_out_bias.add(lefts);
+    hidden = times_linear<T>(grad, weights + 2 * kLinear);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      hidden.at[i / 16][i / 8 % 2][i % 8] *= slopes.at[i / 16][i / 8 % 2][i % 8];
+    }
+    grad = rounded_operand<T>(hidden);
+    __syncthreads();
+
+    // mlp_in: the hidden units' gradient by the norm's result.
+    keep_operand(grad, left);
+    keep_operand(scaled_rows<T>(sums_of<T>(kept_rows), vectors), right);
+    __syncthreads();
+    add_shared(mlp_in, lefts, rights);
+    mlp_in_bias.add(lefts);
+    Sums<2> grads = times_linear<T>(grad, weights + 3 * kLinear);
+    __syncthreads();
+
+    // The norm: its offset's gradient and, times the normalised rows, its gain's.
+    keep_operand(rounded_operand<T>(grads), left);
+    {
+      Sums<2> product = sums_of<T>(kept_rows);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        product.at[i / 16][i / 8 % 2][i % 8] *= grads.at[i / 16][i / 8 % 2][i % 8];
+      }
+      keep_operand(rounded_operand<T>(product), right);
+    }
+    __syncthreads();
+    norm_offset.add(lefts);
+    norm_gain.add(rights);
+    {
+      const Sums<2> rows = sums_of<T>(kept_rows);
+      float mean[2], mean_of_product[2] = {};
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        float gain[8];
+        load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          float& value = grads.at[group][i / 8][i % 8];
+          value *= gain[i % 8];
+          mean_of_product[i / 8] += value * rows.at[group][i / 8][i % 8];
+        }
+      }
+      row_means(grads, mean);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mean_of_product[i] = sum_of_row(mean_of_product[i]) / kWidest;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int half = i / 8 % 2;
+        float& value = grads.at[i / 16][half][i % 8];
+        value = (value - mean[half] - rows.at[i / 16][half][i % 8] * mean_of_product[half]) *
+                rstd[half];
+      }
+    }
+    add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));
+    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_v) + first_token * p.v_stride,
+                  p.v_stride, tokens - first);
+
+    // proj: dropout's gradient by y.
+    kept_proj.apply(dropout, grads);
+    grad = rounded_operand<T>(grads);
+    __syncthreads();
+    keep_operand(grad, left);
+    keep_operand(y, right);
+    __syncthreads();
+    add_shared(proj, lefts, rights);
+    proj_bias.add(lefts);
+    grads = times_linear<T>(grad, weights + 4 * kLinear);
+    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_y) + first_token * p.y_stride,
+                  p.y_stride, tokens - first);
+    __syncthreads();
+  });
+
+  TailGradients& slot = p.slots[blockIdx.x];
+  store_shared(proj, slot.proj);
+  store_shared(mlp_in, slot.mlp_in);
+  store_shared(mlp_out, slot.mlp_out);
+  auto* halves = reinterpret_cast<float*>(lefts);
+  const ColumnSums* const columns[5] = {&proj_bias, &norm_gain, &norm_offset, &mlp_in_bias,
+                                        &mlp_out_bias};
+#pragma unroll
+  for (int i = 0; i < 5; ++i) columns[i]->store(halves + i * 2 * kWidest);
+  __syncthreads();
+  for (int i = threadIdx.x; i < 5 * kWidest; i += blockDim.x) {
+    const float* at = halves + i / kWidest * 2 * kWidest + i % kWidest;
+    slot.proj_bias[i] = at[0] + at[kWidest];
+  }
+}
+
+constexpr int kTailSumsThreads = 128;
+
+struct TailSumsParams {
+  const float* slots;
+  int slot_count;
+  void* to[8];  // proj, mlp_in, mlp_out, then the vectors, in the order of the slot
+};
+
+// Adds the slots one after the other.
+template <typename T>
+__global__ void __launch_bounds__(kTailSumsThreads) tail_sums_kernel(const TailSumsParams p) {
+  const int at = blockIdx.x * kTailSumsThreads + threadIdx.x;
+  if (at >= kTailGradientFloats) return;
+  float total = 0.f;
+  for (int i = 0; i < p.slot_count; ++i) total += p.slots[int64_t(i) * kTailGradientFloats + at];
+  constexpr int kMatrix = kWidest * kWidest;
+  const int which = at < 3 * kMatrix ? at / kMatrix : 3 + (at - 3 * kMatrix) / kWidest;
+  const int begin = which < 3 ? which * kMatrix : 3 * kMatrix + (which - 3) * kWidest;
+  static_cast<T*>(p.to[which])[at - begin] = static_cast<T>(total);
+}
+
+// The slots of a backward's blocks, and what becomes of them.
 class TailSlots {
  public:
-  // Blocks that run at the same time, twice over.
-  TailSlots(const torch::stable::Tensor& like, int64_t images, int64_t tokens,
-            const DeviceScope& device)
-      : count_(std::min<int64_t>(images * divide_up(tokens, kWarps * kRows),
-                                 std::max(1, device.enough_blocks() / 8))),
-        memory_(new_floats(like, count_ * TailSlot::kFloats)) {}
+  TailSlots(const torch::stable::Tensor& like, const TileLoop& loop, const DeviceScope& device)
+      : grid_(grid_of_tiles(loop, kTailWarps, 1, device)),
+        memory_(new_floats(like, int64_t(grid_.x) * kTailGradientFloats)) {}
 
-  int count() const { return static_cast<int>(count_); }
-  float* floats() const { return floats_of(memory_); }
+  dim3 grid() const { return grid_; }
+  TailGradients* slots() const { return reinterpret_cast<TailGradients*>(floats_of(memory_)); }
 
-  // The gradients of the tail's parameters.
+  // The gradients of the tail's parameters; zeros if nothing has been added.
   template <typename T>
-  TailTensors finish(int64_t embed, int64_t hidden, const torch::stable::Tensor& like,
-                     const DeviceScope& device) const {
+  TailTensors finish(const torch::stable::Tensor& like, const DeviceScope& device) const {
     const auto empty = [&](std::initializer_list<int64_t> shape) {
       return torch::stable::new_empty(like, shape);
     };
-    TailTensors to = {empty({embed, embed}),  empty({embed}),         empty({embed}),
-                      empty({embed}),         empty({hidden, embed}), empty({hidden}),
-                      empty({embed, hidden}), empty({embed})};
-    const TailFinishParams params = {floats(),
-                                     count(),
-                                     static_cast<int>(embed),
-                                     static_cast<int>(hidden),
-                                     to.proj_weight.mutable_data_ptr(),
-                                     to.proj_bias.mutable_data_ptr(),
-                                     to.norm_weight.mutable_data_ptr(),
-                                     to.norm_bias.mutable_data_ptr(),
-                                     to.mlp_in_weight.mutable_data_ptr(),
-                                     to.mlp_in_bias.mutable_data_ptr(),
-                                     to.mlp_out_weight.mutable_data_ptr(),
-                                     to.mlp_out_bias.mutable_data_ptr()};
-    device.launch("tail_finish", tail_finish_kernel<T>,
-                  dim3(static_cast<unsigned>(divide_up(TailSlot::kFloats, kFinishThreads))),
-                  kFinishThreads, 0, params);
+    constexpr int64_t E = kWidest;
+    TailTensors to = {empty({E, E}), empty({E}), empty({E}),    empty({E}),
+                      empty({E, E}), empty({E}), empty({E, E}), empty({E})};
+    const TailSumsParams params = {
+        floats_of(memory_),
+        static_cast<int>(grid_.x),
+        {to.proj_weight.mutable_data_ptr(), to.mlp_in_weight.mutable_data_ptr(),
+         to.mlp_out_weight.mutable_data_ptr(), to.proj_bias.mutable_data_ptr(),
+         to.norm_weight.mutable_data_ptr(), to.norm_bias.mutable_data_ptr(),
+         to.mlp_in_bias.mutable_data_ptr(), to.mlp_out_bias.mutable_data_ptr()}};
+    device.launch("tail_sums", tail_sums_kernel<T>,
+                  dim3(grid_size(divide_up(kTailGradientFloats, kTailSumsThreads))), kTailSumsThreads,
+                  0, params);
     return to;
   }
 
  private:
-  int64_t count_;
+  dim3 grid_;
   torch::stable::Tensor memory_;
 };
-
-template <typename T, typename Params>
-void launch_tail_backward(void (*kernel)(Params), const TailSlots& slots, const Params& params,
-                          const DeviceScope& device) {
-  device.launch("tail_backward", kernel, dim3(static_cast<unsigned>(slots.count())),
-                kWarps * kLanes, tail_operand_bytes<T>() + kWarps * params.backward.warp_bytes,
-                params);
-}
 
 }  // namespace t2t

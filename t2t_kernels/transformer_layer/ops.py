@@ -10,7 +10,7 @@ from torch import Tensor
 
 from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map
 
@@ -81,8 +81,9 @@ TRANSFORMER_LAYER = register_operation(
     parts=("soft_split_linear", "token_attention"),
     sizes={
         "triton": dict.fromkeys("EM", range(129)),
-        "cuda": dict.fromkeys("EM", range(65)),
+        "cuda": dict.fromkeys("EM", range(64, 65)),
     },
+    dtypes={"cuda": HALF_DTYPES},
 )
 
 declare(
