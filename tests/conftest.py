@@ -49,6 +49,18 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture
+def skip_unless_taken(backend):
+    """Skips a case whose dtype or sizes the kernel of ``backend`` for an operation does not take."""
+
+    def check(operation: str, dtype: torch.dtype, **sizes: int) -> None:
+        reason = backends.OPERATIONS[operation].why_not(backend, dtype, sizes)
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
+
+    return check
+
+
+@pytest.fixture
 def device(backend):
     return torch.device("cpu") if backend == "cpu" else DEVICE
 

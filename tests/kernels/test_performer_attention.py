@@ -13,28 +13,42 @@ from tests.parity import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 
-# B, T, E, m.
+# B, T, E, m: those of E = 64 and m = 32, the models' sizes, are all that some kernels take.
 CASES = {
     "usual": (2, 65, 64, 32),
     "narrow": (1, 31, 32, 16),
     "wide": (1, 17, 128, 64),
     "many-features": (1, 600, 16, 100),
     "odd": (2, 70, 6, 5),
-    "chunks": (1, 1030, 16, 8),
-    "one-token": (16, 1, 16, 16),
-    "empty-batch": (0, 9, 16, 8),
+    "chunks": (1, 1030, 64, 32),
+    "one-token": (16, 1, 64, 32),
+    "empty-batch": (0, 9, 64, 32),
 }
 # With large norms one token's exponent, rounded, decides an error: many images, so that it is not
 # the luck of one of them.
 MANY_IMAGES = (12, 65, 64, 32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LIMITS = OPERATIONS["performer_attention"].limits
+# Of a property: sizes that need padding, and the models' sizes in half types.
+KINDS = {
+    "odd-float32": (torch.float32, 8, 5),
+    "models-bfloat16": (torch.bfloat16, 64, 32),
+    "models-float16": (torch.float16, 64, 32),
+}
+OPERATION = OPERATIONS["performer_attention"]
 
 
 @pytest.fixture
 def fused(backend):
-    if backend not in OPERATIONS["performer_attention"].kernels:
+    if backend not in OPERATION.kernels:
         pytest.skip(f"no {backend} kernel yet")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, skip_unless_taken):
+    """A dtype, E and m that the backend's kernel takes."""
+    dtype, embed, features = KINDS[request.param]
+    skip_unless_taken("performer_attention", dtype, E=embed, m=features)
+    return dtype, embed, features
 
 
 def arguments(sizes, rms, dtype, device):
@@ -66,9 +80,8 @@ def assert_parity(tensors, w, eps, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", CASES)
-def test_parity(backend, device, case, dtype):
-    if max(CASES[case][2:]) > LIMITS.get(backend, {}).get("E", 128):
-        pytest.skip("larger than its kernel takes")
+def test_parity(backend, device, case, dtype, skip_unless_taken):
+    skip_unless_taken("performer_attention", dtype, E=CASES[case][2], m=CASES[case][3])
     # A larger eps keeps the gradients of a single token's k and q from being all rounding.
     eps = 0.1 if case == "one-token" else 1e-8
     assert_parity(*arguments(CASES[case], 0.5, dtype, device), eps, backend)
@@ -77,11 +90,13 @@ def test_parity(backend, device, case, dtype):
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("rms", [2.0, 8.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_large_norms(backend, device, dtype, rms, eps):
+def test_large_norms(backend, device, dtype, rms, eps, skip_unless_taken):
+    skip_unless_taken("performer_attention", dtype, E=MANY_IMAGES[2], m=MANY_IMAGES[3])
     assert_parity(*arguments(MANY_IMAGES, rms, dtype, device), eps, backend)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize(("embed", "features"), [(8, 4), (64, 32)])
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [
@@ -92,11 +107,14 @@ def test_large_norms(backend, device, dtype, rms, eps):
         (torch.float16, 6e4),
     ],
 )
-def test_finite_for_every_finite_input(backend, device, dtype, size, eps):
+def test_finite_for_every_finite_input(
+    backend, device, dtype, size, embed, features, eps, skip_unless_taken
+):
+    skip_unless_taken("performer_attention", dtype, E=embed, m=features)
     torch.manual_seed(2)
-    k, q = (((torch.rand(2, 9, 8) - 0.5) * 2).double().mul(size).to(dtype) for _ in range(2))
+    k, q = (((torch.rand(2, 9, embed) - 0.5) * 2).double().mul(size).to(dtype) for _ in range(2))
     k[0, 0], q[0, 1] = size, -size
-    v, w = torch.randn(2, 9, 8).to(dtype), torch.randn(4, 8, device=device)
+    v, w = torch.randn(2, 9, embed).to(dtype), torch.randn(features, embed, device=device)
     leaves = [tensor.to(device).requires_grad_() for tensor in (k, q, v)]
     y = performer_attention(*leaves, w, eps=eps, backend=backend)
     assert y.isfinite().all()
@@ -105,12 +123,13 @@ def test_finite_for_every_finite_input(backend, device, dtype, size, eps):
 
 
 @pytest.mark.parametrize("which", ["k", "q", "v"])
-def test_nan_is_not_clamped_away(backend, device, which):
+def test_nan_is_not_clamped_away(backend, device, which, kind):
     """What a NaN reaches is NaN: a diverged training must not look like a finite one."""
+    dtype, embed, features = kind
     torch.manual_seed(3)
-    tensors = {name: torch.randn(1, 70, 8, device=device) for name in "kqv"}
+    tensors = {name: torch.randn(1, 70, embed, device=device).to(dtype) for name in "kqv"}
     tensors[which][0, 40, 3] = float("nan")
-    w = torch.randn(5, 8, device=device)
+    w = torch.randn(features, embed, device=device)
     ours, plain = (performer_attention(**tensors, w=w, backend=b) for b in (backend, "reference"))
     assert plain.isnan().any()
     assert torch.equal(ours.isnan(), plain.isnan())
@@ -118,35 +137,67 @@ def test_nan_is_not_clamped_away(backend, device, which):
 
 @pytest.mark.parametrize("features_dtype", [*DTYPES, torch.float64], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_random_features_of_any_dtype(backend, device, dtype, features_dtype):
+def test_random_features_of_any_dtype(backend, device, dtype, features_dtype, skip_unless_taken):
     """As ``module.bfloat16()`` converts them along with the parameters."""
-    tensors, w = arguments(CASES["narrow"], 0.5, dtype, device)
+    sizes = (1, 31, 64, 32)
+    skip_unless_taken("performer_attention", dtype, E=sizes[2], m=sizes[3])
+    tensors, w = arguments(sizes, 0.5, dtype, device)
     assert_parity(tensors, w.to(features_dtype), 1e-8, backend)
 
 
-def test_views(backend, device):
-    """k, q and v as a linear layer's chunks, the gradient as a sum's."""
-    kqv = torch.randn(2, 20, 48, device=device, requires_grad=True)
-    w = torch.randn(8, 16, device=device)
+VIEWS = {
+    "chunks": lambda kqv: kqv.chunk(3, -1),
+    # Of one image after the other, and of elements that lie apart.
+    "tokens-first": lambda kqv: kqv.transpose(0, 1).contiguous().transpose(0, 1).chunk(3, -1),
+    "elements-apart": lambda kqv: kqv.mT.contiguous().mT.chunk(3, -1),
+    # Rows that begin one element off any vector boundary.
+    "off-vectors": lambda kqv: torch.nn.functional.pad(kqv, (1, 2))[..., 1:-2].chunk(3, -1),
+}
 
-    def grad(backend):
-        y = performer_attention(*kqv.chunk(3, -1), w, eps=0.0, backend=backend)
-        return torch.autograd.grad(y.sum(), kqv)[0]
 
-    torch.testing.assert_close(grad(backend), grad("reference"), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(backend, device, kind, view):
+    """k, q and v as a linear layer's chunks and other views, the gradient as a sum's."""
+    dtype, embed, features = kind
+    torch.manual_seed(4)
+    kqv = torch.randn(2, 20, 3 * embed, device=device).to(dtype)
+    w = torch.randn(features, embed, device=device).mul(embed**-0.5).to(dtype)
+
+    def results(backend, dtype):
+        leaf = kqv.to(dtype).requires_grad_()
+        y = performer_attention(*VIEWS[view](leaf), w.to(dtype), eps=0.0, backend=backend)
+        return y, torch.autograd.grad(y.sum(), leaf)[0]
+
+    exact = results("reference", torch.float64)
+    for ours, plain, expected in zip(results(backend, dtype), results("reference", dtype), exact):
+        assert_as_accurate(ours, plain, expected)
+
+
+# Backend, dtype, E, m, and what is said.
+REFUSED = [
+    ("triton", torch.float32, 130, 8, "takes E up to 128, got 130"),
+    ("triton", torch.bfloat16, 64, 130, "takes m up to 128, got 130"),
+    ("cuda", torch.bfloat16, 130, 32, "takes E = 64, got 130"),
+    ("cuda", torch.bfloat16, 63, 32, "takes E = 64, got 63"),
+    ("cuda", torch.float16, 64, 31, "takes m = 32, got 31"),
+    ("cuda", torch.float32, 64, 32, "takes float16 and bfloat16, got float32"),
+]
 
 
 def test_limits(backend, device):
-    if backend not in LIMITS:
-        pytest.skip("its kernel takes any size")
-    k = torch.randn(1, 3, 130, device=device)
-    w = torch.randn(8, 130, device=device)
-    with pytest.raises(BackendUnavailable, match=f"takes E up to {LIMITS[backend]['E']}, got 130"):
-        performer_attention(k, k, k, w, backend=backend)
+    refused = [case for case in REFUSED if case[0] == backend]
+    if not refused:
+        pytest.skip("its kernel takes every call")
+    for _, dtype, embed, features, reason in refused:
+        k = torch.randn(1, 3, embed, device=device).to(dtype)
+        w = torch.randn(features, embed, device=device)
+        with pytest.raises(BackendUnavailable, match=reason):
+            performer_attention(k, k, k, w, backend=backend)
 
 
-def test_opcheck_and_compile(backend, device):
-    tensors, w = arguments(CASES["narrow"], 0.5, torch.float32, device)
+def test_opcheck_and_compile(backend, device, kind):
+    dtype, *sizes = kind
+    tensors, w = arguments((1, 31, *sizes), 0.5, dtype, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(

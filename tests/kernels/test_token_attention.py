@@ -23,7 +23,6 @@ CASES = {
     "empty-batch": (0, 9, 16),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LIMITS = OPERATIONS["token_attention"].limits
 
 
 @pytest.fixture
@@ -61,9 +60,8 @@ def assert_parity(tensors, scale, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", CASES)
-def test_parity(backend, device, case, dtype):
-    if CASES[case][2] > LIMITS.get(backend, {}).get("E", CASES[case][2]):
-        pytest.skip("wider than its kernel takes")
+def test_parity(backend, device, case, dtype, skip_unless_taken):
+    skip_unless_taken("token_attention", dtype, E=CASES[case][2])
     assert_parity(arguments(case, 1.0, dtype, device), 147**-0.5, backend)
 
 

@@ -79,9 +79,8 @@ def assert_parity(tensors, split, backend, layout=contiguous, scale=None):
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
-def test_parity(backend, device, case, dtype):
-    if CASES[case][2][0] > OPERATIONS["transformer_layer"].limits.get(backend, {}).get("E", 128):
-        pytest.skip("wider than its kernel takes")
+def test_parity(backend, device, case, dtype, skip_unless_taken):
+    skip_unless_taken("transformer_layer", dtype, **dict(zip("EM", CASES[case][2])))
     tensors, split = arguments(case, dtype, device)
     assert_parity(tensors, split, backend)
 

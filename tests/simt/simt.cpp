@@ -432,8 +432,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
 // A small device, so that few images are enough to give a block several.
+extern "C" __attribute__((visibility("default"))) int simt_multiprocessors = 1;
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+  *value = simt_multiprocessors;
   return cudaSuccess;
 }
 
