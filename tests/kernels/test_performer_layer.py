@@ -119,9 +119,7 @@ def test_parity(backend, device, case, dtype, taken):
     tensors, split = arguments(case, dtype, device)
     # With a single token, eps is all that the gradients of k and q come from; with 64 channels and
     # more, the usual one turns the attention off and leaves one exponent's rounding.
-    eps = {"one-token": 0.1, "layer1": 0.0, "layer2": 0.0, "wide": 0.0}
-    eps |= {"models-odd": 0.0, "models-general": 0.0}
-    eps = eps.get(case, 1e-8)
+    eps = 0.1 if case == "one-token" else 0.0 if CASES[case][2][0] >= 64 else 1e-8
     assert_parity(tensors, split, backend, dropout_p=0.1, seed=2**40 + 5, eps=eps)
 
 
@@ -181,9 +179,9 @@ def test_flat_map(backend, device, value, kind):
     ("case", "dtype"),
     [
         ("narrow", torch.float32),
-        ("models-odd", torch.bfloat16),
-        ("models-odd", torch.float16),
+        # Of few images, the largest error is a matter of luck.
         ("layer2", torch.bfloat16),
+        ("layer2", torch.float16),
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )

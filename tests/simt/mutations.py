@@ -1,8 +1,9 @@
 """Copies of the CUDA source with slips in them, each of which a test has to notice."""
 
+import contextlib
 import ctypes
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,17 @@ import torch
 from tests.simt.build import CUDA_SOURCES, build_host_library
 
 NAMESPACE = "t2t_mutated"
+
+
+@contextlib.contextmanager
+def multiprocessors_of(library: Path, count: int) -> Iterator[None]:
+    """Give the device of a host build this many multiprocessors, on which numbers of blocks depend."""
+    own = ctypes.c_int.in_dll(ctypes.CDLL(library), "simt_multiprocessors")
+    before, own.value = own.value, count
+    try:
+        yield
+    finally:
+        own.value = before
 
 
 def build_mutated(
@@ -20,6 +32,7 @@ def build_mutated(
     operators: Sequence[str],
     options: Sequence[str] = (),
     namespace: str = NAMESPACE,
+    multiprocessors: int = 1,
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
     """Build a copy of ``sources`` that holds all slips, one of which can be chosen: compiled once.
 
@@ -32,6 +45,7 @@ def build_mutated(
         operators: those that the source registers.
         options: of the compiler.
         namespace: where in ``torch.ops`` they appear.
+        multiprocessors: of the device that the copy runs on.
 
     Returns:
         A function that chooses a slip by its index, −1 for none, and one that ends the namespace.
@@ -62,6 +76,7 @@ def build_mutated(
         schema = str(getattr(torch.ops.t2t_cuda, operator).default._schema)
         declared.define(schema.removeprefix("t2t_cuda::"))
     chosen = ctypes.c_int.in_dll(ctypes.CDLL(library), "mutation")
+    ctypes.c_int.in_dll(ctypes.CDLL(library), "simt_multiprocessors").value = multiprocessors
 
     def choose(index: int) -> None:
         chosen.value = index
