@@ -7,10 +7,22 @@ import torch
 
 from tests.kernels.test_soft_split_linear import arguments, assert_parity
 from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs
-from tests.simt.test_soft_split import channels_of_a_wider_map, nchw, nhwc, nhwc_misaligned
+from tests.simt.mutations import build_mutated, differs, multiprocessors_of
+from tests.simt.test_soft_split import (
+    channels_of_a_wider_map,
+    every_other_pixel,
+    inside_nan,
+    nchw,
+    nhwc,
+    nhwc_misaligned,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def misaligned(x):
+    return inside_nan(x, x.shape, x.contiguous().stride(), 1)
+
 
 # Map, kernel_size, stride, padding, outputs, layout: each for a path of the kernels.
 CASES = {
@@ -25,6 +37,32 @@ CASES = {
     "many-channels": ((1, 96, 5, 4), (3, 2, 1), 16, nhwc),
     "one-tap": ((2, 16, 3, 5), (1, 1, 0), 8, nhwc),
     "one-output": ((1, 3, 9, 9), (3, 2, 1), 1, nchw),
+}
+# Those of the kernels of half types: images, whose patches go row by row, and maps of a multiple of 64
+# channels, tap by tap.
+HALF_CASES = {
+    "image": ((2, 3, 22, 18), (7, 4, 2), 192, nchw),
+    "image-of-one-channel": ((2, 1, 14, 12), (7, 2, 2), 8, nchw),
+    "image-of-four-channels": ((1, 4, 13, 15), (7, 2, 3), 64, nchw),
+    "image-of-odd-width": ((2, 3, 11, 13), (3, 2, 1), 192, nchw),
+    "image-of-an-even-kernel": ((2, 3, 12, 12), (4, 2, 2), 24, nchw),
+    "image-of-widest-rows": ((1, 3, 12, 12), (8, 2, 2), 24, nchw),
+    "image-in-channels-last": ((2, 3, 12, 14), (7, 4, 2), 64, nhwc),
+    "image-off-pairs": ((2, 3, 12, 14), (7, 4, 2), 64, misaligned),
+    "image-of-every-other-pixel": ((2, 3, 12, 14), (7, 4, 2), 64, every_other_pixel),
+    "several-rounds-of-an-image": ((5, 3, 25, 24), (3, 1, 1), 130, nchw),
+    "several-blocks-of-columns": ((2, 3, 12, 14), (7, 4, 2), 384, nchw),
+    "map": ((2, 64, 9, 8), (3, 2, 1), 192, nhwc),
+    "map-of-planes": ((2, 64, 9, 8), (3, 2, 1), 64, nchw),
+    "map-off-vectors": ((2, 64, 7, 8), (3, 2, 1), 64, nhwc_misaligned),
+    "map-of-a-wider-one": ((2, 64, 7, 8), (3, 2, 1), 130, channels_of_a_wider_map),
+    "map-of-two-pieces": ((1, 128, 5, 6), (3, 2, 1), 192, nhwc),
+    "map-of-stride-one": ((2, 64, 6, 5), (2, 1, 1), 8, nhwc),
+    "map-of-stride-three": ((1, 64, 9, 8), (3, 3, 1), 24, nhwc),
+    "map-of-one-tap": ((2, 64, 5, 4), (1, 2, 0), 40, nhwc),
+    "map-of-one-pixel": ((17, 64, 1, 1), (1, 1, 0), 8, nhwc),
+    "several-blocks-of-outputs": ((1, 64, 7, 7), (3, 2, 1), 384, nhwc),
+    "several-rounds-of-a-map": ((6, 64, 13, 12), (2, 1, 1), 8, nhwc),
 }
 
 
@@ -42,13 +80,69 @@ def test_parity(case, dtype):
 
 
 @pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize(
+    ("dtype", "multiprocessors"), [(torch.bfloat16, 1), (torch.float16, 9)], ids=name
+)
+@pytest.mark.parametrize("case", HALF_CASES)
+def test_parity_of_half_types(host_cache, case, dtype, multiprocessors, norm):
+    shape, split, outputs, layout = HALF_CASES[case]
+    tensors = arguments(shape, split, outputs, norm, True, dtype, torch.device("cpu"))
+    with multiprocessors_of(build_host_library(host_cache), multiprocessors):
+        assert_parity(tensors, split, "cuda", layout)
+
+
+@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("value", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize(("channels", "split"), [(3, (7, 4, 2)), (64, (3, 2, 1))])
+def test_flat_maps(channels, split, value):
+    """Inside, a patch's variance is zero; at the edge it holds zeros too."""
+    tensors = arguments((1, channels, 15, 14), split, 64, True, True, torch.bfloat16, "cpu")
+    tensors[0].fill_(value)
+    assert_parity(tensors, split, "cuda")
+
+
+@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("scale", [1e-3, 3e3])
+@pytest.mark.parametrize(("channels", "split"), [(3, (7, 4, 2)), (64, (3, 2, 1))])
+def test_small_and_large_maps(channels, split, scale):
+    tensors = arguments((1, channels, 15, 14), split, 64, True, True, torch.float16, "cpu")
+    # Far from zero, and next to one another.
+    tensors[0].mul_(0.1 * scale).add_(2 * scale)
+    assert_parity(tensors, split, "cuda")
+
+
+# Channels, split, outputs.
+MODELS = {"image": (3, (7, 4, 2), 192), "map": (64, (3, 2, 1), 192)}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_image_does_not_touch_another(cuda_on_host, case):
+    channels, split, outputs = MODELS[case]
+    x, *rest = arguments((3, channels, 14, 14), split, outputs, True, True, torch.bfloat16, "cpu")
+    ops = torch.ops.t2t_cuda
+    grad = torch.randn(ops.soft_split_linear(x, *rest, *split, 1e-5).shape).to(x.dtype)
+    weight, _, *norm = rest
+
+    def results():
+        y = ops.soft_split_linear(x, *rest, *split, 1e-5)
+        grad_x, *_ = ops.soft_split_linear_backward(grad, x, weight, *norm, *split, 1e-5, True)
+        return [tensor[[0, 2]] for tensor in (y, grad_x)]
+
+    alone = results()
+    x[1] = torch.nan
+    assert all(map(torch.equal, alone, results()))
+
+
+@pytest.mark.usefixtures("cuda_backend")
+@pytest.mark.parametrize("case", [None, *MODELS], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_threads(host_cache, seed):
+def test_any_order_of_threads(host_cache, seed, case):
     ctypes.CDLL(build_host_library(host_cache)).simt_seed(ctypes.c_uint64(seed))
-    tensors = arguments(
-        (2, 16, 7, 9), (3, 2, 1), 70, True, True, torch.float16, torch.device("cpu")
-    )
-    assert_parity(tensors, (3, 2, 1), "cuda", nhwc)
+    channels, split, outputs = MODELS[case] if case else (16, (3, 2, 1), 70)
+    shape = (2, channels, 14, 12) if channels == 3 else (2, channels, 7, 9)
+    tensors = arguments(shape, split, outputs, True, True, torch.float16, torch.device("cpu"))
+    assert_parity(tensors, split, "cuda", nhwc)
 
 
 # A statement that a slip drops, or an expression and what a slip would make of it.
