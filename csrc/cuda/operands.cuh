@@ -126,7 +126,7 @@ __device__ void start_wide_products(float (&sums)[8][2][2], const Operand<kGroup
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     multiply_async<T, false>(sums, left.at[step / 2][step % 2],
-                             operand_at(tiles + step / 4 * stride) + step % 4 * kOperandColumns,
+                             operand_at(tiles + step / 4 * stride + step % 4 * 2),
                              add || step > 0);
   }
 }
