@@ -21,7 +21,7 @@ constexpr int kProjectWarps = 12, kWarpgroup = 4;
 // Columns of a block, in tiles of 64: k, q and v.
 constexpr int kProjectTiles = 3, kProjectGroups = 2 * kProjectTiles;
 
-// One warp per output.
+// One block per output.
 struct FoldParams {
   PatchMap map;
   int channels, pieces, outputs, column_tiles;
@@ -35,12 +35,12 @@ constexpr int kFoldWarps = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldParams p) {
-  const int output = blockIdx.x * kFoldWarps + warp_index();
-  if (output >= p.column_tiles * kWidest) return;
+  __shared__ float parts[2][kFoldWarps];
+  const int output = blockIdx.x;
   const bool exists = output < p.outputs;
   const T* weight = static_cast<const T*>(p.weight) + int64_t(output) * p.map.elements;
   float constant = 0.f, sum = 0.f;
-  for (int i = lane_index(); i < p.pieces * 8; i += kLanes) {
+  for (int i = threadIdx.x; i < p.pieces * 8; i += kFoldWarps * kLanes) {
     const int group = i / 4, t = i % 4;
     float elements[8];
 #pragma unroll
@@ -68,11 +68,20 @@ __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldPara
     constant += __shfl_xor_sync(kAllLanes, constant, distance);
     sum += __shfl_xor_sync(kAllLanes, sum, distance);
   }
-  if (exists && p.bias) constant += static_cast<float>(static_cast<const T*>(p.bias)[output]);
   if (lane_index() == 0) {
-    p.constants[output] = constant;
-    p.row_sums[output] = sum;
+    parts[0][warp_index()] = constant;
+    parts[1][warp_index()] = sum;
   }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  constant = exists && p.bias ? static_cast<float>(static_cast<const T*>(p.bias)[output]) : 0.f;
+  sum = 0.f;
+  for (int i = 0; i < kFoldWarps; ++i) {
+    constant += parts[0][i];
+    sum += parts[1][i];
+  }
+  p.constants[output] = constant;
+  p.row_sums[output] = sum;
 }
 
 struct ProjectionParams {
@@ -343,7 +352,7 @@ class Projection16 {
     fold.constants = floats_of(constants_);
     fold.row_sums = fold.constants + fold.column_tiles * kWidest;
     device.launch("soft_split_linear_fold", fold_kernel<T>,
-                  dim3(grid_size(divide_up(fold.column_tiles * kWidest, kFoldWarps))),
+                  dim3(grid_size(fold.column_tiles * kWidest)),
                   kFoldWarps * kLanes, 0, fold);
     params_.map = fold.map;
     params_.packed = fold.packed;

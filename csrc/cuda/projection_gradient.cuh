@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
   Elements elements;
   float2 moments = {0.f, 1.f};
   const auto load = [&](int64_t first_token) {
-    const int64_t token = first_token + row;
+    const int64_t first_of_warp = first_token + warp_index() * 8;
     // Only the first of the two rows of a lane's corners is used.
-    elements.load(p.map, Corners(p.map, token - lane / 4), first_piece);
+    elements.load(p.map, Corners(p.map, first_of_warp), first_piece);
+    const int64_t token = first_of_warp + lane / 4;
     if (normalized && token < p.map.token_count) moments = p.moments[token];
   };
   const int64_t step = int64_t(gridDim.x) * kGradientTokens;
@@ -261,17 +262,20 @@ __global__ void __launch_bounds__(kSumsThreads) weight_sums_kernel(const WeightS
   float grad_gain = 0.f, grad_offset = 0.f;
   for (int output = threadIdx.x; output < p.outputs; output += kSumsThreads) {
     const auto total = [&](int64_t row) {
-      // Four sums side by side, so that loads do not wait for one another.
-      float sums[4] = {};
+      // Sums side by side, so that loads do not wait for one another.
+      constexpr int kSide = 12;
+      float sums[kSide] = {};
       const float* from = p.slots + row * p.slot_columns + output;
       const int64_t slot = p.slot_rows * p.slot_columns;
-      int i = 0;
-      for (; i + 4 <= p.slot_count; i += 4) {
+      for (int i = 0; i < p.slot_count; i += kSide) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] += from[(i + j) * slot];
+        for (int j = 0; j < kSide; ++j) {
+          if (i + j < p.slot_count) sums[j] += from[(i + j) * slot];
+        }
       }
-      for (; i < p.slot_count; ++i) sums[0] += from[i * slot];
-      return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+      for (int j = 1; j < kSide; ++j) sums[0] += sums[j];
+      return sums[0];
     };
     const float bias = bias_only || p.gain ? total(0) : 0.f;
     if (bias_only) {
@@ -422,12 +426,14 @@ struct FoldTapsParams {
   uint4* packed;
 };
 
-// blockIdx.x: 64 channels of a tap.
+// blockIdx.x: 64 channels of a tap; blockIdx.y: 32 outputs.
 template <typename T>
 __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_taps_kernel(const FoldTapsParams p) {
   const int tap = blockIdx.x % p.area, first_channel = blockIdx.x / p.area * kTapChannels;
-  pack_blocks<T>(p.packed + int64_t(blockIdx.x) * kTapBlocks * kBlockVectors, kProjectGroups, 2,
-                 threadIdx.x, blockDim.x, [&](int output, int channel) {
+  const int first_output = blockIdx.y * kGroup;
+  pack_blocks<T>(p.packed + (int64_t(blockIdx.x) * kTapBlocks + blockIdx.y * 2) * kBlockVectors, 1,
+                 2, threadIdx.x, blockDim.x, [&](int row, int channel) {
+                   const int output = first_output + row;
                    if (output >= p.outputs) return 0.f;
                    const int element = (first_channel + channel) * p.area + tap;
                    const float weight = static_cast<float>(
@@ -584,8 +590,8 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
       grad, {int64_t(pieces) * area * kTapBlocks * kBlockVectors * Vec<T>::size});
   const FoldTapsParams fold = {weight.const_data_ptr(), gain, outputs, map.channels, area,
                                static_cast<uint4*>(packed.mutable_data_ptr())};
-  device.launch("soft_split_linear_fold_taps", fold_taps_kernel<T>, dim3(grid_size(pieces * area)),
-                kFoldWarps * kLanes, 0, fold);
+  device.launch("soft_split_linear_fold_taps", fold_taps_kernel<T>,
+                dim3(grid_size(int64_t(pieces) * area), kProjectGroups), kFoldWarps * kLanes, 0, fold);
   const torch::stable::Tensor scalars = new_floats(grad, moments ? 4 * tokens : 0);
   MapGradientParams16 p = {};
   if (moments) {

@@ -513,8 +513,18 @@ template <typename T>
 __global__ void __launch_bounds__(kTailSumsThreads) tail_sums_kernel(const TailSumsParams p) {
   const int at = blockIdx.x * kTailSumsThreads + threadIdx.x;
   if (at >= kTailGradientFloats) return;
+  // Sums side by side, so that loads do not wait for one another.
+  constexpr int kSide = 12;
+  float sums[kSide] = {};
+  for (int i = 0; i < p.slot_count; i += kSide) {
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+      if (i + j < p.slot_count) sums[j] += p.slots[int64_t(i + j) * kTailGradientFloats + at];
+    }
+  }
   float total = 0.f;
-  for (int i = 0; i < p.slot_count; ++i) total += p.slots[int64_t(i) * kTailGradientFloats + at];
+#pragma unroll
+  for (int j = 0; j < kSide; ++j) total += sums[j];
   constexpr int kMatrix = kWidest * kWidest;
   const int which = at < 3 * kMatrix ? at / kMatrix : 3 + (at - 3 * kMatrix) / kWidest;
   const int begin = which < 3 ? which * kMatrix : 3 * kMatrix + (which - 3) * kWidest;
