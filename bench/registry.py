@@ -86,12 +86,16 @@ def batch_of(op: str) -> int:
     return 32 if op.startswith("t") else 128
 
 
-def backends(op: str) -> list[str]:
-    """The reference and our own backends that run ``op`` here."""
+def backends(op: str, dtype: str) -> list[str]:
+    """The reference and our own backends that run ``op`` in ``dtype`` here, at the models' sizes."""
     if op in MODULES:
         return ["reference", "fused"]
-    kernels = [name for name in OPERATIONS[op].kernels if why_unavailable(name, DEVICE) is None]
-    return ["reference", *kernels]
+    operation, sizes = OPERATIONS[op], {"E": EMBED, "m": FEATURES, "M": EMBED}
+    return ["reference"] + [
+        name
+        for name in operation.kernels
+        if why_unavailable(name, DEVICE) is None and operation.takes(name, DTYPES[dtype], **sizes)
+    ]
 
 
 def rows(batch: int | None = None, compiled: bool = False, smoke: bool = False) -> list[Row]:
@@ -107,7 +111,7 @@ def rows(batch: int | None = None, compiled: bool = False, smoke: bool = False) 
         for size, dtype, direction in itertools.product(sizes(op), DTYPES, PASSES):
             if smoke and softmax(op) and size != "L2" and direction != "forward":
                 continue
-            names = backends(op)
+            names = backends(op, dtype)
             for name, rival in RIVALS.items():
                 wanted = not rival.compiled or (compiled and direction == "full")
                 if wanted and rival.applies(op, size, dtype, DEVICE):

@@ -1,5 +1,6 @@
 """How a backend is chosen, refused and explained."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -98,6 +99,30 @@ def test_explain_names_every_operation_and_a_reason(monkeypatch):
 
 
 LARGE = {"E": 256, "m": 128, "M": 256}
+MODELS = {"E": 64, "m": 32, "M": 64}
+
+
+def test_takes_is_what_a_call_is_served_by(gpu):
+    """Every size and dtype is looked at, and those that a kernel does not name are free."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for operation in backends.OPERATIONS.values():
+        for backend, dtype in itertools.product(operation.kernels, dtypes):
+            device = CPU if backend == "cpu" else torch.device("cuda")
+            for changed in ({}, {"E": 63}, {"E": 65}, {"m": 31}, {"M": 128}, LARGE):
+                sizes = MODELS | changed
+                if operation.takes(backend, dtype, **sizes):
+                    assert choose(operation, device, dtype, backend, sizes) == backend
+                else:
+                    with pytest.raises(BackendUnavailable):
+                        choose(operation, device, dtype, backend, sizes)
+    performer = backends.OPERATIONS["performer_layer"]
+    assert performer.takes("cuda", torch.float16, **MODELS)
+    assert not performer.takes("cuda", torch.float32, **MODELS)
+    for size in MODELS:
+        assert not performer.takes("cuda", torch.float16, **MODELS | {size: MODELS[size] - 1})
+        assert not performer.takes("cuda", torch.float16, **MODELS | {size: MODELS[size] + 1})
+        assert performer.takes("triton", torch.float32, **MODELS | {size: 128})
+        assert not performer.takes("triton", torch.float32, **MODELS | {size: 129})
 
 
 @pytest.fixture
@@ -127,8 +152,17 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
 
 
 def test_explain_says_what_a_named_backend_cannot_do(gpu):
-    (choice,) = explain("cuda", "cuda", sizes={"performer_layer": {"E": 96, "m": 48, "M": 96}})
+    (choice,) = explain("cuda", "cuda", sizes={"transformer_layer": {"E": 96, "M": 96}})
     assert choice.backend is None and "takes E up to 64, got 96" in choice.reason
+    layer = {"performer_layer": {"E": 64, "m": 16, "M": 64}}
+    (choice,) = explain("cuda", "cuda", torch.bfloat16, layer)
+    assert choice.backend is None and "takes m = 32, got 16" in choice.reason
+    layer = {"performer_layer": MODELS}
+    (choice,) = explain("cuda", "cuda", torch.float32, layer)
+    assert choice.backend is None
+    assert "takes float16 and bfloat16, got float32" in choice.reason
+    (choice,) = explain("cuda", "cuda", torch.bfloat16, layer)
+    assert choice == backends.Choice("performer_layer", "cuda", "named")
     # Plain PyTorch throughout: no other operation is called.
     (choice,) = explain("cuda", "reference", sizes={"performer_layer": LARGE})
     assert choice.backend == "reference"

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -14,14 +16,10 @@ NAMESPACE = "t2t_mutated"
 
 
 @contextlib.contextmanager
-def multiprocessors_of(library: Path, count: int) -> Iterator[None]:
-    """Give the device of a host build this many multiprocessors, on which numbers of blocks depend."""
-    own = ctypes.c_int.in_dll(ctypes.CDLL(library), "simt_multiprocessors")
-    before, own.value = own.value, count
-    try:
+def multiprocessors(count: int) -> Iterator[None]:
+    """Give the device of all host builds this many, on which numbers of blocks depend."""
+    with mock.patch.dict(os.environ, SIMT_MULTIPROCESSORS=str(count)):
         yield
-    finally:
-        own.value = before
 
 
 def build_mutated(
@@ -32,7 +30,6 @@ def build_mutated(
     operators: Sequence[str],
     options: Sequence[str] = (),
     namespace: str = NAMESPACE,
-    multiprocessors: int = 1,
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
     """Build a copy of ``sources`` that holds all slips, one of which can be chosen: compiled once.
 
@@ -45,7 +42,6 @@ def build_mutated(
         operators: those that the source registers.
         options: of the compiler.
         namespace: where in ``torch.ops`` they appear.
-        multiprocessors: of the device that the copy runs on.
 
     Returns:
         A function that chooses a slip by its index, −1 for none, and one that ends the namespace.
@@ -76,7 +72,6 @@ def build_mutated(
         schema = str(getattr(torch.ops.t2t_cuda, operator).default._schema)
         declared.define(schema.removeprefix("t2t_cuda::"))
     chosen = ctypes.c_int.in_dll(ctypes.CDLL(library), "mutation")
-    ctypes.c_int.in_dll(ctypes.CDLL(library), "simt_multiprocessors").value = multiprocessors
 
     def choose(index: int) -> None:
         chosen.value = index
@@ -88,8 +83,12 @@ def differs(
     results: Callable[..., Iterable[torch.Tensor]], *arguments, namespace: str = NAMESPACE
 ) -> bool:
     """Whether the chosen slip changes what ``results(operators, *arguments)`` gives, or ends it."""
+    pairs = zip(
+        results(getattr(torch.ops, namespace), *arguments),
+        results(torch.ops.t2t_cuda, *arguments),
+        strict=True,
+    )
     try:
-        mutated = list(results(getattr(torch.ops, namespace), *arguments))
+        return not all(torch.equal(mutated, ours) for mutated, ours in pairs)
     except RuntimeError as error:
         return "launch failure" in str(error)
-    return not all(map(torch.equal, mutated, results(torch.ops.t2t_cuda, *arguments)))

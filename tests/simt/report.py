@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels, and what a multiprocessor can hold of them.
 
-``python -m tests.simt.report`` prints the table of ``docs/cuda.md``. Registers and static shared
+``python -m tests.simt.report`` prints the table of ``DOCUMENT``. Registers and static shared
 memory are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
 without running them.
 """
@@ -21,6 +21,7 @@ import torch
 from torch.utils import cpp_extension
 
 import t2t_kernels  # noqa: F401  declares the operators
+from t2t_kernels.backends import OPERATIONS
 from tests.kernels.test_reference import performer_params, transformer_params
 from tests.simt.build import CUDA_SOURCES, TORCH, build_host_library
 
@@ -34,6 +35,10 @@ OPTIONS = [
     *("-Xcompiler", "-Wall", "-isystem", str(TORCH / "include")),
 ]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The models' sizes.
+SIZES = {"E": 64, "m": 32, "M": 64}
+# Where the table is.
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda.md"
 
 
 def release() -> str:
@@ -170,16 +175,16 @@ def call_first_softmax_layer(ops, x, dtype):
     call_softmax_layer(ops, x, dtype, 7, 4, 2)
 
 
-# A call of a training step at 224×224 pixels: its map, and what it calls.
+# A call of a training step at 224×224 pixels: its operation, its map, and what it calls.
 CALLS = {
-    "soft split": ((2, 3, 224, 224), call_soft_split),
-    "project": ((2, 64, 28, 28), call_project),
-    "attention": ((2, 3, 8, 8), call_attention),
-    "token attention": ((2, 3, 8, 8), call_token_attention),
-    "layer 1": ((2, 3, 224, 224), call_first_layer),
-    "layer 2": ((2, 64, 56, 56), call_layer),
-    "softmax layer 1": ((2, 3, 224, 224), call_first_softmax_layer),
-    "softmax layer 2": ((2, 64, 56, 56), call_softmax_layer),
+    "soft split": ("soft_split", (2, 3, 224, 224), call_soft_split),
+    "project": ("soft_split_linear", (2, 64, 28, 28), call_project),
+    "attention": ("performer_attention", (2, 3, 8, 8), call_attention),
+    "token attention": ("token_attention", (2, 3, 8, 8), call_token_attention),
+    "layer 1": ("performer_layer", (2, 3, 224, 224), call_first_layer),
+    "layer 2": ("performer_layer", (2, 64, 56, 56), call_layer),
+    "softmax layer 1": ("transformer_layer", (2, 3, 224, 224), call_first_softmax_layer),
+    "softmax layer 2": ("transformer_layer", (2, 64, 56, 56), call_softmax_layer),
 }
 
 
@@ -197,7 +202,9 @@ def launches(cache: Path) -> list[tuple[str, str, int, int]]:
     }
     result = []
     for dtype_name, dtype in DTYPES.items():
-        for name, (shape, call) in CALLS.items():
+        for name, (operation, shape, call) in CALLS.items():
+            if not OPERATIONS[operation].takes("cuda", dtype, **SIZES):
+                continue
             x = torch.zeros(shape, dtype=dtype)
             if shape[1] > 3:
                 x = x.contiguous(memory_format=torch.channels_last)

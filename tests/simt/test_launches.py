@@ -10,6 +10,7 @@ from tests.simt.build import build_host_library
 
 # One more than a grid's second and third dimension may have.
 IMAGES = 65536
+HALF = torch.bfloat16
 
 
 def soft_split(ops):
@@ -29,8 +30,20 @@ def large_kernel(ops):
     ops.soft_split_linear_backward(y, x, weight, None, None, 256, 1, 0, 1e-5, True)
 
 
+def rows_of_half_types(ops):
+    x, weight = torch.empty(IMAGES, 1, 2, 2, dtype=HALF), torch.empty(8, 1, dtype=HALF)
+    y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
+    ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
+
+
+def taps_of_half_types(ops):
+    x, weight = torch.empty(IMAGES, 64, 2, 2, dtype=HALF), torch.empty(8, 64, dtype=HALF)
+    y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
+    ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
+
+
 def performer_attention(ops):
-    k, w = torch.empty(IMAGES, 1, 1), torch.empty(1, 1)
+    k, w = torch.empty(IMAGES, 1, 64, dtype=HALF), torch.empty(32, 64)
     y, *sums = ops.performer_attention(k, k, k, w, 1e-8)
     ops.performer_attention_backward(y, k, k, k, w, *sums, 1e-8)
 
@@ -43,7 +56,7 @@ def token_attention(ops):
 
 
 def performer_layer(ops):
-    x, params = torch.empty(IMAGES, 1, 1, 1), performer_params(1, 2, 1, 2, torch.float32)
+    x, params = torch.empty(IMAGES, 1, 1, 1, dtype=HALF), performer_params(1, 64, 32, 64, HALF)
     rest = (1, 1, 0, 1e-8, 0.0)
     y, *sums = ops.performer_layer(x, *params, None, *rest)
     ops.performer_layer_backward(y, x, *params, None, *sums, *rest, True)
@@ -59,6 +72,8 @@ CALLS = [
     soft_split,
     soft_split_linear,
     large_kernel,
+    rows_of_half_types,
+    taps_of_half_types,
     performer_attention,
     token_attention,
     performer_layer,
@@ -66,14 +81,43 @@ CALLS = [
 ]
 
 
-@pytest.mark.usefixtures("cuda_backend")
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_large_grids(host_cache, call):
+@pytest.fixture
+def launches_of(host_cache, cuda_backend):
+    """Records the launches of a call, none of which runs."""
     record = ctypes.CDLL(build_host_library(host_cache)).simt_record
     record.restype = ctypes.c_char_p
-    record(ctypes.c_bool(True))
-    try:
-        call(torch.ops.t2t_cuda)
-    finally:
-        launches = record(ctypes.c_bool(False))
-    assert len(launches.splitlines()) >= 2
+
+    def recorded(call):
+        record(ctypes.c_bool(True))
+        try:
+            result = call()
+        finally:
+            launches = record(ctypes.c_bool(False))
+        return result, len(launches.splitlines())
+
+    return recorded
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_large_grids(launches_of, call):
+    _, launches = launches_of(lambda: call(torch.ops.t2t_cuda))
+    assert launches >= 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"), [((2, 3, 28, 28), (7, 4, 2)), ((2, 64, 14, 14), (3, 2, 1))]
+)
+def test_launches_of_the_models_layers(launches_of, shape, split):
+    """5 forward; 10 backward, 13 with the map's gradient, as many whatever the number of tokens."""
+    ops, x = torch.ops.t2t_cuda, torch.zeros(shape, dtype=HALF)
+    params = performer_params(shape[1] * split[0] ** 2, 64, 32, 64, HALF)
+    numbers = (*split, 1e-8, 0.0)
+    (y, *sums), forward = launches_of(lambda: ops.performer_layer(x, *params, None, *numbers))
+    assert forward <= 5
+    for need_x, most in ((False, 10), (True, 13)):
+        if need_x and shape[1] == 3:
+            continue
+        _, backward = launches_of(
+            lambda: ops.performer_layer_backward(y, x, *params, None, *sums, *numbers, need_x)
+        )
+        assert 4 < backward <= most, need_x

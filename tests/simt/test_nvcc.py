@@ -13,7 +13,7 @@ from tests.simt import report, sass
 from tests.simt.build import CUDA_SOURCES
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT, SETUP = ROOT / "docs" / "cuda.md", ROOT / "setup.py"
+SETUP = ROOT / "setup.py"
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):
 
 
 def test_table_is_what_the_compiler_reports(compiled, cuda_on_host, host_cache):
-    """docs/cuda.md; ``python -m tests.simt.report`` prints what belongs there."""
-    document = DOCUMENT.read_text()
+    """In the document; ``python -m tests.simt.report`` prints what belongs there."""
+    document = report.DOCUMENT.read_text()
     version = re.search(r"nvcc (\d+\.\d+)", document)[1]
     if report.release() != version:
         pytest.skip(f"the table is of nvcc {version}, this is {report.release()}")

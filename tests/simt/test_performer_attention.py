@@ -82,9 +82,9 @@ SLIPS = {
     "sums-not-shrunk": (PERFORMER, "sums.at[i / 2][j][i % 2][1] *= factor[i / 2][i % 2];", ""),
     "normalizer-not-shrunk": (PERFORMER, "normalizer[i / 2][i % 2] *= factor[i / 2][i % 2];", ""),
     "rows-of-values-swapped": (
-        PERFORMER,
-        "lane % 16 * kValuePitch",
-        "(lane % 16 ^ 8) * kValuePitch",
+        OPERANDS,
+        "token + lane_index() % 16",
+        "token + (lane_index() % 16 ^ 8)",
     ),
     # Means of all parts.
     "part-left-out": (PERFORMER, "i < p.parts_per_image", "i < p.parts_per_image - (i > 0)"),
@@ -197,7 +197,7 @@ SLIPS = {
         "bits[2 * i * rows.element_stride]",
         "bits[(2 * i + 1) * rows.element_stride]",
     ),
-    "tile-left-out": (OPERANDS, "tile < all", "tile < all - (tile > 8)"),
+    "tile-left-out": (OPERANDS, "first < all", "first < all - (first > 8)"),
     "tile-of-the-first-image": (
         OPERANDS,
         "static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles)",

@@ -9,7 +9,7 @@ from tests.kernels import test_performer_layer
 from tests.kernels.test_performer_layer import assert_parity
 from tests.kernels.test_reference import performer_params
 from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors_of
+from tests.simt.mutations import build_mutated, differs, multiprocessors
 from tests.simt.test_soft_split import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
@@ -27,9 +27,9 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[1, 3])
-def multiprocessors(request, host_cache):
-    """Of the host's device: several make several blocks, and their slots, of few tokens."""
-    with multiprocessors_of(build_host_library(host_cache), request.param):
+def blocks(request):
+    """One block and its slot, or several, of few tokens."""
+    with multiprocessors(request.param):
         yield
 
 
@@ -42,7 +42,7 @@ def arguments(case, dtype):
     return [tensor.to(dtype) for tensor in (x, *params)], split
 
 
-@pytest.mark.usefixtures("multiprocessors")
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case, dtype):
@@ -74,6 +74,7 @@ def test_an_image_does_not_touch_another(case):
 
 
 LAYER, PERFORMER, TAIL = "performer_layer.cu", "performer.cuh", "tail_operands.cuh"
+OPERANDS = "operands.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     # Forward.
@@ -107,15 +108,20 @@ SLIPS = {
     "tail-of-half-the-distribution": (TAIL, "x < 0.f ? beyond : 1.f - beyond", "1.f - beyond"),
     "matrix-transposed": (
         TAIL,
-        "transposed ? row * kWidest + column : column * kWidest + row",
-        "transposed ? column * kWidest + row : row * kWidest + column",
+        "transposed ? r * kWidest + column : column * kWidest + r",
+        "transposed ? column * kWidest + r : r * kWidest + column",
     ),
     # The tail backward.
     "weights-before-they-are-there-backward": (LAYER, "__syncthreads();\n  tail_backward_of", ""),
     "warp-without-a-tile-adds": (
-        TAIL,
-        "block_tile + warp_index() < all",
-        "block_tile + warp_index() < all + kTailWarps",
+        OPERANDS,
+        "first + warp_index() < all",
+        "first + warp_index() < all + warps",
+    ),
+    "rows-of-the-block-above": (
+        OPERANDS,
+        "group * 2 + column / kGroup",
+        "(group ^ 1) * 2 + column / kGroup",
     ),
     "dropout-forgotten-backward": (TAIL, "kept_proj.apply(dropout, grads);", ""),
     "dropout-forgotten-in-the-forward-of-the-backward": (
@@ -147,11 +153,11 @@ SLIPS = {
     "columns-before-they-are-there": (TAIL, "__syncthreads();\n    norm_offset.add", ""),
     "columns-overwritten": (
         TAIL,
-        "__syncthreads();\n    keep_operand(grad, left, kTailPitch);\n    keep_operand(y",
+        "__syncthreads();\n    keep_operand(grad, left);\n    keep_operand(y",
         "",
     ),
     "operands-before-they-are-there-3": (TAIL, "__syncthreads();\n    add_shared(proj", ""),
-    "operands-overwritten-3": (TAIL, "__syncthreads();\n  }\n\n  TailGradients& slot", ""),
+    "operands-overwritten-3": (TAIL, "__syncthreads();\n  });\n\n  TailGradients& slot", ""),
     "halves-before-they-are-there": (
         TAIL,
         "__syncthreads();\n  for (int i = threadIdx.x; i < 5 * kWidest",
@@ -160,13 +166,13 @@ SLIPS = {
     "half-of-the-tokens-missing": (TAIL, "at[0] + at[kWidest]", "at[0]"),
     "columns-of-another-warp": (
         TAIL,
-        "warp_index() / 4 * (kTailWarps / 2 * kRows)",
-        "warp_index() % 2 * (kTailWarps / 2 * kRows)",
+        "warp_index() / 4 * (kTailTokens / 2)",
+        "warp_index() % 2 * (kTailTokens / 2)",
     ),
     "tokens-of-a-fragment-swapped": (
-        TAIL,
-        "k + lane % 8 + lane / 16 * 8",
-        "k + lane % 8 + lane / 8 % 2 * 8",
+        OPERANDS,
+        "token + lane % 8 + lane / 16 * 8",
+        "token + lane % 8 + lane / 8 % 2 * 8",
     ),
     "mean-of-the-product-of-one-lane": (
         TAIL,
@@ -178,7 +184,7 @@ SLIPS = {
     "skip-of-the-values-forgotten": (PERFORMER, "if (p.skip.at) add_operand<T>", ""),
     "moments-not-stored": (
         "projection.cuh",
-        "store_moments<T>(p, token + tile * kRows, moments);",
+        "store_moments<T>(p, token, moments);\n    }\n  };",
         "",
     ),
     "round-of-another-key": ("philox.cuh", "c[3] ^ k1", "c[3] ^ k0"),
@@ -193,9 +199,9 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
         ["performer_layer.cu", "soft_split_linear.cu"],
         list(SLIPS.values()),
         ["performer_layer", "performer_layer_backward"],
-        multiprocessors=3,
     )
-    with multiprocessors_of(build_host_library(host_cache), 3):
+    # Several slots to add.
+    with multiprocessors(3):
         yield choose
     end()
 

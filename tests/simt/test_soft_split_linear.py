@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.test_soft_split_linear import arguments, assert_parity
 from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors_of
+from tests.simt.mutations import build_mutated, differs, multiprocessors
 from tests.simt.test_soft_split import (
     channels_of_a_wider_map,
     every_other_pixel,
@@ -81,14 +81,12 @@ def test_parity(case, dtype):
 
 @pytest.mark.usefixtures("cuda_backend")
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize(
-    ("dtype", "multiprocessors"), [(torch.bfloat16, 1), (torch.float16, 9)], ids=name
-)
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 1), (torch.float16, 9)], ids=name)
 @pytest.mark.parametrize("case", HALF_CASES)
-def test_parity_of_half_types(host_cache, case, dtype, multiprocessors, norm):
+def test_parity_of_half_types(case, dtype, count, norm):
     shape, split, outputs, layout = HALF_CASES[case]
     tensors = arguments(shape, split, outputs, norm, True, dtype, torch.device("cpu"))
-    with multiprocessors_of(build_host_library(host_cache), multiprocessors):
+    with multiprocessors(count):
         assert_parity(tensors, split, "cuda", layout)
 
 
@@ -145,6 +143,8 @@ def test_any_order_of_threads(host_cache, seed, case):
     assert_parity(tensors, split, "cuda", nhwc)
 
 
+PATCHES, PROJECTION = "patch_operands.cuh", "projection.cuh"
+GRADIENT = "projection_gradient.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     "copies-not-waited-for": (
@@ -236,6 +236,146 @@ SLIPS = {
         "(first_y + map.padding) % map.stride",
         "first_y % map.stride",
     ),
+    # The kernels of half types: patches,
+    "reference-of-all-lanes": (
+        PATCHES,
+        "elements_of<T>(patches.pair(0, 0, 0)).x",
+        "elements_of<T>(patches.pair(0, 1, 0)).x",
+    ),
+    "deviations-not-summed": (PATCHES, "squares[half] += second * second;", ""),
+    "variance-about-the-reference": (
+        PATCHES,
+        "sum_of_row(squares[half]) * share - mean * mean",
+        "sum_of_row(squares[half]) * share",
+    ),
+    "places-beyond-the-rows-not-filled": (PATCHES, "row < p.rows ? beyond : 0xFFFFFFFFu", "beyond"),
+    "zeros-below-the-image-missing": (
+        PATCHES,
+        "static_cast<unsigned>(p.height)",
+        "static_cast<unsigned>(p.height + 1)",
+    ),
+    "zeros-beside-the-image-missing": (
+        PATCHES,
+        "static_cast<unsigned>(p.width)",
+        "static_cast<unsigned>(p.width + 1)",
+    ),
+    "pairs-swapped": (PATCHES, "t * 2 + e % 2", "t * 2 + 1 - e % 2"),
+    "token-of-another-row": (PATCHES, "in_image - row * p.columns.divisor", "in_image"),
+    "column-of-taps-left-out": (PATCHES, "++column_ == map_.kernel", "(column_ += 2) >= map_.kernel"),
+    "second-channels-of-a-tap-left-out": (PATCHES, "channel_ == channels_", "true"),
+    "last-piece-without-moments": (PATCHES, "if (piece + 1 < pieces) loaded", ""),
+    "taps-and-channels-swapped": (
+        PATCHES,
+        "(element - tap * channels) * p.kernel * p.kernel + tap",
+        "element",
+    ),
+    # projection,
+    "offset-forgotten": (
+        PROJECTION,
+        "constant += elements[e] * static_cast<float>(static_cast<const T*>(p.offset)[own]);",
+        "",
+    ),
+    "bias-forgotten": (PROJECTION, "if (exists && p.bias) constant", ""),
+    "fold-of-one-lane": (
+        PROJECTION,
+        "constant += __shfl_xor_sync(kAllLanes, constant, distance);",
+        "",
+    ),
+    "weight-not-waited-for": (PROJECTION, "wait_for_copies<0>();\n  if constexpr", ""),
+    "weight-of-other-threads-not-waited-for": (PROJECTION, "__syncthreads();\n\n  const auto load", ""),
+    "moments-of-rows-not-stored": (
+        PROJECTION,
+        "store_moments<T>(p, token, moments);\n    }\n  };",
+        "",
+    ),
+    "piece-not-waited-for": (PROJECTION, "wait_for_copies<1>();", ""),
+    "piece-of-other-threads-not-waited-for": (
+        PROJECTION,
+        "__syncthreads();\n      start_loading();",
+        "",
+    ),
+    "moments-of-taps-not-stored": (
+        PROJECTION,
+        "store_moments<T>(p, token, moments);\n    }\n    PatchTaps",
+        "",
+    ),
+    "stages-out-of-step": (PROJECTION, "stage + 1 < kStages ? stage + 1 : 0", "stage ^ 1"),
+    "columns-of-the-first-block": (
+        PROJECTION,
+        "int64_t(piece) * p.column_tiles + blockIdx.y * kProjectTiles",
+        "int64_t(piece) * p.column_tiles",
+    ),
+    "tile-of-tokens-left-out": (
+        PROJECTION,
+        "store_projected<T>(p, token + tile * kRows, first_group + group, sums[tile])",
+        "store_projected<T>(p, token, first_group + group, sums[tile])",
+    ),
+    # gradient of the parameters,
+    "elements-not-normalised": (
+        GRADIENT,
+        "if (normalized) pair = normalized_pair<T>(pair, mean, rstd);",
+        "",
+    ),
+    "moments-of-another-token": (
+        GRADIENT,
+        "if (normalized && token < p.map.token_count) moments = p.moments[token]",
+        "",
+    ),
+    "gradients-not-waited-for": (GRADIENT, "wait_for_copies<0>();\n    __syncthreads();\n    if", ""),
+    "tiles-not-waited-for": (GRADIENT, "__syncthreads();\n    if (first_token + step", ""),
+    "tiles-overwritten": (GRADIENT, "__syncthreads();\n  }\n\n  // (elements, outputs)", ""),
+    "rows-of-patches-swapped": (
+        GRADIENT,
+        "(k + lane % 16) * kPitch",
+        "(k + (lane % 16 ^ 8)) * kPitch",
+    ),
+    "columns-of-gradients-swapped": (
+        GRADIENT,
+        "tall + i * 16 + lane / 8 % 2 * 8",
+        "tall + i * 16 + (1 - lane / 8 % 2) * 8",
+    ),
+    "pieces-of-the-block-before": (
+        GRADIENT,
+        "(first_piece + i) * kTapChannels",
+        "(first_piece + i - (first_piece > 0)) * kTapChannels",
+    ),
+    "slots-by-four-left-out": (GRADIENT, "sums[j] += from[(i + j) * slot];", ""),
+    "last-slots-left-out": (GRADIENT, "sums[0] += from[i * slot]", "sums[0] += 0.f"),
+    "offset-not-in-the-weight": (GRADIENT, "gain * sum + offset * bias", "gain * sum"),
+    "gradient-of-the-offset-forgotten": (GRADIENT, "grad_offset += weight * bias;", ""),
+    "sums-of-warps-not-waited-for": (GRADIENT, "__syncthreads();\n  if (threadIdx.x == 0)", ""),
+    # and of the map.
+    "constants-forgotten": (GRADIENT, "grad[e] * (y[e] - constants[e])", "grad[e] * y[e]"),
+    "mean-of-the-gradient-forgotten": (GRADIENT, "mean += grad[e] * sums[e];", ""),
+    "mean-of-the-patch-forgotten": (
+        GRADIENT,
+        "moments.y * (mean - slope * moments.x)",
+        "moments.y * mean",
+    ),
+    "taps-not-waited-for": (GRADIENT, "wait_for_copies<0>();\n  __syncthreads();\n\n  const int64_t pixels", ""),
+    "taps-of-other-threads-not-waited-for": (
+        GRADIENT,
+        "__syncthreads();\n\n  const int64_t pixels",
+        "",
+    ),
+    "taps-of-another-class-of-half-types": (
+        GRADIENT,
+        "(first_x + map.padding) % map.stride",
+        "first_x % map.stride",
+    ),
+    "token-of-another-tap": (
+        GRADIENT,
+        "row[half] + row_shift - tap / taps_wide",
+        "row[half] + row_shift",
+    ),
+    "token-row-too-far-in-half-types": (
+        GRADIENT,
+        "token_row >= 0 && token_row < map.rows",
+        "token_row >= 0 && token_row < map.rows - 1",
+    ),
+    "slope-of-the-pixel-forgotten": (GRADIENT, "slope[half] += scalars.z;", ""),
+    "deviation-forgotten": (GRADIENT, "factor[half] = scalars.x;", ""),
+    "rounds-of-pixels-left-out": (GRADIENT, "first < pixels", "first < pixels - (first >= step) * 999"),
 }
 
 
@@ -252,28 +392,45 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     end()
 
 
-def results(ops, dtype):
-    """Of both operators, on maps that take every kernel through most of its paths."""
-    for shape, split, outputs, layout in (
-        ((2, 16, 6, 9), (3, 2, 1), 197, nhwc),
-        ((3, 3, 31, 30), (3, 1, 1), 24, nchw),
-    ):
+# Maps that take every kernel through most of its paths, with the multiprocessors that make one block
+# or several of them: those of the general kernels, and those of half types.
+GENERAL = [
+    ((2, 16, 6, 9), (3, 2, 1), 197, nhwc, 1),
+    ((3, 10, 17, 16), (3, 1, 1), 24, nchw, 1),
+]
+HALF = [
+    ((2, 3, 12, 11), (3, 2, 1), 200, nchw, 1),
+    ((3, 3, 16, 14), (7, 2, 2), 64, nchw, 1),
+    ((2, 128, 7, 6), (3, 2, 1), 192, nhwc, 1),
+    ((3, 64, 9, 12), (2, 1, 1), 8, nhwc, 1),
+    ((6, 3, 17, 19), (3, 2, 1), 8, nchw, 9),
+]
+
+
+def results(ops, dtype, maps):
+    """Of both operators."""
+    for shape, split, outputs, layout, count in maps:
         x, weight, bias, *norm = arguments(shape, split, outputs, True, True, dtype, "cpu")
-        y = ops.soft_split_linear(layout(x), weight, bias, *norm, *split, 1e-5)
-        yield y
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        yield from ops.soft_split_linear_backward(
-            grad, layout(x), weight, *norm, *split, 1e-5, True
-        )
+        # Moments that are not those of rounding: the elements' mean is not zero.
+        x = layout(x + 1)
+        with multiprocessors(count):
+            y = ops.soft_split_linear(x, weight, bias, *norm, *split, 1e-5)
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            grads = ops.soft_split_linear_backward(grad, x, weight, *norm, *split, 1e-5, True)
+        yield from (y, *grads)
 
 
+@pytest.mark.parametrize("maps", [GENERAL, HALF], ids=["general", "half"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_no_slip_changes_nothing(mutate, dtype):
+def test_no_slip_changes_nothing(mutate, dtype, maps):
     mutate(-1)
-    assert not differs(results, dtype)
+    assert not differs(results, dtype, maps)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slip_is_noticed(mutate, slip):
     mutate(list(SLIPS).index(slip))
-    assert differs(results, torch.bfloat16) or differs(results, torch.float32)
+    if SLIPS[slip][0] in (PATCHES, PROJECTION, GRADIENT):
+        assert differs(results, torch.bfloat16, HALF)
+    else:
+        assert differs(results, torch.bfloat16, GENERAL) or differs(results, torch.float32, GENERAL)
