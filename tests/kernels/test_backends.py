@@ -152,7 +152,7 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
 
 
 def test_explain_says_what_a_named_backend_cannot_do(gpu):
-    (choice,) = explain("cuda", "cuda", sizes={"transformer_layer": {"E": 96, "M": 96}})
+    (choice,) = explain("cuda", "cuda", sizes={"token_attention": {"E": 96}})
     assert choice.backend is None and "takes E up to 64, got 96" in choice.reason
     layer = {"performer_layer": {"E": 64, "m": 16, "M": 64}}
     (choice,) = explain("cuda", "cuda", torch.bfloat16, layer)

@@ -63,7 +63,7 @@ def performer_layer(ops):
 
 
 def transformer_layer(ops):
-    x, params = torch.empty(IMAGES, 1, 1, 1), transformer_params(1, 2, 2, torch.float32)
+    x, params = torch.empty(IMAGES, 1, 1, 1, dtype=HALF), transformer_params(1, 64, 64, HALF)
     y, *saved = ops.transformer_layer(x, *params, 1, 1, 0, 1.0)
     ops.transformer_layer_backward(y, x, *params, *saved, 1, 1, 0, 1.0, True)
 

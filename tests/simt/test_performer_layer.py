@@ -73,7 +73,7 @@ def test_an_image_does_not_touch_another(case):
     assert beside[1].isnan().all()
 
 
-LAYER, PERFORMER, TAIL = "performer_layer.cu", "performer.cuh", "tail_operands.cuh"
+LAYER, PERFORMER, TAIL = "performer_layer.cu", "performer.cuh", "tail.cuh"
 OPERANDS = "operands.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {

@@ -307,8 +307,8 @@ SLIPS = {
     ),
     "tile-of-tokens-left-out": (
         PROJECTION,
-        "store_projected<T>(p, token + tile * kRows, first_group + group, sums[tile])",
-        "store_projected<T>(p, token, first_group + group, sums[tile])",
+        "store_projected<T>(p, token + tile * kRows, group, sums[tile])",
+        "store_projected<T>(p, token, group, sums[tile])",
     ),
     # gradient of the parameters,
     "elements-not-normalised": (
