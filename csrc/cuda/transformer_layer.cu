@@ -75,7 +75,8 @@ struct TailParams {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(const TailParams p) {
+__global__ void __launch_bounds__(kTailWarps* kLanes, 1)
+    transformer_tail_backward_kernel(const TailParams p) {
   uint4* weights = dynamic_shared;
   T* tiles = reinterpret_cast<T*>(weights + 5 * kWideTileVectors);
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
@@ -185,8 +186,8 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
                             values,
                             {tail(), rows_of<T>(grad), loop, grad_y.mutable_data_ptr(), kEmbed,
                              to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
-      device.launch("transformer_layer_tail_backward", tail_backward_kernel<T>, slots.grid(),
-                    kTailWarps * kLanes, kTailBackwardBytes, p);
+      device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
+                    slots.grid(), kTailWarps * kLanes, kTailBackwardBytes, p);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);
       in.values = values;
       launch_softmax_backward<T>(

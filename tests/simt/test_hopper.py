@@ -1,4 +1,4 @@
-"""The softmax attention as nvcc compiles it for Hopper, run on the CPU: products by warpgroup."""
+"""What nvcc compiles otherwise for Hopper, run on the CPU: products by warpgroup."""
 
 import ctypes
 import functools
@@ -6,9 +6,11 @@ import functools
 import pytest
 import torch
 
-from t2t_kernels import library
+from t2t_kernels import backends, library
 from t2t_kernels.token_attention import ops as contract
 from tests.kernels.test_token_attention import assert_parity
+from tests.simt import test_performer_layer as performer
+from tests.simt import test_soft_split_linear as projection
 from tests.simt import test_token_attention as common
 from tests.simt import test_transformer_layer as layer
 from tests.simt.build import HOPPER, build_host_library
@@ -18,9 +20,10 @@ from tests.simt.test_soft_split import name
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend", "hopper")
 
 NAMESPACE = "t2t_hopper"
-OPERATIONS = ("token_attention", "transformer_layer")
-SOURCES = ["token_attention.cu", "transformer_layer.cu", "soft_split_linear.cu"]
-SOFTMAX, MATRIX = "softmax.cuh", "mma.cuh"
+OPERATIONS = ("token_attention", "transformer_layer", "performer_layer", "soft_split_linear")
+SOURCES = [f"{operation}.cu" for operation in OPERATIONS]
+SOFTMAX, MATRIX, OPERANDS = "softmax.cuh", "mma.cuh", "operands.cuh"
+PROJECTION, TAIL, PERFORMER_LAYER = "projection.cuh", "tail.cuh", "performer_layer.cu"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     "tokens-not-swizzled": (SOFTMAX, "column ^ row % 8 * 8", "column"),
@@ -67,6 +70,72 @@ SLIPS = {
         "warp_index()",
     ),
 }
+# The same for the projection and the tail.
+LAYER_SLIPS = {
+    "weight-not-swizzled": (OPERANDS, "(group * 4 + i) ^ (row % 8)", "group * 4 + i"),
+    "columns-of-the-weight-swapped": (
+        OPERANDS,
+        "in_group / 8 * 2 + column % 2",
+        "in_group / 8 * 2 + 1 - column % 2",
+    ),
+    "step-of-another-row": (
+        OPERANDS,
+        "step % 4 * kOperandColumns",
+        "step % 2 * kOperandColumns",
+    ),
+    "piece-of-the-first-rows": (
+        OPERANDS,
+        "operand_at(tiles + step / 4 * stride)",
+        "operand_at(tiles)",
+    ),
+    "sums-taken-otherwise": (
+        OPERANDS,
+        "i / 16 * 4 + i % 8 / 2",
+        "i / 16 * 4 + (i % 8 / 2 ^ 1)",
+    ),
+    "weight-of-rows-not-shown": (
+        PROJECTION,
+        "if constexpr (kHasWarpgroups) show_to_products();\n  __syncthreads();",
+        "",
+    ),
+    "weight-of-rows-not-there": (PROJECTION, "__syncthreads();\n\n  const auto load", ""),
+    "patches-of-rows-not-fenced": (
+        PROJECTION,
+        "start_products(wide, patches.patches.at);",
+        "",
+    ),
+    "products-of-rows-not-committed": (
+        PROJECTION,
+        "commit_products();\n          wait_for_products",
+        "",
+    ),
+    "products-of-rows-not-awaited": (PROJECTION, "wait_for_products(wide);\n          Sums", ""),
+    "pieces-not-shown": (
+        PROJECTION,
+        "if constexpr (kHasWarpgroups) show_to_products();\n      // The piece",
+        "",
+    ),
+    "pieces-not-there": (PROJECTION, "__syncthreads();\n      start_loading();", ""),
+    "patches-of-taps-not-fenced": (PROJECTION, "start_products(wide, patches.at);", ""),
+    "products-of-taps-not-committed": (
+        PROJECTION,
+        "commit_products();\n        wait_for_products",
+        "",
+    ),
+    "products-of-taps-not-awaited": (PROJECTION, "wait_for_products(wide);\n      } else", ""),
+    "operand-of-the-tail-not-fenced": (TAIL, "start_products(wide, operand.at);", ""),
+    "products-of-the-tail-not-committed": (TAIL, "commit_products();", ""),
+    "products-of-the-tail-not-awaited": (TAIL, "wait_for_products(wide, operand.at);", ""),
+    "weights-of-the-tail-not-shown": (
+        PERFORMER_LAYER,
+        "if constexpr (kHasWarpgroups) show_to_products();\n  __syncthreads();\n  p.loop",
+        "",
+    ),
+}
+
+
+def projected_results(ops, dtype):
+    return projection.results(ops, dtype, projection.HALF)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +146,7 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
         host_cache,
         folder,
         SOURCES,
-        list(SLIPS.values()),
+        [*SLIPS.values(), *LAYER_SLIPS.values()],
         [operation + suffix for operation in OPERATIONS for suffix in ("", "_backward")],
         HOPPER,
         NAMESPACE,
@@ -120,14 +189,37 @@ def test_nan_goes_where_the_reference_lets_it(which):
     common.test_nan_goes_where_the_reference_lets_it(torch.bfloat16, which)
 
 
-@pytest.mark.parametrize("results", [common.results, layer.results], ids=OPERATIONS)
-def test_same_sums_as_a_warp_alone(results):
+RESULTS = dict(
+    zip(OPERATIONS, (common.results, layer.results, performer.results, projected_results), strict=True)
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_same_sums_as_a_warp_alone(operation):
     """To the last bit: in the stand-in both add the products of 16 terms one after the other."""
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not differs(results, dtype, namespace=NAMESPACE)
+    every = (torch.float32, torch.bfloat16, torch.float16)
+    taken = [dtype for dtype in every if backends.OPERATIONS[operation].takes("cuda", dtype)]
+    assert taken
+    for dtype in taken:
+        assert not differs(RESULTS[operation], dtype, namespace=NAMESPACE)
+
+
+@pytest.mark.parametrize("case", projection.MODELS)
+def test_an_image_does_not_touch_another(cuda_on_host, case, monkeypatch):
+    monkeypatch.setattr(torch.ops, "t2t_cuda", getattr(torch.ops, NAMESPACE))
+    projection.test_an_image_does_not_touch_another(None, case)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slip_is_noticed(built, slip):
     built[0](list(SLIPS).index(slip))
     assert differs(common.results, torch.bfloat16, namespace=NAMESPACE)
+
+
+@pytest.mark.parametrize("slip", LAYER_SLIPS)
+def test_slip_of_a_layer_is_noticed(built, slip):
+    built[0](len(SLIPS) + list(LAYER_SLIPS).index(slip))
+    # A layer's tail is what its own kernels share with it; the rest is in the projection.
+    of_tail = LAYER_SLIPS[slip][0] in (TAIL, PERFORMER_LAYER)
+    results = performer.results if of_tail else projected_results
+    assert differs(results, torch.bfloat16, namespace=NAMESPACE)

@@ -43,8 +43,15 @@ def kernels(compiled):
         ("gather_kernelI.*Lb0E", ["st.global"]),
         ("project_kernelI.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
         ("map_gradient_kernelI", ["ld.global", "st.global"]),
-        ("layer_queries_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
-        ("layer_project_kernelI", ["ld.global", "ld.shared", "st.shared", "st.global"]),
+        ("project_rows_kernelI", ["ld.global", "st.global"]),
+        ("project_taps_kernelI.*Lb1E", ["ld.global", "st.global"]),
+        ("weight_gradient16_kernelI.*Li0ELb1E", ["ld.global", "st.shared"]),
+        ("map_gradient16_kernelI", ["ld.global", "ld.shared", "st.global"]),
+        (r"\d\dkeys_kernelI", ["ld.global", "ld.shared", "st.shared"]),
+        (r"\d\dqueries_kernelI", ["ld.global", "ld.shared", "st.global"]),
+        ("queries_backward_kernelIN3c10.*QueriesBackward", ["ld.global", "ld.shared", "st.global"]),
+        ("keys_backward_kernelIN3c10.*KeysBackward", ["ld.global", "ld.shared", "st.global"]),
+        (r"(\d\dattend|tail_backward)_kernelI", ["ld.global", "ld.shared", "st.global"]),
         (r"(softmax_\w*|layer_attend_)kernelI", ["ld.shared", "st.global"]),
     ],
     ids=[
@@ -53,8 +60,15 @@ def kernels(compiled):
         "gather-in-place",
         "project",
         "map-gradient",
-        "layer-queries",
-        "layer-project",
+        "project-rows",
+        "project-taps",
+        "weight-gradient-of-taps",
+        "map-gradient-of-taps",
+        "performer-keys",
+        "performer-queries",
+        "performer-queries-backward",
+        "performer-keys-backward",
+        "tails",
         "softmax",
     ],
 )
@@ -80,23 +94,39 @@ def cuobjdump():
 
 # Instructions of the machine code by kernel: the matrix unit for half types and not for float32,
 # whose products are ordinary; asynchronous copies wherever patches or gradients are gathered.
-MATRIX = [
+EVERY_TYPE = [
     "project",
     "weight_gradient",
     "map_gradient",
-    "layer_keys",
-    "layer_queries",
-    "layer_project",
-    "layer_attend",
-    "performer_tail_backward",
-    "transformer_tail_backward",
     "softmax",
     "softmax_queries_backward",
     "softmax_keys_backward",
 ]
-ASYNCHRONOUS = [*MATRIX, "layer_queries_backward", "layer_keys_backward"]
+# Kernels that only half types have, with and without asynchronous copies.
+COPYING = ["layer_attend", "project_rows", "project_taps", "weight_gradient16", "map_gradient16"]
+LOADING = [
+    "attend",
+    "keys",
+    "queries",
+    "keys_backward",
+    "queries_backward",
+    "tail_backward",
+    "transformer_tail_backward",
+]
+MATRIX = [*EVERY_TYPE, *COPYING, *LOADING]
+ASYNCHRONOUS = [*EVERY_TYPE, *COPYING]
 # For Hopper by warpgroup.
-WARPGROUP = ["layer_attend", "softmax", "softmax_queries_backward", "softmax_keys_backward"]
+WARPGROUP = [
+    "layer_attend",
+    "softmax",
+    "softmax_queries_backward",
+    "softmax_keys_backward",
+    "project_rows",
+    "project_taps",
+    "attend",
+    "tail_backward",
+    "transformer_tail_backward",
+]
 
 
 @pytest.mark.parametrize("architecture", report.ARCHITECTURES)
@@ -109,7 +139,7 @@ def test_machine_code(compiled, architecture):
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for function in text.split("Function : ")[1:]:
             name, code = function.split("\n", 1)
-            kernel = re.search(r"\d([a-z_]+)_kernelI(\w*)", name)
+            kernel = re.search(r"\d([a-z_]+(?:16)?)_kernelI(\w*)", name)
             if kernel is None:
                 continue
             half = "Half" in kernel[2] or "BFloat16" in kernel[2]
@@ -117,14 +147,14 @@ def test_machine_code(compiled, architecture):
                 assert bool(re.search("HG?MMA", code)) == half, f"{name} of {source}"
                 seen.add((kernel[1], half))
             else:
-                assert "HMMA" not in code or kernel[1] in ASYNCHRONOUS, f"{name} of {source}"
+                assert "HMMA" not in code, f"{name} of {source}"
             by_warpgroup = architecture == "90a" and half and kernel[1] in WARPGROUP
             assert ("HGMMA" in code) == by_warpgroup, f"{name} of {source}"
             if by_warpgroup:
                 assert sass.faults(code) == [], f"{name} of {source}"
             if kernel[1] in ASYNCHRONOUS:
                 assert "LDGSTS" in code, f"{name} of {source} copies nothing asynchronously"
-    assert seen == {(kernel, half) for kernel in MATRIX for half in (False, True)}
+    assert seen == {(kernel, True) for kernel in MATRIX} | {(kernel, False) for kernel in EVERY_TYPE}
 
 
 def test_shared_memory_begins_where_a_swizzle_may(compiled):
