@@ -80,14 +80,10 @@ LAYER_SLIPS = {
     ),
     "step-of-another-row": (
         OPERANDS,
-        "step % 4 * kOperandColumns",
-        "step % 2 * kOperandColumns",
+        "step % 4 * 2",
+        "step % 2 * 2",
     ),
-    "piece-of-the-first-rows": (
-        OPERANDS,
-        "operand_at(tiles + step / 4 * stride)",
-        "operand_at(tiles)",
-    ),
+    "piece-of-the-first-rows": (OPERANDS, "step / 4 * stride", "0"),
     "sums-taken-otherwise": (
         OPERANDS,
         "i / 16 * 4 + i % 8 / 2",

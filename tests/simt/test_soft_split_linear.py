@@ -401,7 +401,7 @@ GENERAL = [
 HALF = [
     ((2, 3, 12, 11), (3, 2, 1), 200, nchw, 1),
     ((3, 3, 16, 14), (7, 2, 2), 64, nchw, 1),
-    ((2, 128, 7, 6), (3, 2, 1), 192, nhwc, 1),
+    ((1, 128, 5, 6), (3, 2, 1), 192, nhwc, 1),
     ((3, 64, 9, 12), (2, 1, 1), 8, nhwc, 1),
     ((6, 3, 17, 19), (3, 2, 1), 8, nchw, 9),
 ]
@@ -420,11 +420,11 @@ def results(ops, dtype, maps):
         yield from (y, *grads)
 
 
-@pytest.mark.parametrize("maps", [GENERAL, HALF], ids=["general", "half"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_no_slip_changes_nothing(mutate, dtype, maps):
+def test_no_slip_changes_nothing(mutate):
     mutate(-1)
-    assert not differs(results, dtype, maps)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not differs(results, dtype, GENERAL)
+    assert not differs(results, torch.bfloat16, HALF)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
