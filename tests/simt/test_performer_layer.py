@@ -200,9 +200,7 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
         list(SLIPS.values()),
         ["performer_layer", "performer_layer_backward"],
     )
-    # Several slots to add.
-    with multiprocessors(3):
-        yield choose
+    yield choose
     end()
 
 
@@ -210,10 +208,12 @@ def results(ops, dtype):
     """Of both operators, on a map that takes every kernel through most of its paths."""
     tensors, split = arguments("several-tiles-of-a-warp", dtype)
     seed, numbers = torch.tensor([5]), (*split, 1e-3, 0.25)
-    y, *sums = ops.performer_layer(*tensors, seed, *numbers)
-    yield from (y, *sums)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-    yield from ops.performer_layer_backward(grad, *tensors, seed, *sums, *numbers, True)
+    # Several slots to add.
+    with multiprocessors(3):
+        y, *sums = ops.performer_layer(*tensors, seed, *numbers)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+        grads = ops.performer_layer_backward(grad, *tensors, seed, *sums, *numbers, True)
+    yield from (y, *sums, *grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -237,11 +237,7 @@ SLIPS = {
         "first_y % map.stride",
     ),
     # The kernels of half types: patches,
-    "reference-of-all-lanes": (
-        PATCHES,
-        "elements_of<T>(patches.pair(0, 0, 0)).x",
-        "elements_of<T>(patches.pair(0, 1, 0)).x",
-    ),
+    "deviations-from-zero": (PATCHES, "element.x - reference[half]", "element.x"),
     "deviations-not-summed": (PATCHES, "squares[half] += second * second;", ""),
     "variance-about-the-reference": (
         PATCHES,
@@ -394,17 +390,17 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
 
 # Maps that take every kernel through most of its paths, with the multiprocessors that make one block
 # or several of them: those of the general kernels, and those of half types.
-GENERAL = [
+GENERAL = (
     ((2, 16, 6, 9), (3, 2, 1), 197, nhwc, 1),
     ((3, 10, 17, 16), (3, 1, 1), 24, nchw, 1),
-]
-HALF = [
+)
+HALF = (
     ((2, 3, 12, 11), (3, 2, 1), 200, nchw, 1),
     ((3, 3, 16, 14), (7, 2, 2), 64, nchw, 1),
     ((1, 128, 5, 6), (3, 2, 1), 192, nhwc, 1),
     ((3, 64, 9, 12), (2, 1, 1), 8, nhwc, 1),
     ((6, 3, 17, 19), (3, 2, 1), 8, nchw, 9),
-]
+)
 
 
 def results(ops, dtype, maps):
