@@ -65,7 +65,9 @@ constexpr int kBlockBytes = kBlockVectors * 16;
 
 // The element (row, column) that element `e` of vector `i` of a block holds.
 __device__ inline int block_row(int i, int e) { return i % 4 * 8 + e; }
-__device__ inline int block_column(int i) { return i % kLanes / 4 / 2 * 8 + i / kLanes * 2 + i / 4 % 2; }
+__device__ inline int block_column(int i) {
+  return i % kLanes / 4 / 2 * 8 + i / kLanes * 2 + i / 4 % 2;
+}
 
 // The same the other way: where the element lies among a block's elements.
 __device__ inline int block_place(int row, int column) {
@@ -83,9 +85,9 @@ __device__ void pack_blocks(uint4* to, int row_groups, int column_groups, int th
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      pairs[j] = round_pair<T>(
-          element(row + block_row(vector, 2 * j), column + block_column(vector)),
-          element(row + block_row(vector, 2 * j + 1), column + block_column(vector)));
+      pairs[j] =
+          round_pair<T>(element(row + block_row(vector, 2 * j), column + block_column(vector)),
+                        element(row + block_row(vector, 2 * j + 1), column + block_column(vector)));
     }
     to[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
@@ -126,8 +128,7 @@ __device__ void start_wide_products(float (&sums)[8][2][2], const Operand<kGroup
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     multiply_async<T, false>(sums, left.at[step / 2][step % 2],
-                             operand_at(tiles + step / 4 * stride + step % 4 * 2),
-                             add || step > 0);
+                             operand_at(tiles + step / 4 * stride + step % 4 * 2), add || step > 0);
   }
 }
 // A product's sums as a lane has them elsewhere.
@@ -140,8 +141,7 @@ __device__ inline void take_wide(const float (&from)[8][2][2], Sums<2>& to) {
 
 // sums += left·block; `kSteps` of 1 takes the first fragment of the left operand only.
 template <typename T, int kSteps = 2>
-__device__ void multiply_block(float (&d)[2][8], const uint32_t (&left)[2][4],
-                               const uint4* block) {
+__device__ void multiply_block(float (&d)[2][8], const uint32_t (&left)[2][4], const uint4* block) {
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
     const uint4 right = block[tile * kLanes + lane_index()];
@@ -178,7 +178,8 @@ __device__ void add_row_sums(float (&sums)[2], const uint32_t (&left)[2][4]) {
   }
 }
 
-// Rows g and g + 8 of a tile of tokens first … of an image, 64 elements each; zeros beyond `tokens`.
+// Rows g and g + 8 of a tile of tokens first … of an image, 64 elements each; zeros beyond
+// `tokens`.
 template <typename T>
 __device__ Operand<2> load_operand(const Rows& rows, int64_t image, int first, int tokens) {
   Operand<2> operand;
@@ -218,8 +219,8 @@ __device__ void store_operand(const Operand<2>& operand, T* to, int64_t token_st
   }
 }
 
-// Tokens in shared memory, 64 elements each: rows of 128 bytes whose eight 16-byte parts lie such that
-// neither what a warp keeps of eight rows nor a column of parts meets in a bank.
+// Tokens in shared memory, 64 elements each: rows of 128 bytes whose eight 16-byte parts lie such
+// that neither what a warp keeps of eight rows nor a column of parts meets in a bank.
 template <typename T>
 __device__ T* part_of(T* tile, int row, int part) {
   const int swizzle = row % 2 * 4 + row / 2 % 4;
@@ -239,12 +240,13 @@ __device__ void keep_operand(const Operand<kGroups>& operand, T* tile) {
 template <typename T>
 __device__ void load_left(uint32_t (&left)[4], T* tile, int token, int part) {
   const int lane = lane_index();
-  load_matrices_transposed(
-      left, part_of(tile, token + lane % 8 + lane / 16 * 8, part + lane / 8 % 2));
+  load_matrices_transposed(left,
+                           part_of(tile, token + lane % 8 + lane / 16 * 8, part + lane / 8 % 2));
 }
 template <typename T>
 __device__ void load_right(uint32_t (&right)[4], T* tile, int token, int part) {
-  load_matrices_transposed(right, part_of(tile, token + lane_index() % 16, part + lane_index() / 16));
+  load_matrices_transposed(right,
+                           part_of(tile, token + lane_index() % 16, part + lane_index() / 16));
 }
 
 // sums += Aᵀ·B over `tokens` tokens, of columns that begin at the given parts.
@@ -306,8 +308,8 @@ struct TileLoop {
          first += int64_t(gridDim.x) * warps) {
       const int64_t tile = min(first + warp_index(), all - 1);
       const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
-      work(image, first + warp_index() < all ? static_cast<int>(tile - image * tiles) * kRows
-                                             : tokens);
+      work(image,
+           first + warp_index() < all ? static_cast<int>(tile - image * tiles) * kRows : tokens);
     }
   }
 };
@@ -319,8 +321,8 @@ inline TileLoop make_tile_loop(int64_t images, int64_t tokens) {
 inline dim3 grid_of_tiles(const TileLoop& loop, int warps, int per_multiprocessor,
                           const DeviceScope& device) {
   const int64_t needed = divide_up(loop.images * loop.tiles, warps);
-  return dim3(grid_size(
-      std::min<int64_t>(needed, int64_t(per_multiprocessor) * device.multiprocessors())));
+  return dim3(
+      grid_size(std::min<int64_t>(needed, int64_t(per_multiprocessor) * device.multiprocessors())));
 }
 
 }  // namespace t2t

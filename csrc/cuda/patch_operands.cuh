@@ -28,7 +28,7 @@ struct PatchMap {
   int64_t batch_stride, channel_stride, row_stride, column_stride;
   int height, width, kernel, stride, padding, elements;
   Divisor tokens, columns;  // of an image, of a row of tokens
-  int64_t token_count;      // of all images
+  int token_count;          // of all images
   // Rows order: where each row begins, and its row of the kernel.
   int rows;
   int64_t row_offset[kMostRows];
@@ -38,6 +38,8 @@ struct PatchMap {
 enum class PatchOrder { kRows, kTaps, kNeither };
 
 inline PatchOrder patch_order(const Geometry& map) {
+  // Tokens are counted in 32 bits, those of a last round beyond the last included.
+  if (map.batch * map.rows * map.columns > 1 << 30) return PatchOrder::kNeither;
   if (map.channels > 0 && map.channels % kTapChannels == 0) return PatchOrder::kTaps;
   if (map.kernel <= kRowColumns && map.channels * map.kernel <= kMostRows && map.channels > 0) {
     return PatchOrder::kRows;
@@ -60,7 +62,7 @@ inline PatchMap make_patch_map(const Geometry& map, const torch::stable::Tensor&
   p.elements = map.token_width();
   p.tokens = make_divisor(map.rows * map.columns);
   p.columns = make_divisor(map.columns);
-  p.token_count = map.batch * map.rows * map.columns;
+  p.token_count = static_cast<int>(map.batch * map.rows * map.columns);
   if (patch_order(map) == PatchOrder::kRows) {
     p.rows = map.channels * map.kernel;
     for (int row = 0; row < p.rows; ++row) {
@@ -114,7 +116,8 @@ __host__ __device__ inline int own_element(const PatchMap& p, int channels, int 
 
 // Which element is element `e` of lane t's eight in a group of an operand.
 __host__ __device__ inline int element_of_lane(const PatchMap& p, int group, int t, int e) {
-  return p.rows > 0 ? (group * 4 + e / 2) * kRowColumns + t * 2 + e % 2 : group * kGroup + t * 8 + e;
+  return p.rows > 0 ? (group * 4 + e / 2) * kRowColumns + t * 2 + e % 2
+                    : group * kGroup + t * 8 + e;
 }
 
 // Where a lane's tokens, rows g and g + 8 of a tile, begin. A token that does not exist lies
@@ -123,11 +126,11 @@ struct Corners {
   int64_t offset[2];
   int y[2], x[2];
 
-  __device__ Corners(const PatchMap& p, int64_t first_token) {
+  __device__ Corners(const PatchMap& p, int first_token) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t token = first_token + sum_row(half);
-      const auto index = static_cast<uint32_t>(token < p.token_count ? token : 0);
+      const int token = first_token + sum_row(half);
+      const uint32_t index = token < p.token_count ? token : 0;
       const uint32_t image = p.tokens(index);
       const uint32_t in_image = index - image * p.tokens.divisor;
       const uint32_t row = p.columns(in_image);
@@ -209,7 +212,7 @@ struct PatchRows {
   static constexpr int kGroups = (kPatchRows + 3) / 4;
   Operand<kGroups> patches;
 
-  __device__ void load(const PatchMap& p, int64_t first_token) {
+  __device__ void load(const PatchMap& p, int first_token) {
     const Corners corners(p, first_token);
     const int column = lane_index() % 4 * 2;
     patches.clear();
@@ -231,6 +234,15 @@ struct PatchRows {
           if (exists && second) pair |= uint32_t(bits[p.column_stride]) << 16;
         }
       }
+    }
+  }
+
+  // What a pair has taken along beyond the kernel.
+  __device__ void clear_beyond(const PatchMap& p) {
+    if (lane_index() % 4 * 2 + 1 != p.kernel) return;
+#pragma unroll
+    for (int i = 0; i < 2 * kPatchRows; ++i) {
+      patches.pair(i / 2 / 4, i % 2, i / 2 % 4) &= 0xFFFFu;
     }
   }
 
@@ -275,7 +287,8 @@ class PatchTaps {
     operand.clear();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (!corners_.has_row(map_, half, row_) || !corners_.has_column(map_, half, column_)) continue;
+      if (!corners_.has_row(map_, half, row_) || !corners_.has_column(map_, half, column_))
+        continue;
       const T* from = from_[half] + offset_;
 #pragma unroll
       for (int group = 0; group < 2; ++group) {
@@ -286,8 +299,8 @@ class PatchTaps {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int64_t at = (group * kGroup + 2 * i) * map_.channel_stride;
-            operand.pair(group, half, i) =
-                bits[at] | uint32_t(bits[at + map_.channel_stride]) << 16;
+            operand.pair(group, half, i) = bits[at] | uint32_t(bits[at + map_.channel_stride])
+                                                          << 16;
           }
         }
       }
@@ -300,7 +313,8 @@ class PatchTaps {
         ++row_;
       }
     }
-    offset_ = row_ * map_.row_stride + column_ * map_.column_stride + channel_ * map_.channel_stride;
+    offset_ =
+        row_ * map_.row_stride + column_ * map_.column_stride + channel_ * map_.channel_stride;
     return operand;
   }
 

@@ -52,7 +52,8 @@ __device__ void pack_features(uint4* to, const float* w, bool transposed) {
   for (int part = 0; part < 2; ++part) {
     pack_blocks<T>(to + part * 2 * kBlockVectors, transposed ? 1 : 2, transposed ? 2 : 1,
                    threadIdx.x, blockDim.x, [&](int row, int column) {
-                     const float x = transposed ? w[row * kEmbed + column] : w[column * kEmbed + row];
+                     const float x =
+                         transposed ? w[row * kEmbed + column] : w[column * kEmbed + row];
                      return part == 0 ? x : remainder_of<T>(x);
                    });
   }
@@ -97,9 +98,8 @@ __device__ void pack_feature_rows(uint4* to, const float* w) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float x = from[2 * j], y = from[2 * j + 1];
-      pairs[j] = i < kFeatureRowVectors / 2
-                     ? round_pair<T>(x, y)
-                     : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
+      pairs[j] = i < kFeatureRowVectors / 2 ? round_pair<T>(x, y)
+                                            : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
     }
     to[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
@@ -139,8 +139,7 @@ constexpr int kKeysBytes = kFeatureRowVectors * 16 + kAttentionWarps * kKeysWarp
 // Log-features lie transposed: features are the rows of the sums, which are then the left operand
 // of the sums over tokens as they lie.
 template <typename T>
-__global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
-    keys_kernel(const KeysParams p) {
+__global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const KeysParams p) {
   uint4* w = dynamic_shared;
   pack_feature_rows<T>(w, p.w);
   __syncthreads();
@@ -186,11 +185,11 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
                                    {top.z, bottom.z, top.w, bottom.w}};
 #pragma unroll
       for (int wide = 0; wide < 2; ++wide) {
-        float(&d)[2][2] = logs[tall][wide];
+        float (&d)[2][2] = logs[tall][wide];
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[step],
-                 keys.pair(group, wide, 2 * step), keys.pair(group, wide, 2 * step + 1));
+          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[step], keys.pair(group, wide, 2 * step),
+                 keys.pair(group, wide, 2 * step + 1));
         }
       }
     }
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
       const float2 of_token = *reinterpret_cast<const float2*>(halves + token);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float(&pair)[2] = logs[i / 2][wide][i % 2];
+        float (&pair)[2] = logs[i / 2][wide][i % 2];
         pair[0] = at + token < tokens ? pair[0] - of_token.x : -INFINITY;
         pair[1] = at + token + 1 < tokens ? pair[1] - of_token.y : -INFINITY;
       }
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
     for (int tall = 0; tall < 2; ++tall) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&pair)[2] = logs[tall][i / 2][i % 2];
+        const float (&pair)[2] = logs[tall][i / 2][i % 2];
         features[tall][i] = round_pair<T>(pair[0], pair[1]);
       }
       float unused[2] = {};
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
 constexpr int kMeanVectors = kFeatureBlocks * kBlockVectors;
 
 struct Means {
-  float* logs;       // (images, features): l; of a gradient, that of Z
+  float* logs;  // (images, features): l; of a gradient, that of Z
   uint4 *as_is, *transposed;
 };
 
@@ -316,8 +315,8 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes) means_kernel(const Me
     normalizer = normalizer * shrink + p.parts.normalizer[at] * shrink_other;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      sums[j] = sums[j] * shrink +
-                p.parts.sums[at * kEmbed + lane_index() + j * kLanes] * shrink_other;
+      sums[j] =
+          sums[j] * shrink + p.parts.sums[at * kEmbed + lane_index() + j * kLanes] * shrink_other;
     }
   }
   if (!kGradients && p.sums) {
@@ -569,8 +568,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
       of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
       of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
     }
-    const float factor[2] = {of_divisor[0] * attended.slope[0],
-                             of_divisor[1] * attended.slope[1]};
+    const float factor[2] = {of_divisor[0] * attended.slope[0], of_divisor[1] * attended.slope[1]};
     const Sums<2> grad_queries =
         through_features<T>(rounded_operand<T>(log_gradients), w_transposed, queries, factor);
     store_operand(rounded_operand<T>(grad_queries),
@@ -608,8 +606,10 @@ struct KeysBackwardParams {
   int64_t grad_stride;  // from a token to the next
 };
 
+// float16 needs a few registers more than three blocks leave it.
 template <typename T>
-__global__ void __launch_bounds__(kAttentionWarps* kLanes, 3)
+__global__ void __launch_bounds__(kAttentionWarps* kLanes,
+                                  std::is_same_v<T, torch::headeronly::Half> ? 2 : 3)
     keys_backward_kernel(const KeysBackwardParams p) {
   uint4* w = dynamic_shared;
   uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;

@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
-    const AttendedTile attended = attend_tile<T>(
-        limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
-        p.means.logs + image * kFeatures, p.means.as_is + image * kMeanVectors);
+    const AttendedTile attended =
+        attend_tile<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
+                       p.means.logs + image * kFeatures, p.means.as_is + image * kMeanVectors);
     const int64_t first_token = image * tokens + first;
     const Sums<2> out =
         tail_of<T>(rounded_operand<T>(attended.y), load_operand<T>(p.values, image, first, tokens),
@@ -91,16 +91,15 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(co
   pack_features<T>(w, p.w, false);
   pack_tail_backward<T>(weights, vectors, p.backward.tail);
   __syncthreads();
-  tail_backward_of<T>(
-      p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,
-      [&](int64_t image, int first) {
-        const Operand<2> queries =
-            limited<T>(load_operand<T>(p.queries, image, first, p.backward.loop.tokens));
-        return rounded_operand<T>(attend_tile<T>(queries, w, p.log_eps,
-                                                 p.means.logs + image * kFeatures,
-                                                 p.means.as_is + image * kMeanVectors)
-                                      .y);
-      });
+  tail_backward_of<T>(p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,
+                      [&](int64_t image, int first) {
+                        const Operand<2> queries = limited<T>(
+                            load_operand<T>(p.queries, image, first, p.backward.loop.tokens));
+                        return rounded_operand<T>(
+                            attend_tile<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures,
+                                           p.means.as_is + image * kMeanVectors)
+                                .y);
+                      });
 }
 
 // Without dropout there is no seed.
@@ -197,20 +196,14 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
       p.queries = section_of<T>(kqv, kQuery, kEmbed);
       p.values = section_of<T>(kqv, kValue, kEmbed);
       p.means = means();
-      p.backward = {tail(),
-                    rows_of<T>(grad),
-                    loop,
-                    to + kQuery * kEmbed,
-                    3 * kEmbed,
-                    to + kValue * kEmbed,
-                    3 * kEmbed,
-                    slots.slots()};
+      p.backward = {tail(),     rows_of<T>(grad),     loop,       to + kQuery * kEmbed,
+                    3 * kEmbed, to + kValue * kEmbed, 3 * kEmbed, slots.slots()};
       device.launch("performer_layer_tail_backward", tail_backward_kernel<T>, slots.grid(),
                     kTailWarps * kLanes, kTailBytes, p);
       PerformerPasses<T>{features, images, tokens, device}.backward(
-          section_of<T>(kqv, kKey, kEmbed), p.queries, p.values, section_of<T>(grad_kqv, kQuery, kEmbed),
-          section_of<T>(grad_kqv, kValue, kEmbed), x, saved, means, to + kKey * kEmbed,
-          to + kQuery * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
+          section_of<T>(kqv, kKey, kEmbed), p.queries, p.values,
+          section_of<T>(grad_kqv, kQuery, kEmbed), section_of<T>(grad_kqv, kValue, kEmbed), x,
+          saved, means, to + kKey * kEmbed, to + kQuery * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
     }
     grads = slots.finish<T>(x, device);
   });

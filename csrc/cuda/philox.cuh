@@ -61,7 +61,7 @@ __device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t se
   for (int round = 0; round < 10; ++round) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t(&c)[4] = words[i];
+      uint32_t (&c)[4] = words[i];
       const uint64_t one = uint64_t(0xD2511F53u) * c[0], other = uint64_t(0xCD9E8D57u) * c[2];
       c[0] = static_cast<uint32_t>(other >> 32) ^ c[1] ^ k0;
       c[1] = static_cast<uint32_t>(other);

@@ -1,9 +1,9 @@
 // Soft split, LayerNorm and Linear of half types: y = (W∘γ)·û + (W·β + b), û the patch normalised
 // without gain and offset. Forward; the backward computes y again in the same way.
 //
-// A warp gathers and normalises 16 tokens in its registers, and multiplies them by a weight that lies
-// in shared memory: all of it for the rows order, for the taps order in pieces of 64 elements that
-// pass through three buffers. On Hopper four warps multiply together.
+// A warp gathers and normalises 16 tokens in its registers, and multiplies them by a weight that
+// lies in shared memory: all of it for the rows order, for the taps order in pieces of 64 elements
+// that pass through three buffers. On Hopper four warps multiply together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_kernel(const FoldPara
       const float2 rounded = elements_of<T>(pairs[e]);
       sum += rounded.x + rounded.y;
     }
-    store_in_tile(p.packed + (int64_t(group / 2) * p.column_tiles + output / kWidest) *
-                                 kWideTileVectors,
-                  group % 2, t, output % kWidest, pairs);
+    store_in_tile(
+        p.packed + (int64_t(group / 2) * p.column_tiles + output / kWidest) * kWideTileVectors,
+        group % 2, t, output % kWidest, pairs);
   }
   for (int distance = 1; distance < kLanes; distance *= 2) {
     constant += __shfl_xor_sync(kAllLanes, constant, distance);
@@ -91,8 +91,8 @@ struct ProjectionParams {
   int pieces, column_tiles, outputs;
   bool normalized;
   float eps;
-  // Where the columns of a block's tiles go, 192 columns further for each block; from a token to the
-  // next so many elements.
+  // Where the columns of a block's tiles go, 192 columns further for each block; from a token to
+  // the next so many elements.
   void* y[kProjectTiles];
   int64_t y_stride;
   bool vectors;     // rows of y begin at multiples of 16 bytes
@@ -100,19 +100,19 @@ struct ProjectionParams {
 };
 
 template <typename T>
-__device__ void store_moments(const ProjectionParams& p, int64_t first_token,
+__device__ void store_moments(const ProjectionParams& p, int first_token,
                               const RowMoments& moments) {
   if (p.moments == nullptr || blockIdx.y != 0 || lane_index() % 4 != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t token = first_token + sum_row(half);
+    const int token = first_token + sum_row(half);
     if (token < p.map.token_count) p.moments[token] = {moments.mean[half], moments.rstd[half]};
   }
 }
 
 // Columns of the block's groups first_group …
 template <typename T, int kGroups>
-__device__ void store_projected(const ProjectionParams& p, int64_t first_token, int first_group,
+__device__ void store_projected(const ProjectionParams& p, int first_token, int first_group,
                                 const Sums<kGroups>& sums) {
   const int before = blockIdx.y * kProjectGroups * kGroup;
 #pragma unroll
@@ -121,8 +121,10 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
     const int column = before + of_block;
     if (column >= p.outputs) continue;
     const int tile = of_block / kWidest;
-    T* y = static_cast<T*>(tile == 0 ? p.y[0] : tile == 1 ? p.y[1] : p.y[2]) + before +
-           of_block % kWidest;
+    T* y = static_cast<T*>(tile == 0   ? p.y[0]
+                           : tile == 1 ? p.y[1]
+                                       : p.y[2]) +
+           before + of_block % kWidest;
     float constants[8];
     load_eight(constants, p.constants + column, 8, true);
 #pragma unroll
@@ -134,10 +136,9 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
       for (int e = 0; e < 8; ++e) values[e] = sums.at[group][half][e] + constants[e];
       T* to = y + token * p.y_stride;
       if (p.vectors) {
-        store_vector(to, uint4{round_pair<T>(values[0], values[1]),
-                               round_pair<T>(values[2], values[3]),
-                               round_pair<T>(values[4], values[5]),
-                               round_pair<T>(values[6], values[7])});
+        store_vector(
+            to, uint4{round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]),
+                      round_pair<T>(values[4], values[5]), round_pair<T>(values[6], values[7])});
       } else {
         store_eight(to, values, p.outputs - column, false);
       }
@@ -148,8 +149,8 @@ __device__ void store_projected(const ProjectionParams& p, int64_t first_token, 
 // Starts to copy a piece of the block's columns of the weight.
 __device__ inline void copy_piece(uint4* to, const ProjectionParams& p, int piece,
                                   int column_tiles) {
-  const uint4* from = p.packed + (int64_t(piece) * p.column_tiles + blockIdx.y * kProjectTiles) *
-                                     kWideTileVectors;
+  const uint4* from =
+      p.packed + (int64_t(piece) * p.column_tiles + blockIdx.y * kProjectTiles) * kWideTileVectors;
   for (int i = threadIdx.x; i < column_tiles * kWideTileVectors; i += blockDim.x) {
     copy_async(to + i, from + i, true);
   }
@@ -165,7 +166,8 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
     project_rows_kernel(const ProjectionParams p) {
   using Patches = PatchRows<T, kPatchRows, kPairs>;
   constexpr int kSteps = (kPatchRows + 1) / 2;
-  const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
+  const int column_tiles =
+      min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
   const int stride = column_tiles * kWideTileVectors;
   for (int piece = 0; piece < p.pieces; ++piece) {
     copy_piece(dynamic_shared + piece * stride, p, piece, column_tiles);
@@ -175,18 +177,20 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
   if constexpr (kHasWarpgroups) show_to_products();
   __syncthreads();
 
-  const auto load = [&](Patches& tile, int64_t token) {
+  const auto load = [&](Patches& tile, int token) {
     tile.load(p.map, token);
     if (p.normalized) {
       const RowMoments moments = tile.take_moments(p.map, p.eps);
       normalize<T, kPatchRows>(tile.patches, moments);
       store_moments<T>(p, token, moments);
+    } else {
+      tile.clear_beyond(p.map);
     }
   };
-  const int64_t block_tokens = int64_t(blockDim.x / kLanes) * kTileTokens;
-  for (int64_t of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
+  const int block_tokens = blockDim.x / kLanes * kTileTokens;
+  for (int of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
        of_block += gridDim.x * block_tokens) {
-    const int64_t token = of_block + warp_index() * kTileTokens;
+    const int token = of_block + warp_index() * kTileTokens;
     if constexpr (kHasWarpgroups) {
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -256,7 +260,8 @@ constexpr int kStageVectors = kProjectTiles * kWideTileVectors;
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
     project_taps_kernel(const ProjectionParams p) {
-  const int column_tiles = min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
+  const int column_tiles =
+      min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
 
   // The pieces follow one another in a ring of stages, across rounds.
   int next_piece = 0, next_stage = 0, stage = 0;
@@ -269,10 +274,10 @@ __global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
   start_loading();
   start_loading();
 
-  const int64_t block_tokens = int64_t(blockDim.x / kLanes) * kRows;
-  for (int64_t of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
+  const int block_tokens = blockDim.x / kLanes * kRows;
+  for (int of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
        of_block += gridDim.x * block_tokens) {
-    const int64_t token = of_block + warp_index() * kRows;
+    const int token = of_block + warp_index() * kRows;
     const Corners corners(p.map, token);
     RowMoments moments = {{0.f, 0.f}, {1.f, 1.f}};
     if (p.normalized) {
@@ -352,8 +357,7 @@ class Projection16 {
     fold.constants = floats_of(constants_);
     fold.row_sums = fold.constants + fold.column_tiles * kWidest;
     device.launch("soft_split_linear_fold", fold_kernel<T>,
-                  dim3(grid_size(fold.column_tiles * kWidest)),
-                  kFoldWarps * kLanes, 0, fold);
+                  dim3(grid_size(fold.column_tiles * kWidest)), kFoldWarps * kLanes, 0, fold);
     params_.map = fold.map;
     params_.packed = fold.packed;
     params_.constants = fold.constants;
@@ -421,11 +425,11 @@ class Projection16 {
     const int64_t blocks = std::max<int64_t>(1, device.multiprocessors() / wide);
     const int64_t of_block =
         std::clamp<int64_t>(divide_up(groups, blocks), 1, most_warps / kWarpgroup);
-    device.launch("soft_split_linear", kernel,
-                  dim3(grid_size(std::min(blocks, divide_up(groups, of_block))),
-                       static_cast<unsigned>(wide)),
-                  static_cast<int>(of_block) * kWarpgroup * kLanes,
-                  static_cast<size_t>(tiles_of_weight) * kWideTileVectors * sizeof(uint4), params_);
+    device.launch(
+        "soft_split_linear", kernel,
+        dim3(grid_size(std::min(blocks, divide_up(groups, of_block))), static_cast<unsigned>(wide)),
+        static_cast<int>(of_block) * kWarpgroup * kLanes,
+        static_cast<size_t>(tiles_of_weight) * kWideTileVectors * sizeof(uint4), params_);
   }
 
   torch::stable::Tensor packed_, constants_;

@@ -1,12 +1,12 @@
 // Gradients of soft split, LayerNorm and Linear of half types (see projection.cuh).
 //
 //   weight    G = Σ_t dy_t û_tᵀ over a block's share of the tokens, in registers; û is normalised
-//             again from the moments that the forward leaves. Slots of all blocks are added in their
-//             order: dW = γ∘G + β·Σdyᵀ, dγ = Σ W∘G, dβ = W·Σdy
+//             again from the moments that the forward leaves. Slots of all blocks are added in
+//             their order: dW = γ∘G + β·Σdyᵀ, dγ = Σ W∘G, dβ = W·Σdy
 //   map       dx = Σ over the tokens t that cover a pixel of r_t (W∘γ)ᵀdy_t − r_t m1_t
 //             − (x − μ_t) r_t² m2_t, with m1 = dy·s/n, s the sums of the rows of W∘γ, and
-//             m2 = dy·(y − c)/n. Pixels whose row and column leave the same remainders by the stride
-//             are covered by the same taps, whose weights a block keeps in shared memory
+//             m2 = dy·(y − c)/n. Pixels whose row and column leave the same remainders by the
+//             stride are covered by the same taps, whose weights a block keeps in shared memory
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,8 @@ struct WeightGradientParams16 {
   float* slots;  // (blockIdx.x, 1 + elements in blocks, outputs in blocks); Σ dy first
 };
 
-// From one row of elements to the next of a tile of `elements`, such that neither 4-byte columns nor
-// 16-byte rows meet in a bank.
+// From one row of elements to the next of a tile of `elements`, such that neither 4-byte columns
+// nor 16-byte rows meet in a bank.
 __host__ __device__ constexpr int patch_pitch(int elements) {
   return elements / 2 % 8 == 4 ? elements : elements + 8;
 }
@@ -149,15 +149,15 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
   float bias[3][2] = {};
   Elements elements;
   float2 moments = {0.f, 1.f};
-  const auto load = [&](int64_t first_token) {
-    const int64_t first_of_warp = first_token + warp_index() * 8;
+  const auto load = [&](int first_token) {
+    const int first_of_warp = first_token + warp_index() * 8;
     // Only the first of the two rows of a lane's corners is used.
     elements.load(p.map, Corners(p.map, first_of_warp), first_piece);
-    const int64_t token = first_of_warp + lane / 4;
+    const int token = first_of_warp + lane / 4;
     if (normalized && token < p.map.token_count) moments = p.moments[token];
   };
-  const int64_t step = int64_t(gridDim.x) * kGradientTokens;
-  int64_t first_token = int64_t(blockIdx.x) * kGradientTokens;
+  const int step = gridDim.x * kGradientTokens;
+  int first_token = blockIdx.x * kGradientTokens;
   if (first_token < p.map.token_count) load(first_token);
 #pragma unroll 1
   for (; first_token < p.map.token_count; first_token += step) {
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
       uint32_t left[3][4];
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
-        load_matrices_transposed(left[i], grads +
-                                              (k + lane % 8 + lane / 16 * 8) * kGradientPitch +
+        load_matrices_transposed(left[i], grads + (k + lane % 8 + lane / 16 * 8) * kGradientPitch +
                                               tall + i * 16 + lane / 8 % 2 * 8);
       }
       if (blockIdx.y == 0 && wide == 0) {
@@ -198,8 +197,8 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
         uint32_t right[4];
         // An odd last tile takes its neighbour's columns along, within the row or its padding.
         const int second = j + 1 < kWideTiles ? 8 : 0;
-        load_matrices_transposed(right, patches + (k + lane % 16) * kPitch + wide + j * 8 +
-                                            lane / 16 * second);
+        load_matrices_transposed(
+            right, patches + (k + lane % 16) * kPitch + wide + j * 8 + lane / 16 * second);
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
           auto& d = sums[i][j];
@@ -227,7 +226,8 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
     for (int j = 0; j < kWideTiles; ++j) {
       const int element = wide + j * 8 + lane % 4 * 2;
       if (element >= Elements::kElements) continue;
-      float* to = slot + (1 + int64_t(blockIdx.y) * Elements::kElements + element) * columns + output;
+      float* to =
+          slot + (1 + int64_t(blockIdx.y) * Elements::kElements + element) * columns + output;
       to[0] = sums[i / 2][j][i % 2][0];
       to[columns] = sums[i / 2][j][i % 2][1];
     }
@@ -253,10 +253,10 @@ __global__ void __launch_bounds__(kSumsThreads) weight_sums_kernel(const WeightS
   __shared__ float parts[2][kSumsThreads / kLanes];
   const bool bias_only = blockIdx.x == 0;
   const int element = static_cast<int>(blockIdx.x) - 1;
-  const int own =
-      bias_only ? 0 : own_element(p.map, p.channels, element);
+  const int own = bias_only ? 0 : own_element(p.map, p.channels, element);
   if (own < 0) return;
-  const float gain = p.gain && !bias_only ? static_cast<float>(static_cast<const T*>(p.gain)[own]) : 1.f;
+  const float gain =
+      p.gain && !bias_only ? static_cast<float>(static_cast<const T*>(p.gain)[own]) : 1.f;
   const float offset =
       p.offset && !bias_only ? static_cast<float>(static_cast<const T*>(p.offset)[own]) : 0.f;
   float grad_gain = 0.f, grad_offset = 0.f;
@@ -379,10 +379,10 @@ constexpr int kScalarWarps = 8;
 template <typename T>
 __global__ void __launch_bounds__(kScalarWarps* kLanes)
     token_scalars_kernel(const TokenScalarsParams p) {
-  const int64_t token =
-      (int64_t(blockIdx.x) * kScalarWarps + warp_index()) * 8 + lane_index() / 4;
+  const int64_t token = (int64_t(blockIdx.x) * kScalarWarps + warp_index()) * 8 + lane_index() / 4;
   float mean = 0.f, mean_of_product = 0.f;
-  for (int column = lane_index() % 4 * 8; column < p.outputs && token < p.tokens; column += kGroup) {
+  for (int column = lane_index() % 4 * 8; column < p.outputs && token < p.tokens;
+       column += kGroup) {
     float grad[8], y[8], constants[8], sums[8];
     load_eight(grad, static_cast<const T*>(p.grad) + token * p.outputs + column, 8, true);
     load_eight(y, static_cast<const T*>(p.y) + token * p.outputs + column, 8, true);
@@ -411,7 +411,7 @@ constexpr int kTapBlocks = kProjectGroups * 2;  // of a tap's weight: outputs by
 struct MapGradientParams16 {
   Geometry map;
   const void *x, *grad;
-  const uint4* packed;  // (64 channels, tap), in blocks
+  const uint4* packed;    // (64 channels, tap), in blocks
   const float4* scalars;  // null without a norm
   void* grad_x;
   int64_t x_strides[4], grad_x_strides[4];
@@ -436,11 +436,11 @@ __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_taps_kernel(const Fol
                    const int output = first_output + row;
                    if (output >= p.outputs) return 0.f;
                    const int element = (first_channel + channel) * p.area + tap;
-                   const float weight = static_cast<float>(
-                       static_cast<const T*>(p.weight)[int64_t(output) * p.channels * p.area +
-                                                       element]);
-                   return p.gain ? weight * static_cast<float>(static_cast<const T*>(p.gain)[element])
-                                 : weight;
+                   const float weight = static_cast<float>(static_cast<const T*>(
+                       p.weight)[int64_t(output) * p.channels * p.area + element]);
+                   return p.gain
+                              ? weight * static_cast<float>(static_cast<const T*>(p.gain)[element])
+                              : weight;
                  });
 }
 
@@ -501,9 +501,8 @@ __global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
     float constant[2] = {}, slope[2] = {};
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
-      Operand<kProjectGroups> grads;
+      const T* from[2] = {};
       float factor[2];
-      grads.clear();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token_row = row[half] + row_shift - tap / taps_wide;
@@ -514,13 +513,7 @@ __global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
         if (!covers) continue;
         const int64_t token =
             (int64_t(image[half]) * map.rows + token_row) * map.columns + token_column;
-        const T* from = static_cast<const T*>(p.grad) + token * p.outputs + lane_index() % 4 * 8;
-#pragma unroll
-        for (int group = 0; group < kProjectGroups; ++group) {
-          if (group * kGroup + lane_index() % 4 * 8 < p.outputs) {
-            set_eight(grads, group, half, *reinterpret_cast<const uint4*>(from + group * kGroup));
-          }
-        }
+        from[half] = static_cast<const T*>(p.grad) + token * p.outputs + lane_index() % 4 * 8;
         if (p.scalars) {
           const float4 scalars = p.scalars[token];
           factor[half] = scalars.x;
@@ -530,7 +523,23 @@ __global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
       }
       Sums<2> of_tap;
       of_tap.clear();
-      multiply_blocks<T>(of_tap, grads, dynamic_shared + tap * kTapBlocks * kBlockVectors);
+      // Half of the outputs at a time: with all of them registers would not do.
+      constexpr int kHalf = kProjectGroups / 2;
+#pragma unroll
+      for (int first = 0; first < kProjectGroups; first += kHalf) {
+        Operand<kHalf> grads;
+        grads.clear();
+#pragma unroll
+        for (int i = 0; i < 2 * kHalf; ++i) {
+          const int group = first + i / 2;
+          if (from[i % 2] && group * kGroup + lane_index() % 4 * 8 < p.outputs) {
+            set_eight(grads, i / 2, i % 2,
+                      *reinterpret_cast<const uint4*>(from[i % 2] + group * kGroup));
+          }
+        }
+        multiply_blocks<T>(of_tap, grads,
+                           dynamic_shared + (tap * kTapBlocks + first * 2) * kBlockVectors);
+      }
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         total.at[i / 16][i / 8 % 2][i % 8] +=
@@ -543,7 +552,7 @@ __global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
       if (!exists[half]) continue;
       const int64_t y = first_y + int64_t(row[half]) * map.stride;
       const int64_t x = first_x + int64_t(column[half]) * map.stride;
-      float(&sums)[8] = total.at[i / 2][half];
+      float (&sums)[8] = total.at[i / 2][half];
       if (p.scalars) {
         float values[8];
         const T* from = static_cast<const T*>(p.x) + image[half] * p.x_strides[0] +
@@ -588,10 +597,15 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
   const int64_t tokens = source.map.token_count;
   const torch::stable::Tensor packed = torch::stable::new_empty(
       grad, {int64_t(pieces) * area * kTapBlocks * kBlockVectors * Vec<T>::size});
-  const FoldTapsParams fold = {weight.const_data_ptr(), gain, outputs, map.channels, area,
+  const FoldTapsParams fold = {weight.const_data_ptr(),
+                               gain,
+                               outputs,
+                               map.channels,
+                               area,
                                static_cast<uint4*>(packed.mutable_data_ptr())};
   device.launch("soft_split_linear_fold_taps", fold_taps_kernel<T>,
-                dim3(grid_size(int64_t(pieces) * area), kProjectGroups), kFoldWarps * kLanes, 0, fold);
+                dim3(grid_size(int64_t(pieces) * area), kProjectGroups), kFoldWarps * kLanes, 0,
+                fold);
   const torch::stable::Tensor scalars = new_floats(grad, moments ? 4 * tokens : 0);
   MapGradientParams16 p = {};
   if (moments) {
@@ -605,7 +619,8 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
                                   map.token_width(),
                                   static_cast<float4*>(scalars.mutable_data_ptr())};
     device.launch("soft_split_linear_token_scalars", token_scalars_kernel<T>,
-                  dim3(grid_size(divide_up(tokens, kScalarWarps * 8))), kScalarWarps * kLanes, 0, s);
+                  dim3(grid_size(divide_up(tokens, kScalarWarps * 8))), kScalarWarps * kLanes, 0,
+                  s);
     p.scalars = s.scalars;
   }
   p.map = map;
@@ -640,14 +655,15 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
   const int64_t blocks = std::max<int64_t>(p.classes, device.multiprocessors() / pieces);
   for (int i = 0; i < p.classes; ++i) {
     const int y0 = i / columns, x0 = i % columns;
-    const int64_t needed = divide_up(map.batch * size(map.height, y0) * size(map.width, x0),
-                                     kMapWarps16 * kRows);
+    const int64_t needed =
+        divide_up(map.batch * size(map.height, y0) * size(map.width, x0), kMapWarps16 * kRows);
     const int64_t share = std::max<int64_t>(1, (blocks * work[i] + all / 2) / all);
     p.first_block[i + 1] = p.first_block[i] + static_cast<int>(std::min(needed, share));
   }
-  device.launch("soft_split_linear_map_gradient", map_gradient16_kernel<T>,
-                dim3(static_cast<unsigned>(p.first_block[p.classes]), static_cast<unsigned>(pieces)),
-                kMapWarps16 * kLanes, static_cast<size_t>(most_taps) * kTapBlocks * kBlockBytes, p);
+  device.launch(
+      "soft_split_linear_map_gradient", map_gradient16_kernel<T>,
+      dim3(static_cast<unsigned>(p.first_block[p.classes]), static_cast<unsigned>(pieces)),
+      kMapWarps16 * kLanes, static_cast<size_t>(most_taps) * kTapBlocks * kBlockBytes, p);
 }
 
 }  // namespace t2t

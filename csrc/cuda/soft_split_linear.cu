@@ -898,9 +898,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
         weight_gradients16<T>(map, source, grad, moments, s, device);
         if (!need_x || map.batch == 0) return;
         if (has_map_gradient16(map, outputs)) {
-          map_gradient16<T>(
-              map, source, x, grad, weight, gain, has_moments ? known->y.const_data_ptr() : nullptr,
-              moments, has_moments ? floats_of(*known->constants) : nullptr, grad_x, device);
+          map_gradient16<T>(map, source, x, grad, weight, gain,
+                            has_moments ? known->y.const_data_ptr() : nullptr, moments,
+                            has_moments ? floats_of(*known->constants) : nullptr, grad_x, device);
         } else {
           const Patches patches = make_patches<T>(map, x);
           std::optional<Tensor> memory;
@@ -940,10 +940,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias, int64_t kernel_size, int64_t stride, int64_t padding,
-    double eps, bool need_x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor weight,
+                                                            std::optional<Tensor> norm_weight,
+                                                            std::optional<Tensor> norm_bias,
+                                                            int64_t kernel_size, int64_t stride,
+                                                            int64_t padding, double eps,
+                                                            bool need_x) {
   return soft_split_linear_backward(grad, x, weight, norm_weight, norm_bias, kernel_size, stride,
                                     padding, eps, need_x, nullptr);
 }

@@ -24,9 +24,9 @@ Projected project(torch::stable::Tensor x, torch::stable::Tensor weight,
 
 // The same of 192 outputs, 64 to each of three contiguous tensors (B, T, 64).
 void project_into(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
-                  const torch::stable::Tensor& norm_weight,
-                  const torch::stable::Tensor& norm_bias, int64_t kernel_size, int64_t stride,
-                  int64_t padding, double eps, const torch::stable::Tensor (&sections)[3]);
+                  const torch::stable::Tensor& norm_weight, const torch::stable::Tensor& norm_bias,
+                  int64_t kernel_size, int64_t stride, int64_t padding, double eps,
+                  const torch::stable::Tensor (&sections)[3]);
 
 // Images and tokens of an image.
 std::pair<int64_t, int64_t> tokens_of(const torch::stable::Tensor& x, int64_t kernel_size,
@@ -39,7 +39,6 @@ torch::stable::Tensor soft_split_linear(torch::stable::Tensor x, torch::stable::
                                         std::optional<torch::stable::Tensor> norm_bias,
                                         int64_t kernel_size, int64_t stride, int64_t padding,
                                         double eps);
-
 
 // Gradients of the map (empty unless `need_x`), weight, bias, and the norm's parameters (empty
 // without a norm) from that of the result. `known` may be null.

@@ -293,9 +293,8 @@ constexpr int kTailTokens = kTailWarps * kRows;
 constexpr int kTailTileElements = kTailTokens * kWidest;
 // proj and mlp_in, and mlp_out, mlp_in and proj transposed.
 constexpr int kTailBackwardVectors = 5 * kWideTileVectors;
-constexpr int kTailBackwardBytes = kTailBackwardVectors * 16 +
-                                   static_cast<int>(sizeof(TailVectors)) +
-                                   2 * kTailTileElements * 2;
+constexpr int kTailBackwardBytes =
+    kTailBackwardVectors * 16 + static_cast<int>(sizeof(TailVectors)) + 2 * kTailTileElements * 2;
 
 // The weights in the order above; a barrier has to follow.
 template <typename T>
@@ -558,8 +557,8 @@ class TailSlots {
          to.norm_weight.mutable_data_ptr(), to.norm_bias.mutable_data_ptr(),
          to.mlp_in_bias.mutable_data_ptr(), to.mlp_out_bias.mutable_data_ptr()}};
     device.launch("tail_sums", tail_sums_kernel<T>,
-                  dim3(grid_size(divide_up(kTailGradientFloats, kTailSumsThreads))), kTailSumsThreads,
-                  0, params);
+                  dim3(grid_size(divide_up(kTailGradientFloats, kTailSumsThreads))),
+                  kTailSumsThreads, 0, params);
     return to;
   }
 

@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
                           const int token = first + sum_row(i % 2);
-                          load_eight(y.at[i / 2][i % 2],
-                                     p.attended + (image * tokens + token) * kEmbed +
-                                         sum_column(i / 2),
-                                     token < tokens ? 8 : 0, true);
+                          load_eight(
+                              y.at[i / 2][i % 2],
+                              p.attended + (image * tokens + token) * kEmbed + sum_column(i / 2),
+                              token < tokens ? 8 : 0, true);
                         }
                         return rounded_operand<T>(y);
                       });

@@ -118,8 +118,8 @@ float right_element(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n
     simt::fail("a matrix does not begin where its swizzle's pattern does");
   }
   const uint32_t along = transposed ? n : k, across = transposed ? k : n;
-  const uint32_t address = start + along % 64 * 2 + along / 64 * leading + across % 8 * 128 +
-                           across / 8 * stride;
+  const uint32_t address =
+      start + along % 64 * 2 + along / 64 * leading + across % 8 * 128 + across / 8 * stride;
   const uint32_t swizzled = address ^ (address >> 7 & 7) << 4;
   uint16_t bits;
   std::memcpy(&bits, simt::seen_by_products(swizzled), 2);
@@ -161,8 +161,7 @@ void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, boo
     for (int i = 0; i < 16; ++i) {
       float sum[2] = {};
       for (int k = 0; k < 16; ++k) {
-        const float right =
-            right_element<T>(b, kTransposed, k, i / 2 * 8 + first_column + i % 2);
+        const float right = right_element<T>(b, kTransposed, k, i / 2 * 8 + first_column + i % 2);
         for (int half = 0; half < 2; ++half) sum[half] += own.rows[half][k] * right;
       }
       for (int half = 0; half < 2; ++half) {
