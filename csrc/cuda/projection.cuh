@@ -156,8 +156,9 @@ __device__ inline void copy_piece(uint4* to, const ProjectionParams& p, int piec
   }
 }
 
-// Two tiles of tokens a warp. Fewer warps where both need more registers.
-constexpr int kTiles = 2, kTileTokens = kTiles * kRows;
+// Two tiles of tokens a warp, and twelve warps, where registers do for both.
+template <int kPatchRows, bool kPairs>
+constexpr int kTiles = kPatchRows <= (kPairs ? 21 : 8) ? 2 : 1;
 template <int kPatchRows, bool kPairs>
 constexpr int kRowsWarps = kPatchRows <= (kPairs ? 21 : 8) ? kProjectWarps : 2 * kWarpgroup;
 
@@ -166,6 +167,7 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
     project_rows_kernel(const ProjectionParams p) {
   using Patches = PatchRows<T, kPatchRows, kPairs>;
   constexpr int kSteps = (kPatchRows + 1) / 2;
+  constexpr int kTiles = t2t::kTiles<kPatchRows, kPairs>;
   const int column_tiles =
       min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
   const int stride = column_tiles * kWideTileVectors;
@@ -187,10 +189,10 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
       tile.clear_beyond(p.map);
     }
   };
-  const int block_tokens = blockDim.x / kLanes * kTileTokens;
+  const int block_tokens = blockDim.x / kLanes * kTiles * kRows;
   for (int of_block = blockIdx.x * block_tokens; of_block < p.map.token_count;
        of_block += gridDim.x * block_tokens) {
-    const int token = of_block + warp_index() * kTileTokens;
+    const int token = of_block + warp_index() * kTiles * kRows;
     if constexpr (kHasWarpgroups) {
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -257,8 +259,11 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
 constexpr int kStages = 3;
 constexpr int kStageVectors = kProjectTiles * kWideTileVectors;
 
+// All sums of the block's columns need the registers of eight warps where warps multiply alone.
+constexpr int kTapsWarps = 2 * kWarpgroup;
+
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kProjectWarps* kLanes, 1)
+__global__ void __launch_bounds__(kTapsWarps* kLanes, 1)
     project_taps_kernel(const ProjectionParams p) {
   const int column_tiles =
       min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
@@ -395,7 +400,7 @@ class Projection16 {
   void launch(const DeviceScope& device) const {
     if (source_.order == PatchOrder::kTaps) {
       launch(source_.vectors ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
-             kProjectWarps, kRows, kStages * kProjectTiles, device);
+             kTapsWarps, kRows, kStages * kProjectTiles, device);
       return;
     }
     switch (compiled_rows(params_.map.rows)) {
@@ -409,11 +414,11 @@ class Projection16 {
   void launch_rows(const DeviceScope& device) const {
     const int tiles = params_.pieces * std::min(kProjectTiles, params_.column_tiles);
     if (source_.vectors) {
-      launch(project_rows_kernel<T, kPatchRows, true>, kRowsWarps<kPatchRows, true>, kTileTokens,
-             tiles, device);
+      launch(project_rows_kernel<T, kPatchRows, true>, kRowsWarps<kPatchRows, true>,
+             kTiles<kPatchRows, true> * kRows, tiles, device);
     } else {
-      launch(project_rows_kernel<T, kPatchRows, false>, kRowsWarps<kPatchRows, false>, kTileTokens,
-             tiles, device);
+      launch(project_rows_kernel<T, kPatchRows, false>, kRowsWarps<kPatchRows, false>,
+             kTiles<kPatchRows, false> * kRows, tiles, device);
     }
   }
 

@@ -41,6 +41,8 @@ __host__ __device__ constexpr int patch_pitch(int elements) {
 template <typename T, int kPatchRows, bool kVectors>
 struct TokenElements {
   static constexpr bool kTaps = kPatchRows == 0;
+  // Half of the largest patch, by blockIdx.y: the sums of all of it would not fit in registers.
+  static constexpr bool kSplit = kPatchRows == kMostRows / 2;
   static constexpr int kElements = kTaps ? kTapsOfBlock * kTapChannels : kPatchRows * kRowColumns;
   static constexpr int kPairs = kTaps ? kTapsOfBlock * 8 : kPatchRows;
   uint32_t pairs[kPairs];
@@ -87,10 +89,12 @@ struct TokenElements {
       const T* from = x + column * p.column_stride;
       const bool first = corners.has_column(p, 0, column) && column < p.kernel;
       const bool second = corners.has_column(p, 0, column + 1) && column + 1 < p.kernel;
+      const int first_row = kSplit ? blockIdx.y * kPatchRows : 0;
 #pragma unroll
       for (int row = 0; row < kPatchRows; ++row) {
-        const T* at = from + p.row_offset[row];
-        const bool exists = row < p.rows && corners.has_row(p, 0, p.row_of_kernel[row]);
+        const T* at = from + p.row_offset[first_row + row];
+        const bool exists =
+            first_row + row < p.rows && corners.has_row(p, 0, p.row_of_kernel[first_row + row]);
         if constexpr (kVectors) {
           if (exists && first) pairs[row] = *reinterpret_cast<const uint32_t*>(at);
         } else {
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
   constexpr int kPitch = patch_pitch(Elements::kElements);
   constexpr int kWide = Elements::kElements / 24;  // tiles of eight elements a warp
   static_assert(Elements::kElements % 24 == 0 || Elements::kElements == 64 ||
-                Elements::kElements == 224);
+                Elements::kElements == 112);
   constexpr int kWideTiles = Elements::kElements % 24 == 0 ? kWide : kWide + 1;
   T* patches = reinterpret_cast<T*>(dynamic_shared);
   T* grads = patches + kGradientTokens * kPitch;
@@ -148,17 +152,15 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
   float sums[3][kWideTiles][2][2] = {};
   float bias[3][2] = {};
   Elements elements;
-  float2 moments = {0.f, 1.f};
+  // Only the first of the two rows of a lane's corners is used.
   const auto load = [&](int first_token) {
-    const int first_of_warp = first_token + warp_index() * 8;
-    // Only the first of the two rows of a lane's corners is used.
-    elements.load(p.map, Corners(p.map, first_of_warp), first_piece);
-    const int token = first_of_warp + lane / 4;
-    if (normalized && token < p.map.token_count) moments = p.moments[token];
+    elements.load(p.map, Corners(p.map, first_token + warp_index() * 8), first_piece);
   };
   const int step = gridDim.x * kGradientTokens;
   int first_token = blockIdx.x * kGradientTokens;
-  if (first_token < p.map.token_count) load(first_token);
+  // Ahead of its turn where registers do.
+  constexpr bool kAhead = kVectors && !Elements::kTaps;
+  if (kAhead && first_token < p.map.token_count) load(first_token);
 #pragma unroll 1
   for (; first_token < p.map.token_count; first_token += step) {
     constexpr int kVectorsOfRow = kGradientColumns / 8;
@@ -171,10 +173,13 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
                  exists ? grad + token * p.outputs + first_output + column : grad, exists);
     }
     commit_copies();
+    if (!kAhead) load(first_token);
+    float2 moments = {0.f, 1.f};
+    if (normalized && first_token + row < p.map.token_count) moments = p.moments[first_token + row];
     elements.keep(p.map, moments.x, moments.y, normalized, patches + row * kPitch);
     wait_for_copies<0>();
     __syncthreads();
-    if (first_token + step < p.map.token_count) load(first_token + step);
+    if (kAhead && first_token + step < p.map.token_count) load(first_token + step);
 
 #pragma unroll 1
     for (int k = 0; k < kGradientTokens; k += 16) {
@@ -263,7 +268,7 @@ __global__ void __launch_bounds__(kSumsThreads) weight_sums_kernel(const WeightS
   for (int output = threadIdx.x; output < p.outputs; output += kSumsThreads) {
     const auto total = [&](int64_t row) {
       // Sums side by side, so that loads do not wait for one another.
-      constexpr int kSide = 12;
+      constexpr int kSide = 8;
       float sums[kSide] = {};
       const float* from = p.slots + row * p.slot_columns + output;
       const int64_t slot = p.slot_rows * p.slot_columns;
@@ -324,8 +329,10 @@ void weight_gradients16(const Geometry& map, const PatchSource& source,
   p.outputs = s.outputs;
   const bool taps = source.order == PatchOrder::kTaps;
   const int pieces = map.token_width() / kTapChannels;
-  const int elements = taps ? kTapsOfBlock * kTapChannels : compiled_rows(p.map.rows) * kRowColumns;
-  const int64_t wide = taps ? divide_up(pieces, kTapsOfBlock) : 1;
+  const int compiled = compiled_rows(p.map.rows);
+  const int rows = compiled == kMostRows ? kMostRows / 2 : compiled;
+  const int elements = taps ? kTapsOfBlock * kTapChannels : rows * kRowColumns;
+  const int64_t wide = taps ? divide_up(pieces, kTapsOfBlock) : divide_up(p.map.rows, rows);
   const int64_t tall = divide_up(p.outputs, kGradientColumns);
   s.slot_rows = 1 + wide * elements;
   s.slot_columns = tall * kGradientColumns;
@@ -344,14 +351,14 @@ void weight_gradients16(const Geometry& map, const PatchSource& source,
   const bool vectors = source.vectors;
   if (taps) {
     launch(vectors ? weight_gradient16_kernel<T, 0, true> : weight_gradient16_kernel<T, 0, false>);
-  } else if (compiled_rows(p.map.rows) == 8) {
+  } else if (rows == 8) {
     launch(vectors ? weight_gradient16_kernel<T, 8, true> : weight_gradient16_kernel<T, 8, false>);
-  } else if (compiled_rows(p.map.rows) == 21) {
+  } else if (rows == 21) {
     launch(vectors ? weight_gradient16_kernel<T, 21, true>
                    : weight_gradient16_kernel<T, 21, false>);
   } else {
-    launch(vectors ? weight_gradient16_kernel<T, kMostRows, true>
-                   : weight_gradient16_kernel<T, kMostRows, false>);
+    launch(vectors ? weight_gradient16_kernel<T, kMostRows / 2, true>
+                   : weight_gradient16_kernel<T, kMostRows / 2, false>);
   }
   s.map = p.map;
   s.channels = map.channels;
@@ -511,8 +518,7 @@ __global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
                             token_column >= 0 && token_column < map.columns;
         factor[half] = covers ? 1.f : 0.f;
         if (!covers) continue;
-        const int64_t token =
-            (int64_t(image[half]) * map.rows + token_row) * map.columns + token_column;
+        const int64_t token = (image[half] * map.rows + token_row) * map.columns + token_column;
         from[half] = static_cast<const T*>(p.grad) + token * p.outputs + lane_index() % 4 * 8;
         if (p.scalars) {
           const float4 scalars = p.scalars[token];

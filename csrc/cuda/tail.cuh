@@ -371,7 +371,7 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
   const int tokens = p.loop.tokens;
   // Gradients of tokens beyond an image's last are zero.
   p.loop([&](int64_t image, int first) {
-    const int64_t first_token = image * tokens + first;
+    const int first_token = static_cast<int>(image) * tokens + first;
 
     // Forward, up to the hidden units.
     const Operand<2> y = attend(image, first);
@@ -465,8 +465,9 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
       }
     }
     add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));
-    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_v) + first_token * p.v_stride,
-                  p.v_stride, tokens - first);
+    store_operand(rounded_operand<T>(grads),
+                  static_cast<T*>(p.grad_v) + int64_t(first_token) * p.v_stride, p.v_stride,
+                  tokens - first);
 
     // proj: dropout's gradient by y.
     kept_proj.apply(dropout, grads);
@@ -478,8 +479,9 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
     add_shared(proj, lefts, rights);
     proj_bias.add(lefts);
     grads = times_linear<T>(grad, weights + 4 * kLinear);
-    store_operand(rounded_operand<T>(grads), static_cast<T*>(p.grad_y) + first_token * p.y_stride,
-                  p.y_stride, tokens - first);
+    store_operand(rounded_operand<T>(grads),
+                  static_cast<T*>(p.grad_y) + int64_t(first_token) * p.y_stride, p.y_stride,
+                  tokens - first);
     __syncthreads();
   });
 
