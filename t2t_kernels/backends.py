@@ -1,7 +1,7 @@
 """The four backends: what each can run, why it cannot, and which one serves a call.
 
 An operation is served by the backend that the caller names, else by :func:`use_backend`, else by the
-environment's ``T2T_BACKEND``, else by the first of :data:`PREFERENCE` that can run it. A named
+environment's ``T2T_BACKEND``, else by the first of :func:`preference` that can run it. A named
 backend never falls back: it runs or raises :class:`BackendUnavailable` with the reason.
 """
 
@@ -21,9 +21,12 @@ from t2t_kernels.transforms import active_transform
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Per device type, the order of trial when nobody names a backend. CUDA C++ comes before Triton
-# only for an operation whose measurements say so; none has been measured yet.
+# Per device type, the order of trial if no backend is named.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+# Operations for which CUDA C++ comes before Triton in half types. This follows from predicted times;
+# nothing has been measured on a GPU.
+PREDICTED_FIRST = ("cuda", "triton", "reference")
+PREDICTED = ("soft_split_linear", "performer_attention", "performer_layer", "transformer_layer")
 
 # Triton's interpreter runs its kernels on CPU tensors, for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -221,6 +224,17 @@ def _why_not(
     )
 
 
+def preference(
+    operation: str, device_type: str, dtype: torch.dtype
+) -> tuple[tuple[str, ...], str | None]:
+    """The order of trial if no backend is named, and what it follows from (on CUDA only)."""
+    if device_type != "cuda":
+        return PREFERENCE.get(device_type, ("reference",)), None
+    if operation in PREDICTED and dtype in HALF_DTYPES:
+        return PREDICTED_FIRST, "by predicted times (bench/results/predicted)"
+    return PREFERENCE["cuda"], "by default, not measured"
+
+
 def choose(
     operation: Operation,
     device: torch.device,
@@ -250,7 +264,7 @@ def choose(
     if named is None:
         return next(
             candidate
-            for candidate in PREFERENCE.get(device.type, ("reference",))
+            for candidate in preference(operation.name, device.type, dtype)[0]
             if _why_not(operation, candidate, device, dtype, sizes) is None
         )
     reason = _why_not(operation, named, device, dtype, sizes)
@@ -341,11 +355,15 @@ def _explain_one(
         reason = _why_not(operation, named, device, dtype, sizes)
         return Choice(operation.name, None if reason else named, reason or "named")
     chosen = choose(operation, device, dtype, None, sizes)
-    order = PREFERENCE.get(device.type, ("reference",))
+    order, evidence = preference(operation.name, device.type, dtype)
     reasons = [
         f"{other}: {_why_not(operation, other, device, dtype, sizes)}"
         for other in order[: order.index(chosen)]
     ]
     if chosen == "reference" and operation.parts:
         reasons.append("composed of " + " and ".join(operation.parts))
-    return Choice(operation.name, chosen, "; ".join(reasons) or f"first choice on {device.type}")
+    if evidence is None:
+        reasons = reasons or [f"first choice on {device.type}"]
+    else:
+        reasons.append(f"{'tried in this order' if reasons else 'first'} {evidence}")
+    return Choice(operation.name, chosen, "; ".join(reasons))

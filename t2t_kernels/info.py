@@ -8,7 +8,17 @@ import sys
 import torch
 
 import t2t_kernels
-from t2t_kernels.backends import BACKENDS, explain, why_not_here, why_unavailable
+from t2t_kernels.backends import (
+    BACKENDS,
+    OPERATIONS,
+    explain,
+    preference,
+    why_not_here,
+    why_unavailable,
+)
+
+# Half types have an order of their own on CUDA.
+CUDA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def report() -> str:
@@ -48,10 +58,24 @@ def report() -> str:
         lines.append(f"T2T_BACKEND={os.environ['T2T_BACKEND']} is asked for by the environment")
     lines.append("operations, as served by default")
     for device in devices[:2]:
-        for choice in explain(device):
-            served = choice.backend or "cannot run"
-            lines.append(f"  {device.type:<6}{choice.operation:<22}{served:<11}{choice.reason}")
+        for dtype in CUDA_DTYPES if device.type == "cuda" else (torch.float32,):
+            for choice in explain(device, dtype=dtype):
+                served = choice.backend or "cannot run"
+                lines.append(
+                    f"  {device.type:<6}{_name(dtype):<10}{choice.operation:<22}{served:<11}"
+                    f"{choice.reason}"
+                )
+
+    lines.append("order of backends on CUDA")
+    for operation in OPERATIONS:
+        for dtype in CUDA_DTYPES:
+            order, evidence = preference(operation, "cuda", dtype)
+            lines.append(f"  {operation:<22}{_name(dtype):<10}{', '.join(order)}: {evidence}")
     return "\n".join(lines)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:

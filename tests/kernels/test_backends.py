@@ -151,6 +151,33 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
     assert [choice.backend for choice in explain("cuda", sizes=small)] == ["triton", "triton"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(backends.OPERATIONS))
+def test_cuda_comes_first_in_half_types_where_predicted_times_say_so(gpu, name, dtype):
+    predicted = name in {
+        "soft_split_linear",
+        "performer_attention",
+        "performer_layer",
+        "transformer_layer",
+    }
+    for dtype_of_call, first in ((dtype, predicted), (torch.float32, False)):
+        (choice,) = explain("cuda", dtype=dtype_of_call, sizes={name: MODELS})
+        assert choice.backend == ("cuda" if first else "triton")
+        assert ("first by predicted times (bench/results/predicted)" in choice.reason) == first
+        assert ("not measured" in choice.reason) != first
+        operation = backends.OPERATIONS[name]
+        served = choose(operation, torch.device("cuda"), dtype_of_call, None, MODELS)
+        assert served == choice.backend
+
+
+def test_other_sizes_in_half_types_fall_to_triton_with_the_reason(gpu):
+    sizes = {"performer_layer": {"E": 96, "m": 48, "M": 96}}
+    (choice,) = explain("cuda", dtype=torch.bfloat16, sizes=sizes)
+    assert choice.backend == "triton"
+    assert choice.reason.startswith("cuda: its kernel takes E = 64, got 96; ")
+    assert "order by predicted times" in choice.reason
+
+
 def test_explain_says_what_a_named_backend_cannot_do(gpu):
     (choice,) = explain("cuda", "cuda", sizes={"token_attention": {"E": 96}})
     assert choice.backend is None and "takes E up to 64, got 96" in choice.reason
@@ -197,6 +224,13 @@ def test_info_runs_and_names_every_backend():
     assert done.returncode == 0, done.stderr
     for word in (*backends.BACKENDS, *backends.OPERATIONS, torch.__version__.split("+")[0]):
         assert word in done.stdout
+    orders = done.stdout.partition("order of backends on CUDA\n")[2].splitlines()
+    orders = {tuple(line.split()[:2]): line for line in orders}
+    assert len(orders) == 2 * len(backends.OPERATIONS)
+    half = orders["performer_layer", "bfloat16"]
+    assert "cuda, triton, reference: by predicted times" in half
+    full = orders["performer_layer", "float32"]
+    assert "triton, cuda, reference: by default, not measured" in full
 
 
 @pytest.mark.parametrize("module", ["t2t_kernels.info", "t2tvit models t2t_vit_7"])

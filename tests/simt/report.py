@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The models' sizes.
 SIZES = {"E": 64, "m": 32, "M": 64}
 # Where the table is.
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 
 def release() -> str:
