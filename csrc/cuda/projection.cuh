@@ -120,11 +120,7 @@ __device__ void store_projected(const ProjectionParams& p, int first_token, int 
     const int of_block = (first_group + group) * kGroup + lane_index() % 4 * 8;
     const int column = before + of_block;
     if (column >= p.outputs) continue;
-    const int tile = of_block / kWidest;
-    T* y = static_cast<T*>(tile == 0   ? p.y[0]
-                           : tile == 1 ? p.y[1]
-                                       : p.y[2]) +
-           before + of_block % kWidest;
+    T* y = static_cast<T*>(p.y[of_block / kWidest]) + before + of_block % kWidest;
     float constants[8];
     load_eight(constants, p.constants + column, 8, true);
 #pragma unroll

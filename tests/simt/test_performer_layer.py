@@ -184,7 +184,7 @@ SLIPS = {
     "skip-of-the-values-forgotten": (PERFORMER, "if (p.skip.at) add_operand<T>", ""),
     "moments-not-stored": (
         "projection.cuh",
-        "store_moments<T>(p, token, moments);\n    }\n  };",
+        "store_moments<T>(p, token, moments);\n    } else",
         "",
     ),
     "round-of-another-key": ("philox.cuh", "c[3] ^ k1", "c[3] ^ k0"),

@@ -271,7 +271,7 @@ SLIPS = {
         "constant += elements[e] * static_cast<float>(static_cast<const T*>(p.offset)[own]);",
         "",
     ),
-    "bias-forgotten": (PROJECTION, "if (exists && p.bias) constant", ""),
+    "bias-forgotten": (PROJECTION, "exists && p.bias", "false"),
     "fold-of-one-lane": (
         PROJECTION,
         "constant += __shfl_xor_sync(kAllLanes, constant, distance);",
@@ -281,7 +281,7 @@ SLIPS = {
     "weight-of-other-threads-not-waited-for": (PROJECTION, "__syncthreads();\n\n  const auto load", ""),
     "moments-of-rows-not-stored": (
         PROJECTION,
-        "store_moments<T>(p, token, moments);\n    }\n  };",
+        "store_moments<T>(p, token, moments);\n    } else",
         "",
     ),
     "piece-not-waited-for": (PROJECTION, "wait_for_copies<1>();", ""),
@@ -314,11 +314,11 @@ SLIPS = {
     ),
     "moments-of-another-token": (
         GRADIENT,
-        "if (normalized && token < p.map.token_count) moments = p.moments[token]",
+        "if (normalized && first_token + row",
         "",
     ),
     "gradients-not-waited-for": (GRADIENT, "wait_for_copies<0>();\n    __syncthreads();\n    if", ""),
-    "tiles-not-waited-for": (GRADIENT, "__syncthreads();\n    if (first_token + step", ""),
+    "tiles-not-waited-for": (GRADIENT, "__syncthreads();\n    if (kAhead && first_token + step", ""),
     "tiles-overwritten": (GRADIENT, "__syncthreads();\n  }\n\n  // (elements, outputs)", ""),
     "rows-of-patches-swapped": (
         GRADIENT,
@@ -336,7 +336,7 @@ SLIPS = {
         "(first_piece + i - (first_piece > 0)) * kTapChannels",
     ),
     "slots-by-four-left-out": (GRADIENT, "sums[j] += from[(i + j) * slot];", ""),
-    "last-slots-left-out": (GRADIENT, "sums[0] += from[i * slot]", "sums[0] += 0.f"),
+    "last-slots-left-out": (GRADIENT, "i + j < p.slot_count", "i + j < p.slot_count - (p.slot_count > 1)"),
     "offset-not-in-the-weight": (GRADIENT, "gain * sum + offset * bias", "gain * sum"),
     "gradient-of-the-offset-forgotten": (GRADIENT, "grad_offset += weight * bias;", ""),
     "sums-of-warps-not-waited-for": (GRADIENT, "__syncthreads();\n  if (threadIdx.x == 0)", ""),

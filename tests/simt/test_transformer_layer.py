@@ -116,7 +116,7 @@ SLIPS = {
     "weights-before-they-are-there-backward": (LAYER, "__syncthreads();", ""),
     "y-of-another-image": (LAYER, "image * tokens + token", "token"),
     "y-beyond-the-last-token": (LAYER, "token < tokens ? 8 : 0", "token + 1 < tokens ? 8 : 0"),
-    "sections-in-one": ("projection.cuh", "tile == 0 ? p.y[0] : tile == 1 ? p.y[1] : p.y[2]", "p.y[0]"),
+    "sections-in-one": ("projection.cuh", "p.y[of_block / kWidest]", "p.y[0]"),
     "skip-overwritten": (SOFTMAX, "p.on_top", "false"),
     "gradient-of-another-row": (SOFTMAX, "to + row * stride + column", "to + column"),
 }
