@@ -56,6 +56,8 @@ class Instruction:
             return registers(operand, 4 if position == 0 else self._result_width())
         if operand.startswith("["):  # an address
             width = 2 if ".64" in operand else 1
+        elif "WIDE" in self.suffixes and position < 2:  # of a product only the addend is as wide
+            width = 1
         else:  # a stored value is as wide as the opcode says
             width = self._result_width()
         return set().union(*(registers(r, width) for r in re.findall(r"\bR\d+", operand)))

@@ -179,7 +179,7 @@ SLIPS = {
         "sum_of_row(mean_of_product[i]) / kWidest",
         "mean_of_product[i] / 16",
     ),
-    "slot-left-out": (TAIL, "i < p.slot_count", "i < p.slot_count - (i > 0)"),
+    "slot-left-out": (TAIL, "i + j < p.slot_count", "i + j < p.slot_count - (p.slot_count > 1)"),
     # The attention in the layer.
     "skip-of-the-values-forgotten": (PERFORMER, "if (p.skip.at) add_operand<T>", ""),
     "moments-not-stored": (

@@ -23,6 +23,13 @@ def test_correct_code():
     assert faults(CORRECT) == []
 
 
+def test_factors_of_a_wide_product_are_not_wide():
+    beside = CORRECT.replace("IADD3 R4, R4, 0x1, RZ", "IMAD.WIDE R4, R55, 0x4, R2")
+    assert faults(beside) == []
+    touching = CORRECT.replace("IADD3 R4, R4, 0x1, RZ", "IMAD.WIDE R4, R2, 0x4, R55")
+    assert "touches R56" in faults(touching)[0]
+
+
 @pytest.mark.parametrize(
     ("line", "planted", "expected"),
     [
