@@ -22,30 +22,8 @@ inline Dropout make_dropout(double p, const int64_t* seed) {
           p == 1 ? 0.f : static_cast<float>(1 / (1 - p))};
 }
 
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011).
-__device__ inline void philox(uint64_t seed, uint64_t block, uint32_t site, uint32_t (&words)[4]) {
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = site,
-           c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  // Unrolled it would be most of a kernel's code: there are a dozen calls.
-#pragma unroll 1
-  for (int round = 0; round < 10; ++round) {
-    const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-    const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
-}
-
-// Blocks first, first + 1, second and second + 1 side by side.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011) of four blocks side by side:
+// first, first + 1, second and second + 1.
 __device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t second, uint32_t site,
                                       uint32_t (&words)[4][4]) {
   const uint64_t blocks[4] = {first, first + 1, second, second + 1};
@@ -70,27 +48,6 @@ __device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t se
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
-  }
-}
-
-// Multiplies eight adjacent elements, the first of which has index `first`, by their factors.
-__device__ inline void drop_eight(const Dropout& dropout, uint32_t site, int64_t first,
-                                  float (&values)[8]) {
-  if (dropout.seed == nullptr) return;
-  const auto seed = static_cast<uint64_t>(*dropout.seed);
-  const int shift = static_cast<int>(first % 4);
-  uint32_t words[3][4] = {};
-  philox(seed, first / 4, site, words[0]);
-  philox(seed, first / 4 + 1, site, words[1]);
-  if (shift > 0) philox(seed, first / 4 + 2, site, words[2]);
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    uint32_t word = words[e / 4][e % 4];
-#pragma unroll
-    for (int i = 1; i < 4; ++i) {
-      if (shift == i) word = words[(e + i) / 4][(e + i) % 4];
-    }
-    values[e] *= word >= dropout.threshold ? dropout.scale : 0.f;
   }
 }
 

@@ -1,5 +1,4 @@
-// Matrices of tokens as an operator is given them, their way into a product's sums and back, and
-// reductions of a row that four lanes share.
+// Matrices of tokens as an operator is given them, and reductions of a row that four lanes share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -69,73 +68,6 @@ __device__ inline float sum_of_row(float value) {
 __device__ inline float largest_of_row(float value) {
   value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
   return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
-}
-
-// Part `i` of what a lane holds of a product's sums: eight elements of tokens first … of an image,
-// zero beyond `tokens` and `embed`.
-template <typename T>
-__device__ void load_part(const Rows& rows, int64_t image, int first, int tokens, int embed, int i,
-                          float (&values)[8]) {
-  const int token = first + sum_row(i % 2);
-  const int column = sum_column(i / 2);
-  const int count = token < tokens ? embed - column : 0;
-  const T* at = static_cast<const T*>(rows.at) + image * rows.batch_stride +
-                token * rows.token_stride + column * rows.element_stride;
-  if (rows.element_stride == 1) {
-    load_eight(values, at, count, rows.vectors);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      values[e] = e < count ? static_cast<float>(at[e * rows.element_stride]) : 0.f;
-    }
-  }
-}
-// All parts; or each of them added to what is there, which needs fewer registers.
-template <typename T>
-__device__ void load_rows(const Rows& rows, int64_t image, int first, int tokens, int embed,
-                          Wide& to) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    load_part<T>(rows, image, first, tokens, embed, i, to.at[i / 2][i % 2]);
-  }
-}
-template <typename T>
-__device__ void add_rows(const Rows& rows, int64_t image, int first, int tokens, int embed,
-                         Wide& to) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    float values[8];
-    load_part<T>(rows, image, first, tokens, embed, i, values);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) to.at[i / 2][i % 2][e] += values[e];
-  }
-}
-
-// A product's sums as rows of shared memory of type T.
-template <int kGroups, typename T>
-__device__ void keep_sums(const Sums<kGroups>& sums, T* tile, int pitch) {
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    T* to = tile + sum_row(i % 2) * pitch + sum_column(i / 2);
-#pragma unroll
-    for (int e = 0; e < 8; e += Vec<T>::size) {
-      *reinterpret_cast<Vec<T>*>(to + e) = rounded<T>(sums.at[i / 2][i % 2] + e);
-    }
-  }
-}
-// The first `tokens` rows of them to memory of our own, where `to` and the stride are aligned if
-// the rows' width is.
-template <typename T>
-__device__ void store_rows(const Wide& sums, T* to, int tokens, int embed, int64_t token_stride) {
-#pragma unroll
-  for (int i = 0; i < 2 * kWidestGroups; ++i) {
-    const int row = sum_row(i % 2);
-    const int column = sum_column(i / 2);
-    if (row < tokens) {
-      store_eight(to + row * token_stride + column, sums.at[i / 2][i % 2], embed - column,
-                  embed % Vec<T>::size == 0);
-    }
-  }
 }
 
 // What a lane holds of a product's sums, from a tile.
