@@ -12,6 +12,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# A block's four words are eight numbers of 16 bits.
+_BLOCK, _RANGE = 8, 2**16
 
 
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -34,11 +36,17 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tupl
     return c0, c1, c2, c3
 
 
+def rounded_probability(p: float) -> float:
+    """``p`` as the masks have it: the nearest multiple of 2⁻¹⁶."""
+    return round(p * _RANGE) / _RANGE
+
+
 def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device) -> Tensor:
     """Which elements a dropout keeps: a boolean tensor of ``shape``.
 
-    Element i (row-major) takes word i mod 4 of the block with counter (i div 4, low and high word;
-    ``site``; 0) and key (``seed``, low and high word), and is kept if the word is at least p·2³².
+    Element i (row-major) takes number i mod 8 of the block with counter (i div 8, low and high word;
+    ``site``; 0) and key (``seed``, low and high word). A block's numbers are the lower and the upper 16
+    bits of its words in turn. The element is kept if its number is at least round(p·2¹⁶).
 
     Args:
         shape: of the tensor that is dropped from.
@@ -47,7 +55,7 @@ def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device
         site: tells the dropouts of one layer apart.
     """
     elements = shape.numel()
-    block = torch.arange((elements + 3) // 4, device=device)
+    block = torch.arange((elements + _BLOCK - 1) // _BLOCK, device=device)
     if isinstance(seed, int):
         seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
@@ -56,15 +64,20 @@ def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device
         (block & _WORD, block >> 32, zero + site, zero),
         (seed & _WORD, (seed >> 32) & _WORD),
     )
-    return (torch.stack(words, -1).flatten()[:elements] >= round(p * 2**32)).view(shape)
+    numbers = torch.stack([half for word in words for half in (word % _RANGE, word // _RANGE)], -1)
+    return (numbers.flatten()[:elements] >= round(p * _RANGE)).view(shape)
 
 
 def dropout(x: Tensor, p: float, seed: int | Tensor | None, site: int) -> Tensor:
-    """Dropout of ``x`` by :func:`keep_mask`; PyTorch's own, from its generator, if seed is None."""
+    """Dropout of ``x`` by :func:`keep_mask`; PyTorch's own, from its generator, if seed is None.
+
+    What is kept is divided by 1 − :func:`rounded_probability`, so that the expectation is ``x``.
+    """
     if p == 0:
         return x
     if seed is None:
         return F.dropout(x, p)
-    if p == 1:
+    dropped = rounded_probability(p)
+    if dropped == 1:
         return x * 0
-    return x * keep_mask(x.shape, p, seed, site, x.device) / (1 - p)
+    return x * keep_mask(x.shape, p, seed, site, x.device) / (1 - dropped)

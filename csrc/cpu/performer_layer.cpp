@@ -21,11 +21,9 @@ Dropout make_dropout(double p, const std::optional<Tensor>& seed, uint64_t site)
   STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   kName, ": seed must be an int64 tensor of one element");
   const auto value = *static_cast<const int64_t*>(seed->const_data_ptr());
-  // p·2³² itself is beyond 32 bits where all is dropped.
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  return {static_cast<uint64_t>(value), site,
-          static_cast<uint32_t>(std::min(threshold, 4294967295.0)),
-          p == 1 ? 0.f : static_cast<float>(1 / (1 - p))};
+  const double threshold = std::nearbyint(p * 65536);
+  return {static_cast<uint64_t>(value), site, static_cast<uint32_t>(threshold),
+          threshold == 65536 ? 0.f : static_cast<float>(1 / (1 - threshold / 65536))};
 }
 
 void check_parameters(const Split& split, const Tensor& x, const Tensor& w,

@@ -17,10 +17,10 @@ struct Factors {
   Factors(const Dropout& d, int64_t first_token, int64_t rows, int64_t embed, float* buffer)
       : p(nullptr), embed(embed), drop(d.kept != 1.f) {
     if (!drop) return;
-    const int64_t first = first_token * embed, block = first / 4;
-    const int64_t elements = first - block * 4 + rows * embed + kPad;
-    for (int64_t i = 0; i < elements; i += 2 * kLanes) dropout_blocks(d, block + i / 4, buffer + i);
-    p = buffer + (first - block * 4);
+    const int64_t first = first_token * embed, block = first / 8;
+    const int64_t elements = first - block * 8 + rows * embed + kPad;
+    for (int64_t i = 0; i < elements; i += 4 * kLanes) dropout_blocks(d, block + i / 8, buffer + i);
+    p = buffer + (first - block * 8);
   }
 
   Vec operator()(Vec v, int64_t i, int64_t e) const {

@@ -269,9 +269,27 @@ inline Longs wide_product(Longs a, uint32_t b) {
 #endif
 }
 
-// Writes the factors of elements [4·block, 4·(block + kLanes/2)): `kept` where the element's word
-// is at least `threshold`, else 0. A lane of 64 bits computes a block of four elements in its lower
-// half.
+// Writes `kept` where the number, 16 bits of a word, is at least `threshold`, else 0.
+inline void dropout_factors(const Dropout& d, Longs words, float* to) {
+  const Words word = bits<Words>(words), threshold = Words{} + d.threshold;
+  const Vec low = (word & 0xffffu) >= threshold ? all(d.kept) : Vec{};
+  const Vec high = (word >> 16) >= threshold ? all(d.kept) : Vec{};
+#if T2T_ISA >= T2T_AVX512
+  store(to,
+        __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  store(to + kLanes, __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                             29, 14, 30, 15, 31));
+#elif T2T_ISA == T2T_AVX2
+  store(to, __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11));
+  store(to + kLanes, __builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
+  store(to, __builtin_shufflevector(low, high, 0, 4, 1, 5));
+  store(to + kLanes, __builtin_shufflevector(low, high, 2, 6, 3, 7));
+#endif
+}
+
+// Writes the factors of elements [8·block, 8·(block + kLanes/2)). A lane of 64 bits computes a
+// block of eight elements in its lower half.
 inline void dropout_blocks(const Dropout& d, uint64_t block, float* to) {
   constexpr int kBlocks = kLanes / 2;
   Longs c0;
@@ -298,9 +316,8 @@ inline void dropout_blocks(const Dropout& d, uint64_t block, float* to) {
   const Longs even = __builtin_shufflevector(low, high, 0, 2);
   const Longs odd = __builtin_shufflevector(low, high, 1, 3);
 #endif
-  const Words threshold = Words{} + d.threshold;
-  store(to, bits<Words>(even) >= threshold ? all(d.kept) : Vec{});
-  store(to + kLanes, bits<Words>(odd) >= threshold ? all(d.kept) : Vec{});
+  dropout_factors(d, even, to);
+  dropout_factors(d, odd, to + 2 * kLanes);
 }
 
 }  // namespace

@@ -10,25 +10,24 @@ namespace t2t {
 
 struct Dropout {
   const int64_t* seed;  // null: nothing is dropped
-  uint32_t threshold;   // the smallest word that keeps its element
+  uint32_t threshold;   // the smallest number that keeps its element, of 16 bits
   float scale;          // of what is kept
 };
 
 inline Dropout make_dropout(double p, const int64_t* seed) {
   if (p == 0) return {nullptr, 0, 1.f};
-  // p·2³² itself is beyond 32 bits where all is dropped.
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  return {seed, static_cast<uint32_t>(std::fmin(threshold, 4294967295.0)),
-          p == 1 ? 0.f : static_cast<float>(1 / (1 - p))};
+  const double threshold = std::nearbyint(p * 65536);
+  return {seed, static_cast<uint32_t>(threshold),
+          threshold == 65536 ? 0.f : static_cast<float>(1 / (1 - threshold / 65536))};
 }
 
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011) of four blocks side by side:
-// first, first + 1, second and second + 1.
-__device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t second, uint32_t site,
-                                      uint32_t (&words)[4][4]) {
-  const uint64_t blocks[4] = {first, first + 1, second, second + 1};
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011) of several blocks side by
+// side.
+template <int kCount>
+__device__ void philox(uint64_t seed, uint32_t site, const uint64_t (&blocks)[kCount],
+                       uint32_t (&words)[kCount][4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     words[i][0] = static_cast<uint32_t>(blocks[i]);
     words[i][1] = static_cast<uint32_t>(blocks[i] >> 32);
     words[i][2] = site;
@@ -38,7 +37,7 @@ __device__ inline void philox_of_four(uint64_t seed, uint64_t first, uint64_t se
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       uint32_t (&c)[4] = words[i];
       const uint64_t one = uint64_t(0xD2511F53u) * c[0], other = uint64_t(0xCD9E8D57u) * c[2];
       c[0] = static_cast<uint32_t>(other >> 32) ^ c[1] ^ k0;

@@ -137,22 +137,21 @@ __device__ inline void add_columns(Sums<2>& sums, const float* vector) {
 struct Kept {
   uint32_t bits;
 
-  // Of tokens first_token … of all images. Both rows' numbers are drawn side by side.
+  // Of tokens first_token … of all images. A block's numbers are those of a lane's eight elements.
   __device__ Kept(const Dropout& dropout, uint32_t site, int64_t first_token) : bits(~0u) {
     if (dropout.seed == nullptr) return;
     const auto seed = static_cast<uint64_t>(*dropout.seed);
+    constexpr int kBlocksOfToken = kWidest / 8, kBlocksOfGroup = kGroup / 8;
+    const uint64_t first = (first_token + lane_index() / 4) * kBlocksOfToken + lane_index() % 4;
+    const uint64_t below = first + 8 * kBlocksOfToken;
+    uint32_t words[4][4];
+    philox(seed, site, {first, below, first + kBlocksOfGroup, below + kBlocksOfGroup}, words);
     bits = 0;
-#pragma unroll 1
-    for (int group = 0; group < 2; ++group) {
-      uint32_t words[4][4];
-      const int64_t first = ((first_token + lane_index() / 4) * kWidest + sum_column(group)) / 4;
-      philox_of_four(seed, first, first + 8 * kWidest / 4, site, words);
-      uint32_t kept = 0;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        if (words[i / 4][i % 4] >= dropout.threshold) kept |= 1u << i;
-      }
-      bits |= kept << 16 * group;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t word = words[i / 4][i % 4];
+      if ((word & 0xFFFF) >= dropout.threshold) bits |= 1u << 2 * i;
+      if ((word >> 16) >= dropout.threshold) bits |= 2u << 2 * i;
     }
   }
   __device__ void apply(const Dropout& dropout, Sums<2>& sums) const {

@@ -31,22 +31,24 @@ def kept(p_seed, first_element, site, threshold, scale, EMBED: tl.constexpr, EMB
          BLOCK_T: tl.constexpr):  # fmt: skip
     """``scale`` where dropout keeps an element, else 0; rows begin at ``first_element`` (int64)."""
     seed = tl.load(p_seed)
-    if EMBED % 4 == 0:
-        # A block of four words serves four neighbours.
-        block = (first_element // 4)[:, None] + tl.arange(0, EMBED_P // 4)[None, :]
+    if EMBED % 8 == 0:
+        # A block serves eight neighbours.
+        block = (first_element // 8)[:, None] + tl.arange(0, EMBED_P // 8)[None, :]
     else:
         element = first_element[:, None] + tl.arange(0, EMBED_P)[None, :]
-        block = element // 4
+        block = element // 8
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     zero = low * 0
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + site, zero)
-    if EMBED % 4 == 0:
-        word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_T, EMBED_P))
+    if EMBED % 8 == 0:
+        word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        number = tl.reshape(tl.join(word & 0xFFFF, word >> 16), (BLOCK_T, EMBED_P))
     else:
-        o = (element % 4).to(tl.int32)
-        word = tl.where(o == 0, w0, tl.where(o == 1, w1, tl.where(o == 2, w2, w3)))
-    return tl.where(word >= threshold.to(tl.uint32), scale, 0.0)
+        o = (element % 8).to(tl.int32)
+        word = tl.where(o < 2, w0, tl.where(o < 4, w1, tl.where(o < 6, w2, w3)))
+        number = tl.where(o % 2 == 0, word & 0xFFFF, word >> 16)
+    return tl.where(number >= threshold.to(tl.uint32), scale, 0.0)
 
 
 @triton.jit

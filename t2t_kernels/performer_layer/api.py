@@ -46,8 +46,8 @@ def performer_layer(
             dtype. Under autocast they are converted as a matrix product's would be, ``w`` excepted.
         kernel_size, stride, padding: as in :func:`t2t_kernels.soft_split`.
         eps: as in :func:`t2t_kernels.performer_attention`.
-        dropout_p: probability of both dropouts, 0 to 1. The layer cannot know whether it is being
-            trained: pass 0 in evaluation.
+        dropout_p: probability of both dropouts, 0 to 1; with a seed it is rounded to a multiple of
+            2⁻¹⁶. The layer cannot know whether it is being trained: pass 0 in evaluation.
         seed: of the dropout masks, an integer or an int64 tensor of one element (a tensor keeps a
             compiled graph from being specialised to it); None draws from PyTorch's generator.
         backend: None chooses; see ``t2t_kernels.backends``.

@@ -61,6 +61,7 @@ from t2t_kernels._triton.tail import (
     tail_output,
     tail_slot_size,
 )
+from t2t_kernels.philox import rounded_probability
 from t2t_kernels.soft_split_linear.ops import like_map
 
 
@@ -491,9 +492,9 @@ def _layer_constants(x: Tensor, w: Tensor, mlp_weight: Tensor) -> dict:
 
 
 def _dropout(dropout_p: float) -> tuple[int, float]:
-    """The smallest word that keeps an element, and the factor of what is kept."""
-    threshold = round(dropout_p * 2**32)
-    return (threshold, 1 / (1 - dropout_p)) if threshold < 2**32 else (0, 0.0)
+    """The smallest number that keeps an element, and the factor of what is kept."""
+    dropped = rounded_probability(dropout_p)
+    return round(dropped * 2**16), 0.0 if dropped == 1 else 1 / (1 - dropped)
 
 
 def performer_layer(

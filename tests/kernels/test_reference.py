@@ -265,6 +265,29 @@ def test_dropout_mask():
     assert torch.equal(longer[:-3], mask.flatten())
 
 
+def test_dropout_mask_takes_sixteen_bits_of_a_block():
+    """The first element's number is the lower half of the first word, the second one's the upper."""
+    first, second = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), philox_4x32(
+        tuple(torch.tensor(word) for word in (1, 0, 0, 0)), (torch.tensor(0), torch.tensor(0))
+    )
+    numbers = [half for word in (*first, *map(int, second)) for half in (word & 0xFFFF, word >> 16)]
+    for threshold in numbers:
+        mask = keep_mask(torch.Size((16,)), threshold / 2**16, 0, 0, "cpu")
+        assert mask.tolist() == [number >= threshold for number in numbers]
+
+
+@pytest.mark.parametrize("p", [1e-7, 0.1, 0.3, 1 - 1e-7])
+def test_dropout_keeps_the_expectation(p):
+    """The scale is that of the rounded probability, not of p."""
+    kept = dropout(torch.ones(16, 2**16), p, 5, 0)
+    rounded = round(p * 2**16) / 2**16
+    scale = 1 / (1 - rounded) if rounded < 1 else 0.0
+    assert all(value == pytest.approx(scale) for value in kept[kept > 0].unique().tolist())
+    # Five standard deviations.
+    deviation = math.sqrt(rounded / max(1 - rounded, 1e-9) / kept.numel())
+    assert abs(kept.mean().item() - (rounded < 1)) <= 5 * deviation + 1e-6
+
+
 @pytest.mark.parametrize("seed", [None, 5])
 def test_dropout_at_its_limits(seed):
     x = torch.randn(7, 11)

@@ -80,8 +80,9 @@ SLIPS = {
     # Forward.
     "weights-before-they-are-there": (LAYER, "__syncthreads();\n  p.loop(", ""),
     "dropout-of-another-token": (TAIL, "first_token + lane_index() / 4", "first_token"),
-    "dropout-of-the-upper-rows": (TAIL, "first + 8 * kWidest / 4", "first"),
-    "dropout-of-the-first-columns": (TAIL, "kept << 16 * group", "kept"),
+    "dropout-of-the-upper-rows": (TAIL, "first + 8 * kBlocksOfToken", "first"),
+    "dropout-of-the-first-columns": (TAIL, "first + kBlocksOfGroup", "first"),
+    "dropout-by-the-lower-half-only": (TAIL, "word >> 16", "(word & 0xFFFF)"),
     "dropout-of-the-other-site": (
         TAIL,
         "Kept(dropout, kAfterMlp, first_token).apply(dropout, out)",
