@@ -9,7 +9,7 @@ from torch import nn
 
 from bench.registry import DEVICE
 from t2tvit.models import create_model
-from t2tvit.training.bench import inference_step, training_step
+from t2tvit.speed import inference_step, training_step
 from t2tvit.training.config import RunConfig
 
 MODELS = ("t2t_vit_7", "t2t_vit_14", "t2t_vit_t_14", "t2t_vit_19", "t2t_vit_24")

@@ -11,7 +11,7 @@ from bench.models import ModelRow, batch_of, build, config, step
 from bench.registry import DEVICE, DTYPES
 from bench.timing import clock, first_call, take_turns
 from t2t_kernels.measure import matmul_ceiling, saved_bytes
-from t2tvit.training.bench import check_parity, flops_per_image
+from t2tvit.speed import check_parity, flops_per_image
 from t2tvit.training.engine import precision
 
 GIB = 2**30

@@ -93,8 +93,8 @@ def load(
         BackendUnavailable: ``fused_kernels`` names a backend that cannot run the model.
         RunError: the Hub cannot be reached or refuses.
     """
+    from t2tvit.class_names import names_of
     from t2tvit.data.sources import IMAGENET_STATISTICS
-    from t2tvit.laboratory.class_names import names_of
     from t2tvit.training.config import BACKEND_CHOICES
     from t2tvit.training.distributed import World
     from t2tvit.training.inference import describe_checkpoint, load_trained, weights_of
@@ -134,7 +134,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _published(path: Path, model: str) -> dict:
     """The configuration of published weights: sizes as in the tensors, images as in the paper."""
-    from t2tvit.laboratory.convert import sizes
+    from t2tvit.conversion import sizes
 
     _, state = read_state_dict(path, warn=False)
     found = sizes(state)

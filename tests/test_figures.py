@@ -12,9 +12,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib", exc_type=ImportErro
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from t2tvit.errors import InputError  # noqa: E402
-from t2tvit.figures import drawable, figure_file, fitted, literal_text, shortened  # noqa: E402
-from t2tvit.training.plots import (  # noqa: E402
+from t2tvit.charts import (  # noqa: E402
     Prediction,
     curves,
     draw_curves,
@@ -22,6 +20,8 @@ from t2tvit.training.plots import (  # noqa: E402
     grid,
     thumbnail,
 )
+from t2tvit.errors import InputError  # noqa: E402
+from t2tvit.figures import drawable, figure_file, fitted, literal_text, shortened  # noqa: E402
 from tests.layout import HOSTILE, check_layout, drawn, texts  # noqa: E402
 
 RANDOM = np.random.default_rng(0)

@@ -16,7 +16,7 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 from PIL import Image  # noqa: E402
 
 from t2tvit.cli import main  # noqa: E402
-from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, weights  # noqa: E402
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, weights  # noqa: E402
 
 IMAGE = Image.effect_noise((60, 50), 90).convert("RGB")
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2t_kernels.transforms import active_transform
 from t2tvit.errors import InputError
-from t2tvit.models.arguments import check_image_size, check_integer, check_positive, check_rate
+from t2tvit.models.bounds import check_image_size, check_integer, check_positive, check_rate
 from t2tvit.models.patch_tokens import PatchTokens
 from t2tvit.models.positions import resize_positions, sinusoid
 from t2tvit.models.t2t_module import T2TModule

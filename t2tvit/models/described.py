@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from t2tvit.errors import InputError
-from t2tvit.models.arguments import DEPTHS, LARGEST, LARGEST_DEPTH
+from t2tvit.models.bounds import DEPTHS, LARGEST, LARGEST_DEPTH
 from t2tvit.models.registry import BASELINES, MODELS, create_model
 from t2tvit.models.timm_models import TIMM, TIMM_ARGUMENTS, create_timm_model
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError, unknown_name
-from t2tvit.models.arguments import check_image_size
 from t2tvit.models.backbone import init_weights
+from t2tvit.models.bounds import check_image_size
 from t2tvit.models.t2t_module import T2TModule
 
 # Pixels from one token to the next, as in a ViT with patches of 16.

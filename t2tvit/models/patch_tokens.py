@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError
-from t2tvit.models.arguments import check_integer
+from t2tvit.models.bounds import check_integer
 from t2tvit.models.t2t_module import check_images
 
 PATCH = 16

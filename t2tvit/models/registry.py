@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2tvit.errors import InputError, unknown_name
-from t2tvit.models.arguments import check_bounds
 from t2tvit.models.backbone import T2TBackbone, T2TVisionTransformer
+from t2tvit.models.bounds import check_bounds
 from t2tvit.models.variants import (
     GhostAttention,
     GhostMlp,

@@ -26,7 +26,7 @@ from t2t_kernels import (
 )
 from t2t_kernels.arguments import autocast_dtype
 from t2tvit.errors import InputError, unknown_name
-from t2tvit.models.arguments import MIN_SIZE, check_integer
+from t2tvit.models.bounds import MIN_SIZE, check_integer
 from t2tvit.models.plain import announce, why_not_plain
 
 SPLITS = (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from t2tvit.errors import InputError, unknown_name
-from t2tvit.models.arguments import check_bounds
+from t2tvit.models.bounds import check_bounds
 
 TIMM = "timm:"
 # Arguments of timm's models that shape a network. All others could download or read other files.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError
-from t2tvit.models.arguments import check_integer, check_rate
 from t2tvit.models.backbone import Attention, Block, T2TBackbone
+from t2tvit.models.bounds import check_integer, check_rate
 
 
 class SqueezeExcitation(nn.Module):

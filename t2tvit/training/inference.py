@@ -1,18 +1,14 @@
-"""``t2tvit eval``, and trained weights made ready for use."""
+"""Trained weights made ready for use."""
 
-import argparse
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from t2tvit import hub
-from t2tvit.data.images import describe_skipped
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
 from t2tvit.models.registry import pretrained_cfg
-from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
     check_classes,
@@ -22,10 +18,7 @@ from t2tvit.training.build import (
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import evaluate
-from t2tvit.training.options import given
-from t2tvit.training.pipeline import Normalize, eval_loader, size_of, statistics
-from t2tvit.training.progress import say
+from t2tvit.training.pipeline import size_of
 from t2tvit.training.state import BEST_FILE, LAST_FILE, Weights, read_about
 
 # What a checkpoint of our own decides.
@@ -40,46 +33,6 @@ class Trained:
     config: RunConfig
     class_names: list[str] | None
     channels: int
-
-
-def evaluate_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit eval`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
-    """
-    device, failure = vars(arguments).get("device", "auto"), None
-    try:
-        path, config, about = describe(arguments)
-        device = config.device
-    except InputError as error:
-        failure = error
-    with distributed.joined(device, failure) as world:
-        distributed.check_same(world, {"weights": str(path)} | asdict(config))
-        trained = load_trained(path, config, about, world)
-        split, label_map = held_out(trained)
-        if split.skipped:
-            say(world, f"{config.data}: {describe_skipped(split.skipped)}")
-        loader = eval_loader(split, config, world, label_map)
-        normalize = Normalize(*statistics(config, split.mean, split.std), world.device)
-        started = time.perf_counter()
-        metrics = evaluate(trained.model, loader, normalize, config, world)
-        rate = metrics["eval_images"] / (time.perf_counter() - started)
-    top5 = f"  top-5 {metrics['top5']:.2f}%" if "top5" in metrics else ""
-    say(
-        world,
-        f"{path} on {config.data}: top-1 {metrics['top1']:.2f}%{top5}  loss "
-        f"{metrics['eval_loss']:.4f}  {metrics['eval_images']:,} images  {rate:,.0f} images/s",
-    )
-
-
-def describe(arguments: argparse.Namespace) -> tuple[Path, RunConfig, Weights | None]:
-    """The checkpoint asked for, how to use it, and what it says of itself."""
-    path = arguments.checkpoint
-    if path is None:
-        path = weights_of(arguments.run, arguments.weights, f"--run {arguments.run}")
-    return describe_checkpoint(path, given(arguments), arguments.config)
 
 
 def weights_of(run: Path, which: str, source: str) -> Path:

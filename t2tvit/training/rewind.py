@@ -10,10 +10,10 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from t2tvit.charts import draw_curves
 from t2tvit.errors import InputError
 from t2tvit.files import read_bytes, set_aside
 from t2tvit.training.keeper import read_resumable, state_name, states_in
-from t2tvit.training.plots import draw_curves
 from t2tvit.training.state import (
     BEST_FILE,
     CURVES_FILE,

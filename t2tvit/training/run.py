@@ -1,6 +1,5 @@
-"""``t2tvit train``: assemble a run from its configuration, train it, keep what it learns."""
+"""A run: assembled from its configuration, trained, what it learns kept."""
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -20,10 +19,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from t2tvit.charts import draw_curves
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, NonFiniteLoss, RunError
 from t2tvit.files import WRITING, read_bytes, read_text, set_aside, write_atomically
-from t2tvit.training import distributed
 from t2tvit.training.build import (
     build_model,
     check_classes,
@@ -51,7 +50,6 @@ from t2tvit.training.identity import (
 from t2tvit.training.keeper import (
     Keeper,
     Signals,
-    Stopped,
     find_state,
     obeying,
     read_resumable,
@@ -60,13 +58,7 @@ from t2tvit.training.keeper import (
     states_in,
     write_state,
 )
-from t2tvit.training.optimiser import build_optimizer, lr_factor
-from t2tvit.training.options import given
-from t2tvit.training.pipeline import Data, is_stream, open_data, open_splits
-from t2tvit.training.plots import draw_curves
-from t2tvit.training.profiling import Profiler
-from t2tvit.training.progress import Forecast, Progress, say
-from t2tvit.training.report import (
+from t2tvit.training.log import (
     closing_lines,
     epoch_line,
     git_commit,
@@ -74,6 +66,10 @@ from t2tvit.training.report import (
     opening_lines,
     versions,
 )
+from t2tvit.training.optimiser import build_optimizer, lr_factor
+from t2tvit.training.pipeline import Data, is_stream, open_data, open_splits
+from t2tvit.training.profiling import Profiler
+from t2tvit.training.progress import Forecast, Progress, say
 from t2tvit.training.rewind import fitting, rewind
 from t2tvit.training.state import (
     BEST_FILE,
@@ -95,44 +91,6 @@ NOT_FINITE_FILES = "not_finite-*.safetensors"
 CURVES_EVERY = 60  # seconds
 LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its lock until they end
 EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit train`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
-        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
-    """
-    device, failure = vars(arguments).get("device", "auto"), None
-    try:
-        place = find_place(arguments.output, arguments.resume)
-        config = choose_config(arguments.config, given(arguments), place)
-        device = config.device
-    except InputError as error:
-        failure = error
-    with distributed.joined(device, failure) as world:
-        state = place.state_path and place.state_path.name
-        shared = {"--output": str(place.output), "--resume": state} | asdict(config)
-        distributed.check_same(world, shared)
-        try:
-            with Signals() as signals:
-                run(config, place, world, signals)
-        except Stopped as stopped:
-            kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
-            say(world, f"stopped by a signal; {how_to_resume(place.output, kept)}")
-            stopped.end_elsewhere()
-        except KeyboardInterrupt:
-            say(world, f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
-            raise
-
-
-def how_to_resume(output: Path, kept: str) -> str:
-    """What is ``kept`` of a run that was ended in ``output``, and how to resume it."""
-    if not states_in(output) and not read_record(output):
-        return "training had not begun. Start it again with the same command"
-    return f"{kept}. Resume with: t2tvit train --output {shlex.quote(str(output))} --resume auto"
 
 
 @dataclass(frozen=True)
@@ -236,7 +194,7 @@ def started_with(output: Path, before: dict) -> dict:
     return {key: config[key] for key in ("epochs", *REMEDIES) if key in config}
 
 
-def run(
+def train(
     config: RunConfig, place: Place, world: World, signals: Signals, runs: int = 1
 ) -> None:
     """Train to the last epoch of ``config``, writing only into ``place.output``.
@@ -255,7 +213,7 @@ def run_locked(
     runs: int,
     held: contextlib.ExitStack,
 ) -> None:
-    """:func:`run`, with the lock of ``place.output`` in ``held``."""
+    """:func:`train`, with the lock of ``place.output`` in ``held``."""
     output = place.output
     on_main(world, lambda: check_output(place))
     on_main(world, lambda: check_trackers(config))

@@ -102,7 +102,7 @@ def test_bytes_are_those_of_what_goes_in_and_out(row):
 
 def test_flops_per_image_are_the_published_multiply_adds():
     from t2tvit.models import MODELS
-    from t2tvit.training.bench import flops_per_image
+    from t2tvit.speed import flops_per_image
 
     row = models.ModelRow("t2t_vit_7", 1, "fp32", "training", "reference")
     model, image = models.build(row), models.batch_of(row)[0]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from t2tvit.terminal import print_json, printable
-from tests.laboratory.tiny import weights
+from tests.commands.tiny import weights
 from tests.training.tiny import TINY
 
 ENCODINGS = {

@@ -13,10 +13,10 @@ from t2tvit.training.build import speed_up
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import accumulate, evaluate, train_epoch
+from t2tvit.training.log import opening_lines
 from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Normalize, open_data
 from t2tvit.training.progress import Progress
-from t2tvit.training.report import opening_lines
 from t2tvit.training.run import build_state
 from t2tvit.training.state import seed_everything
 

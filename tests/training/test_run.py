@@ -19,7 +19,7 @@ from PIL import Image
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.files import write_atomically
-from t2tvit.training import engine, progress, report, run
+from t2tvit.training import engine, log, progress, run
 from t2tvit.training import state as state_module
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
@@ -70,7 +70,7 @@ def test_a_run_records_what_it_was(finished):
     (start,) = record["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert start["world_size"] == 1
-    assert start["command"] and start["git_commit"] == report.git_commit()
+    assert start["command"] and start["git_commit"] == log.git_commit()
 
 
 def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
@@ -81,13 +81,13 @@ def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
 
     monkeypatch.setattr(t2tvit, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "__init__.py").write_text("")
-    assert report.git_commit() is None
+    assert log.git_commit() is None
     git("init", "--quiet")
-    assert report.git_commit() is None  # somebody's checkout that does not track the package
+    assert log.git_commit() is None  # somebody's checkout that does not track the package
     git("add", "."), git("commit", "--quiet", "--message", "first")
-    assert report.git_commit() == git("rev-parse", "HEAD")
+    assert log.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "__init__.py").write_text("changed = True")
-    assert report.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert log.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_the_weights_kept_are_the_averaged_ones(finished):
@@ -478,10 +478,10 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
 
 def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
     metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
-    line = report.loader_line(metrics, 3)
+    line = log.loader_line(metrics, 3)
     assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
     assert "19% of its time" in line and "bottleneck" not in line
-    assert "raise --workers" in report.loader_line(metrics | {"loader_wait": 0.21}, 3)
+    assert "raise --workers" in log.loader_line(metrics | {"loader_wait": 0.21}, 3)
 
 
 def test_metrics_reach_tensorboard_once_and_the_end_says_where_all_lies(tmp_path, capsys):

@@ -176,7 +176,7 @@ import faulthandler, os, sys
 from pathlib import Path
 from t2tvit.data.cifar import read_cifar
 from t2tvit.errors import InputError
-from t2tvit.laboratory.class_names import read_names
+from t2tvit.class_names import read_names
 from t2tvit.training.rewind import rows_in
 
 faulthandler.dump_traceback_later(20, exit=True)

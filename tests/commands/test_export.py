@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
 import t2tvit  # noqa: E402
-from t2tvit.laboratory import export  # noqa: E402
+from t2tvit import exporting  # noqa: E402
 from t2tvit.training.state import read_about  # noqa: E402
-from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
 
 
 @pytest.fixture
@@ -112,13 +112,13 @@ def test_a_compiled_package(tmp_path, capsys):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, capsys):
-    read = export.FORMATS["safetensors"].read
+    read = exporting.FORMATS["safetensors"].read
 
     def wrong(what, path):
         return lambda images: read(what, path)(images) * 1.0001
 
-    broken = export.Format(".safetensors", export.write_weights, wrong)
-    monkeypatch.setitem(export.FORMATS, "safetensors", broken)
+    broken = exporting.Format(".safetensors", exporting.write_weights, wrong)
+    monkeypatch.setitem(exporting.FORMATS, "safetensors", broken)
     options = ("--format", "safetensors", "--output", tmp_path / "out")
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
     assert "relative error 1.0e-04 of the logits" in line and "not kept" in line
@@ -191,7 +191,7 @@ def test_onnx_export_of_a_fused_model(onnxruntime, dynamo, tokens_type, tmp_path
 
 
 def test_a_file_that_misreads_images_is_not_kept(tmp_path, monkeypatch, capsys):
-    read = export.FORMATS["safetensors"].read
+    read = exporting.FORMATS["safetensors"].read
 
     def misreading(what, path):
         """As if the memory were always contiguous."""
@@ -202,8 +202,8 @@ def test_a_file_that_misreads_images_is_not_kept(tmp_path, monkeypatch, capsys):
             else torch.as_strided(images, images.shape, (4608, 1536, 48, 1))
         )
 
-    broken = export.Format(".safetensors", export.write_weights, misreading)
-    monkeypatch.setitem(export.FORMATS, "safetensors", broken)
+    broken = exporting.Format(".safetensors", exporting.write_weights, misreading)
+    monkeypatch.setitem(exporting.FORMATS, "safetensors", broken)
     options = ("--format", "safetensors", "--output", tmp_path / "out")
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
     assert "images in another form (NHWC memory, permuted)" in line and "not kept" in line

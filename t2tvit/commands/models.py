@@ -13,6 +13,12 @@ from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_mod
 from t2tvit.models.cost import multiply_adds
 from t2tvit.models.timm_models import TIMM, create_timm_model
 
+HELP = "list models with what they cost and reached"
+EPILOG = """
+examples:
+  t2tvit models
+  t2tvit models 't2t_vit_t_*' timm:resnet50 --img-size 384
+"""
 # The operation that serves each kind of T2T layer; a convolution is PyTorch's own.
 LAYER_OPERATIONS = {"performer": "performer_layer", "transformer": "transformer_layer"}
 HEAD = (
@@ -46,8 +52,24 @@ class Surveyed:
         )
 
 
-def models_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit models`` with its parsed arguments.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="which, also with wildcards; timm:NAME is one of timm (default: all of ours)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        default=224,
+        metavar="N",
+        help="side of the images to count multiply-adds for (default: 224)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List the models that the parsed arguments name.
 
     Raises:
         InputError: an unknown name, or a size that a model does not take.

@@ -1,6 +1,5 @@
-"""``t2tvit export``: a trained model as a file for other tools, proved to compute the same."""
+"""A trained model as a file for other tools, proved to compute the same."""
 
-import argparse
 import copy
 import json
 import math
@@ -18,16 +17,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from t2tvit.conversion import PREPARATION, described
 from t2tvit.errors import InputError, RunError, unknown_name
 from t2tvit.files import cannot_write, write_atomically
-from t2tvit.laboratory.convert import PREPARATION, described
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.terminal import printable
-from t2tvit.training import distributed
 from t2tvit.training.build import build_model
 from t2tvit.training.config import RunConfig
-from t2tvit.training.inference import Trained, describe, load_trained
-from t2tvit.training.options import given
+from t2tvit.training.inference import Trained
 from t2tvit.training.pipeline import size_of, statistics
 from t2tvit.training.state import Weights, weights_file
 
@@ -202,35 +199,6 @@ FORMATS = {
 }
 
 
-def export_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit export`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the kernels asked for cannot run.
-        RunError: what was exported does not compute what the model does; it is not kept.
-    """
-    dtype, kernels = arguments.dtype, given(arguments).get("fused_kernels", "reference")
-    for name in arguments.format:
-        check_format(name, dtype, kernels)
-    path, config, about = describe(arguments)
-    config = replace(config, fused_kernels=kernels, amp="none")
-    with distributed.joined(config.device) as world:
-        trained = load_trained(path, config, about, world)
-        if not isinstance(trained.model, T2TBackbone):
-            raise InputError(f"{path} is of {config.model}; only models of this package are exported")
-        resize(trained.model, size_of(config))
-        about = about or describe_weights(trained, config)
-        size = {"img_size": list(size_of(config))}
-        chosen = {key: getattr(config, key) for key in PREPARATION}
-        chosen = {key: value for key, value in chosen.items() if value is not None}
-        about = replace(
-            about, create_args=about.create_args | size, config=about.config | chosen | size
-        )
-        what = prepare(trained.model, about, getattr(torch, dtype))
-        export(what, arguments.format, arguments.output)
-
-
 def check_format(name: str, dtype: str, kernels: str) -> None:
     if name not in FORMATS:
         raise InputError(f"--format: {unknown_name('format', name, FORMATS)}")
@@ -241,6 +209,32 @@ def check_format(name: str, dtype: str, kernels: str) -> None:
         raise InputError(
             f"--fused-kernels: a file of format {name} is of plain operators; leave it out"
         )
+
+
+def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) -> Exporting:
+    """The model of ``path`` at the configured image size and in ``dtype``.
+
+    Args:
+        trained: the model, whose size and dtype are changed.
+        path: for messages.
+        about: what the weights say of themselves, if anything.
+        dtype: one of DTYPES.
+
+    Raises:
+        InputError: it is no model of this package.
+    """
+    config = trained.config
+    if not isinstance(trained.model, T2TBackbone):
+        raise InputError(f"{path} is of {config.model}; only models of this package are exported")
+    resize(trained.model, size_of(config))
+    about = about or describe_weights(trained, config)
+    size = {"img_size": list(size_of(config))}
+    chosen = {key: getattr(config, key) for key in PREPARATION}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    about = replace(
+        about, create_args=about.create_args | size, config=about.config | chosen | size
+    )
+    return prepare(trained.model, about, getattr(torch, dtype))
 
 
 def describe_weights(trained: Trained, config: RunConfig) -> Weights:

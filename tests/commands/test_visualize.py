@@ -21,25 +21,25 @@ import t2tvit  # noqa: E402
 from t2t_kernels import performer_attention  # noqa: E402
 from t2tvit.cli import main  # noqa: E402
 from t2tvit.figures import literal_text  # noqa: E402
-from t2tvit.laboratory.visualize import draw  # noqa: E402
-from t2tvit.laboratory.visualize.command import choose, visualize  # noqa: E402
-from t2tvit.laboratory.visualize.performer import (  # noqa: E402
+from t2tvit.terminal import printable  # noqa: E402
+from t2tvit.training.state import Weights, save_weights  # noqa: E402
+from t2tvit.visualization import draw  # noqa: E402
+from t2tvit.visualization.pages import choose, visualize  # noqa: E402
+from t2tvit.visualization.performer import (  # noqa: E402
     compare,
     feature_attention,
     orthogonal_features,
     softmax_attention,
     study,
 )
-from t2tvit.laboratory.visualize.record import (  # noqa: E402
+from t2tvit.visualization.record import (  # noqa: E402
     Layer,
     as_maps,
     grid_of,
     probabilities,
     record,
 )
-from t2tvit.terminal import printable  # noqa: E402
-from t2tvit.training.state import Weights, save_weights  # noqa: E402
-from tests.laboratory.tiny import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.commands.tiny import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
 from tests.layout import HOSTILE, check_layout  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))

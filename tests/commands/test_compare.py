@@ -13,18 +13,11 @@ import yaml
 from matplotlib.text import Annotation, Text
 
 from t2tvit.cli import main
+from t2tvit.comparison import plan, results
+from t2tvit.comparison.plan import PACKAGED, folder_of, read_comparison
+from t2tvit.comparison.scatter import AXES, Measured, Rate, plot
 from t2tvit.errors import InputError
 from t2tvit.figures import literal_text
-from t2tvit.laboratory import compare
-from t2tvit.laboratory.compare import (
-    AXES,
-    PACKAGED,
-    Measured,
-    Rate,
-    folder_of,
-    plot,
-    read_comparison,
-)
 from t2tvit.terminal import printable
 from tests.layout import check_layout
 
@@ -50,7 +43,7 @@ TINY = {
 @pytest.fixture(scope="module", autouse=True)
 def one_repetition():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "REPETITIONS", 1)
+        patch.setattr(results, "REPETITIONS", 1)
         yield
 
 
@@ -80,7 +73,7 @@ def test_every_model_has_its_runs_with_one_budget(compared):
         assert (last["epoch"], round(last["top1"], 4)) == (2, float(run["top1"]))
         config = yaml.safe_load((place / "config.yaml").read_text())
         assert config["seed"] == int(run["seed"])
-        for key in (*compare.MODEL_KEYS, "seed"):
+        for key in (*plan.MODEL_KEYS, "seed"):
             del config[key]
         budgets.add(json.dumps(config, sort_keys=True))
     assert len(budgets) == 1
@@ -159,7 +152,7 @@ def test_the_packaged_comparison_has_the_paper_s_kinds_of_model():
 
 def test_the_documented_results_are_those_of_the_packaged_comparison(tmp_path):
     comparison = read_comparison("digits", [], [0, 1], {"epochs": "12"})
-    compare.claim(comparison, tmp_path)
+    plan.claim(comparison, tmp_path)
     documented = Path(__file__).parents[2] / "docs" / "comparison" / "comparison.yaml"
     assert (tmp_path / "comparison.yaml").read_text() == documented.read_text()
 
@@ -177,7 +170,7 @@ def test_the_documented_results_are_those_of_the_packaged_comparison(tmp_path):
 )
 def test_names_are_no_markup_in_the_table(name):
     row = Measured(name, 1, 1, [50.0], Rate(1, 1, 1), Rate(1, 1, 1))
-    text = compare.markdown([row], [f"imagefolder:{name} at 32"])
+    text = results.markdown([row], [f"imagefolder:{name} at 32"])
     head, _, line, blank, note, *_ = text.splitlines()
     assert line.count("|") == head.count("|") and blank == "" and note.startswith("- imagefolder")
     for shown in (line.split(" | ")[0].removeprefix("| "), note.removeprefix("- imagefolder:")):

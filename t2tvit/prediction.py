@@ -1,11 +1,10 @@
-"""``t2tvit predict``: classes of image files, folders and lists, or of held-out images."""
+"""Classes of image files, folders and lists, or of held-out images, with their probabilities."""
 
-import argparse
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,19 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from t2tvit.charts import Prediction, draw_predictions, thumbnail
+from t2tvit.class_names import readable
 from t2tvit.data.images import describe_skipped, list_images, load_image
 from t2tvit.data.shards import ShardImages
 from t2tvit.data.sources import IMAGENET_STATISTICS, FolderImages
 from t2tvit.errors import InputError
-from t2tvit.figures import figure_file
-from t2tvit.laboratory.class_names import names_of, read_names, readable
 from t2tvit.terminal import columns, padded, print_json, printable
-from t2tvit.training import distributed
-from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
-from t2tvit.training.inference import Trained, describe, held_out, load_trained
+from t2tvit.training.inference import Trained, held_out
 from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform, statistics
-from t2tvit.training.plots import Prediction, draw_predictions, thumbnail
 
 MODES = {1: "L", 3: "RGB"}
 STDIN = "-"
@@ -35,55 +31,50 @@ STDIN = "-"
 SECONDS_BETWEEN_BARS = 30
 
 
-def predict_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit predict`` with its parsed arguments.
+@dataclass(frozen=True)
+class Output:
+    """What of the predictions is printed and drawn.
+
+    Attributes:
+        top_k: classes to name for each image.
+        json: whether as JSON lines instead of a table.
+        plot: the file of the picture; None: none.
+        images: the most images to draw.
+    """
+
+    top_k: int
+    json: bool
+    plot: Path | None
+    images: int
+
+
+def predict(
+    trained: Trained, source: "Source", names: list[str] | None, output: Output, title: str
+) -> None:
+    """Classify the images of ``source``, and print (and draw) the result.
+
+    Args:
+        trained: on the device that computes.
+        source: the images.
+        names: of the classes; without, they are numbered.
+        output: what is wanted of the result.
+        title: of the picture, if the source has none.
 
     Raises:
-        InputError: something the user can fix; of images that cannot be read, after all others.
-        BackendUnavailable: the backend asked for cannot run.
+        InputError: images cannot be read; all others are classified before.
     """
-    for name in ("top_k", "images"):
-        if getattr(arguments, name) < 1:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option}: got {getattr(arguments, name)}, expected at least 1")
-    if arguments.plot is not None:
-        arguments.plot = figure_file(arguments.plot, "--plot")
-    path, config, about = describe(arguments)
-    with distributed.joined(config.device) as world:
-        trained = load_trained(path, config, about, world)
-        if world.is_main:
-            predict(arguments, path, trained, world)
-
-
-def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: World) -> None:
-    """Classify, and print (and draw) the result."""
-    config = trained.config
-    if arguments.class_names is not None:
-        names = read_names(arguments.class_names, trained.model.num_classes)
-    else:
-        names = names_of(trained.class_names, trained.model.num_classes)
-    skipped = Counter()
-    if arguments.files:
-        paths, skipped = gather(arguments.files)
-        source = FileImages(paths, trained)
-        fallback = (values[: trained.channels] for values in IMAGENET_STATISTICS)
-        mean, std = statistics(config, *fallback)
-    else:
-        source = HeldOutImages(trained, arguments.images, names)
-        mean, std = statistics(config, source.split.mean, source.split.std)
-    normalize = Normalize(mean, std, world.device)
     titles = [printable(title) for title in source.titles]
     width = max(map(columns, titles))
     predicted, unreadable = {}, []
-    for index, shares in classify(trained, source, normalize, world):
+    for index, shares in classify(trained, source):
         if isinstance(shares, str):
             unreadable.append(shares)
-            if arguments.json:
+            if output.json:
                 print_json(source.record(index) | {"error": shares})
             continue
-        ranked = rank(shares, names, arguments.top_k)
+        ranked = rank(shares, names, output.top_k)
         predicted[index] = ranked[0]
-        if arguments.json:
+        if output.json:
             predictions = [
                 {"class": name, "index": number, "probability": round(share, 6)}
                 for name, number, share in ranked
@@ -93,16 +84,17 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
             row = "  ".join(f"{printable(name)} {share:.1%}" for name, _, share in ranked)
             print(f"{padded(titles[index], width)}  {row}", flush=True)
     summary = source.summary({index: number for index, (_, number, _) in predicted.items()})
-    if summary is not None and not arguments.json:
+    if summary is not None and not output.json:
         print(printable(summary))
-    if arguments.plot is not None and predicted:
-        shown = dict(islice(predicted.items(), arguments.images))
-        title = summary or f"{config.model}, {path}"
+    if output.plot is not None and predicted:
+        shown = dict(islice(predicted.items(), output.images))
+        title = summary or title
         if len(shown) < len(source):
             title += f", {len(shown)} of {len(source):,} images"
-        draw(arguments.plot, source, shown, title)
-        stream = sys.stderr if arguments.json else sys.stdout
-        print(printable(f"drawn to {arguments.plot}"), file=stream)
+        draw(output.plot, source, shown, title)
+        stream = sys.stderr if output.json else sys.stdout
+        print(printable(f"drawn to {output.plot}"), file=stream)
+    skipped = source.skipped
     if unreadable:
         some = "; ".join(unreadable[:3]) + ("; …" if len(unreadable) > 3 else "")
         counted = f"{len(unreadable)} of {len(source)} images: " if len(source) > 1 else ""
@@ -112,15 +104,26 @@ def predict(arguments: argparse.Namespace, path: Path, trained: Trained, world: 
         print(printable(describe_skipped(skipped)), file=sys.stderr)
 
 
+def source_of(
+    trained: Trained, files: Sequence[Path], count: int, names: list[str] | None
+) -> "Source":
+    """The images of ``files``; without any, ``count`` held-out images of the configured data."""
+    if files:
+        return FileImages(*gather(files), trained)
+    return HeldOutImages(trained, count, names)
+
+
 class FileImages(Dataset):
     """Image files, decoded and prepared where they are asked for."""
 
-    def __init__(self, paths: list[Path], trained: Trained):
+    def __init__(self, paths: list[Path], skipped: Counter[str], trained: Trained):
         if trained.channels not in MODES:
             raise InputError(
                 f"predict reads grey or colour images, not {trained.channels} channels"
             )
-        self.paths, self.mode = paths, MODES[trained.channels]
+        self.paths, self.mode, self.skipped = paths, MODES[trained.channels], skipped
+        known = (values[: trained.channels] for values in IMAGENET_STATISTICS)
+        self.mean, self.std = statistics(trained.config, *known)
         self.titles = [str(path) for path in paths]
         self.transform = eval_transform(trained.config)
 
@@ -156,12 +159,15 @@ class HeldOutImages(Dataset):
     ``files`` has the path of each image, or SHARD/KEY, and None if the images are in no files.
     """
 
+    skipped: Counter[str] = Counter()
+
     def __init__(self, trained: Trained, wanted: int, names: list[str] | None):
-        self.split, label_map = held_out(trained)
+        split, label_map = held_out(trained)
+        self.mean, self.std = statistics(trained.config, split.mean, split.std)
         self.data, self.transform = trained.config.data, eval_transform(trained.config)
-        count = len(self.split.images)
+        count = len(split.images)
         self.drawn = sorted(random.Random(0).sample(range(count), min(wanted, count)))
-        self.images, labels, self.files = zip(*held_out_images(self.split.images, self.drawn))
+        self.images, labels, self.files = zip(*held_out_images(split.images, self.drawn))
         self.numbers = [label_map[label] if label_map else label for label in labels]
         self.labels = [name_of(names, number) for number in self.numbers]
         self.places = [
@@ -198,6 +204,9 @@ class HeldOutImages(Dataset):
     def summary(self, predicted: dict[int, int]) -> str:
         right = sum(number == self.numbers[index] for index, number in predicted.items())
         return f"{right} of {len(predicted)} right, drawn at random from the held-out {self.data}"
+
+
+Source = FileImages | HeldOutImages
 
 
 def held_out_images(
@@ -247,11 +256,10 @@ def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
 
 
 @torch.no_grad()
-def classify(
-    trained: Trained, source: Dataset, normalize: Normalize, world: World
-) -> Iterator[tuple[int, Tensor | str]]:
+def classify(trained: Trained, source: Source) -> Iterator[tuple[int, Tensor | str]]:
     """Each image's number with its class probabilities, or with what is wrong with it."""
-    config = trained.config
+    config, device = trained.config, next(trained.model.parameters()).device
+    normalize = Normalize(source.mean, source.std, device)
     loader = DataLoader(
         source,
         batch_size=config.batch_size,
@@ -273,7 +281,7 @@ def classify(
             readable_ones = [item for item in items if not isinstance(item, str)]
             shares = iter(())
             if readable_ones:
-                with precision(config, world.device):
+                with precision(config, device):
                     logits = trained.model(normalize(torch.stack(readable_ones)))
                 shares = iter(logits.float().softmax(dim=1).cpu())
             for offset, item in enumerate(items):
@@ -298,7 +306,7 @@ def name_of(names: list[str] | None, index: int) -> str:
 
 
 def draw(
-    path: Path, source: Dataset, predicted: dict[int, tuple[str, int, float]], title: str
+    path: Path, source: Source, predicted: dict[int, tuple[str, int, float]], title: str
 ) -> None:
     predictions = []
     for index, (name, number, share) in predicted.items():

@@ -1,15 +1,32 @@
-"""The schema's keys as command-line options. Needs no extra package, so that --help never does."""
+"""Options that several commands have: the keys of a configuration, and which weights to use."""
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2tvit.errors import InputError
 from t2tvit.training.config import HINTS, KEYS, RunConfig, load_yaml
 
+if TYPE_CHECKING:
+    from t2tvit.training.state import Weights
+
 DEFAULTS = RunConfig()
+MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")
+# How an image becomes a model's input, beyond the model itself.
+PREPARATION_KEYS = ("img_size", "interpolation", "crop_pct", "mean", "std")
+PREPARED_KEYS = (*PREPARATION_KEYS, *MODEL_KEYS, "device")
+INFERENCE_KEYS = (
+    *("data", "img_size", "workers", "interpolation", "crop_pct", "mean", "std"),
+    *(*MODEL_KEYS, "batch_size", "amp", "device"),
+)
+CONFIG_HELP = (
+    "a YAML file, or a packaged config: digits, finetune/small, imagenet/MODEL, imagenet/finetune_384, "
+    "transfer/cifar10, transfer/cifar100"
+)
 
 
-def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) -> None:
+def add_keys(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) -> None:
     """One option per key of the schema; those not given stay absent from the namespace."""
     groups = {}
     for name in names:
@@ -71,3 +88,46 @@ def given(arguments: argparse.Namespace) -> dict[str, object]:
                 raise InputError(f"--model-args: {value!r:.80} of {name} is not YAML") from None
         overrides["model_args"] = pairs
     return overrides
+
+
+def add_weights(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options that say which trained weights to use."""
+    source = parser.add_mutually_exclusive_group(required=required)
+    source.add_argument(
+        "--run",
+        "--run-dir",  # torchrun takes --run for an abbreviation of its own
+        type=Path,
+        metavar="DIR",
+        help="the output of a training run",
+    )
+    source.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights, .safetensors or .pth(.tar), or local-dir:FOLDER or hf-hub:USER/NAME",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last"),
+        default="best",
+        help="of --run: from the best epoch or the last (default: best)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help=f"{CONFIG_HELP}; for weights that do not say themselves what they are",
+    )
+
+
+def described(arguments: argparse.Namespace) -> "tuple[Path, RunConfig, Weights | None]":
+    """The weights that :func:`add_weights` asked for, how to use them, and what they say of themselves.
+
+    Raises:
+        InputError: there are none, or they do not fit the other options.
+    """
+    from t2tvit.training.inference import describe_checkpoint, weights_of
+
+    path = arguments.checkpoint
+    if path is None:
+        path = weights_of(arguments.run, arguments.weights, f"--run {arguments.run}")
+    return describe_checkpoint(path, given(arguments), arguments.config)

@@ -17,8 +17,7 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 from PIL import Image  # noqa: E402
 
 from t2tvit.cli import main  # noqa: E402
-from t2tvit.laboratory import predict  # noqa: E402
-from tests.laboratory.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
 from tests.layout import HOSTILE  # noqa: E402
 
 
@@ -113,7 +112,7 @@ def test_held_out_images_of_a_folder_are_named(tmp_path, capsys, monkeypatch):
             pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"${number}.png")
     drawn = []
-    monkeypatch.setattr(predict, "draw_predictions", lambda found, *_: drawn.extend(found))
+    monkeypatch.setattr("t2tvit.prediction.draw_predictions", lambda found, *_: drawn.extend(found))
     options = ("--data", f"imagefolder:{tmp_path}/data", "--images", "4")
     source = ("--checkpoint", weights(tmp_path))
     records = lines(capsys, *source, *options, "--plot", tmp_path / "figure")

@@ -1,10 +1,8 @@
-"""``t2tvit bench``: what the kernels save, against plain PyTorch and others in the same process."""
+"""What the kernels save, against plain PyTorch and other models in the same process."""
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import timm.optim
 import torch
@@ -24,7 +22,6 @@ from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, RunError
 from t2tvit.models import T2TBackbone
 from t2tvit.models.timm_models import create_timm_model
-from t2tvit.training import distributed
 from t2tvit.training.build import (
     backend_lines,
     build_model,
@@ -32,49 +29,18 @@ from t2tvit.training.build import (
     describe_device,
     try_forward,
 )
-from t2tvit.training.config import RunConfig, from_dict, resolve
+from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import precision
-from t2tvit.training.options import given
 from t2tvit.training.pipeline import batches, size_of, train_loader
 from t2tvit.training.progress import Progress
-from t2tvit.training.state import BEST_FILE, read_about
 
 MIB = 2**20
 LARGEST_BATCH = 64  # unless --batch-size says otherwise: a recipe's batch is for many GPUs
 LOADER_SECONDS = 3.0
 
 
-def bench_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit bench`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
-        RunError: fused and reference disagree, so nothing is timed.
-    """
-    if arguments.repetitions < 1:
-        raise InputError(f"--repetitions: got {arguments.repetitions}, expected at least 1")
-    overrides = given(arguments)
-    num_classes = 1000
-    if arguments.run is not None:
-        about = read_about(arguments.run / BEST_FILE)
-        if about is None:
-            raise InputError(f"{arguments.run / BEST_FILE} does not say what model it is")
-        config, num_classes = from_dict(about.config, overrides), about.create_args["num_classes"]
-    else:
-        config = resolve(
-            arguments.config or (None if "model" in overrides else "digits"), overrides
-        )
-    if "batch_size" not in overrides:
-        config = replace(config, batch_size=min(config.batch_size, LARGEST_BATCH))
-    with distributed.joined(config.device) as world:
-        if world.is_main:
-            compare(config, num_classes, arguments.repetitions, arguments.against, world)
-            print(loader_line(config, world))
-
-
-def compare(
+def compare_with_reference(
     config: RunConfig, num_classes: int, repetitions: int, against: Sequence[str], world: World
 ) -> None:
     """Measure the model of ``config`` with its kernels and without, and print the result.

@@ -1,49 +1,23 @@
-"""``t2tvit convert``: weights from one place and form to another."""
+"""Weights in files of our own form, of published form and on the Hub: read, described, written."""
 
-import argparse
 import math
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import torch
 
 from t2tvit import hub
+from t2tvit.class_names import names_of
 from t2tvit.errors import InputError
 from t2tvit.files import write_atomically
-from t2tvit.laboratory.class_names import names_of, read_names
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.models.checkpoint import read_state_dict
-from t2tvit.terminal import printable
 from t2tvit.training.build import build_model, create_args
 from t2tvit.training.config import resolve
-from t2tvit.training.options import given
 from t2tvit.training.state import Weights, read_about, save_weights
 
 PREPARATION = ("interpolation", "crop_pct", "mean", "std")
 OURS, PUBLISHED = ".safetensors", (".pth", ".pth.tar", ".pt")
-
-
-def convert_command(arguments: argparse.Namespace) -> None:
-    """Run ``t2tvit convert`` with its parsed arguments.
-
-    Raises:
-        InputError: something the user can fix.
-        RunError: the target cannot be written.
-    """
-    target = arguments.target
-    if not hub.is_address(target) and not target.endswith((OURS, *PUBLISHED)):
-        raise InputError(
-            f"TARGET: got {target}, expected a file {OURS} (ours) or {', '.join(PUBLISHED)} "
-            f"(published form), {hub.HUB}USER/NAME or {hub.LOCAL}FOLDER"
-        )
-    model, about = read(arguments.source, given(arguments))
-    if arguments.class_names is not None:
-        about = replace(about, class_names=read_names(arguments.class_names, model.num_classes))
-    write(model, about, target)
-    height, width = model.img_size
-    what = f"{about.model}, {model.num_classes} classes, {height}×{width}"
-    print(printable(f"{arguments.source} → {target}: {what}"))
 
 
 def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:

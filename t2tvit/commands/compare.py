@@ -1,0 +1,78 @@
+"""``t2tvit compare``: many models trained with one budget on the same data, in a table and plots."""
+
+import argparse
+from pathlib import Path
+
+from t2tvit.commands.options import add_keys, given
+from t2tvit.errors import InputError
+from t2tvit.training.config import KEYS
+
+HELP = "train several models alike and compare what they reach"
+EPILOG = """
+All models have the same data, epochs, batches, optimiser and seeds; a comparison's file names the
+models, each with its model, model_args and drop_path. To resume a stopped comparison, give its command
+again.
+
+examples:
+  t2tvit compare --output runs/compare
+  t2tvit compare t2t_vit_7 vit_s_16 timm:resnet18 --data cifar10 --img-size 32 --output runs/cifar10
+  t2tvit compare --config mine.yaml --seeds 0 1 2 3 4 --epochs 100 --output runs/mine
+"""
+# What each model of a comparison has of its own.
+OWN_KEYS = ("model", "model_args", "seed", "initial_checkpoint")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="NAME",
+        help="models that `t2tvit models` lists, or timm:NAME, as they are; or give --config",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="a YAML file of a training configuration with models and seeds, or the packaged "
+        "digits, the default without NAME",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the only folder written to: a folder for each run, the table, plots and CSV",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="of each model's runs (default: 0 1 2)"
+    )
+    add_keys(parser, [name for name in KEYS if name not in OWN_KEYS])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare as the parsed arguments say.
+
+    Raises:
+        InputError: something the user can fix.
+    """
+    from t2tvit.comparison.plan import claim, read_comparison
+    from t2tvit.comparison.results import report
+    from t2tvit.comparison.runs import cost, train_all
+    from t2tvit.training import distributed
+    from t2tvit.training.keeper import Stopped
+    from t2tvit.training.progress import say
+
+    output = arguments.output
+    if output is None:
+        raise InputError("--output: none given; name the folder that the comparison may write to")
+    comparison = read_comparison(
+        arguments.config, arguments.models, arguments.seeds, given(arguments)
+    )
+    with distributed.joined(comparison.shared.device) as world:
+        try:
+            costs = {name: cost(config, world) for name, config in comparison.models.items()}
+            distributed.on_main(world, lambda: claim(comparison, output))
+            train_all(comparison, output, world)
+            if world.is_main:
+                report(comparison, costs, output, world)
+        except Stopped as stopped:
+            say(world, f"stopped by a signal; repeat the command to resume from {output}")
+            stopped.end_elsewhere()

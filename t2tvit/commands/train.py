@@ -1,0 +1,88 @@
+"""``t2tvit train``: a run, from its options to its end."""
+
+import argparse
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from t2tvit.commands.options import CONFIG_HELP, add_keys, given
+from t2tvit.errors import InputError
+from t2tvit.training.config import KEYS
+
+HELP = "train a model, on one device or under torchrun"
+EPILOG = """
+examples:
+  t2tvit train --output runs/digits
+  t2tvit train --output runs/digits --resume auto --epochs 60
+  t2tvit train --config imagenet/t2t_vit_14 --data imagefolder:PATH --output runs/t2t_vit_14
+  torchrun --nproc_per_node=8 -m t2tvit train --config imagenet/t2t_vit_14 --output runs/t2t_vit_14
+  t2tvit train --output runs/digits --compile --accumulate 2 --profile
+  t2tvit train --config transfer/cifar10 --data cifar10:PATH --initial-checkpoint FILE --output DIR
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help=f"{CONFIG_HELP}; options override it; the default is digits if the data is digits, else "
+        "the defaults below, which also fill what a config leaves out",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the only folder written to: weights (best and last), training state, metrics, curves",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="auto: resume the run in --output, or start it; PATH: resume that run or training state",
+    )
+    add_keys(parser, KEYS)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train as the parsed arguments say.
+
+    Raises:
+        InputError: something the user can fix.
+        BackendUnavailable: the backend asked for cannot run.
+        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
+    """
+    from t2tvit.training import distributed
+    from t2tvit.training.keeper import Signals, Stopped
+    from t2tvit.training.progress import say
+    from t2tvit.training.run import choose_config, find_place, train
+
+    device, failure = vars(arguments).get("device", "auto"), None
+    try:
+        place = find_place(arguments.output, arguments.resume)
+        config = choose_config(arguments.config, given(arguments), place)
+        device = config.device
+    except InputError as error:
+        failure = error
+    with distributed.joined(device, failure) as world:
+        state = place.state_path and place.state_path.name
+        shared = {"--output": str(place.output), "--resume": state} | asdict(config)
+        distributed.check_same(world, shared)
+        try:
+            with Signals() as signals:
+                train(config, place, world, signals)
+        except Stopped as stopped:
+            kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
+            say(world, f"stopped by a signal; {how_to_resume(place.output, kept)}")
+            stopped.end_elsewhere()
+        except KeyboardInterrupt:
+            say(world, f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
+            raise
+
+
+def how_to_resume(output: Path, kept: str) -> str:
+    """What is ``kept`` of a run that was ended in ``output``, and how to resume it."""
+    from t2tvit.training.keeper import states_in
+    from t2tvit.training.run import read_record
+
+    if not states_in(output) and not read_record(output):
+        return "training had not begun. Start it again with the same command"
+    return f"{kept}. Resume with: t2tvit train --output {shlex.quote(str(output))} --resume auto"

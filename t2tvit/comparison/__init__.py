@@ -1,0 +1,1 @@
+"""Many models trained with one budget on the same data, in a table and plots."""

@@ -1,0 +1,141 @@
+"""What is compared: models, their shared budget and seeds, read from a file or the command line."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from t2tvit.errors import InputError, unknown_name
+from t2tvit.files import read_text, write_atomically
+from t2tvit.training.config import RunConfig, convert, from_dict, load_yaml, read_yaml, write_yaml
+
+PACKAGED = Path(__file__).parent
+# What may differ between the models; all else is the budget, which they share.
+MODEL_KEYS = ("model", "model_args", "drop_path")
+# What may differ between the beginning of a comparison and its continuation, besides more models and
+# seeds: nothing that changes a result.
+MAY_CHANGE = {
+    *("workers", "device", "fused_kernels", "checkpoint_minutes", "keep_checkpoints", "profile"),
+    *("tensorboard", "wandb"),
+}
+CONFIG_FILE = "comparison.yaml"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: a configuration for each name, which differ in MODEL_KEYS, and seeds."""
+
+    shared: RunConfig
+    models: dict[str, RunConfig]
+    seeds: tuple[int, ...]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Seed by seed, so that an early table has all models."""
+        return [(name, seed) for seed in self.seeds for name in self.models]
+
+
+def read_comparison(
+    config: str | None, names: Sequence[str], seeds: Sequence[int] | None, overrides: dict
+) -> Comparison:
+    """A comparison from a file or packaged name, or of the models ``names`` as they are.
+
+    Raises:
+        InputError: an unknown key, a model's key that belongs to the budget, or nothing to compare.
+    """
+    if config is None and not names:
+        config = "digits"
+    path = config
+    if config is not None and (PACKAGED / f"{config}.yaml").is_file():
+        path = PACKAGED / f"{config}.yaml"
+    values = read_yaml(path) if path is not None else {}
+    listed = values.pop("models", {})
+    listed_seeds = values.pop("seeds", [0, 1, 2])
+    if names:
+        listed = {name: {"model": name} for name in names}
+    if not isinstance(listed, Mapping) or not listed:
+        raise InputError(f"config {config}: models: got {listed!r}, expected a name for each model")
+    shared = from_dict(values, overrides, str(config))
+    models = {}
+    for name, keys in listed.items():
+        source = f"config {config}: models: {name}"
+        if not isinstance(keys, Mapping) or "model" not in keys:
+            raise InputError(f"{source}: got {keys!r}, expected keys, model among them")
+        for key in keys:
+            if key not in MODEL_KEYS:
+                raise InputError(f"{source}: {unknown_name('key', str(key), MODEL_KEYS)}")
+        own = {key: convert(key, value, f"{source}: {key}") for key, value in keys.items()}
+        models[str(name)] = replace(shared, **({"model_args": {}} | own))
+    if len({folder_of(name) for name in models}) < len(models):
+        raise InputError(f"config {config}: models: two names differ in punctuation alone")
+    return Comparison(shared, models, checked_seeds(seeds or listed_seeds))
+
+
+def checked_seeds(seeds: object) -> tuple[int, ...]:
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds: got {seeds!r}, expected different whole numbers")
+    return tuple(convert("seed", seed, "seeds") for seed in seeds)
+
+
+def folder_of(name: str) -> str:
+    """A model's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def place_of(output: Path, name: str, seed: int) -> Path:
+    return output / folder_of(name) / f"seed-{seed}"
+
+
+def claim(comparison: Comparison, output: Path) -> None:
+    """Record what is compared in ``output``, which may hold a part of the same comparison.
+
+    Raises:
+        InputError: ``output`` holds another one, or is no folder.
+    """
+    values = yaml.safe_load(write_yaml(comparison.shared))
+    for key in (*MODEL_KEYS, "seed"):
+        del values[key]
+    values["seeds"] = list(comparison.seeds)
+    values["models"] = {
+        name: {key: getattr(config, key) for key in MODEL_KEYS}
+        for name, config in comparison.models.items()
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: {output}: {error.strerror}") from None
+    if (output / CONFIG_FILE).is_file():
+        before = read_comparison_file(output / CONFIG_FILE)
+        for key in values.keys() - MAY_CHANGE - {"models", "seeds"}:
+            refuse_change(output, key, before.get(key), values[key])
+        for name in before["models"].keys() & values["models"].keys():
+            refuse_change(output, name, before["models"][name], values["models"][name])
+    write_atomically(
+        output / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    )
+
+
+def read_comparison_file(path: Path) -> dict:
+    """What :func:`claim` wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        values = load_yaml(read_text(path))
+    except OSError as error:
+        raise InputError(f"--output: {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--output: {path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("models"), dict):
+        raise InputError(f"--output: {path} is damaged; remove it, or compare into another folder")
+    return values
+
+
+def refuse_change(output: Path, name: str, before: object, now: object) -> None:
+    if before != now:
+        raise InputError(
+            f"--output: {output} holds a comparison with {name} {before!r}, not {now!r}; compare "
+            "into another folder"
+        )

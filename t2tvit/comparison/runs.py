@@ -1,0 +1,64 @@
+"""The runs of a comparison: what each model costs, and their training one after the other."""
+
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from t2tvit.comparison.plan import Comparison, place_of
+from t2tvit.data.sources import channels_of, open_split
+from t2tvit.models.cost import multiply_adds
+from t2tvit.training.build import build_model, create_args, try_forward
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+from t2tvit.training.keeper import Signals
+from t2tvit.training.pipeline import size_of
+from t2tvit.training.progress import duration, say
+from t2tvit.training.run import choose_config, find_place, train
+
+
+def cost(config: RunConfig, world: World) -> tuple[int, int]:
+    """Parameters and multiply-adds of a model; it is shown to run before anything is written."""
+    model, channels = built(config, world)
+    try_forward(model, config, channels, world)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, multiply_adds(model, size_of(config), channels)
+
+
+def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
+    """The model of a configuration with new weights, and the channels of its images."""
+    channels = channels_of(config.data)
+    classes = config.num_classes
+    if classes is None:
+        classes = len(open_split(config.data, "val", img_size=size_of(config)).class_names)
+    args = create_args(config, classes, channels)
+    return build_model(config.model, args, config.fused_kernels).to(world.device), channels
+
+
+def train_all(comparison: Comparison, output: Path, world: World) -> None:
+    """Train every model with every seed, going on where a run was interrupted.
+
+    Raises:
+        Stopped: by a signal; what was done is kept.
+        InputError: ``output`` holds a run of another configuration.
+    """
+    runs = comparison.runs()
+    started, whole = time.perf_counter(), []
+    for number, (name, seed) in enumerate(runs, 1):
+        say(world, "")
+        left = len(runs) - number + 1
+        times = ""
+        if whole:
+            times = f"; {duration(time.perf_counter() - started)} so far"
+            times += f", about {duration(statistics.mean(whole) * left)} left"
+        say(world, f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
+        torch._dynamo.reset()  # or compiled models would count against each other's limit
+        place = find_place(place_of(output, name, seed), "auto")
+        config = replace(comparison.models[name], seed=seed)
+        with Signals() as signals:
+            begun = time.perf_counter()
+            train(choose_config(None, asdict(config), place), place, world, signals, left)
+            if place.state_path is None:
+                whole.append(time.perf_counter() - begun)

@@ -1,1 +1,0 @@
-"""What is done with models besides training them: tables, predictions, pictures, exports."""

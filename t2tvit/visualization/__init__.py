@@ -1,0 +1,1 @@
+"""What the layers of a model make of an image, as PNGs and one page."""
