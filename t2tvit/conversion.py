@@ -12,7 +12,7 @@ from t2tvit.errors import InputError
 from t2tvit.files import write_atomically
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.models.checkpoint import read_state_dict
-from t2tvit.training.build import build_model, create_args
+from t2tvit.training.build import build_model
 from t2tvit.training.config import resolve
 from t2tvit.training.state import Weights, read_about, save_weights
 
@@ -43,7 +43,7 @@ def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
     if not has_head and "num_classes" in options:
         raise InputError(f"--num-classes: {path} has no head; leave it out")
     classes = 1000 if has_head else 0
-    model = build_model(config.model, create_args(config, classes, channels(state)), "auto")
+    model = build_model(config.model, config.create_args(classes, channels(state)), "auto")
     load_checkpoint(model, path, new_head=False)
     for key in PREPARATION:
         if key in options:

@@ -25,7 +25,6 @@ from t2tvit.terminal import printable
 from t2tvit.training.build import build_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.inference import Trained
-from t2tvit.training.pipeline import size_of, statistics
 from t2tvit.training.state import Weights, weights_file
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -226,9 +225,9 @@ def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) ->
     config = trained.config
     if not isinstance(trained.model, T2TBackbone):
         raise InputError(f"{path} is of {config.model}; only models of this package are exported")
-    resize(trained.model, size_of(config))
+    resize(trained.model, config.size)
     about = about or describe_weights(trained, config)
-    size = {"img_size": list(size_of(config))}
+    size = {"img_size": list(config.size)}
     chosen = {key: getattr(config, key) for key in PREPARATION}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     about = replace(
@@ -240,7 +239,7 @@ def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) ->
 def describe_weights(trained: Trained, config: RunConfig) -> Weights:
     """What the file shall say of weights that do not say it themselves."""
     about, cfg = described(trained.model), trained.model.pretrained_cfg
-    mean, std = statistics(config, cfg["mean"], cfg["std"])
+    mean, std = config.statistics(cfg["mean"], cfg["std"])
     chosen = {"crop_pct": config.crop_pct, "interpolation": config.interpolation}
     return replace(about, config=about.config | chosen | {"mean": list(mean), "std": list(std)})
 

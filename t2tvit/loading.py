@@ -98,7 +98,6 @@ def load(
     from t2tvit.training.config import BACKEND_CHOICES
     from t2tvit.training.distributed import World
     from t2tvit.training.inference import describe_checkpoint, load_trained, weights_of
-    from t2tvit.training.pipeline import statistics
     from t2tvit.training.state import BEST_FILE, LAST_FILE
 
     if weights not in ("best", "last"):
@@ -119,7 +118,7 @@ def load(
     path, config, about = describe_checkpoint(path, overrides)
     trained = load_trained(path, config, about, world)
     known = (values[: trained.channels] for values in IMAGENET_STATISTICS)
-    transform = Preparation(config, *statistics(config, *known))
+    transform = Preparation(config, *config.statistics(*known))
     names = names_of(trained.class_names, trained.model.num_classes)
     return Loaded(trained.model.eval(), transform, names)
 

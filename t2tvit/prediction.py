@@ -21,9 +21,8 @@ from t2tvit.data.shards import ShardImages
 from t2tvit.data.sources import IMAGENET_STATISTICS, FolderImages
 from t2tvit.errors import InputError
 from t2tvit.terminal import columns, padded, print_json, printable
-from t2tvit.training.engine import precision
 from t2tvit.training.inference import Trained, held_out
-from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform, statistics
+from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform
 
 MODES = {1: "L", 3: "RGB"}
 STDIN = "-"
@@ -123,7 +122,7 @@ class FileImages(Dataset):
             )
         self.paths, self.mode, self.skipped = paths, MODES[trained.channels], skipped
         known = (values[: trained.channels] for values in IMAGENET_STATISTICS)
-        self.mean, self.std = statistics(trained.config, *known)
+        self.mean, self.std = trained.config.statistics(*known)
         self.titles = [str(path) for path in paths]
         self.transform = eval_transform(trained.config)
 
@@ -163,7 +162,7 @@ class HeldOutImages(Dataset):
 
     def __init__(self, trained: Trained, wanted: int, names: list[str] | None):
         split, label_map = held_out(trained)
-        self.mean, self.std = statistics(trained.config, split.mean, split.std)
+        self.mean, self.std = trained.config.statistics(split.mean, split.std)
         self.data, self.transform = trained.config.data, eval_transform(trained.config)
         count = len(split.images)
         self.drawn = sorted(random.Random(0).sample(range(count), min(wanted, count)))
@@ -281,7 +280,7 @@ def classify(trained: Trained, source: Source) -> Iterator[tuple[int, Tensor | s
             readable_ones = [item for item in items if not isinstance(item, str)]
             shares = iter(())
             if readable_ones:
-                with precision(config, device):
+                with config.autocast(device):
                     logits = trained.model(normalize(torch.stack(readable_ones)))
                 shares = iter(logits.float().softmax(dim=1).cpu())
             for offset, item in enumerate(items):

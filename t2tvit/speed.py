@@ -25,14 +25,12 @@ from t2tvit.models.timm_models import create_timm_model
 from t2tvit.training.build import (
     backend_lines,
     build_model,
-    create_args,
     describe_device,
     try_forward,
 )
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import precision
-from t2tvit.training.pipeline import batches, size_of, train_loader
+from t2tvit.training.pipeline import batches, train_loader
 from t2tvit.training.progress import Progress
 
 MIB = 2**20
@@ -48,7 +46,7 @@ def compare_with_reference(
     ``against`` are models of timm to measure beside it.
     """
     channels = channels_of(config.data)
-    args = create_args(config, num_classes, channels)
+    args = config.create_args(num_classes, channels)
     torch.manual_seed(config.seed)
     fused = build_model(config.model, args, config.fused_kernels).to(world.device)
     reference = build_model(config.model, args, "reference").to(world.device)
@@ -56,12 +54,12 @@ def compare_with_reference(
     try_forward(fused, config, channels, world)
     rivals = {
         name: create_timm_model(
-            name, img_size=size_of(config), num_classes=fused.num_classes, in_chans=channels
+            name, img_size=config.size, num_classes=fused.num_classes, in_chans=channels
         ).to(world.device)
         for name in against
     }
 
-    height, width = size_of(config)
+    height, width = config.size
     options = "".join(f" {name}={value}" for name, value in config.model_args.items())
     print(
         f"{config.model}{options}, {channels} × {height} × {width}, batch {config.batch_size}, "
@@ -139,7 +137,7 @@ def memory_row(
             step()
             used[key] = peak_allocated(step, images.device) / MIB
             continue
-        with precision(config, images.device):
+        with config.autocast(images.device):
             kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
         used[key] = kept / MIB / config.batch_size
     what = (
@@ -153,7 +151,7 @@ def loader_line(config: RunConfig, world: World) -> str:
     """Images per second of the training data's loader alone, decoding and augmentation included."""
     try:
         split = open_split(
-            config.data, "train", img_size=size_of(config), num_classes=config.num_classes
+            config.data, "train", img_size=config.size, num_classes=config.num_classes
         )
         loader = train_loader(split, config, world)
     except InputError as error:
@@ -172,7 +170,7 @@ def check_parity(
     fused: T2TBackbone, reference: T2TBackbone, images: Tensor, config: RunConfig
 ) -> None:
     """Raise a RunError unless both models classify ``images`` alike, up to rounding."""
-    with precision(config, images.device):
+    with config.autocast(images.device):
         new, old = (model.eval()(images) for model in (fused, reference))
     error = ((new.double() - old.double()).norm() / old.double().norm()).item()
     limit = 50 * torch.finfo(new.dtype).eps
@@ -192,7 +190,7 @@ def training_step(
     def step():
         model.train()
         optimizer.zero_grad()
-        with precision(config, images.device):
+        with config.autocast(images.device):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -208,7 +206,7 @@ def inference_step(
     @torch.inference_mode()
     def step():
         model.eval()
-        with precision(config, images.device):
+        with config.autocast(images.device):
             model(images)
 
     return step

@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     from t2tvit.comparison.runs import cost, train_all
     from t2tvit.training import distributed
     from t2tvit.training.keeper import Stopped
-    from t2tvit.training.progress import say
 
     output = arguments.output
     if output is None:
@@ -69,10 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
     with distributed.joined(comparison.shared.device) as world:
         try:
             costs = {name: cost(config, world) for name, config in comparison.models.items()}
-            distributed.on_main(world, lambda: claim(comparison, output))
+            world.on_main(lambda: claim(comparison, output))
             train_all(comparison, output, world)
             if world.is_main:
                 report(comparison, costs, output, world)
         except Stopped as stopped:
-            say(world, f"stopped by a signal; repeat the command to resume from {output}")
+            world.say(f"stopped by a signal; repeat the command to resume from {output}")
             stopped.end_elsewhere()

@@ -32,8 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from t2tvit.training import distributed
     from t2tvit.training.engine import evaluate
     from t2tvit.training.inference import held_out, load_trained
-    from t2tvit.training.pipeline import Normalize, eval_loader, statistics
-    from t2tvit.training.progress import say
+    from t2tvit.training.pipeline import Normalize, eval_loader
 
     device, failure = vars(arguments).get("device", "auto"), None
     try:
@@ -42,19 +41,18 @@ def run(arguments: argparse.Namespace) -> None:
     except InputError as error:
         failure = error
     with distributed.joined(device, failure) as world:
-        distributed.check_same(world, {"weights": str(path)} | asdict(config))
+        world.check_same({"weights": str(path)} | asdict(config))
         trained = load_trained(path, config, about, world)
         split, label_map = held_out(trained)
         if split.skipped:
-            say(world, f"{config.data}: {describe_skipped(split.skipped)}")
+            world.say(f"{config.data}: {describe_skipped(split.skipped)}")
         loader = eval_loader(split, config, world, label_map)
-        normalize = Normalize(*statistics(config, split.mean, split.std), world.device)
+        normalize = Normalize(*config.statistics(split.mean, split.std), world.device)
         started = time.perf_counter()
         metrics = evaluate(trained.model, loader, normalize, config, world)
         rate = metrics["eval_images"] / (time.perf_counter() - started)
     top5 = f"  top-5 {metrics['top5']:.2f}%" if "top5" in metrics else ""
-    say(
-        world,
+    world.say(
         f"{path} on {config.data}: top-1 {metrics['top1']:.2f}%{top5}  loss "
         f"{metrics['eval_loss']:.4f}  {metrics['eval_images']:,} images  {rate:,.0f} images/s",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2tvit.errors import InputError
-from t2tvit.training.config import HINTS, KEYS, RunConfig, load_yaml
+from t2tvit.training.config import GROUPS, HINTS, KEYS, RunConfig, load_yaml
 
 if TYPE_CHECKING:
     from t2tvit.training.state import Weights
@@ -31,7 +31,7 @@ def add_keys(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) -> No
     groups = {}
     for name in names:
         rules, hint = KEYS[name].metadata, HINTS[name]
-        title = rules["group"]
+        title = GROUPS[name]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         group = groups[title]

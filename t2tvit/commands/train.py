@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from t2tvit.training import distributed
     from t2tvit.training.keeper import Signals, Stopped
-    from t2tvit.training.progress import say
     from t2tvit.training.run import choose_config, find_place, train
 
     device, failure = vars(arguments).get("device", "auto"), None
@@ -65,16 +64,16 @@ def run(arguments: argparse.Namespace) -> None:
     with distributed.joined(device, failure) as world:
         state = place.state_path and place.state_path.name
         shared = {"--output": str(place.output), "--resume": state} | asdict(config)
-        distributed.check_same(world, shared)
+        world.check_same(shared)
         try:
             with Signals() as signals:
                 train(config, place, world, signals)
         except Stopped as stopped:
             kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
-            say(world, f"stopped by a signal; {how_to_resume(place.output, kept)}")
+            world.say(f"stopped by a signal; {how_to_resume(place.output, kept)}")
             stopped.end_elsewhere()
         except KeyboardInterrupt:
-            say(world, f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
+            world.say(f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
             raise
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.files import read_text, write_atomically
-from t2tvit.training.config import RunConfig, convert, from_dict, load_yaml, read_yaml, write_yaml
+from t2tvit.training.config import RunConfig, convert, from_dict, load_yaml, read_yaml
 
 PACKAGED = Path(__file__).parent
 # What may differ between the models; all else is the budget, which they share.
@@ -93,7 +93,7 @@ def claim(comparison: Comparison, output: Path) -> None:
     Raises:
         InputError: ``output`` holds another one, or is no folder.
     """
-    values = yaml.safe_load(write_yaml(comparison.shared))
+    values = yaml.safe_load(comparison.shared.to_yaml())
     for key in (*MODEL_KEYS, "seed"):
         del values[key]
     values["seeds"] = list(comparison.seeds)

@@ -23,8 +23,6 @@ from t2tvit.training.build import describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.log import git_commit, versions
-from t2tvit.training.pipeline import size_of
-from t2tvit.training.progress import say
 from t2tvit.training.state import METRICS_FILE
 
 REPETITIONS = 10
@@ -49,16 +47,15 @@ def report(
     rates = speeds(comparison, world)
     rows = [Measured(name, *costs[name], top1[name], *rates[name]) for name in comparison.models]
     rows.sort(key=lambda row: -statistics.mean(row.top1))
-    say(world, "")
+    world.say("")
     print_table(HEAD, [cells(row) for row in rows])
     for line in about:
-        say(world, line)
+        world.say(line)
     write_atomically(output / MODELS_FILE, models_csv(rows))
     write_atomically(output / TABLE_FILE, markdown(rows, about))
     for name, (label, value) in AXES.items():
         draw(rows, label, value, output / f"accuracy-{name}.png")
-    say(
-        world,
+    world.say(
         f"{TABLE_FILE}, {MODELS_FILE}, {RUNS_FILE}, {CONFIG_FILE} and accuracy-*.png are in {output}",
     )
 
@@ -72,7 +69,7 @@ def speeds(comparison: Comparison, world: World) -> dict[str, tuple[Rate, Rate]]
     config = comparison.shared
     built_models = {name: built(each, world) for name, each in comparison.models.items()}
     channels = channels_of(config.data)
-    images = torch.randn(timed_batch(config), channels, *size_of(config), device=world.device)
+    images = torch.randn(timed_batch(config), channels, *config.size, device=world.device)
     classes = min(model.num_classes for model, _ in built_models.values())
     labels = torch.randint(classes, (len(images),), device=world.device)
     training, inference = (

@@ -10,12 +10,11 @@ import torch
 from t2tvit.comparison.plan import Comparison, place_of
 from t2tvit.data.sources import channels_of, open_split
 from t2tvit.models.cost import multiply_adds
-from t2tvit.training.build import build_model, create_args, try_forward
+from t2tvit.training.build import build_model, try_forward
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import Signals
-from t2tvit.training.pipeline import size_of
-from t2tvit.training.progress import duration, say
+from t2tvit.training.progress import duration
 from t2tvit.training.run import choose_config, find_place, train
 
 
@@ -24,7 +23,7 @@ def cost(config: RunConfig, world: World) -> tuple[int, int]:
     model, channels = built(config, world)
     try_forward(model, config, channels, world)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, multiply_adds(model, size_of(config), channels)
+    return parameters, multiply_adds(model, config.size, channels)
 
 
 def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
@@ -32,8 +31,8 @@ def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
     channels = channels_of(config.data)
     classes = config.num_classes
     if classes is None:
-        classes = len(open_split(config.data, "val", img_size=size_of(config)).class_names)
-    args = create_args(config, classes, channels)
+        classes = len(open_split(config.data, "val", img_size=config.size).class_names)
+    args = config.create_args(classes, channels)
     return build_model(config.model, args, config.fused_kernels).to(world.device), channels
 
 
@@ -47,13 +46,13 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
     runs = comparison.runs()
     started, whole = time.perf_counter(), []
     for number, (name, seed) in enumerate(runs, 1):
-        say(world, "")
+        world.say("")
         left = len(runs) - number + 1
         times = ""
         if whole:
             times = f"; {duration(time.perf_counter() - started)} so far"
             times += f", about {duration(statistics.mean(whole) * left)} left"
-        say(world, f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
+        world.say(f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
         torch._dynamo.reset()  # or compiled models would count against each other's limit
         place = find_place(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)

@@ -19,18 +19,6 @@ from t2tvit.models.t2t_module import T2TModule
 from t2tvit.models.timm_models import TIMM, create_timm_model
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import precision
-from t2tvit.training.pipeline import batch_per_process, size_of
-
-
-def create_args(config: RunConfig, num_classes: int, channels: int) -> dict:
-    """The arguments of ``create_model`` that rebuild the model of ``config``."""
-    return {
-        "img_size": list(size_of(config)),
-        "num_classes": config.num_classes or num_classes,
-        "in_chans": channels,
-        "drop_path_rate": config.drop_path,
-    } | config.model_args
 
 
 def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
@@ -92,10 +80,10 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World
     """
     model.eval()
     try:
-        with precision(config, world.device):
-            model(torch.zeros(1, channels, *size_of(config), device=world.device))
+        with config.autocast(world.device):
+            model(torch.zeros(1, channels, *config.size, device=world.device))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"model {config.model} at {size_of(config)} pixels: {error}") from None
+        raise InputError(f"model {config.model} at {config.size} pixels: {error}") from None
 
 
 def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: World) -> None:
@@ -104,15 +92,15 @@ def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: Wo
     Raises:
         InputError: it does not.
     """
-    if batch_per_process(config, world) // config.accumulate > 1:
+    if config.batch_per_process(world.size) // config.accumulate > 1:
         return
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     trial = copy.deepcopy(model).train()
     devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), precision(config, world.device):
+    with torch.random.fork_rng(devices), torch.no_grad(), config.autocast(world.device):
         try:
-            trial(torch.zeros(1, channels, *size_of(config), device=world.device))
+            trial(torch.zeros(1, channels, *config.size, device=world.device))
         except ValueError as error:
             raise InputError(f"{single_images(config)} ({error})") from None
 

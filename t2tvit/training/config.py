@@ -1,9 +1,12 @@
 """The one schema of a run: keys, defaults, bounds, help; YAML and the command line fill it.
 
+Each component of the trainer has its part of the keys, and of what follows from them.
+
 Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML file, the command
 line.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -11,6 +14,8 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+import torch
 
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.files import read_text
@@ -28,6 +33,7 @@ POLICY = re.compile(
     rf"|augmix(-([mwd]\d{{1,2}}|a{NUMBER}|b[01]|mstd{NUMBER}))*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})*"
 )
+ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers that adapt to the gradient's size
 # Arguments of create_model that model_args may not hold, and what sets them.
 ELSEWHERE = {
     "img_size": "--img-size",
@@ -39,26 +45,23 @@ ELSEWHERE = {
 
 
 def key(
-    group: str,
     default: object,
     help: str,
     *,
     choices: tuple[str, ...] | None = None,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
+    bounds: tuple[float, float | None] | None = None,
     metavar: str | None = None,
     bare: object = None,
 ):
     """A key of the schema: its default, help, and what values it takes beyond its type.
 
-    ``bare`` is what its option means without a value.
+    ``bounds`` are the least and the largest number, None for no largest. ``bare`` is what its option
+    means without a value.
     """
     metadata = {
-        "group": group,
         "help": help,
         "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
+        "bounds": bounds,
         "metavar": metavar,
         "bare": bare,
     }
@@ -68,11 +71,10 @@ def key(
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """All that decides what a run computes. Every key is also a command-line option."""
+class DataConfig:
+    """What the images are and how they become inputs."""
 
     data: str = key(
-        "data",
         "digits",
         "what to train on: digits (1,797 real handwritten digits, built in; digits:01234 for some of "
         "them), cifar10[:PATH] or cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
@@ -83,91 +85,124 @@ class RunConfig:
         metavar="SOURCE",
     )
     img_size: int | tuple[int, int] = key(
-        "data", 224, "side of the square input, or height and width, in pixels", minimum=16, maximum=16384
+        224, "side of the square input, or height and width, in pixels", bounds=(16, 16384)
     )
-    workers: int = key("data", 4, "loader processes per rank; 0 loads in the main one", minimum=0, maximum=1024)
+    workers: int = key(4, "loader processes per rank; 0 loads in the main one", bounds=(0, 1024))
     max_unreadable: int = key(
-        "data",
         10,
         "training images that may be missing or damaged before the run ends; each is named, and "
         "the next image replaces it. Held-out images must all be readable",
-        minimum=0,
+        bounds=(0, None),
     )
     interpolation: str = key(
-        "data", "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
+        "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
     )
     crop_pct: float = key(
-        "data", 0.9, "evaluation: share of the resized image that is kept", minimum=0.05, maximum=1
+        0.9, "evaluation: share of the resized image that is kept", bounds=(0.05, 1)
     )
     mean: tuple[float, ...] | None = key(
-        "data", None, "per channel, of values in [0, 1]; none: the data's own", minimum=0, maximum=1
+        None, "per channel, of values in [0, 1]; none: the data's own", bounds=(0, 1)
     )
     std: tuple[float, ...] | None = key(
-        "data", None, "per channel, of values in [0, 1]; none: the data's own", minimum=0.001
+        None, "per channel, of values in [0, 1]; none: the data's own", bounds=(0.001, None)
     )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Input (height, width) in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    def statistics(
+        self, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel: those configured, else ``mean`` and ``std``.
+
+        Raises:
+            InputError: those configured are of another number of channels.
+        """
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(mean):
+                raise InputError(
+                    f"{name}: got {len(value)} numbers, expected {len(mean)}, one per channel"
+                )
+        return self.mean or mean, self.std or std
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How training images are changed anew in each epoch."""
+
     crop_scale: tuple[float, float] = key(
-        "augmentation", (0.08, 1.0), "area of a random crop, least and most", minimum=0, maximum=1
+        (0.08, 1.0), "area of a random crop, least and most", bounds=(0, 1)
     )
     crop_ratio: tuple[float, float] = key(
-        "augmentation",
         (0.75, 1.3333),
         "width / height of a random crop, least and most",
-        minimum=0.1,
+        bounds=(0.1, None),
     )
     crop_padding: int | None = key(
-        "augmentation",
         None,
         "instead of a crop of random area: resize to the input, pad by so many pixels, crop at "
         "random; none: off",
-        minimum=1,
-        maximum=16384,
+        bounds=(1, 16384),
     )
     repeated_augmentation: int = key(
-        "augmentation",
         1,
         "how often an image stands in the batches of an update, each time augmented anew; an epoch "
         "then sees that part of the images",
-        minimum=1,
-        maximum=1000,
+        bounds=(1, 1000),
     )
-    hflip: float = key("augmentation", 0.5, "probability of mirroring", minimum=0, maximum=1)
+    hflip: float = key(0.5, "probability of mirroring", bounds=(0, 1))
     color_jitter: float = key(
-        "augmentation", 0.0, "strength of brightness, contrast and saturation jitter", minimum=0
+        0.0, "strength of brightness, contrast and saturation jitter", bounds=(0, None)
     )
     auto_augment: str | None = key(
-        "augmentation",
         None,
         "a policy of timm, such as rand-m9-mstd0.5-inc1; none: no policy",
         metavar="POLICY",
     )
     random_erasing: float = key(
-        "augmentation", 0.0, "probability of erasing a rectangle (noise)", minimum=0, maximum=1
+        0.0, "probability of erasing a rectangle (noise)", bounds=(0, 1)
     )
-    mixup: float = key("augmentation", 0.0, "Beta parameter of mixup; 0: off", minimum=0)
-    cutmix: float = key("augmentation", 0.0, "Beta parameter of cutmix; 0: off", minimum=0)
+    mixup: float = key(0.0, "Beta parameter of mixup; 0: off", bounds=(0, None))
+    cutmix: float = key(0.0, "Beta parameter of cutmix; 0: off", bounds=(0, None))
     mixup_switch: float = key(
-        "augmentation", 0.5, "with both on, the share of cutmix", minimum=0, maximum=1
+        0.5, "with both on, the share of cutmix", bounds=(0, 1)
     )
-    smoothing: float = key("augmentation", 0.1, "label smoothing", minimum=0, maximum=0.99)
+    smoothing: float = key(0.1, "label smoothing", bounds=(0, 0.99))
 
-    model: str = key("model", "t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
+    def check(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of their batch, in pairs."""
+        return bool(self.mixup or self.cutmix)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model and the weights that it starts from."""
+
+    model: str = key("t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
     model_args: dict = key(
-        "model", {}, "further arguments of create_model, such as embed_dim=128 depth=4"
+        {}, "further arguments of create_model, such as embed_dim=128 depth=4"
     )
     num_classes: int | None = key(
-        "model", None, "outputs of the head; none: the data's", minimum=1, maximum=1_000_000
+        None, "outputs of the head; none: the data's", bounds=(1, 1_000_000)
     )
-    drop_path: float = key("model", 0.1, "rate of stochastic depth", minimum=0, maximum=0.99)
+    drop_path: float = key(0.1, "rate of stochastic depth", bounds=(0, 0.99))
     initial_checkpoint: str | None = key(
-        "model",
         None,
         "weights to start from, .safetensors or .pth(.tar); positions are resized, a head of other "
         "classes starts afresh",
         metavar="FILE",
     )
     fused_kernels: str = key(
-        "model",
         "auto",
         "who computes the tokens-to-token module; auto takes the first backend that can, any other "
         "name is used or refused with the reason",
@@ -175,178 +210,296 @@ class RunConfig:
         bare="auto",
     )
 
+    def check(self) -> None:
+        for name, setter in ELSEWHERE.items():
+            if name in self.model_args:
+                raise InputError(f"model_args: {name} is set by {setter}; leave it out here")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An update: its images, learning rates, precision, and what happens if it fails."""
+
     optimizer: str = key(
-        "optimisation",
         "adamw",
         "a name of timm's factory, such as adamw, lamb, sgd (Nesterov) or momentum (plain SGD)",
         metavar="NAME",
     )
-    lr: float = key("optimisation", 1e-3, "peak learning rate, for the global batch", minimum=0)
+    lr: float = key(1e-3, "peak learning rate, for the global batch", bounds=(0, None))
     auto_lr: bool = key(
-        "optimisation",
         False,
         "scale every learning rate with the global batch: by batch_size / lr_batch_size, or its "
         "square root for optimisers that adapt to the gradient's size (ada..., lamb)",
     )
     lr_batch_size: int = key(
-        "optimisation", 512, "the global batch that the learning rates are meant for", minimum=1
+        512, "the global batch that the learning rates are meant for", bounds=(1, None)
     )
     backbone_lr_scale: float = key(
-        "optimisation",
         1.0,
         "learning rate of all but the head, as a share of lr: small for weights to be kept, 0 "
         "for a frozen backbone",
-        minimum=0,
+        bounds=(0, None),
     )
     layer_decay: float | None = key(
-        "optimisation",
         None,
         "learning rate of each layer over that of the next one towards the head; none: off",
-        minimum=0.01,
-        maximum=1,
+        bounds=(0.01, 1),
     )
     weight_decay: float = key(
-        "optimisation", 0.03, "not applied to biases, 1-D parameters and the class token", minimum=0
+        0.03, "not applied to biases, 1-D parameters and the class token", bounds=(0, None)
     )
-    momentum: float = key("optimisation", 0.9, "of SGD and the like", minimum=0, maximum=1)
+    momentum: float = key(0.9, "of SGD and the like", bounds=(0, 1))
     batch_size: int = key(
-        "optimisation",
         512,
         "images per update over all ranks together: the recipe stays the same on any GPU count "
         "(rounded down, with a warning, where their number does not divide it)",
-        minimum=1,
+        bounds=(1, None),
     )
     clip_grad: float | None = key(
-        "optimisation", None, "largest gradient norm; none: off", minimum=1e-6
+        None, "largest gradient norm; none: off", bounds=(1e-6, None)
     )
     amp: str = key(
-        "optimisation",
         "bfloat16",
         "autocast dtype; float16 scales the loss",
         choices=("bfloat16", "float16", "none"),
     )
-
     max_skipped: int = key(
-        "optimisation",
         20,
         "updates in a row that are skipped for a loss or gradient that is not finite, before the "
         "run ends and keeps the batch",
-        minimum=0,
+        bounds=(0, None),
     )
 
+    def check(self) -> None:
+        if self.layer_decay is not None and self.backbone_lr_scale != 1:
+            raise InputError(
+                f"layer_decay: got {self.layer_decay:g} beside backbone_lr_scale "
+                f"{self.backbone_lr_scale:g}; use one of them"
+            )
+
+    @property
+    def lr_factor(self) -> float:
+        """What every learning rate is multiplied with; 1 without ``auto_lr``."""
+        if not self.auto_lr:
+            return 1.0
+        ratio = self.batch_size / self.lr_batch_size
+        is_adaptive = any(part in self.optimizer for part in ADAPTIVE)
+        return ratio**0.5 if is_adaptive else ratio
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of ``amp``."""
+        return torch.float32 if self.amp == "none" else getattr(torch, self.amp)
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The autocast context of ``amp``."""
+        if self.amp == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What makes training faster or smaller without changing what it computes."""
+
     accumulate: int = key(
-        "speed",
         1,
         "pieces in which a process's images of an update go through the model, one after the other "
         "to save memory; their gradients add up to those of the whole",
-        minimum=1,
+        bounds=(1, None),
     )
     compile: str = key(
-        "speed",
         "none",
         "torch.compile of the whole model, by this mode; reduce-overhead replays CUDA graphs and "
         "helps where the GPU waits for the host",
         choices=("none", "default", "reduce-overhead", "max-autotune"),
         bare="default",
     )
-    channels_last: bool = key("speed", False, "channels-last memory format of images and weights")
+    channels_last: bool = key(False, "channels-last memory format of images and weights")
     grad_checkpointing: bool = key(
-        "speed", False, "compute the blocks again in the backward pass, to save memory"
+        False, "compute the blocks again in the backward pass, to save memory"
     )
     profile: int = key(
-        "speed",
         0,
         "updates to profile, from the sixth on; writes a trace and a summary; 0: off",
-        minimum=0,
+        bounds=(0, None),
         bare=10,
     )
 
+    def check(self) -> None:
+        if self.accumulate > 1 and self.compile in CUDA_GRAPHS:
+            raise InputError(
+                f"accumulate: got {self.accumulate} with compile {self.compile}, whose CUDA graphs "
+                "overwrite the gradients of the piece before; use --compile default, or --accumulate 1"
+            )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the epochs."""
+
     epochs: int = key(
-        "schedule",
         300,
         "epochs of the cosine schedule, warm-up included: all that the run trains, unless "
         "cooldown_epochs adds some (imagenet/MODEL adds 10)",
-        minimum=1,
+        bounds=(1, None),
     )
-    warmup_epochs: int = key("schedule", 10, "epochs of linear warm-up", minimum=0)
-    warmup_lr: float = key("schedule", 1e-6, "learning rate at the first update", minimum=0)
-    min_lr: float = key("schedule", 1e-5, "learning rate at the end", minimum=0)
+    warmup_epochs: int = key(10, "epochs of linear warm-up", bounds=(0, None))
+    warmup_lr: float = key(1e-6, "learning rate at the first update", bounds=(0, None))
+    min_lr: float = key(1e-5, "learning rate at the end", bounds=(0, None))
     cooldown_epochs: int = key(
-        "schedule", 0, "further epochs at min_lr, after those of --epochs", minimum=0
+        0, "further epochs at min_lr, after those of --epochs", bounds=(0, None)
     )
 
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """The average of the weights."""
+
     ema_decay: float | None = key(
-        "averaging",
         0.99996,
         "decay of the averaged weights, which are the ones evaluated and kept; none: no average",
-        minimum=0,
-        maximum=1,
+        bounds=(0, 1),
     )
     ema_warmup_power: float = key(
-        "averaging",
         0.8,
         "the decay grows as 1 - (1 + update)^-power up to ema_decay, so that short runs do not "
         "evaluate their random start",
-        minimum=0.1,
-        maximum=1,
+        bounds=(0.1, 1),
     )
 
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run keeps and reports, and where it computes."""
+
     checkpoint_minutes: float = key(
-        "run",
         10.0,
         "the training state is written after each epoch, and when this long has passed since; "
         "0: after every update",
-        minimum=0,
+        bounds=(0, None),
     )
     keep_checkpoints: int = key(
-        "run", 2, "training states to keep; a damaged one gives way to the one before", minimum=1
+        2, "training states to keep; a damaged one gives way to the one before", bounds=(1, None)
     )
-    tensorboard: bool = key("run", False, "also write the metrics for TensorBoard")
+    tensorboard: bool = key(False, "also write the metrics for TensorBoard")
     wandb: str | None = key(
-        "run",
         None,
         "also send the metrics to this project of Weights & Biases (pip install wandb; "
         "WANDB_MODE=offline keeps them here); none: off",
         metavar="PROJECT",
     )
     seed: int = key(
-        "run", 0, "of weights, order, augmentation and dropout", minimum=0, maximum=2**32 - 1
+        0, "of weights, order, augmentation and dropout", bounds=(0, 2**32 - 1)
     )
     device: str = key(
-        "run", "auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda")
+        "auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda")
     )
+
+
+# By the titles of their groups of options, in the order of the keys.
+PARTS = {
+    "data": DataConfig,
+    "augmentation": AugmentationConfig,
+    "model": ModelConfig,
+    "optimisation": OptimizerConfig,
+    "speed": SpeedConfig,
+    "schedule": ScheduleConfig,
+    "averaging": AverageConfig,
+    "run": OutputConfig,
+}
+
+
+# A dataclass has the keys of its last base first.
+@dataclass(frozen=True)
+class RunConfig(
+    OutputConfig,
+    AverageConfig,
+    ScheduleConfig,
+    SpeedConfig,
+    OptimizerConfig,
+    ModelConfig,
+    AugmentationConfig,
+    DataConfig,
+):
+    """All that decides what a run computes. Every key is also a command-line option.
+
+    It is made of the PARTS: what needs one of them takes that one, which a RunConfig is.
+    """
 
     def __post_init__(self):
         if self.lr < self.min_lr:
             raise InputError(
                 f"lr: got {self.lr:g}, expected at least min_lr = {self.min_lr:g}; lower min_lr too"
             )
-        for name in ("crop_scale", "crop_ratio"):
-            least, most = getattr(self, name)
-            if least > most:
-                raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
-        if self.layer_decay is not None and self.backbone_lr_scale != 1:
-            raise InputError(
-                f"layer_decay: got {self.layer_decay:g} beside backbone_lr_scale "
-                f"{self.backbone_lr_scale:g}; use one of them"
-            )
-        if self.accumulate > 1 and self.compile in CUDA_GRAPHS:
-            raise InputError(
-                f"accumulate: got {self.accumulate} with compile {self.compile}, whose CUDA graphs "
-                "overwrite the gradients of the piece before; use --compile default, or --accumulate 1"
-            )
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+        if self.mixes and self.batch_size % 2:
             raise InputError(
                 f"batch_size: got {self.batch_size}, mixup and cutmix need an even number; change "
                 "it or set both to 0"
             )
-        for name, setter in ELSEWHERE.items():
-            if name in self.model_args:
-                raise InputError(f"model_args: {name} is set by {setter}; leave it out here")
+        for part in (AugmentationConfig, OptimizerConfig, SpeedConfig, ModelConfig):
+            part.check(self)
+
+    def create_args(self, num_classes: int, channels: int) -> dict:
+        """The arguments of ``create_model`` that rebuild the model, for data of so many classes."""
+        return {
+            "img_size": list(self.size),
+            "num_classes": self.num_classes or num_classes,
+            "in_chans": channels,
+            "drop_path_rate": self.drop_path,
+        } | self.model_args
+
+    def batch_per_process(self, processes: int) -> int:
+        """Images of one process per update: its share of ``batch_size``, rounded down.
+
+        Mixup and cutmix need an even number.
+
+        Raises:
+            InputError: nothing is left.
+        """
+        images = self.batch_size // processes
+        if self.mixes:
+            images -= images % 2
+        if images == 0:
+            raise InputError(
+                f"batch_size: got {self.batch_size} for {processes} processes, which leaves none "
+                "for each; raise it"
+            )
+        return images
+
+    def fitted(self, images: int) -> tuple["RunConfig", list[str]]:
+        """For so few training images or epochs, with a line for each key that changes."""
+        config, lines = self, []
+        if self.batch_size > images:
+            batch = images - images % 2 if self.mixes else images
+            lines.append(
+                f"batch     {batch} instead of {self.batch_size}: there are only {images} training "
+                "images; a lower --batch-size gives more updates"
+            )
+            config = replace(config, batch_size=max(batch, 1))
+        if self.warmup_epochs >= self.epochs:
+            warmup = self.epochs // WARMUP_SHARE
+            lines.append(
+                f"warm-up   {warmup} instead of {self.warmup_epochs} epochs: the run has only "
+                f"{self.epochs}"
+            )
+            config = replace(config, warmup_epochs=warmup)
+        return config, lines
+
+    def to_yaml(self) -> str:
+        """A YAML document that :func:`resolve` reads back."""
+        import yaml
+
+        plain = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+        return yaml.safe_dump(plain, sort_keys=False)
 
 
 KEYS = {item.name: item for item in fields(RunConfig)}
 HINTS = typing.get_type_hints(RunConfig)
+GROUPS = {item.name: title for title, part in PARTS.items() for item in fields(part)}
 
 
 def resolve(config: str | Path | None, overrides: dict[str, object]) -> RunConfig:
@@ -373,26 +526,6 @@ def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored
     for name, value in overrides.items():
         checked[name] = convert(name, value, "--" + name.replace("_", "-"))
     return RunConfig(**checked)
-
-
-def fitted(config: RunConfig, images: int) -> tuple[RunConfig, list[str]]:
-    """``config`` for so few training images or epochs, with a line for each key that changes."""
-    lines = []
-    if config.batch_size > images:
-        batch = images - images % 2 if config.mixup or config.cutmix else images
-        lines.append(
-            f"batch     {batch} instead of {config.batch_size}: there are only {images} training "
-            "images; a lower --batch-size gives more updates"
-        )
-        config = replace(config, batch_size=max(batch, 1))
-    if config.warmup_epochs >= config.epochs:
-        warmup = config.epochs // WARMUP_SHARE
-        lines.append(
-            f"warm-up   {warmup} instead of {config.warmup_epochs} epochs: the run has only "
-            f"{config.epochs}"
-        )
-        config = replace(config, warmup_epochs=warmup)
-    return config, lines
 
 
 def packaged_names() -> list[str]:
@@ -482,17 +615,6 @@ def _expanded(node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def write_yaml(config: RunConfig) -> str:
-    """The configuration as a YAML document that :func:`resolve` reads back."""
-    import yaml
-
-    plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(config).items()
-    }
-    return yaml.safe_dump(plain, sort_keys=False)
-
-
 def convert(name: str, value: object, source: str) -> object:
     """``value``, from YAML or from the command line, as the schema's type for ``name``.
 
@@ -519,13 +641,20 @@ def convert(name: str, value: object, source: str) -> object:
         )
     if rules["choices"] is not None and converted not in rules["choices"]:
         raise InputError(f"{source}: {unknown_name('value', converted, rules['choices'])}")
-    for number in converted if isinstance(converted, tuple) else (converted,):
-        if isinstance(number, int | float) and not rules["minimum"] <= number <= rules["maximum"]:
-            bounds = f"at least {rules['minimum']:.10g}"
-            if rules["maximum"] < math.inf:
-                bounds += f" and at most {rules['maximum']:.10g}"
-            raise InputError(f"{source}: got {number}, expected {bounds}")
+    if rules["bounds"] is not None and converted is not None:
+        check_bounds(converted, rules["bounds"], source)
     return converted
+
+
+def check_bounds(value: object, bounds: tuple[float, float | None], source: str) -> None:
+    """Raise an InputError unless a number, or each of several, is within ``bounds``."""
+    least, most = bounds
+    for number in value if isinstance(value, tuple) else (value,):
+        if number < least or most is not None and number > most:
+            expected = f"at least {least:.10g}"
+            if most is not None:
+                expected += f" and at most {most:.10g}"
+            raise InputError(f"{source}: got {number}, expected {expected}")
 
 
 def _as(kind, value):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2t_kernels import BackendUnavailable
 from t2tvit.errors import InputError, OneRankError, RunError, SaidElsewhere
+from t2tvit.terminal import printable
 
 REPORTED = (InputError, RunError, BackendUnavailable)  # with one line, by the command line
 # What PyTorch says if the CPU's memory is full, or the one that loader processes share.
@@ -37,6 +38,123 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0 only; what ``text`` has of newlines and the like is escaped."""
+        if self.is_main:
+            print(printable(text), flush=True)
+
+    def on_main(self, function: Callable[[], object]) -> object:
+        """Call ``function`` on rank 0; every rank returns its result or raises its error."""
+        if self.size == 1:
+            return function()
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (InputError, RunError) as error:
+                outcome[1] = error
+            except Exception:
+                dist.broadcast_object_list([None, SaidElsewhere(1)], device=self.device)
+                raise
+        dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: object) -> list:
+        """``value`` of every rank, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def check_same(self, values: dict[str, object]) -> None:
+        """Raise an InputError on every rank unless all have the same ``values``, by what they are."""
+        every = self.gather(values)
+        for rank, (name, value) in itertools.product(range(self.size), values.items()):
+            own, first = every[rank][name], every[0][name]
+            if own != first:
+                raise InputError(
+                    f"{name}: process {rank} has {str(own)[:200]}, process 0 has {str(first)[:200]}; give "
+                    "every process the same command, with an output on a file system that all share"
+                )
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum of ``values`` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def minimum(self, values: Tensor) -> Tensor:
+        """Elementwise minimum of ``values`` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's buffers, such as batch norm's statistics, which are the ones kept."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def attributed(self, error: Exception) -> Exception:
+        """What this process raises for ``error``, so that only one process reports the cause."""
+        if isinstance(error, SaidElsewhere):
+            return error
+        if is_lost_connection(error):
+            return self._lost()
+        text = str(error)
+        with contextlib.suppress(RuntimeError):  # the store has gone with its process
+            self.store.set("cause", text)
+            if self.is_main:
+                self.store.set("cause of main", text)
+        if not isinstance(error, REPORTED):
+            return error
+        if not self.is_main and not getattr(error, "of_one_rank", False):
+            if self._said("cause of main") is not None:
+                return SaidElsewhere(1 if isinstance(error, RunError) else 2)
+            error.of_one_rank = True
+        return error
+
+    def _lost(self) -> Exception:
+        """What this process raises when another has ended, perhaps without reporting why."""
+        # A process that is killed closes its connections one by one, and the store's may be the last:
+        # PyTorch logs a traceback if the store is asked in between.
+        time.sleep(0.3)
+        if self._said("cause") is not None:
+            return SaidElsewhere(1)
+        with contextlib.suppress(RuntimeError):
+            if has_store() and self.store.add("lost", 1) > 1:
+                return SaidElsewhere(1)
+        error = RunError(
+            "another process of the run was lost, perhaps killed for lack of memory; the last "
+            "checkpoint is intact"
+        )
+        error.of_one_rank = True
+        return error
+
+    def _said(self, key: str) -> str | None:
+        """What a process stores under ``key`` within PATIENCE; None if nothing."""
+        deadline = time.monotonic() + PATIENCE
+        with contextlib.suppress(RuntimeError):
+            while has_store() and time.monotonic() < deadline:
+                if self.store.check([key]):
+                    return self.store.get(key).decode()
+                time.sleep(0.05)
+        return None
+
+    def leave(self) -> None:
+        """Let the main process end last if it holds the store, in which the others look for the cause."""
+        with contextlib.suppress(RuntimeError):
+            if not has_store():
+                return
+            left, deadline = self.store.add("left", 1), time.monotonic() + PATIENCE
+            if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                while left < self.size and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    left = self.store.add("left", 0)
 
 
 def start(device: str) -> World:
@@ -121,13 +239,13 @@ def joined(device: str, failure: InputError | None = None) -> Iterator[World]:
             if cause is error:
                 raise
             raise cause from None
-        cause = attributed(cause, world)
+        cause = world.attributed(cause)
         if cause is error and not isinstance(cause, REPORTED):
             raise
         # What still refers to the process group would keep the others waiting.
         traceback.clear_frames(error.__traceback__)
         stop()
-        leave(world)
+        world.leave()
         raise cause from None
     finally:
         stop()
@@ -162,60 +280,11 @@ def explained(error: Exception) -> Exception:
     return error
 
 
-def attributed(error: Exception, world: World) -> Exception:
-    """What this process raises for ``error``, so that only one process reports the cause."""
-    if isinstance(error, SaidElsewhere):
-        return error
-    if is_lost_connection(error):
-        return lost(world)
-    text = str(error)
-    with contextlib.suppress(RuntimeError):  # the store has gone with its process
-        world.store.set("cause", text)
-        if world.is_main:
-            world.store.set("cause of main", text)
-    if not isinstance(error, REPORTED):
-        return error
-    if not world.is_main and not getattr(error, "of_one_rank", False):
-        if said(world, "cause of main") is not None:
-            return SaidElsewhere(1 if isinstance(error, RunError) else 2)
-        error.of_one_rank = True
-    return error
-
-
 def is_lost_connection(error: Exception) -> bool:
     """Whether a collective failed, because another process has ended."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
-
-
-def lost(world: World) -> Exception:
-    """What this process raises when another has ended, perhaps without reporting why."""
-    # A process that is killed closes its connections one by one, and the store's may be the last:
-    # PyTorch logs a traceback if the store is asked in between.
-    time.sleep(0.3)
-    if said(world, "cause") is not None:
-        return SaidElsewhere(1)
-    with contextlib.suppress(RuntimeError):
-        if has_store() and world.store.add("lost", 1) > 1:
-            return SaidElsewhere(1)
-    error = RunError(
-        "another process of the run was lost, perhaps killed for lack of memory; the last "
-        "checkpoint is intact"
-    )
-    error.of_one_rank = True
-    return error
-
-
-def said(world: World, key: str) -> str | None:
-    """What a process stores under ``key`` within PATIENCE; None if nothing."""
-    deadline = time.monotonic() + PATIENCE
-    with contextlib.suppress(RuntimeError):
-        while has_store() and time.monotonic() < deadline:
-            if world.store.check([key]):
-                return world.store.get(key).decode()
-            time.sleep(0.05)
-    return None
 
 
 def has_store() -> bool:
@@ -228,80 +297,7 @@ def has_store() -> bool:
     return True
 
 
-def leave(world: World) -> None:
-    """Let the main process end last if it holds the store, in which the others look for the cause."""
-    with contextlib.suppress(RuntimeError):
-        if not has_store():
-            return
-        left, deadline = world.store.add("left", 1), time.monotonic() + PATIENCE
-        if world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            while left < world.size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                left = world.store.add("left", 0)
-
-
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_main(world: World, function: Callable[[], object]) -> object:
-    """Call ``function`` on rank 0; every rank returns its result or raises its error."""
-    if world.size == 1:
-        return function()
-    outcome = [None, None]
-    if world.is_main:
-        try:
-            outcome[0] = function()
-        except (InputError, RunError) as error:
-            outcome[1] = error
-        except Exception:
-            dist.broadcast_object_list([None, SaidElsewhere(1)], device=world.device)
-            raise
-    dist.broadcast_object_list(outcome, device=world.device)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def check_same(world: World, values: dict[str, object]) -> None:
-    """Raise an InputError on every rank unless all have the same ``values``, by what they are."""
-    every = gather(world, values)
-    for rank, (name, value) in itertools.product(range(world.size), values.items()):
-        own, first = every[rank][name], every[0][name]
-        if own != first:
-            raise InputError(
-                f"{name}: process {rank} has {str(own)[:200]}, process 0 has {str(first)[:200]}; give "
-                "every process the same command, with an output on a file system that all share"
-            )
-
-
-def gather(world: World, value: object) -> list:
-    """``value`` of every rank, in order of rank."""
-    if world.size == 1:
-        return [value]
-    values = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(world: World, values: Tensor) -> Tensor:
-    """Elementwise sum of ``values`` over all ranks, in place."""
-    if world.size > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def share_buffers(world: World, model: nn.Module) -> None:
-    """Give every rank rank 0's buffers, such as batch norm's statistics, which are the ones kept."""
-    if world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def min_over_ranks(world: World, values: Tensor) -> Tensor:
-    """Elementwise minimum of ``values`` over all ranks, in place."""
-    if world.size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MIN)
-    return values

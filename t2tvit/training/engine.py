@@ -16,22 +16,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from t2tvit.errors import InputError, NonFiniteLoss, OneRankError
 from t2tvit.terminal import printable
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, gather, share_buffers, sum_over_ranks
+from t2tvit.training.distributed import World
 from t2tvit.training.keeper import Keeper
 from t2tvit.training.pipeline import Data, Normalize, batches, begin_epoch
-from t2tvit.training.progress import Progress, peak_memory, say
+from t2tvit.training.progress import Progress, peak_memory
 from t2tvit.training.samples import Sample
 from t2tvit.training.state import TrainState, rng_state
 
 # How often the loss is read from the device: each time waits for all work queued there.
 CHECK_EVERY = 10
-
-
-def precision(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    """The autocast context of ``config.amp``."""
-    if config.amp == "none":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, config.amp))
 
 
 def mixing(config: RunConfig, num_classes: int) -> Mixup | None:
@@ -137,7 +130,7 @@ def epoch_metrics(
     """What :func:`train_epoch` returns."""
     seconds = clock.seconds
     own = [state.loss_sum.item(), state.images, clock.images_before, clock.waited, clock.reading]
-    sums = sum_over_ranks(world, state.loss_sum.new_tensor(own))
+    sums = world.sum(state.loss_sum.new_tensor(own))
     loss_sum, images, before, waited, reading = sums.tolist()
     readers = max(data.train.num_workers, 1) * world.size
     return {
@@ -148,7 +141,7 @@ def epoch_metrics(
         "memory_mib": peak_memory(world.device),
         "lr": max(group["lr"] for group in state.optimizer.param_groups),
         "skipped_updates": state.skipped,
-        "unreadable_images": len(set().union(*gather(world, state.unreadable))),
+        "unreadable_images": len(set().union(*world.gather(state.unreadable))),
     }
 
 
@@ -247,7 +240,7 @@ def accumulate(
         alone = world.size > 1 and number < len(pieces)
         with state.network.no_sync() if alone else contextlib.nullcontext():
             try:
-                with record_function("forward"), precision(config, world.device):
+                with record_function("forward"), config.autocast(world.device):
                     loss = loss_function(state.network(part), wanted) * (len(part) / len(images))
             except InputError:
                 raise
@@ -294,7 +287,7 @@ def report_skipped(
     state.skipped += 1
     state.skipped_in_a_row += 1
     where = f"step {state.step + 1} of epoch {state.epochs_done + 1}"
-    ranks = gather(world, (loss, batch["names"]))
+    ranks = world.gather((loss, batch["names"]))
     bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
     # A loss scale that is too large is found so, and is no fault of the batch.
     state.diverging = bool(bad) or not state.scaler.is_enabled()
@@ -311,7 +304,7 @@ def report_skipped(
             batch,
         )
     if state.diverging:
-        say(world, f"warning   {what} at {where} ({whose}); update skipped")
+        world.say(f"warning   {what} at {where} ({whose}); update skipped")
 
 
 @torch.no_grad()
@@ -334,7 +327,7 @@ def evaluate(
     Raises:
         Stopped: on every rank, if ``keeper`` knows of a signal on any.
     """
-    share_buffers(world, model)
+    world.share_buffers(model)
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     started = time.perf_counter()
@@ -343,7 +336,7 @@ def evaluate(
     with Progress("evaluation", None if is_stream else len(loader), world) as progress:
         for step, (images, labels) in enumerate(items, start=1):
             labels = labels.to(world.device, non_blocking=True)
-            with precision(config, world.device):
+            with config.autocast(world.device):
                 logits = model(normalize(images)).float()
             ranked = logits.topk(min(5, model.num_classes)).indices == labels[:, None]
             ranked &= logits.isfinite().all(dim=1, keepdim=True)
@@ -357,7 +350,7 @@ def evaluate(
                 progress.show(step, f"{rate:,.0f} images/s")
     if keeper is not None:
         keeper.after_evaluation()
-    loss, first, five, count = sum_over_ranks(world, sums).tolist()
+    loss, first, five, count = world.sum(sums).tolist()
     result = {"eval_loss": loss / count, "top1": 100 * first / count}
     if model.num_classes >= 5:
         result["top5"] = 100 * five / count

@@ -12,13 +12,11 @@ from t2tvit.models.registry import pretrained_cfg
 from t2tvit.training.build import (
     build_model,
     check_classes,
-    create_args,
     load_weights,
     try_forward,
 )
 from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.pipeline import size_of
 from t2tvit.training.state import BEST_FILE, LAST_FILE, Weights, read_about
 
 # What a checkpoint of our own decides.
@@ -82,7 +80,7 @@ def described_at(address: str) -> tuple[Path, Weights]:
 def load_trained(path: Path, config: RunConfig, about: Weights | None, world: World) -> Trained:
     """The model of a checkpoint, in evaluation mode on this process's device."""
     if about is None:
-        args, class_names = create_args(config, 1000, 3), None
+        args, class_names = config.create_args(1000, 3), None
     else:
         args, class_names = {"in_chans": 3} | about.create_args, about.class_names
     model = build_model(config.model, args, config.fused_kernels)
@@ -96,7 +94,7 @@ def held_out(trained: Trained) -> tuple[Split, list[int] | None]:
     """The held-out split of the configured data, and its labels' numbers in the model's order."""
     config = trained.config
     classes = trained.model.num_classes
-    split = open_split(config.data, "val", img_size=size_of(config), num_classes=classes)
+    split = open_split(config.data, "val", img_size=config.size, num_classes=classes)
     if split.channels != trained.channels:
         raise InputError(
             f"data: {config.data} has {split.channels} channels, the model takes {trained.channels}"

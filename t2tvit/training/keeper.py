@@ -16,9 +16,8 @@ from torch import Tensor
 
 from t2tvit.errors import InputError, RunError, SaidElsewhere
 from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World, gather, min_over_ranks, on_main
+from t2tvit.training.distributed import World
 from t2tvit.training.form import check_state
-from t2tvit.training.progress import say
 from t2tvit.training.state import TrainState, read_tensors, rng_state, write_tensors
 
 STATE_FILES = "state-*.safetensors"
@@ -250,8 +249,7 @@ class Keeper:
 
         A state that ``passes`` is not counted, and the next one replaces it.
         """
-        ranks = gather(
-            self.world,
+        ranks = self.world.gather(
             {
                 "rng": rng_state(self.world.device),
                 "loss_sum": float(state.loss_sum),
@@ -259,15 +257,14 @@ class Keeper:
                 "unreadable": sorted(state.unreadable),
             },
         )
-        on_main(self.world, lambda: self._write(state, ranks, passes))
+        self.world.on_main(lambda: self._write(state, ranks, passes))
         self.saved = time.monotonic()
         self.newest = self._path(state)
 
     def _save_if_sound(self, state: TrainState) -> bool:
         """Save the state, unless updates are being skipped; whether it has been saved."""
         if state.skipped_in_a_row:
-            say(
-                self.world,
+            self.world.say(
                 f"warning   no training state is saved now, as the last {state.skipped_in_a_row} "
                 "updates were skipped; the states from before are kept",
             )
@@ -278,7 +275,7 @@ class Keeper:
     def _leave(self, is_kept: bool) -> NoReturn:
         """Raise :class:`Stopped` on every rank."""
         node = os.environ.get("GROUP_RANK")
-        signalled = gather(self.world, node if self.signals.received is not None else None)
+        signalled = self.world.gather(node if self.signals.received is not None else None)
         raise Stopped(is_kept, is_elsewhere=node is not None and node not in signalled)
 
     def _ask(self) -> None:
@@ -294,7 +291,7 @@ class Keeper:
     def _all_agree(self, *answers: bool) -> list[bool]:
         """For each question, whether every rank answers yes."""
         votes = torch.tensor(answers, dtype=torch.int32, device=self.world.device)
-        return [bool(vote) for vote in min_over_ranks(self.world, votes).tolist()]
+        return [bool(vote) for vote in self.world.minimum(votes).tolist()]
 
     def _path(self, state: TrainState) -> Path:
         return self.output / state_name(state.epochs_done, state.step)

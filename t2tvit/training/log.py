@@ -17,8 +17,7 @@ from t2tvit.training.build import backend_lines, describe_device
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.keeper import STATE_FILES
-from t2tvit.training.optimiser import lr_factor
-from t2tvit.training.pipeline import Data, batch_per_process, size_of
+from t2tvit.training.pipeline import Data
 from t2tvit.training.profiling import TRACE_FILE
 from t2tvit.training.state import (
     BEST_FILE,
@@ -74,7 +73,7 @@ def opening_lines(
     config: RunConfig, data: Data, model: nn.Module, epochs: int, world: World
 ) -> Iterator[str]:
     """What the log begins with: what is trained, on what, and who computes it."""
-    height, width = size_of(config)
+    height, width = config.size
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
     yield f"device    {describe_device(world.device)}, world size {world.size}, amp {config.amp}"
@@ -88,17 +87,17 @@ def opening_lines(
     yield f"model     {config.model}, {parameters:,} parameters"
     if config.initial_checkpoint is not None:
         yield f"          from the weights of {config.initial_checkpoint}"
-    share = batch_per_process(config, world)
+    share = config.batch_per_process(world.size)
     batch = share * world.size
     yield (
         f"training  {epochs} epochs of {len(data.train)} updates, global batch {batch} ({share} "
-        f"per process), {config.optimizer}, lr {config.lr * lr_factor(config):g}, weight decay "
+        f"per process), {config.optimizer}, lr {config.lr * config.lr_factor:g}, weight decay "
         f"{config.weight_decay:g}"
     )
     if config.auto_lr:
         yield (
             f"          lr {config.lr:g} for batches of {config.lr_batch_size}, scaled by "
-            f"{lr_factor(config):g} to {config.batch_size}"
+            f"{config.lr_factor:g} to {config.batch_size}"
         )
     if batch != config.batch_size:
         yield (

@@ -15,15 +15,6 @@ FUSED = ("adam", "adamw")  # of torch, in one kernel for all parameters
 ADAPTIVE = ("ada", "lamb")  # parts of the names of those that adapt to the gradient's size
 
 
-def lr_factor(config: RunConfig) -> float:
-    """What every learning rate of ``config`` is multiplied with; 1 without ``auto_lr``."""
-    if not config.auto_lr:
-        return 1.0
-    ratio = config.batch_size / config.lr_batch_size
-    is_adaptive = any(part in config.optimizer for part in ADAPTIVE)
-    return ratio**0.5 if is_adaptive else ratio
-
-
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The optimiser of timm's factory that ``config`` names.
 
@@ -40,7 +31,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         return timm.optim.create_optimizer_v2(
             model,
             opt=config.optimizer,
-            lr=config.lr * lr_factor(config),
+            lr=config.lr * config.lr_factor,
             momentum=config.momentum,
             **({"fused": True} if config.optimizer in FUSED else {}),
             param_group_fn=lambda model: parameter_groups(model, config),

@@ -168,18 +168,12 @@ class Normalize:
         return images if self.erase is None else self.erase(images)
 
 
-def size_of(config: RunConfig) -> tuple[int, int]:
-    """Input (height, width) in pixels."""
-    size = config.img_size
-    return size if isinstance(size, tuple) else (size, size)
-
-
 def train_transform(config: RunConfig, mean: tuple[float, ...]):
     """PIL image → augmented uint8 tensor (C, H, W); erasing and normalisation come later.
 
     ``mean``, per channel, is what a policy of ``auto_augment`` fills the uncovered parts with.
     """
-    height, width = size_of(config)
+    height, width = config.size
     padded = config.crop_padding is not None
     try:
         transform = create_transform(
@@ -209,12 +203,12 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
 def eval_transform(config: RunConfig):
     """PIL image → resized, centre-cropped uint8 tensor (C, H, W)."""
     transform = create_transform(
-        size_of(config),
+        config.size,
         interpolation=config.interpolation,
         crop_pct=config.crop_pct,
         normalize=False,
     )
-    return Compose([CentralPart(size_of(config)), transform])
+    return Compose([CentralPart(config.size), transform])
 
 
 @dataclass(frozen=True)
@@ -245,7 +239,7 @@ def open_splits(
     Raises:
         InputError: they cannot be read.
     """
-    options = {"img_size": size_of(config), "class_names": class_names}
+    options = {"img_size": config.size, "class_names": class_names}
     train = open_split(config.data, "train", num_classes=config.num_classes, **options)
     classes = len(train.class_names) if is_stream(train) else config.num_classes
     return train, open_split(config.data, "val", num_classes=classes, **options)
@@ -260,7 +254,7 @@ def open_data(
         InputError: the data cannot be read, or does not fit the configuration.
     """
     split, held_out = splits or open_splits(config)
-    mean, std = statistics(config, split.mean, split.std)
+    mean, std = config.statistics(split.mean, split.std)
     train = train_loader(split, config, world)
     try:
         next(iter(train.dataset)) if is_stream(split) else train.dataset[0]
@@ -316,65 +310,29 @@ def check_held_out(split: Split, world: World) -> None:
         raise OneRankError(str(error)) from None
 
 
-def statistics(
-    config: RunConfig, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: those configured, else the data's ``mean``, ``std``.
-
-    Raises:
-        InputError: those configured are of another number of channels.
-    """
-    for name in ("mean", "std"):
-        value = getattr(config, name)
-        if value is not None and len(value) != len(mean):
-            raise InputError(
-                f"{name}: got {len(value)} numbers, expected {len(mean)}, one per channel"
-            )
-    return config.mean or mean, config.std or std
-
-
-def batch_per_process(config: RunConfig, world: World) -> int:
-    """Images of one process per update: its share of ``batch_size``, rounded down.
-
-    Mixup and cutmix need an even number.
-
-    Raises:
-        InputError: nothing is left.
-    """
-    images = config.batch_size // world.size
-    if config.mixup or config.cutmix:
-        images -= images % 2
-    if images == 0:
-        raise InputError(
-            f"batch_size: got {config.batch_size} for {world.size} processes, which leaves none "
-            "for each; raise it"
-        )
-    return images
-
-
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
     """Shuffled batches of :func:`batch_per_process` images; call :func:`begin_epoch` first.
 
     The ranks' batches together are those of a single process with the same seed.
     """
-    if config.accumulate > batch_per_process(config, world):
+    if config.accumulate > config.batch_per_process(world.size):
         raise InputError(
             f"accumulate: got {config.accumulate}, expected at most the "
-            f"{batch_per_process(config, world)} images that a process has per update"
+            f"{config.batch_per_process(world.size)} images that a process has per update"
         )
     if config.batch_size > len(split.images):
         raise InputError(
             f"batch_size: got {config.batch_size}, but the data has only {len(split.images)} "
             "training images; lower it"
         )
-    mean, _ = statistics(config, split.mean, split.std)
+    mean, _ = config.statistics(split.mean, split.std)
     transform = train_transform(config, mean)
     if is_stream(split):
         from t2tvit.training.streaming import TrainingStream
 
         if config.repeated_augmentation > 1:
             raise InputError("repeated_augmentation: a stream of shards has each image once")
-        share = batch_per_process(config, world)
+        share = config.batch_per_process(world.size)
         dataset = TrainingStream(split, transform, share, config.seed, world)
         sampler = None
     else:
@@ -384,7 +342,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
             sampler = RepeatingSampler(dataset, config.repeated_augmentation, config.seed, world)
     return DataLoader(
         dataset,
-        batch_size=batch_per_process(config, world),
+        batch_size=config.batch_per_process(world.size),
         sampler=sampler,
         num_workers=workers_for(split, config),
         pin_memory=world.device.type == "cuda",

@@ -8,7 +8,6 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from t2tvit.files import write_atomically
 from t2tvit.training.distributed import World
-from t2tvit.training.progress import say
 
 TRACE_FILE = "profile.json.gz"
 SUMMARY_FILE = "profile.txt"
@@ -56,8 +55,7 @@ class Profiler:
         if self.left:
             self.profile.on_trace_ready = None
             self.profile.stop()
-            say(
-                self.world,
+            self.world.say(
                 f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, the "
                 f"run made {self.left} too few",
             )
@@ -69,8 +67,8 @@ class Profiler:
         text = summary(done, self.updates, self.world.device)
         write_atomically(self.output / SUMMARY_FILE, text + "\n")
         for line in text.splitlines():
-            say(self.world, line)
-        say(self.world, f"          the trace is {self.output / TRACE_FILE}, for ui.perfetto.dev")
+            self.world.say(line)
+        self.world.say(f"          the trace is {self.output / TRACE_FILE}, for ui.perfetto.dev")
 
 
 def summary(done: profile, updates: int, device: torch.device) -> str:

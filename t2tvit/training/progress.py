@@ -7,19 +7,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from t2tvit.terminal import printable
 from t2tvit.training.distributed import World
 
 # Without a terminal, an epoch longer than this says how far it has come.
 SECONDS_BETWEEN_LINES = 30
 # The first updates compile, tune and allocate; the next are timed, so many and so long at least.
 NOT_TIMED, LEAST_TIMED, SECONDS_TIMED = 2, 3, 3.0
-
-
-def say(world: World, text: str) -> None:
-    """Print a line, on rank 0 only; what ``text`` has of newlines and the like is escaped."""
-    if world.is_main:
-        print(printable(text), flush=True)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -60,7 +53,7 @@ class Progress:
             self.spoken = now
             of = "" if self.steps is None else f"/{self.steps}"
             elapsed = duration(now - self.started)
-            say(self.world, f"{self.title}  step {step}{of}  {elapsed}  {text}")
+            self.world.say(f"{self.title}  step {step}{of}  {elapsed}  {text}")
 
 
 class Forecast:
@@ -93,8 +86,7 @@ class Forecast:
         each = seconds / timed
         whole = each * self.updates
         runs = "" if self.runs == 1 else f", {duration(whole * self.runs)} for {self.runs} such runs"
-        say(
-            self.world,
+        self.world.say(
             f"time      about {duration(whole)} for {self.what}{runs} ({each:.2g} s per update)",
         )
 

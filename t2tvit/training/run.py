@@ -26,15 +26,14 @@ from t2tvit.files import WRITING, read_bytes, read_text, set_aside, write_atomic
 from t2tvit.training.build import (
     build_model,
     check_classes,
-    create_args,
     describe_device,
     load_weights,
     speed_up,
     try_batch_norm,
     try_forward,
 )
-from t2tvit.training.config import RunConfig, fitted, from_dict, resolve, write_yaml
-from t2tvit.training.distributed import World, on_main
+from t2tvit.training.config import RunConfig, from_dict, resolve
+from t2tvit.training.distributed import World
 from t2tvit.training.engine import evaluate, train_epoch
 from t2tvit.training.form import check_optimizer
 from t2tvit.training.identity import (
@@ -66,10 +65,10 @@ from t2tvit.training.log import (
     opening_lines,
     versions,
 )
-from t2tvit.training.optimiser import build_optimizer, lr_factor
+from t2tvit.training.optimiser import build_optimizer
 from t2tvit.training.pipeline import Data, is_stream, open_data, open_splits
 from t2tvit.training.profiling import Profiler
-from t2tvit.training.progress import Forecast, Progress, say
+from t2tvit.training.progress import Forecast, Progress
 from t2tvit.training.rewind import fitting, rewind
 from t2tvit.training.state import (
     BEST_FILE,
@@ -215,21 +214,21 @@ def run_locked(
 ) -> None:
     """:func:`train`, with the lock of ``place.output`` in ``held``."""
     output = place.output
-    on_main(world, lambda: check_output(place))
-    on_main(world, lambda: check_trackers(config))
+    world.on_main(lambda: check_output(place))
+    world.on_main(lambda: check_trackers(config))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     resumed = None if place.state_path is None else read_resumable(place.state_path)
     if resumed is not None:
-        on_main(world, lambda: check_owner(place.state_path, resumed, owner_of(place)))
+        world.on_main(lambda: check_owner(place.state_path, resumed, owner_of(place)))
     asked = config
     with obeying(signals, world):
         splits = open_splits(config, None if resumed is None else resumed["class_names"])
-        images = on_main(world, lambda: described_images(splits, place, resumed))
-        config, changes = fitted(config, len(splits[0].images))
+        images = world.on_main(lambda: described_images(splits, place, resumed))
+        config, changes = config.fitted(len(splits[0].images))
         data = open_data(config, world, splits)
     seed_everything(config.seed)
-    args = create_args(config, len(data.split.class_names), data.split.channels)
+    args = config.create_args(len(data.split.class_names), data.split.channels)
     model = build_model(config.model, args, config.fused_kernels)
     check_classes(model.num_classes, data.split)
     if config.initial_checkpoint is not None and place.state_path is None:
@@ -252,22 +251,21 @@ def run_locked(
         class_names=data.split.class_names,
         config=asdict(config) | {"mean": data.mean, "std": data.std},
     )
-    best, lost = on_main(world, lambda: claim(place, asked, owner, resumed, about, held))
-    on_main(world, lambda: record_start(asked, output, state, owner, world))
+    best, lost = world.on_main(lambda: claim(place, asked, owner, resumed, about, held))
+    world.on_main(lambda: record_start(asked, output, state, owner, world))
     for line in (*opening_lines(config, data, model, epochs, world), *changes):
-        say(world, line)
+        world.say(line)
     for reason in place.damaged:
-        say(world, f"warning   {reason}: resuming from {place.state_path} instead")
+        world.say(f"warning   {reason}: resuming from {place.state_path} instead")
     for line in lost:
-        say(world, line)
+        world.say(line)
     if resumed is not None:
-        say(
-            world,
+        world.say(
             f"resumed   {place.state_path}, after {state.epochs_done} epochs and {state.step} "
             "updates",
         )
         for line in change_lines(resumed["config"], config, is_stream(data.split) and state.step > 0):
-            say(world, line)
+            world.say(line)
     keeper = Keeper(output, asked, data.split.class_names, images, world, signals)
     profiler = Profiler(output, config.profile, world)
     steps = len(data.train)
@@ -288,7 +286,7 @@ def run_locked(
     profiler.close()
     check_end(state, best)
     for line in closing_lines(state.history, best, epochs, output):
-        say(world, line)
+        world.say(line)
 
 
 def check_left(epochs_done: int, epochs: int, before: dict, config: RunConfig) -> None:
@@ -360,14 +358,14 @@ def train_epochs(
         state.end_epoch(metrics)
         is_finite = math.isfinite(metrics["eval_loss"])
         if not is_finite:
-            say(world, f"warning   the held-out loss of epoch {state.epochs_done} is not finite")
+            world.say(f"warning   the held-out loss of epoch {state.epochs_done} is not finite")
         is_best = is_finite and (not best or metrics["top1"] >= state.history[best - 1]["top1"])
         best = state.epochs_done if is_best else best
         keeper.after_epoch(state)  # first, as the weights of a finished epoch can be read from it
         about = replace(about, epoch=state.epochs_done, top1=metrics["top1"])
         for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
             weights = (state.evaluated_model, output / name, about)
-            on_main(world, lambda: save_weights(*weights))
+            world.on_main(lambda: save_weights(*weights))
         if world.is_main:
             write_metrics(output / METRICS_FILE, state.history)
             trackers.epoch(metrics)
@@ -376,9 +374,9 @@ def train_epochs(
                 drawn = time.perf_counter()
         done = state.epochs_done
         left = (time.perf_counter() - started) / (done - before) * (epochs - done)
-        say(world, epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
+        world.say(epoch_line(metrics, epochs, left) + ("  best" if is_best else ""))
         if not is_loader_told and metrics["loader_images_per_second"]:
-            say(world, loader_line(metrics, data.train.num_workers))
+            world.say(loader_line(metrics, data.train.num_workers))
             is_loader_told = True
     if world.is_main:
         draw_curves(state.history, output / CURVES_FILE)
@@ -435,8 +433,8 @@ def build_state(
         optimizer,
         num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr * lr_factor(config),
-        min_lr=config.min_lr * lr_factor(config),
+        warmup_lr=config.warmup_lr * config.lr_factor,
+        min_lr=config.min_lr * config.lr_factor,
         cooldown_epochs=config.cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
@@ -493,8 +491,7 @@ def restore(state: TrainState, resumed: dict, config: RunConfig, world: World) -
         state.loss_sum = sum(rank["loss_sum"] for rank in ranks)
         state.images = sum(rank["images"] for rank in ranks)
     state.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
-    say(
-        world,
+    world.say(
         f"the run had {len(ranks)} processes and now has {world.size}: random numbers "
         "start afresh, so it will not end bit-identical to an uninterrupted one",
     )
@@ -614,12 +611,12 @@ def record_start(
     config: RunConfig, output: Path, state: TrainState, owner: dict, world: World
 ) -> None:
     """Write the configuration, the circumstances, and the metrics of the epochs done."""
-    write_atomically(output / CONFIG_FILE, write_yaml(config))
+    write_atomically(output / CONFIG_FILE, config.to_yaml())
     path = output / RUN_FILE
     record = read_record(output)
     if not record and os.path.lexists(path):
         aside = set_aside(path)
-        say(world, f"warning   {path} is not the record of a run; renamed to {aside.name}")
+        world.say(f"warning   {path} is not the record of a run; renamed to {aside.name}")
     start = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),

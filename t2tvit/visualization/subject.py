@@ -16,11 +16,11 @@ from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.timm_models import TIMM, check_timm_arguments
 from t2tvit.prediction import MODES, HeldOutImages, gather
 from t2tvit.terminal import printable
-from t2tvit.training.build import build_model, create_args, load_weights
+from t2tvit.training.build import build_model, load_weights
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.inference import load_trained
-from t2tvit.training.pipeline import Normalize, eval_transform, statistics
+from t2tvit.training.pipeline import Normalize, eval_transform
 from t2tvit.training.state import Weights
 from t2tvit.visualization.pages import visualize
 
@@ -54,15 +54,15 @@ def trained_subject(
     if shows_held_out:
         held_out = HeldOutImages(trained, HELD_OUT_IMAGES, names)
         known = held_out.mean, held_out.std
-    mean, std = statistics(config, *known)
+    mean, std = config.statistics(*known)
     return Subject(trained.model, f"{config.model}, {path}", config, mean, std, names, held_out)
 
 
 def new_subject(config: RunConfig) -> Subject:
     """A model with new weights."""
-    args = create_args(config, 1000, 3)
+    args = config.create_args(1000, 3)
     model = build_model(config.model, args, config.fused_kernels)
-    mean, std = statistics(config, *IMAGENET_STATISTICS)
+    mean, std = config.statistics(*IMAGENET_STATISTICS)
     return Subject(model, f"{config.model}, newly initialised", config, mean, std, None)
 
 
@@ -96,7 +96,7 @@ def timm_subject(options: dict, checkpoint: Path | None, pretrained: bool) -> Su
         "crop_pct": data["crop_pct"],
     }
     config = resolve(None, found | options)
-    mean, std = statistics(config, data["mean"], data["std"])
+    mean, std = config.statistics(data["mean"], data["std"])
     weights = "newly initialised"
     if pretrained or checkpoint:
         weights = str(checkpoint or "timm's weights")

@@ -4,7 +4,7 @@ import pytest
 
 import t2tvit
 from t2tvit.errors import InputError
-from t2tvit.training.config import RunConfig, packaged_names, read_yaml, resolve, write_yaml
+from t2tvit.training.config import RunConfig, packaged_names, read_yaml, resolve
 
 # Learning rate and weight decay that are published for each backbone.
 SMALL, MIDDLE, LARGE = (1e-3, 0.03), (5e-4, 0.05), (5e-4, 0.065)
@@ -79,7 +79,7 @@ def test_no_packaged_file_is_left_untested():
 def test_packaged_files_resolve_and_survive_their_own_yaml(name, tmp_path):
     config = resolve(name, {})
     path = tmp_path / "copy.yaml"
-    path.write_text(write_yaml(config))
+    path.write_text(config.to_yaml())
     assert resolve(path, {}) == config
 
 

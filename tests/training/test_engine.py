@@ -14,7 +14,6 @@ from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.engine import accumulate, evaluate, train_epoch
 from t2tvit.training.log import opening_lines
-from t2tvit.training.optimiser import lr_factor
 from t2tvit.training.pipeline import Normalize, open_data
 from t2tvit.training.progress import Progress
 from t2tvit.training.run import build_state
@@ -310,9 +309,9 @@ def test_layers_learn_the_slower_the_further_from_the_head():
 @pytest.mark.parametrize("optimizer, factor", [("momentum", 4.0), ("adamw", 2.0), ("lamb", 2.0)])
 def test_auto_lr_scales_every_rate_with_the_batch(optimizer, factor):
     config = replace(CONFIG, optimizer=optimizer, lr_batch_size=512, batch_size=2048)
-    assert lr_factor(config) == 1
+    assert config.lr_factor == 1
     config = replace(config, auto_lr=True, lr=0.1, min_lr=0.01, warmup_lr=0.001, warmup_epochs=1)
-    assert lr_factor(config) == factor
+    assert config.lr_factor == factor
     for updates, rate in ((0, 0.001), (config.epochs, 0.01)):
         assert rates_of(config, updates)["head.bias"] == pytest.approx(factor * rate)
 
