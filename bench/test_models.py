@@ -12,7 +12,6 @@ from bench.registry import DEVICE, DTYPES
 from bench.timing import clock, first_call, take_turns
 from t2t_kernels.measure import matmul_ceiling, saved_bytes
 from t2tvit.speed import check_parity, flops_per_image
-from t2tvit.training.engine import precision
 
 GIB = 2**30
 
@@ -77,6 +76,6 @@ def mib(row: ModelRow) -> float:
     if DEVICE.type == "cuda":
         return peak_memory(step, row, DEVICE) / MIB
     model, (images, labels) = build(row).train(), batch_of(row)
-    with precision(config(row), DEVICE):
+    with config(row).autocast(DEVICE):
         kept = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
     return kept / MIB
