@@ -19,7 +19,6 @@ from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.pipeline import (
     Normalize,
-    batch_per_process,
     batches,
     begin_epoch,
     eval_loader,
@@ -432,9 +431,9 @@ def test_the_ranks_batches_are_a_single_process_s():
 
 def test_a_batch_that_the_processes_cannot_share_shrinks():
     config = RunConfig(batch_size=32)
-    assert [batch_per_process(config, World(0, size, CPU)) for size in (1, 2, 3)] == [32, 16, 10]
+    assert [config.batch_per_process(size) for size in (1, 2, 3)] == [32, 16, 10]
     config = replace(config, batch_size=20, mixup=0.8)
-    assert [batch_per_process(config, World(0, size, CPU)) for size in (1, 3, 4)] == [20, 6, 4]
+    assert [config.batch_per_process(size) for size in (1, 3, 4)] == [20, 6, 4]
 
 
 def test_padded_crops_move_the_whole_image_over_black():
