@@ -12,9 +12,9 @@ from t2tvit.errors import InputError
 from t2tvit.files import write_atomically
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.models.checkpoint import read_state_dict
-from t2tvit.training.build import build_model
+from t2tvit.training.checkpointing import Weights, read_about, save_weights
 from t2tvit.training.config import resolve
-from t2tvit.training.state import Weights, read_about, save_weights
+from t2tvit.training.model import build_model
 
 PREPARATION = ("interpolation", "crop_pct", "mean", "std")
 OURS, PUBLISHED = ".safetensors", (".pth", ".pth.tar", ".pt")

@@ -22,10 +22,10 @@ from t2tvit.errors import InputError, RunError, unknown_name
 from t2tvit.files import cannot_write, write_atomically
 from t2tvit.models import T2TBackbone, load_checkpoint
 from t2tvit.terminal import printable
-from t2tvit.training.build import build_model
+from t2tvit.training.checkpointing import Weights, weights_file
 from t2tvit.training.config import RunConfig
 from t2tvit.training.inference import Trained
-from t2tvit.training.state import Weights, weights_file
+from t2tvit.training.model import build_model
 
 DTYPES = ("float32", "float16", "bfloat16")
 INPUT, OUTPUT = "images", "logits"

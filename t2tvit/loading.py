@@ -95,10 +95,10 @@ def load(
     """
     from t2tvit.class_names import names_of
     from t2tvit.data.sources import IMAGENET_STATISTICS
+    from t2tvit.training.checkpointing import BEST_FILE, LAST_FILE
     from t2tvit.training.config import BACKEND_CHOICES
     from t2tvit.training.distributed import World
     from t2tvit.training.inference import describe_checkpoint, load_trained, weights_of
-    from t2tvit.training.state import BEST_FILE, LAST_FILE
 
     if weights not in ("best", "last"):
         raise InputError(f"weights: {unknown_name('choice', weights, ('best', 'last'))}")

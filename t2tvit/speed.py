@@ -22,14 +22,10 @@ from t2tvit.data.sources import channels_of, open_split
 from t2tvit.errors import InputError, RunError
 from t2tvit.models import T2TBackbone
 from t2tvit.models.timm_models import create_timm_model
-from t2tvit.training.build import (
-    backend_lines,
-    build_model,
-    describe_device,
-    try_forward,
-)
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+from t2tvit.training.environment import describe_device
+from t2tvit.training.model import backend_lines, build_model, try_forward
 from t2tvit.training.pipeline import batches, train_loader
 from t2tvit.training.progress import Progress
 
@@ -51,7 +47,7 @@ def compare_with_reference(
     fused = build_model(config.model, args, config.fused_kernels).to(world.device)
     reference = build_model(config.model, args, "reference").to(world.device)
     reference.load_state_dict(fused.state_dict())
-    try_forward(fused, config, channels, world)
+    try_forward(fused, config, channels, world.device)
     rivals = {
         name: create_timm_model(
             name, img_size=config.size, num_classes=fused.num_classes, in_chans=channels
@@ -66,13 +62,13 @@ def compare_with_reference(
         f"amp {config.amp}, {describe_device(world.device)}"
     )
     print(f"fused means --fused-kernels={config.fused_kernels}:")
-    for line in backend_lines(world.device, config, fused):
+    for line in backend_lines(fused, config, world.device):
         print(line)
     images = torch.randn(config.batch_size, channels, height, width, device=world.device)
     labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)
     check_parity(fused, reference, images, config)
     models = {"reference": reference, "fused": fused} | rivals
-    dtype = torch.float32 if config.amp == "none" else getattr(torch, config.amp)
+    dtype = config.dtype
     ceiling = matmul_ceiling(world.device, dtype)
     rows = []
     for name, make in (("training", training_step), ("inference", inference_step)):

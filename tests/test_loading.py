@@ -67,7 +67,7 @@ def test_published_weights(tmp_path):
 def test_a_model_of_timm(tmp_path):
     import timm
 
-    from t2tvit.training.state import Weights, save_weights
+    from t2tvit.training.checkpointing import Weights, save_weights
 
     args = dict(img_size=[32, 32], num_classes=3, in_chans=1, drop_path_rate=0.0)
     made = timm.create_model("resnet10t", num_classes=3, in_chans=1).eval()

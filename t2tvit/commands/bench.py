@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from t2tvit.speed import LARGEST_BATCH, compare_with_reference, loader_line
     from t2tvit.training import distributed
+    from t2tvit.training.checkpointing import BEST_FILE, read_about
     from t2tvit.training.config import from_dict, resolve
-    from t2tvit.training.state import BEST_FILE, read_about
 
     if arguments.repetitions < 1:
         raise InputError(f"--repetitions: got {arguments.repetitions}, expected at least 1")

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from t2tvit.comparison.results import report
     from t2tvit.comparison.runs import cost, train_all
     from t2tvit.training import distributed
-    from t2tvit.training.keeper import Stopped
+    from t2tvit.training.stopping import Stopped
 
     output = arguments.output
     if output is None:

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from t2tvit.data.images import describe_skipped
     from t2tvit.training import distributed
-    from t2tvit.training.engine import evaluate
+    from t2tvit.training.evaluation import evaluate
     from t2tvit.training.inference import held_out, load_trained
     from t2tvit.training.pipeline import Normalize, eval_loader
 

@@ -9,7 +9,7 @@ from t2tvit.errors import InputError
 from t2tvit.training.config import GROUPS, HINTS, KEYS, RunConfig, load_yaml
 
 if TYPE_CHECKING:
-    from t2tvit.training.state import Weights
+    from t2tvit.training.checkpointing import Weights
 
 DEFAULTS = RunConfig()
 MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")

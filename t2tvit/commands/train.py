@@ -51,36 +51,37 @@ def run(arguments: argparse.Namespace) -> None:
         RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
     """
     from t2tvit.training import distributed
-    from t2tvit.training.keeper import Signals, Stopped
-    from t2tvit.training.run import choose_config, find_place, train
+    from t2tvit.training.checkpointing import RunFolder
+    from t2tvit.training.run import train
+    from t2tvit.training.stopping import Signals, Stopped
 
     device, failure = vars(arguments).get("device", "auto"), None
     try:
-        place = find_place(arguments.output, arguments.resume)
-        config = choose_config(arguments.config, given(arguments), place)
+        folder = RunFolder.find(arguments.output, arguments.resume)
+        config = folder.choose_config(arguments.config, given(arguments))
         device = config.device
     except InputError as error:
         failure = error
     with distributed.joined(device, failure) as world:
-        state = place.state_path and place.state_path.name
-        shared = {"--output": str(place.output), "--resume": state} | asdict(config)
+        state = folder.state_path and folder.state_path.name
+        shared = {"--output": str(folder.output), "--resume": state} | asdict(config)
         world.check_same(shared)
         try:
             with Signals() as signals:
-                train(config, place, world, signals)
+                train(config, folder, world, signals)
         except Stopped as stopped:
             kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
-            world.say(f"stopped by a signal; {how_to_resume(place.output, kept)}")
+            world.say(f"stopped by a signal; {how_to_resume(folder.output, kept)}")
             stopped.end_elsewhere()
         except KeyboardInterrupt:
-            world.say(f"interrupted; {how_to_resume(place.output, 'the last checkpoint is kept')}")
+            world.say(f"interrupted; {how_to_resume(folder.output, 'the last checkpoint is kept')}")
             raise
 
 
 def how_to_resume(output: Path, kept: str) -> str:
     """What is ``kept`` of a run that was ended in ``output``, and how to resume it."""
-    from t2tvit.training.keeper import states_in
-    from t2tvit.training.run import read_record
+    from t2tvit.training.checkpointing.run_folder import read_record
+    from t2tvit.training.checkpointing.states import states_in
 
     if not states_in(output) and not read_record(output):
         return "training had not begun. Start it again with the same command"

@@ -19,11 +19,10 @@ from t2tvit.data.sources import channels_of
 from t2tvit.files import write_atomically
 from t2tvit.speed import LARGEST_BATCH, figure, inference_step, print_table, training_step
 from t2tvit.terminal import printable
-from t2tvit.training.build import describe_device
+from t2tvit.training.checkpointing import METRICS_FILE
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.log import git_commit, versions
-from t2tvit.training.state import METRICS_FILE
+from t2tvit.training.environment import describe_device, git_commit, versions
 
 REPETITIONS = 10
 RUNS_FILE, MODELS_FILE, TABLE_FILE = "runs.csv", "models.csv", "comparison.md"

@@ -10,18 +10,19 @@ import torch
 from t2tvit.comparison.plan import Comparison, place_of
 from t2tvit.data.sources import channels_of, open_split
 from t2tvit.models.cost import multiply_adds
-from t2tvit.training.build import build_model, try_forward
+from t2tvit.training.checkpointing import RunFolder
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import Signals
+from t2tvit.training.model import build_model, try_forward
 from t2tvit.training.progress import duration
-from t2tvit.training.run import choose_config, find_place, train
+from t2tvit.training.run import train
+from t2tvit.training.stopping import Signals
 
 
 def cost(config: RunConfig, world: World) -> tuple[int, int]:
     """Parameters and multiply-adds of a model; it is shown to run before anything is written."""
     model, channels = built(config, world)
-    try_forward(model, config, channels, world)
+    try_forward(model, config, channels, world.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, multiply_adds(model, config.size, channels)
 
@@ -54,10 +55,10 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
             times += f", about {duration(statistics.mean(whole) * left)} left"
         world.say(f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
         torch._dynamo.reset()  # or compiled models would count against each other's limit
-        place = find_place(place_of(output, name, seed), "auto")
+        folder = RunFolder.find(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)
         with Signals() as signals:
             begun = time.perf_counter()
-            train(choose_config(None, asdict(config), place), place, world, signals, left)
-            if place.state_path is None:
+            train(folder.choose_config(None, asdict(config)), folder, world, signals, left)
+            if folder.state_path is None:
                 whole.append(time.perf_counter() - begun)

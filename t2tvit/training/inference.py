@@ -9,15 +9,10 @@ from t2tvit import hub
 from t2tvit.data.sources import Split, open_split
 from t2tvit.errors import InputError
 from t2tvit.models.registry import pretrained_cfg
-from t2tvit.training.build import (
-    build_model,
-    check_classes,
-    load_weights,
-    try_forward,
-)
+from t2tvit.training.checkpointing import BEST_FILE, LAST_FILE, Weights, read_about
 from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.state import BEST_FILE, LAST_FILE, Weights, read_about
+from t2tvit.training.model import build_model, check_classes, load_weights, try_forward
 
 # What a checkpoint of our own decides.
 DECIDED_KEYS = ("model", "model_args", "num_classes")
@@ -86,7 +81,7 @@ def load_trained(path: Path, config: RunConfig, about: Weights | None, world: Wo
     model = build_model(config.model, args, config.fused_kernels)
     load_weights(model, path, new_head=False)
     model.to(world.device)
-    try_forward(model, config, args["in_chans"], world)
+    try_forward(model, config, args["in_chans"], world.device)
     return Trained(model, config, class_names, args["in_chans"])
 
 

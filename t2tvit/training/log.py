@@ -1,33 +1,31 @@
 """What a run says of itself."""
 
-import importlib.metadata
 import os
-import platform
 import shlex
-import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-import t2tvit
 from t2tvit.data.images import describe_skipped
-from t2tvit.training.build import backend_lines, describe_device
-from t2tvit.training.config import RunConfig
-from t2tvit.training.distributed import World
-from t2tvit.training.keeper import STATE_FILES
-from t2tvit.training.pipeline import Data
-from t2tvit.training.profiling import TRACE_FILE
-from t2tvit.training.state import (
+from t2tvit.training.checkpointing.file_names import (
     BEST_FILE,
     CONFIG_FILE,
     CURVES_FILE,
     LAST_FILE,
     METRICS_FILE,
     RUN_FILE,
+    STATE_FILES,
 )
+from t2tvit.training.checkpointing.identity import REMEDIES
+from t2tvit.training.environment import describe_device, versions
+from t2tvit.training.model import backend_lines
+from t2tvit.training.pipeline import is_stream
+from t2tvit.training.profiling import TRACE_FILE
 from t2tvit.training.trackers import TENSORBOARD_FOLDER
+
+if TYPE_CHECKING:
+    from t2tvit.training.trainer import Trainer
 
 CONTENTS = {
     BEST_FILE: "weights of the best epoch",
@@ -42,39 +40,13 @@ CONTENTS = {
     "wandb": "for wandb sync",
 }
 MUCH_WAITING = 0.2  # share of the time
-PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it computes with."""
-    found = {"python": platform.python_version(), "t2tvit": t2tvit.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the package's source, with "-dirty" where files differ; None outside git."""
-    git = ("git", "-C", str(Path(t2tvit.__file__).parent))
-    options = {"capture_output": True, "text": True, "check": True}
-    try:
-        # A copy that was installed into somebody's checkout has no commit of its own.
-        subprocess.run((*git, "ls-files", "--error-unmatch", "__init__.py"), **options)
-        describe = (*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        return subprocess.run(describe, **options).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def opening_lines(
-    config: RunConfig, data: Data, model: nn.Module, epochs: int, world: World
-) -> Iterator[str]:
+def opening_lines(trainer: "Trainer") -> Iterator[str]:
     """What the log begins with: what is trained, on what, and who computes it."""
+    config, data, world = trainer.config, trainer.data, trainer.world
     height, width = config.size
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     yield ", ".join(f"{name} {version}" for name, version in versions().items())
     yield f"device    {describe_device(world.device)}, world size {world.size}, amp {config.amp}"
     yield (
@@ -90,7 +62,7 @@ def opening_lines(
     share = config.batch_per_process(world.size)
     batch = share * world.size
     yield (
-        f"training  {epochs} epochs of {len(data.train)} updates, global batch {batch} ({share} "
+        f"training  {trainer.epochs} epochs of {len(data.train)} updates, global batch {batch} ({share} "
         f"per process), {config.optimizer}, lr {config.lr * config.lr_factor:g}, weight decay "
         f"{config.weight_decay:g}"
     )
@@ -105,7 +77,23 @@ def opening_lines(
             f"update is made from {batch} images, at an unchanged learning rate"
         )
     yield f"backends  --fused-kernels={config.fused_kernels}"
-    yield from backend_lines(world.device, config, model)
+    yield from backend_lines(trainer.model, config, world.device)
+
+
+def change_lines(trainer: "Trainer", before: dict) -> Iterator[str]:
+    """What is other than in the configuration ``before`` of the run to resume."""
+    config = trainer.config
+    is_amid_stream = is_stream(trainer.data.split) and trainer.step > 0
+    if is_amid_stream and before["workers"] != config.workers:
+        yield (
+            f"warning   the order of shards depends on --workers, {config.workers} instead of "
+            f"{before['workers']}: the rest of this epoch repeats some images and leaves others out"
+        )
+    for key in sorted(REMEDIES):
+        if before[key] != getattr(config, key):
+            yield f"{key:<9} {getattr(config, key)} instead of {before[key]}"
+    if before["epochs"] != config.epochs:
+        yield f"epochs    {config.epochs} instead of {before['epochs']}: another cosine from here"
 
 
 def loader_line(metrics: dict, workers: int) -> str:

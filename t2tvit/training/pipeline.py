@@ -35,9 +35,9 @@ from t2tvit.data.sources import FolderImages, Split, TimmImages, open_split
 from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import STOP_SIGNALS, end_loaders
+from t2tvit.training.randomness import drawing_from
 from t2tvit.training.samples import Sample
-from t2tvit.training.state import drawing_from
+from t2tvit.training.stopping import STOP_SIGNALS, end_loaders
 
 LONGEST = 32  # times the input's shape; what is cut from a longer image is far from the centre crop
 CHECK_SECONDS = 10

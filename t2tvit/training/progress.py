@@ -3,11 +3,13 @@
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
 
 from t2tvit.training.distributed import World
+from t2tvit.training.samples import Sample
 
 # Without a terminal, an epoch longer than this says how far it has come.
 SECONDS_BETWEEN_LINES = 30
@@ -54,6 +56,32 @@ class Progress:
             of = "" if self.steps is None else f"/{self.steps}"
             elapsed = duration(now - self.started)
             self.world.say(f"{self.title}  step {step}{of}  {elapsed}  {text}")
+
+
+class LoaderClock:
+    """Measures how long training waits for its loader, and how long the images take to be read.
+
+    ``images_before`` are the epoch's images of before this process began.
+    """
+
+    def __init__(self, images_before: int):
+        self.images_before = images_before
+        self.started = time.perf_counter()
+        self.waited = self.reading = 0.0
+
+    def timed(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """``samples``; the time until each of them comes is counted."""
+        asked = time.perf_counter()
+        for sample in samples:
+            self.waited += time.perf_counter() - asked
+            self.reading += sample.seconds.sum().item()
+            yield sample
+            asked = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.started
 
 
 class Forecast:

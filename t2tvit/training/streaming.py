@@ -17,8 +17,8 @@ from t2tvit.data.shards import ShardImages, ShardSample
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, LabelError
 from t2tvit.training.distributed import World
+from t2tvit.training.randomness import drawing_from
 from t2tvit.training.samples import Sample
-from t2tvit.training.state import drawing_from
 
 SHUFFLED = 1000  # undecoded images among which a worker draws the next
 

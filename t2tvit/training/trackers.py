@@ -34,7 +34,7 @@ def check_trackers(config: RunConfig) -> None:
 
 
 class Trackers:
-    """What ``config.tensorboard`` and ``config.wandb`` ask for, on rank 0; a context manager.
+    """What ``config.tensorboard`` and ``config.wandb`` ask for, on rank 0.
 
     Args:
         output: the run's folder; nothing is written outside of it.
@@ -63,14 +63,12 @@ class Trackers:
                 config=vars(config),
             )
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
+    def close(self, failed: bool = False) -> None:
+        """End the reports; ``failed`` says whether an error ended the run."""
         if self.writer is not None:
             self.writer.close()
         if self.run is not None:
-            self.run.finish(exit_code=0 if kind is None else 1)
+            self.run.finish(exit_code=int(failed))
 
     def epoch(self, metrics: dict) -> None:
         """Report an epoch's numbers."""

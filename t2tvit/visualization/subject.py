@@ -16,12 +16,12 @@ from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.timm_models import TIMM, check_timm_arguments
 from t2tvit.prediction import MODES, HeldOutImages, gather
 from t2tvit.terminal import printable
-from t2tvit.training.build import build_model, load_weights
+from t2tvit.training.checkpointing import Weights
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.inference import load_trained
+from t2tvit.training.model import build_model, load_weights
 from t2tvit.training.pipeline import Normalize, eval_transform
-from t2tvit.training.state import Weights
 from t2tvit.visualization.pages import visualize
 
 # Images on a page: of a run's held-out ones, and of those that the user names.

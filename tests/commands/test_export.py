@@ -11,7 +11,7 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
 import t2tvit  # noqa: E402
 from t2tvit import exporting  # noqa: E402
-from t2tvit.training.state import read_about  # noqa: E402
+from t2tvit.training.checkpointing import read_about  # noqa: E402
 from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
 
 

@@ -22,7 +22,7 @@ from t2t_kernels import performer_attention  # noqa: E402
 from t2tvit.cli import main  # noqa: E402
 from t2tvit.figures import literal_text  # noqa: E402
 from t2tvit.terminal import printable  # noqa: E402
-from t2tvit.training.state import Weights, save_weights  # noqa: E402
+from t2tvit.training.checkpointing import Weights, save_weights  # noqa: E402
 from t2tvit.visualization import draw  # noqa: E402
 from t2tvit.visualization.pages import choose, visualize  # noqa: E402
 from t2tvit.visualization.performer import (  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.models import T2TBackbone
-from t2tvit.training.state import Weights, save_weights
+from t2tvit.training.checkpointing import Weights, save_weights
 
 CLASS_NAMES = ["daisy", "poppy", "violet"]
 ARGS = dict(img_size=[32, 48], num_classes=3, in_chans=3, embed_dim=32, depth=2, num_heads=2)

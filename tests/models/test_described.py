@@ -146,7 +146,9 @@ def test_where_weights_came_from_is_not_taken_from_a_file(tmp_path):
 )
 def test_metadata_of_a_file_of_weights(tmp_path, change, message):
     pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
-    from t2tvit.training.state import METADATA_KEY, read_about, write_tensors
+    from t2tvit.training.checkpointing import read_about
+    from t2tvit.training.checkpointing.tensors import write_tensors
+    from t2tvit.training.checkpointing.weights import METADATA_KEY
 
     about = dict(model="timm:resnet18", create_args={}, class_names=None, config={}) | change
     about["config"] = {"model": about["model"]}
@@ -178,7 +180,7 @@ def test_metadata_of_a_file_of_weights(tmp_path, change, message):
 def test_no_source_reaches_beyond_the_network(args, message, monkeypatch):
     timm = pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
     from t2tvit.models.timm_models import create_timm_model
-    from t2tvit.training.build import build_model
+    from t2tvit.training.model import build_model
 
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was called"))
     for build in (
@@ -200,7 +202,7 @@ def test_no_source_reaches_beyond_the_network(args, message, monkeypatch):
 )
 def test_a_model_that_is_far_too_large_is_not_built(name, args, message):
     pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
-    from t2tvit.training.build import build_model
+    from t2tvit.training.model import build_model
 
     with pytest.raises(InputError, match=message):
         build_model(name, args, "auto")

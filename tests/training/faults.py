@@ -12,9 +12,9 @@ from pathlib import Path
 
 from t2tvit.cli import main
 from t2tvit.errors import InputError, RunError
-from t2tvit.training import engine
+from t2tvit.training.trainer import Trainer
 
-accumulate = engine.accumulate
+accumulate = Trainer.accumulate
 
 
 def input_error(*_):
@@ -46,5 +46,5 @@ def worker(*inputs):
 if __name__ == "__main__":
     fault, ranks, *arguments = sys.argv[1:]
     if os.environ["RANK"] in ranks.split(","):
-        engine.accumulate = globals()[fault]
+        Trainer.accumulate = globals()[fault]
     sys.exit(main(arguments))

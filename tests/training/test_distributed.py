@@ -76,12 +76,12 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_pa
     script.write_text(
         "import os, sys\n"
         "from t2tvit.cli import main\n"
-        "from t2tvit.training import engine\n"
-        "class Poisoned(engine.SoftTargetCrossEntropy):\n"
+        "from t2tvit.training import trainer\n"
+        "class Poisoned(trainer.SoftTargetCrossEntropy):\n"
         "    def forward(self, *inputs):\n"
         "        return super().forward(*inputs) + float('nan')\n"
         "if os.environ['RANK'] == '1':\n"
-        "    engine.SoftTargetCrossEntropy = Poisoned\n"
+        "    trainer.SoftTargetCrossEntropy = Poisoned\n"
         "sys.exit(main())\n"
     )
     options = ("train", *TINY, "--epochs", "2", "--output", str(tmp_path / "run"))

@@ -5,25 +5,25 @@ import shutil
 import pytest
 
 from t2tvit.cli import main
-from t2tvit.training import run
-from t2tvit.training.keeper import read_state, state_name
-from t2tvit.training.state import read_about
+from t2tvit.training.checkpointing import RunFolder, read_about
+from t2tvit.training.checkpointing.states import read_state, state_name
 from t2tvit.training.trackers import ID_FILE
+from t2tvit.training.trainer import Trainer
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, newest
 
 TOP1 = [20.0, 50.0, 30.0, 40.0, 60.0, 10.0]  # of each epoch
-one_epoch = run.one_epoch
+one_epoch = Trainer.one_epoch
 
 
-def graded(*inputs):
-    metrics = one_epoch(*inputs)
+def graded(trainer):
+    metrics = one_epoch(trainer)
     return metrics | {"top1": TOP1[metrics["epoch"] - 1]}
 
 
 @pytest.fixture(autouse=True)
 def grades(monkeypatch):
-    monkeypatch.setattr(run, "one_epoch", graded)
+    monkeypatch.setattr(Trainer, "one_epoch", graded)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     options = ("--epochs", "5", "--checkpoint-minutes", "0", "--keep-checkpoints", "99")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "one_epoch", graded)
+        patch.setattr(Trainer, "one_epoch", graded)
         assert main(["train", *TINY, "--output", str(output), *options]) == 0
     return output
 
@@ -169,7 +169,7 @@ def test_a_state_of_any_name_is_found_again_after_a_kill(tmp_path, output, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_epochs", killed)
+        patch.setattr(Trainer, "fit", killed)
         assert resume(named, "--output", str(place)) == 130
     assert newest(place).name == state_name(3, 0)
     assert main(["train", "--output", str(place), "--resume", "auto"]) == 0
@@ -196,10 +196,10 @@ def test_a_killed_start_in_another_folder_may_be_repeated_from_an_older_state(
         if path.name != state_name(2, 3):
             path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(run, "record_start", killed)
+        patch.setattr(RunFolder, "record_start", killed)
         assert resume(output, *place) == 130
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_epochs", killed)
+        patch.setattr(Trainer, "fit", killed)
         assert resume(output / state_name(2, 3), *place) == 130
     assert newest(tmp_path / "new").name == state_name(2, 3)
     assert read_about(tmp_path / "new" / "best.safetensors").epoch == 1
@@ -217,7 +217,7 @@ def test_a_run_that_continues_keeps_its_number_of_epochs(tmp_path, output, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_epochs", killed)
+        patch.setattr(Trainer, "fit", killed)
         assert resume(output / state_name(2, 3), "--epochs", "4", "--output", str(place)) == 130
     assert main(["train", "--output", str(place), "--resume", "auto"]) == 0
     check(place, 4)

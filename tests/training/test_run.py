@@ -19,13 +19,15 @@ from PIL import Image
 import t2tvit
 from t2tvit.cli import main
 from t2tvit.files import write_atomically
-from t2tvit.training import engine, log, progress, run
-from t2tvit.training import state as state_module
+from t2tvit.training import environment, log, progress
+from t2tvit.training.checkpointing import Checkpointer, read_about, run_folder, tensors, weights
+from t2tvit.training.checkpointing.states import read_state, write_state
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.keeper import Signals, read_state, write_state
 from t2tvit.training.pipeline import open_data
-from t2tvit.training.state import read_about, rng_state, set_rng_state
+from t2tvit.training.randomness import rng_state, set_rng_state
+from t2tvit.training.stopping import Signals
+from t2tvit.training.trainer import Trainer
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
@@ -70,7 +72,7 @@ def test_a_run_records_what_it_was(finished):
     (start,) = record["starts"]
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert start["world_size"] == 1
-    assert start["command"] and start["git_commit"] == log.git_commit()
+    assert start["command"] and start["git_commit"] == environment.git_commit()
 
 
 def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
@@ -81,13 +83,13 @@ def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
 
     monkeypatch.setattr(t2tvit, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "__init__.py").write_text("")
-    assert log.git_commit() is None
+    assert environment.git_commit() is None
     git("init", "--quiet")
-    assert log.git_commit() is None  # somebody's checkout that does not track the package
+    assert environment.git_commit() is None  # somebody's checkout that does not track the package
     git("add", "."), git("commit", "--quiet", "--message", "first")
-    assert log.git_commit() == git("rev-parse", "HEAD")
+    assert environment.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "__init__.py").write_text("changed = True")
-    assert log.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert environment.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_the_weights_kept_are_the_averaged_ones(finished):
@@ -122,15 +124,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, ca
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, "--epochs", "3", *options) == 0
 
-    one_epoch = run.one_epoch
+    one_epoch = Trainer.one_epoch
 
-    def interrupted(state, *rest):
-        if state.epochs_done == 2:
+    def interrupted(trainer):
+        if trainer.epochs_done == 2:
             raise KeyboardInterrupt
-        return one_epoch(state, *rest)
+        return one_epoch(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "one_epoch", interrupted)
+        patch.setattr(Trainer, "one_epoch", interrupted)
         assert train(parts, "--epochs", "3", *options) == 130
     assert f"t2tvit train --output {parts} --resume auto" in capsys.readouterr().out
     assert state_of(parts)["state"]["epochs_done"] == 2
@@ -171,7 +173,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "one_epoch", interrupted)
+        patch.setattr(Trainer, "one_epoch", interrupted)
         assert train(output, "--epochs", "2") == 130
     assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
     assert resolve(output / "config.yaml", {}).data == "synthetic:44"
@@ -349,15 +351,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "run"
-    one_epoch = run.one_epoch
+    one_epoch = Trainer.one_epoch
 
-    def poisoned(state, *rest):
-        if state.epochs_done == 1:
+    def poisoned(trainer):
+        if trainer.epochs_done == 1:
             with torch.no_grad():
-                state.model.head.bias[0] = torch.nan
-        return one_epoch(state, *rest)
+                trainer.model.head.bias[0] = torch.nan
+        return one_epoch(trainer)
 
-    monkeypatch.setattr(run, "one_epoch", poisoned)
+    monkeypatch.setattr(Trainer, "one_epoch", poisoned)
     assert train(output, "--epochs", "3") == 1
     line = capsys.readouterr().err
     assert "the loss is not finite at step 5 of epoch 2" in line and line.count("\n") == 1
@@ -576,7 +578,7 @@ def test_a_start_that_is_killed_after_any_file_can_be_repeated(
     options = ("--resume", str(finished)) if moves else TINY
     options = (*options, "--epochs", "4", "--output", str(output))
     with monkeypatch.context() as patch:
-        for module in (run, state_module):
+        for module in (run_folder, tensors, weights):
             patch.setattr(module, "write_atomically", killed)
         status = main(["train", *options])
     if status == 0:
@@ -600,7 +602,7 @@ def test_a_killed_start_is_repeated_without_its_options(
 
     options = ("--resume", str(finished)) if moves else TINY
     with monkeypatch.context() as patch:
-        for module in (run, state_module):
+        for module in (run_folder, tensors, weights):
             patch.setattr(module, "write_atomically", killed)
         assert main(["train", *options, "--epochs", "4", "--output", str(output)]) == 130
     assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
@@ -714,8 +716,8 @@ def test_two_runs_do_not_share_an_output(tmp_path, monkeypatch, capsys, finished
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    monkeypatch.setattr(run, "LOCK_PATIENCE", 0.3)
-    with run.locked(output):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE", 0.3)
+    with run_folder.locked(output):
         line = refused(capsys, "--output", str(output), "--resume", "auto", "--epochs", "4")
     assert "another run is writing there" in line
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
@@ -723,12 +725,12 @@ def test_two_runs_do_not_share_an_output(tmp_path, monkeypatch, capsys, finished
 
 
 def test_no_state_is_saved_for_time_alone_while_updates_are_skipped(tmp_path, monkeypatch):
-    output, update = tmp_path / "run", engine.update
+    output, update = tmp_path / "run", Trainer.update
 
-    def skipping(state, clip_grad):
-        return state.updates not in (2, 3) and update(state, clip_grad)
+    def skipping(trainer):
+        return trainer.updates not in (2, 3) and update(trainer)
 
-    monkeypatch.setattr(engine, "update", skipping)
+    monkeypatch.setattr(Trainer, "update", skipping)
     options = ("--checkpoint-minutes", "0", "--keep-checkpoints", "99", "--epochs", "2")
     assert train(output, *options) == 0
     steps = [path.stem[-1] for path in sorted(output.glob("state-00000-*"))]
@@ -791,7 +793,7 @@ def test_a_lower_rate_given_on_resuming_is_the_one_used(tmp_path, monkeypatch, f
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "train_epochs", killed)
+        patch.setattr(Trainer, "fit", killed)
         assert main(["train", *resume, "--epochs", "4", "--lr", "5e-4"]) == 130
     assert main(["train", *resume]) == 0
     assert 0 < metrics_of(output)[-1]["lr"] <= 5e-4
@@ -809,11 +811,9 @@ def test_a_configuration_file_alone_changes_no_rate_of_a_run(tmp_path, finished,
 
 def skipping(monkeypatch, *updates):
     """Skip these updates of the run, as if their gradients were not finite."""
-    update = engine.update
+    update = Trainer.update
     monkeypatch.setattr(
-        engine,
-        "update",
-        lambda state, clip_grad: state.updates not in updates and update(state, clip_grad),
+        Trainer, "update", lambda trainer: trainer.updates not in updates and update(trainer)
     )
 
 
@@ -838,14 +838,14 @@ def test_a_signal_while_updates_are_skipped_leaves_the_last_good_state(
     options = ("--epochs", "2", "--keep-checkpoints", "99", "--checkpoint-minutes", minutes)
     with monkeypatch.context() as patch:
         skipping(patch, 7, 8)
-        after_step = run.Keeper.after_step
+        after_step = Checkpointer.after_step
 
-        def signalled(self, state):
-            if state.updates == 9:
+        def signalled(self, trainer):
+            if trainer.updates == 9:
                 os.kill(os.getpid(), signal.SIGTERM)
-            after_step(self, state)
+            after_step(self, trainer)
 
-        patch.setattr(run.Keeper, "after_step", signalled)
+        patch.setattr(Checkpointer, "after_step", signalled)
         assert train(output, *options) == 0
     assert "stopped by a signal; the last good state is kept" in capsys.readouterr().out
     last = {"0": "state-00001-00000002", "10": "state-00001-00000000"}[minutes]
@@ -872,12 +872,12 @@ def test_a_loss_scale_that_is_too_large_at_the_end_is_no_failure(tmp_path, monke
 
 def overflowing(monkeypatch, *epochs):
     """The logits of one held-out image are not finite in these epochs."""
-    evaluate, forward = run.evaluate, t2tvit.models.T2TBackbone.forward
+    evaluate, forward = Trainer.evaluate, t2tvit.models.T2TBackbone.forward
     evaluated = []
 
-    def counted(*inputs):
+    def counted(trainer):
         evaluated.append(None)
-        return evaluate(*inputs)
+        return evaluate(trainer)
 
     def overflows(self, images):
         logits = forward(self, images)
@@ -885,7 +885,7 @@ def overflowing(monkeypatch, *epochs):
             logits[0, 0] = torch.nan
         return logits
 
-    monkeypatch.setattr(run, "evaluate", counted)
+    monkeypatch.setattr(Trainer, "evaluate", counted)
     monkeypatch.setattr(t2tvit.models.T2TBackbone, "forward", overflows)
 
 
@@ -922,14 +922,14 @@ def test_a_run_whose_last_evaluation_is_not_finite_fails(tmp_path, monkeypatch, 
 def test_a_signal_during_an_evaluation_stops_it_and_the_run_resumes_there(
     tmp_path, monkeypatch, capsys, finished, workers
 ):
-    output, evaluate = tmp_path / "run", run.evaluate
+    output, evaluate = tmp_path / "run", Trainer.evaluate
 
-    def signalled(*inputs):
+    def signalled(trainer):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*inputs)
+        return evaluate(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", signalled)
+        patch.setattr(Trainer, "evaluate", signalled)
         assert train(output, "--epochs", "3", "--workers", workers) == 0
     assert "stopped by a signal" in capsys.readouterr().out
     assert newest(output).name == "state-00000-00000005.safetensors"
@@ -961,17 +961,17 @@ def test_a_run_that_waited_for_another_one_does_not_overwrite_it(
     tmp_path, monkeypatch, capsys, resume
 ):
     """Both began at the same moment, and the other one is over before the first gives up."""
-    output, locked = tmp_path / "run", run.locked
+    output, locked = tmp_path / "run", run_folder.locked
     contents = []
 
     def late(place):
         with monkeypatch.context() as patch:
-            patch.setattr(run, "locked", locked)
+            patch.setattr(run_folder, "locked", locked)
             assert train(output, "--epochs", "2") == 0
         contents.append({path.name: path.read_bytes() for path in output.iterdir()})
         return locked(place)
 
-    monkeypatch.setattr(run, "locked", late)
+    monkeypatch.setattr(run_folder, "locked", late)
     line = refused(capsys, *TINY, "--output", str(output), "--epochs", "2", *resume)
     assert f"--output {output}" in line
     assert {path.name: path.read_bytes() for path in output.iterdir()} == contents[0]
@@ -981,19 +981,19 @@ def test_a_run_that_waited_for_another_one_does_not_overwrite_it(
 def test_a_resumed_run_that_waited_for_another_one_does_not_overwrite_it(
     tmp_path, monkeypatch, capsys, finished, option
 ):
-    output, locked = tmp_path / "run", run.locked
+    output, locked = tmp_path / "run", run_folder.locked
     shutil.copytree(finished, output)
     contents = []
 
     def late(place):
         with monkeypatch.context() as patch:
-            patch.setattr(run, "locked", locked)
+            patch.setattr(run_folder, "locked", locked)
             resume = ("--output", str(output), "--resume", "auto", "--epochs", "4")
             assert main(["train", *resume]) == 0
         contents.append({path.name: path.read_bytes() for path in output.iterdir()})
         return locked(place)
 
-    monkeypatch.setattr(run, "locked", late)
+    monkeypatch.setattr(run_folder, "locked", late)
     resume = option if option == "auto" else str(newest(output))
     options = ("--output", str(output), "--resume", resume, "--epochs", "5")
     assert "another run has just written there" in refused(capsys, *options)
@@ -1003,7 +1003,8 @@ def test_a_resumed_run_that_waited_for_another_one_does_not_overwrite_it(
 def test_of_two_processes_that_start_at_once_one_trains(tmp_path):
     """And when it is killed, its lock does not outlive its loader processes."""
     output = tmp_path / "run"
-    code = "import sys; from t2tvit.training import run; run.LOCK_PATIENCE = 0.3;"
+    code = "import sys; from t2tvit.training.checkpointing import run_folder;"
+    code += "run_folder.LOCK_PATIENCE = 0.3;"
     code += "from t2tvit.cli import main; sys.exit(main(sys.argv[1:]))"
     options = (*TINY, "--workers", "1", "--output", str(output), "--resume", "auto")
     command = (sys.executable, "-c", code, "train", *options, "--epochs", "1000")

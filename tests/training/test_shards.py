@@ -16,7 +16,7 @@ from t2tvit.cli import main
 from t2tvit.data import open_split
 from t2tvit.data.shards import read_shard
 from t2tvit.errors import InputError, LabelError, OneRankError
-from t2tvit.training import run
+from t2tvit.training.checkpointing import Checkpointer
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.pipeline import batches, begin_epoch, eval_loader, open_data, train_loader
@@ -97,14 +97,15 @@ def test_an_interrupted_run_on_shards_ends_as_if_it_had_not_been(shards, tmp_pat
     options = ("--data", f"webdataset:{shards}", "--epochs", "2", "--checkpoint-minutes", "0")
     assert main(["train", *TINY, *options, "--output", str(whole)]) == 0
 
-    class Interrupted(run.Keeper):
-        def after_step(self, state):
-            super().after_step(state)
-            if state.updates == 7:
-                raise KeyboardInterrupt
+    after_step = Checkpointer.after_step
+
+    def interrupted(self, trainer):
+        after_step(self, trainer)
+        if trainer.updates == 7:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "Keeper", Interrupted)
+        patch.setattr(Checkpointer, "after_step", interrupted)
         assert main(["train", *TINY, *options, "--output", str(parts)]) == 130
     assert main(["train", "--output", str(parts), "--resume", "auto"]) == 0
     first, second = state_of(whole)["state"], state_of(parts)["state"]

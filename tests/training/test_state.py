@@ -9,17 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import t2tvit
 from t2tvit.errors import InputError, RunError
-from t2tvit.training.state import (
-    METADATA_KEY,
-    Weights,
-    drawing_from,
-    read_about,
-    rng_state,
-    save_weights,
-    seed_everything,
-    set_rng_state,
-    write_atomically,
-)
+from t2tvit.files import write_atomically
+from t2tvit.training.checkpointing import Weights, read_about, save_weights
+from t2tvit.training.checkpointing.weights import METADATA_KEY
+from t2tvit.training.randomness import drawing_from, rng_state, seed_everything, set_rng_state
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from t2tvit.cli import main
-from t2tvit.training import pipeline, run
+from t2tvit.training import pipeline
+from t2tvit.training.checkpointing import Checkpointer
+from t2tvit.training.trainer import Trainer
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, newest, state_of
 
@@ -120,21 +122,21 @@ def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(
 def test_a_run_that_is_killed_in_an_evaluation_loses_no_update(
     tmp_path, monkeypatch, whole, epoch
 ):
-    output, evaluate, calls = tmp_path / "run", run.evaluate, []
+    output, evaluate, calls = tmp_path / "run", Trainer.evaluate, []
 
-    def killed(*inputs):
+    def killed(trainer):
         calls.append(None)
         if len(calls) == epoch:
             raise KeyboardInterrupt
-        return evaluate(*inputs)
+        return evaluate(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", killed)
+        patch.setattr(Trainer, "evaluate", killed)
         assert train(output) == 130
     assert newest(output).stem == f"state-0000{epoch - 1}-00000005"
     updates = []
     with monkeypatch.context() as patch:
-        patch.setattr(run.Keeper, "after_step", lambda self, state: updates.append(state.step))
+        patch.setattr(Checkpointer, "after_step", lambda _, trainer: updates.append(trainer.step))
         assert main(["train", "--output", str(output), "--resume", "auto"]) == 0
     assert len(updates) == 5 * (3 - epoch)
     assert_same_end(whole, output)
@@ -177,7 +179,7 @@ from pathlib import Path
 from t2tvit.data.cifar import read_cifar
 from t2tvit.errors import InputError
 from t2tvit.class_names import read_names
-from t2tvit.training.rewind import rows_in
+from t2tvit.training.checkpointing.rewind import rows_in
 
 faulthandler.dump_traceback_later(20, exit=True)
 folder = Path(sys.argv[1])
@@ -248,9 +250,9 @@ def test_a_signal_to_one_process_in_an_evaluation_ends_both_together(tmp_path):
 HANGING = """
 import os, sys
 from t2tvit.cli import main
-from t2tvit.training import keeper, pipeline
+from t2tvit.training import pipeline, stopping
 
-keeper.PATIENCE_OF_MANY = 3.0
+stopping.PATIENCE_OF_MANY = 3.0
 read, calls = pipeline.TrainingImages.__getitem__, []
 
 def hanging(self, index):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from t2tvit.training.keeper import read_state
+from t2tvit.training.checkpointing.states import read_state
 
 TINY = (
     *("--data", "synthetic:44", "--img-size", "24", "--num-classes", "6", "--workers", "0"),

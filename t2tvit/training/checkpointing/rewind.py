@@ -13,17 +13,15 @@ from pathlib import Path
 from t2tvit.charts import draw_curves
 from t2tvit.errors import InputError
 from t2tvit.files import read_bytes, set_aside
-from t2tvit.training.keeper import read_resumable, state_name, states_in
-from t2tvit.training.state import (
+from t2tvit.training.checkpointing.file_names import (
     BEST_FILE,
     CURVES_FILE,
     LAST_FILE,
-    METADATA_KEY,
     METRICS_FILE,
-    Weights,
-    read_about,
-    tensors_file,
 )
+from t2tvit.training.checkpointing.states import read_resumable, state_name, states_in
+from t2tvit.training.checkpointing.tensors import tensors_file
+from t2tvit.training.checkpointing.weights import METADATA_KEY, Weights, read_about
 from t2tvit.training.trackers import ID_FILE
 
 

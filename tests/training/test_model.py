@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from t2tvit.models import create_model
-from t2tvit.training.build import backend_lines
 from t2tvit.training.config import RunConfig
+from t2tvit.training.model import backend_lines
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(data="synthetic:36", model="t2t_vit_7", amp="none", fused_kernels="auto")
@@ -14,7 +14,7 @@ CONFIG = RunConfig(data="synthetic:36", model="t2t_vit_7", amp="none", fused_ker
 
 def operations(model, **changes):
     """By operation, the backend that the log names."""
-    lines = backend_lines(CPU, replace(CONFIG, **changes), model)
+    lines = backend_lines(model, replace(CONFIG, **changes), CPU)
     return dict(line.split()[:2] for line in lines)
 
 
@@ -26,7 +26,7 @@ def test_the_log_lists_the_operations_that_the_model_calls():
     assert operations(transformer) == {"transformer_layer": "cpu", "soft_split_linear": "cpu"}
     reference = operations(performer, fused_kernels="reference")
     assert reference == {"performer_layer": "reference", "soft_split_linear": "reference"}
-    assert list(backend_lines(CPU, CONFIG, plain)) == ["  t2t_vit_7 has no fused kernels"]
+    assert list(backend_lines(plain, CONFIG, CPU)) == ["  t2t_vit_7 has no fused kernels"]
 
 
 def test_the_log_takes_the_model_s_sizes():

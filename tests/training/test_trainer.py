@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from t2tvit.errors import NonFiniteLoss
-from t2tvit.training.build import speed_up
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.engine import accumulate, evaluate, train_epoch
+from t2tvit.training.evaluation import evaluate
 from t2tvit.training.log import opening_lines
+from t2tvit.training.model import speed_up
+from t2tvit.training.optimizer import build_optimizer, build_scheduler
 from t2tvit.training.pipeline import Normalize, open_data
-from t2tvit.training.progress import Progress
-from t2tvit.training.run import build_state
-from t2tvit.training.state import seed_everything
+from t2tvit.training.randomness import seed_everything
+from t2tvit.training.trainer import Trainer
 
 WORLD = World(0, 1, torch.device("cpu"))
 CONFIG = RunConfig(
@@ -50,15 +51,9 @@ class Linear(nn.Module):
         return self.head(images.flatten(1))
 
 
-@contextmanager
-def silent(steps):
-    with Progress("epoch", steps, World(1, 2, torch.device("cpu"))) as progress:
-        yield progress
-
-
-def one_epoch(state, data, config):
-    with silent(len(data.train)) as progress:
-        return train_epoch(state, data, config, WORLD, progress, lambda state: None)
+def trainer_of(config, model):
+    """Its data are those of ``config``."""
+    return Trainer(config, WORLD, open_data(config, WORLD), model)
 
 
 def test_an_epoch_is_what_a_plain_loop_computes():
@@ -67,11 +62,11 @@ def test_an_epoch_is_what_a_plain_loop_computes():
     model = Linear(6)
     plain = Linear(6)
     plain.load_state_dict(model.state_dict())
-    state, epochs = build_state(model, CONFIG, len(data.train), WORLD)
-    assert epochs == 4 + CONFIG.cooldown_epochs
+    trainer = Trainer(CONFIG, WORLD, data, model)
+    assert trainer.epochs == 4 + CONFIG.cooldown_epochs
 
     seed_everything(1)
-    metrics = one_epoch(state, data, CONFIG)
+    metrics = trainer.train_epoch()
     seed_everything(1)
     data.train.sampler.set_epoch(0)
     losses, updates, total = [], 0, 4 * len(data.train)
@@ -85,7 +80,7 @@ def test_an_epoch_is_what_a_plain_loop_computes():
                 parameter -= rate * gradient
         losses.append(loss.item())
         updates += 1
-    assert state.updates == updates == 4
+    assert trainer.updates == updates == 4
     assert metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert metrics["lr"] == pytest.approx(rate, rel=1e-5)
     for name, value in plain.state_dict().items():
@@ -96,36 +91,33 @@ def test_an_epoch_is_what_a_plain_loop_computes():
 
 def test_clipping_bounds_the_update():
     config = replace(CONFIG, clip_grad=1e-3, batch_size=36, lr=1.0)
-    data = open_data(config, WORLD)
     model = Linear(6)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
-    state, _ = build_state(model, config, len(data.train), WORLD)
-    one_epoch(state, data, config)
+    trainer_of(config, model).train_epoch()
     after = torch.nn.utils.parameters_to_vector(model.parameters())
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_average_warms_up_towards_its_decay():
     config = replace(CONFIG, ema_decay=0.9, ema_warmup_power=1.0, batch_size=36, lr=0.1)
-    data = open_data(config, WORLD)
     model = Linear(6)
-    state, _ = build_state(model, config, len(data.train), WORLD)
+    trainer = trainer_of(config, model)
     start = model.head.bias.detach().clone()
-    one_epoch(state, data, config)
+    trainer.train_epoch()
     # The first update's decay is 0: the random start has no part in the average.
-    torch.testing.assert_close(state.ema.module.head.bias, model.head.bias)
+    torch.testing.assert_close(trainer.ema.module.head.bias, model.head.bias)
     assert not torch.equal(model.head.bias, start)
     first = model.head.bias.detach().clone()
-    one_epoch(state, data, config)
-    torch.testing.assert_close(state.ema.module.head.bias, (first + model.head.bias) / 2)
+    trainer.step = 0
+    trainer.train_epoch()
+    torch.testing.assert_close(trainer.ema.module.head.bias, (first + model.head.bias) / 2)
 
 
 def poisoned(config, *steps):
-    """A state and data whose loss is not finite at ``steps``."""
+    """A trainer whose loss is not finite at ``steps``."""
     seed_everything(0)
-    data = open_data(config, WORLD)
     model = Linear(6)
-    state, _ = build_state(model, config, len(data.train), WORLD)
+    trainer = trainer_of(config, model)
     calls = []
 
     def poison(module, inputs, output):
@@ -133,27 +125,28 @@ def poisoned(config, *steps):
         return output * torch.inf if len(calls) in steps else output
 
     model.register_forward_hook(poison)
-    return state, data
+    return trainer
 
 
 @pytest.mark.parametrize("amp", ["none", "float16"])
 def test_a_loss_that_is_not_finite_skips_its_update_and_is_reported(amp, capsys):
     config = replace(CONFIG, amp=amp, ema_decay=0.5)
-    state, data = poisoned(config, 1, 2, 3)
-    before = state.model.head.weight.detach().clone()
-    metrics = one_epoch(state, data, config)
+    trainer = poisoned(config, 1, 2, 3)
+    before = trainer.model.head.weight.detach().clone()
+    metrics = trainer.train_epoch()
     lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    data.train.sampler.set_epoch(0)
-    order = list(data.train.sampler)
+    sampler = trainer.data.train.sampler
+    sampler.set_epoch(0)
+    order = list(sampler)
     for step, line in enumerate(lines):
         assert f"not finite at step {step + 1} of epoch 1 (rank 0: loss nan" in line
         indices = " ".join(map(str, order[8 * step : 8 * step + 8]))
         assert f"training images {indices})" in line
     assert len(lines) == metrics["skipped_updates"] == 3
-    assert (state.updates, state.images, state.skipped_in_a_row) == (4, 8, 0)
+    assert (trainer.updates, trainer.images, trainer.skipped_in_a_row) == (4, 8, 0)
     # One update was made, by the schedule's fourth learning rate.
-    assert not torch.equal(state.model.head.weight, before)
-    assert state.model.head.weight.isfinite().all() and metrics["train_loss"] < 10
+    assert not torch.equal(trainer.model.head.weight, before)
+    assert trainer.model.head.weight.isfinite().all() and metrics["train_loss"] < 10
 
 
 @pytest.mark.parametrize(
@@ -173,15 +166,14 @@ def test_a_skipped_update_leaves_every_buffer(layer):
                 return self.norm(outputs)
             return self.norm(outputs[..., None].expand(-1, -1, 2) * torch.tensor([1.0, 2.0]))[..., 0]
 
-    data = open_data(CONFIG, WORLD)
-    state, _ = build_state(Network(), CONFIG, len(data.train), WORLD)
-    state.model.fails = False
-    one_epoch(state, data, CONFIG)
-    state.epochs_done, state.step, state.model.fails = 1, 0, True
-    before = {name: value.clone() for name, value in state.model.named_buffers()}
+    trainer = trainer_of(CONFIG, Network())
+    trainer.model.fails = False
+    trainer.train_epoch()
+    trainer.epochs_done, trainer.step, trainer.model.fails = 1, 0, True
+    before = {name: value.clone() for name, value in trainer.model.named_buffers()}
     with pytest.raises(NonFiniteLoss):
-        one_epoch(state, data, CONFIG)
-    for name, value in state.model.named_buffers():
+        trainer.train_epoch()
+    for name, value in trainer.model.named_buffers():
         assert torch.equal(value, before[name]), name
 
 
@@ -204,22 +196,22 @@ def test_an_image_whose_logits_are_not_finite_is_wrong_and_the_loss_says_so():
 
 
 def test_a_gradient_that_is_not_finite_skips_its_update():
-    state, data = poisoned(CONFIG)
-    before = state.model.head.weight.detach().clone()
-    state.model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
-    config = replace(CONFIG, clip_grad=1.0)
+    trainer = poisoned(replace(CONFIG, clip_grad=1.0))
+    before = trainer.model.head.weight.detach().clone()
+    trainer.model.head.weight.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(NonFiniteLoss, match=r"the gradient is not finite at .* \(rank 0: loss \d"):
-        one_epoch(state, data, config)
-    assert torch.equal(state.model.head.weight, before)
+        trainer.train_epoch()
+    assert torch.equal(trainer.model.head.weight, before)
 
 
 def test_too_many_skipped_updates_in_a_row_end_the_run_with_their_batch():
     config = replace(CONFIG, max_skipped=1)
-    state, data = poisoned(config, 1, 3, 4)
+    trainer = poisoned(config, 1, 3, 4)
     match = "not finite at step 4 of epoch 1, 2 times in a row .*Lower --lr"
     with pytest.raises(NonFiniteLoss, match=match) as caught:
-        one_epoch(state, data, config)
+        trainer.train_epoch()
     batch = caught.value.batch
+    data = trainer.data
     again = torch.stack([data.train.dataset[index][0] for index in batch["names"]])
     assert torch.equal(batch["images"], data.augment(again))
 
@@ -257,10 +249,9 @@ def test_biases_norms_and_the_class_token_are_not_decayed():
 
     model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1)
     config = replace(CONFIG, optimizer="adamw", weight_decay=0.05)
-    state, _ = build_state(model, config, 1, WORLD)
     decay = {
         id(parameter): group["weight_decay"]
-        for group in state.optimizer.param_groups
+        for group in build_optimizer(model, config).param_groups
         for parameter in group["params"]
     }
     for name, parameter in model.named_parameters():
@@ -276,11 +267,12 @@ def rates_of(config, updates=0):
     import t2tvit
 
     model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=2)
-    state, _ = build_state(model, config, 1, WORLD)
-    state.scheduler.step_update(updates)
+    optimizer = build_optimizer(model, config)
+    scheduler, _ = build_scheduler(optimizer, config, 1)
+    scheduler.step_update(updates)
     rates = {
         id(parameter): group["lr"]
-        for group in state.optimizer.param_groups
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -321,7 +313,10 @@ def test_the_log_says_what_batch_and_rate_an_update_has():
 
     def log(size):
         world = World(0, size, WORLD.device)
-        return "\n".join(opening_lines(config, open_data(config, world), Linear(6), 4, world))
+        data = open_data(config, world)
+        # A trainer would join the other processes.
+        trainer = SimpleNamespace(config=config, world=world, data=data, model=Linear(6), epochs=4)
+        return "\n".join(opening_lines(trainer))
 
     assert "global batch 8 (8 per process), momentum, lr 0.05" in log(1)
     assert "lr 0.1 for batches of 16, scaled by 0.5 to 8" in log(1)
@@ -330,13 +325,12 @@ def test_the_log_says_what_batch_and_rate_an_update_has():
 
 
 def trained_by(config, model):
-    """The state after an epoch of ``model`` from given generators."""
+    """The trainer after an epoch of ``model`` from given generators, and the metrics."""
     seed_everything(0)
-    data = open_data(config, WORLD)
-    state, _ = build_state(model, config, len(data.train), WORLD)
+    trainer = trainer_of(config, model)
     speed_up(model, config)
     seed_everything(1)
-    return state, one_epoch(state, data, config)
+    return trainer, trainer.train_epoch()
 
 
 def assert_same_training(config, changes, build):
@@ -382,12 +376,9 @@ def test_only_the_last_piece_s_gradients_are_shared_between_ranks():
             yield
 
         def forward(self, images):
-            return state.model(images)
+            return trainer.model(images)
 
-    data = open_data(CONFIG, WORLD)
-    state, _ = build_state(Linear(6), CONFIG, len(data.train), WORLD)
-    state.network = Network()
-    images, targets = torch.randn(8, 3, 16, 16), torch.randint(6, (8,))
-    config, two = replace(CONFIG, accumulate=4), World(0, 2, WORLD.device)
-    accumulate(state, images, targets, nn.CrossEntropyLoss(), config, two)
+    trainer = trainer_of(replace(CONFIG, accumulate=4), Linear(6))
+    trainer.network, trainer.world = Network(), World(0, 2, WORLD.device)
+    trainer.accumulate(torch.randn(8, 3, 16, 16), torch.randint(6, (8,)))
     assert len(shared) == 3

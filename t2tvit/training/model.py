@@ -1,7 +1,6 @@
 """Models as a run needs them: built from a configuration, proved to run, described in its log."""
 
 import copy
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,32 @@ from t2tvit.models import T2TBackbone, create_model, load_checkpoint
 from t2tvit.models.checkpoint import check_fit, read_state_dict
 from t2tvit.models.t2t_module import T2TModule
 from t2tvit.models.timm_models import TIMM, create_timm_model
+from t2tvit.training.checkpointing import read_about
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
+
+
+def trainable_model(
+    config: RunConfig, split: Split, world: World, begins: bool
+) -> tuple[nn.Module, dict]:
+    """The model of a run on ``split``, proved to run, and the arguments that rebuild it.
+
+    If the run ``begins``, it starts from the weights of ``initial_checkpoint``.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run this model here.
+        InputError: the model does not fit the data or the other options.
+    """
+    args = config.create_args(len(split.class_names), split.channels)
+    model = build_model(config.model, args, config.fused_kernels)
+    check_classes(model.num_classes, split)
+    if begins and config.initial_checkpoint is not None:
+        begin_from(model, Path(config.initial_checkpoint), split.class_names)
+    model.to(world.device)
+    try_forward(model, config, split.channels, world.device)
+    try_batch_norm(model, config, split.channels, world)
+    speed_up(model, config)
+    return model, args
 
 
 def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
@@ -70,8 +93,22 @@ def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None
     model.load_state_dict(state)
 
 
+def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
+    """Load the weights of ``path``; a head of other classes than ``class_names`` starts afresh."""
+    if not path.exists():
+        raise InputError(
+            f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"
+        )
+    load_weights(model, path)
+    about = read_about(path)
+    if about is not None and about.class_names not in (None, class_names):
+        model.reset_classifier(model.num_classes)
+
+
 @torch.no_grad()
-def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World) -> None:
+def try_forward(
+    model: nn.Module, config: RunConfig, channels: int, device: torch.device
+) -> None:
     """Run one blank image, so that what cannot work is said before anything is written.
 
     Raises:
@@ -80,8 +117,8 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, world: World
     """
     model.eval()
     try:
-        with config.autocast(world.device):
-            model(torch.zeros(1, channels, *config.size, device=world.device))
+        with config.autocast(device):
+            model(torch.zeros(1, channels, *config.size, device=device))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"model {config.model} at {config.size} pixels: {error}") from None
 
@@ -141,14 +178,9 @@ def check_classes(num_classes: int, split: Split) -> None:
         )
 
 
-def describe_device(device: torch.device) -> str:
-    """A device for people: the GPU's name, or the CPU and its threads."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def backend_lines(device: torch.device, config: RunConfig, model: nn.Module) -> Iterator[str]:
+def backend_lines(
+    model: nn.Module, config: RunConfig, device: torch.device
+) -> Iterator[str]:
     """Which backend serves each operation that ``model`` calls on ``device``, and why."""
     sizes = {}
     for module in model.modules():
@@ -158,6 +190,5 @@ def backend_lines(device: torch.device, config: RunConfig, model: nn.Module) -> 
         yield f"  {config.model} has no fused kernels"
         return
     named = None if config.fused_kernels == "auto" else config.fused_kernels
-    dtype = torch.float32 if config.amp == "none" else getattr(torch, config.amp)
-    for choice in explain(device, named, dtype, sizes):
+    for choice in explain(device, named, config.dtype, sizes):
         yield f"  {choice.operation:<20} {choice.backend or 'unavailable':<10} {choice.reason}"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
+from t2tvit.training.checkpointing.file_names import LAST_FILE, RUN_FILE
+from t2tvit.training.checkpointing.states import IMAGES, check, is_text
 from t2tvit.training.config import RunConfig, from_dict
-from t2tvit.training.form import IMAGES, check, is_text
-from t2tvit.training.state import LAST_FILE, RUN_FILE
 
 # A resumed run may differ from its beginning in these keys; in any other it would be another run.
 MAY_CHANGE = {

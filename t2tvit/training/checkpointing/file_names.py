@@ -1,0 +1,10 @@
+"""Names of the files in a run's folder."""
+
+BEST_FILE = "best.safetensors"
+LAST_FILE = "last.safetensors"
+STATE_FILES = "state-*.safetensors"
+CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+NOT_FINITE_FILES = "not_finite-*.safetensors"

@@ -1,0 +1,43 @@
+"""What a run computes with: versions, the commit of the source, the device."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import t2tvit
+
+PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what it computes with."""
+    found = {"python": platform.python_version(), "t2tvit": t2tvit.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the package's source, with "-dirty" where files differ; None outside git."""
+    git = ("git", "-C", str(Path(t2tvit.__file__).parent))
+    options = {"capture_output": True, "text": True, "check": True}
+    try:
+        # A copy that was installed into somebody's checkout has no commit of its own.
+        subprocess.run((*git, "ls-files", "--error-unmatch", "__init__.py"), **options)
+        describe = (*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        return subprocess.run(describe, **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_device(device: torch.device) -> str:
+    """A device for people: the GPU's name, or the CPU and its threads."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

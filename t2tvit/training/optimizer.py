@@ -1,0 +1,113 @@
+"""The optimiser of a run, its schedule, and the average of the weights."""
+
+import difflib
+
+import timm.optim
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from t2tvit.errors import InputError
+from t2tvit.training.checkpointing.states import is_number
+from t2tvit.training.config import AverageConfig, OptimizerConfig, RunConfig
+
+SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
+# Moments of optimisers that have their parameter's shape.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+FUSED = ("adam", "adamw")  # of torch, in one kernel for all parameters
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of timm's factory that ``config`` names.
+
+    Raises:
+        InputError: there is none of that name, or it does not take its arguments.
+    """
+    known = [name for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
+    if config.optimizer not in known:
+        near = difflib.get_close_matches(config.optimizer, known, n=3) or ["adamw", "sgd", "lamb"]
+        raise InputError(
+            f"optimizer: unknown name {config.optimizer!r}; timm has {', '.join(near)} and more"
+        )
+    try:
+        return timm.optim.create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr * config.lr_factor,
+            momentum=config.momentum,
+            **({"fused": True} if config.optimizer in FUSED else {}),
+            param_group_fn=lambda model: parameter_groups(model, config),
+        )
+    except (AssertionError, ImportError, ValueError) as error:
+        raise InputError(f"optimizer {config.optimizer}: {error}") from None
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Trainable parameters by weight decay and ``lr_scale``, which timm's schedules follow."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if config.layer_decay is not None:
+        return param_groups_layer_decay(
+            model,
+            config.weight_decay,
+            no_weight_decay_list=exempt,
+            layer_decay=config.layer_decay,
+        )
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    if config.backbone_lr_scale == 1:
+        return groups
+    heads = model.get_classifier()  # distilled models have two
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    head = {id(parameter) for each in heads for parameter in each.parameters()}
+    scaled = []
+    for group in groups:
+        for is_head, scale in ((True, 1.0), (False, config.backbone_lr_scale)):
+            members = [each for each in group["params"] if (id(each) in head) == is_head]
+            if members:
+                scaled.append(group | {"params": members, "lr_scale": scale})
+    return scaled
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig, updates_per_epoch: int
+) -> tuple[Scheduler, int]:
+    """The schedule of the learning rate, and the number of epochs with the cool-down."""
+    return create_scheduler_v2(
+        optimizer,
+        num_epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr * config.lr_factor,
+        min_lr=config.min_lr * config.lr_factor,
+        cooldown_epochs=config.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+
+
+def build_average(model: nn.Module, config: AverageConfig) -> ModelEmaV3 | None:
+    """The average of the model's weights, which starts as a copy of it; None without ``ema_decay``."""
+    if config.ema_decay is None:
+        return None
+    power = config.ema_warmup_power
+    return ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict]) -> None:
+    """Raise a ValueError unless a state that was loaded fits the parameters and their groups.
+
+    Args:
+        optimizer: with the loaded state.
+        before: its groups before, which tell which options are numbers.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in MOMENTS:
+            moment = state.get(name)
+            if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+                shapes = tuple(moment.shape), tuple(parameter.shape)
+                raise ValueError("{} has the shape {}, expected {}".format(name, *shapes))
+    for old, new in zip(before, optimizer.param_groups, strict=True):
+        for name, value in old.items():
+            if is_number(value) and not is_number(new.get(name)):
+                raise ValueError(f"{name} of the optimiser is {new.get(name)!r:.40}, expected a number")

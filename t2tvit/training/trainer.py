@@ -1,0 +1,517 @@
+"""The trainer: everything that training changes, and the methods that change it."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from t2tvit.charts import draw_curves
+from t2tvit.errors import InputError, NonFiniteLoss, OneRankError, RunError
+from t2tvit.terminal import printable
+from t2tvit.training.checkpointing import Checkpointer
+from t2tvit.training.checkpointing.file_names import BEST_FILE, CURVES_FILE, METRICS_FILE
+from t2tvit.training.checkpointing.run_folder import write_metrics
+from t2tvit.training.config import RunConfig
+from t2tvit.training.distributed import World
+from t2tvit.training.evaluation import CHECK_EVERY, evaluate
+from t2tvit.training.log import closing_lines, epoch_line, loader_line
+from t2tvit.training.model import speed_up
+from t2tvit.training.optimizer import (
+    build_average,
+    build_optimizer,
+    build_scheduler,
+    check_optimizer,
+)
+from t2tvit.training.pipeline import Data, batches, begin_epoch
+from t2tvit.training.profiling import Profiler
+from t2tvit.training.progress import Forecast, LoaderClock, Progress, peak_memory
+from t2tvit.training.randomness import rng_state, seed_everything, set_rng_state
+from t2tvit.training.samples import Sample
+from t2tvit.training.trackers import Trackers
+
+CURVES_EVERY = 60  # seconds
+EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
+
+
+class Trainer:
+    """A run in progress; a context manager that closes it.
+
+    The schedule follows from ``updates`` alone. ``step`` batches of the epoch at hand are done;
+    ``loss_sum`` over their ``images`` is this rank's, as is ``unreadable``, what is wrong with
+    images; all else is the same on every rank.
+
+    Args:
+        config: of the run, fitted to its data.
+        world: this process among those of the run.
+        data: this rank's share.
+        model: on this rank's device, ready to train.
+        checkpointer: writes to the run's folder; without one nothing is kept, and :meth:`fit`
+            cannot be called.
+
+    Attributes:
+        epochs: of the whole run, with the cool-down.
+        best: the epoch whose weights BEST_FILE has; 0: none.
+        skipped: the epoch's updates that were not made.
+        diverging: whether the last update was not made, for another reason than a loss scale that
+            is too large.
+        history: the metrics of each epoch.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        data: Data,
+        model: nn.Module,
+        checkpointer: Checkpointer | None = None,
+    ):
+        self.config, self.world, self.data, self.model = config, world, data, model
+        self.checkpointer = checkpointer
+        self.optimizer = build_optimizer(model, config)
+        self.scheduler, self.epochs = build_scheduler(self.optimizer, config, len(data.train))
+        self.ema = build_average(model, config)
+        if self.ema is not None:
+            speed_up(self.ema.module, config)  # a copy is not compiled
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
+        self.network = model  # wrapped if many ranks train it
+        if world.size > 1:
+            self.network = DistributedDataParallel(
+                model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        self.mix, self.loss_function = None, LabelSmoothingCrossEntropy(config.smoothing)
+        if config.mixes:
+            self.loss_function = SoftTargetCrossEntropy()
+            self.mix = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                switch_prob=config.mixup_switch,
+                label_smoothing=config.smoothing,
+                num_classes=model.num_classes,
+            )
+        self.trackers: Trackers | None = None
+        self.profiler: Profiler | None = None
+        self.forecast: Forecast | None = None
+        self.updates = self.epochs_done = self.step = self.images = self.best = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.loss_sum: Tensor | float = 0.0
+        self.diverging = False
+        self.unreadable: set[str] = set()
+        self.history: list[dict] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(failed=kind is not None)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged weights if there is an average, else the trained ones."""
+        return self.model if self.ema is None else self.ema.module
+
+    # A run
+
+    def fit(self, runs: int = 1) -> None:
+        """Train, evaluate and keep each epoch that is left.
+
+        It is the first of ``runs`` that will take about as long.
+
+        Raises:
+            Stopped: a signal asked the run to stop.
+            NonFiniteLoss, OneRankError: see :meth:`train_epoch`.
+        """
+        config, output = self.config, self.checkpointer.output
+        left = self.epochs - self.epochs_done
+        evaluation = EVALUATION_COST * self.data.held_out_images / config.batch_size
+        updates = left * (len(self.data.train) + evaluation) - self.step
+        self.profiler = Profiler(output, config.profile, self.world)
+        self.forecast = Forecast(updates, f"{left} epochs", runs, self.world)
+        self.trackers = Trackers(output, config, self.epochs_done, self.world)
+        started, drawn, before = time.perf_counter(), time.perf_counter(), self.epochs_done
+        is_loader_told = False
+        while self.epochs_done < self.epochs:
+            metrics = self.one_epoch()
+            is_best = self._end_epoch(metrics)
+            if self.world.is_main:
+                write_metrics(output / METRICS_FILE, self.history)
+                self.trackers.epoch(metrics)
+                if time.perf_counter() - drawn > CURVES_EVERY:
+                    draw_curves(self.history, output / CURVES_FILE)
+                    drawn = time.perf_counter()
+            done = self.epochs_done
+            left = (time.perf_counter() - started) / (done - before) * (self.epochs - done)
+            self.world.say(epoch_line(metrics, self.epochs, left) + ("  best" if is_best else ""))
+            if not is_loader_told and metrics["loader_images_per_second"]:
+                self.world.say(loader_line(metrics, self.data.train.num_workers))
+                is_loader_told = True
+        if self.world.is_main:
+            draw_curves(self.history, output / CURVES_FILE)
+
+    def close(self, failed: bool = False) -> None:
+        """End what accompanies the training; ``failed`` says whether an error ended it."""
+        if self.trackers is not None:
+            self.trackers.close(failed)
+        if self.profiler is not None and not failed:
+            self.profiler.close()
+
+    def report(self) -> None:
+        """Say how the finished run went.
+
+        Raises:
+            RunError: it ended with a model that has diverged.
+        """
+        remedies = "resume with a lower --lr, with --clip-grad, or with --amp bfloat16 or none"
+        if not math.isfinite(self.history[-1]["eval_loss"]):
+            kept = f"{BEST_FILE} is from epoch {self.best}" if self.best else "no epoch had a finite one"
+            raise RunError(
+                f"the held-out loss of the last epoch is not finite; {kept}. Lower --lr, set "
+                "--clip-grad, or use --amp none in another run"
+            )
+        if self.diverging:
+            raise RunError(
+                f"the loss or gradient was not finite in the last {self.skipped_in_a_row} updates, "
+                f"which were skipped; the training states from before are kept: {remedies}"
+            )
+        for line in closing_lines(self.history, self.best, self.epochs, self.checkpointer.output):
+            self.world.say(line)
+
+    # An epoch
+
+    def one_epoch(self) -> dict:
+        """Train and evaluate once; the metrics that METRICS_FILE gets."""
+        epoch, started = self.epochs_done + 1, time.perf_counter()
+        try:
+            metrics = self.train_epoch()
+        except NonFiniteLoss as error:
+            self.checkpointer.keep_batch(self, error.batch)
+            text = (
+                f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
+            )
+            raise NonFiniteLoss(text, error.batch) from None
+        self.checkpointer.before_evaluation(self)
+        metrics |= self.evaluate()
+        return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train to the end of the epoch, from its step ``step`` on.
+
+        Returns:
+            ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second`` that
+            their workers could deliver, by the time that each image took them, and ``loader_wait``,
+            the share of the time for which the training waited for them; ``memory_mib``, the most
+            that rank 0 has used so far; ``lr`` of the last update,
+            ``skipped_updates``, for which the loss or gradient was not finite, and
+            ``unreadable_images``, found so far.
+
+        Raises:
+            NonFiniteLoss: more than ``max_skipped`` updates in a row had to be skipped.
+            OneRankError: too many images cannot be read.
+            Stopped: a signal asked the run to stop; its state is saved.
+        """
+        steps = len(self.data.train)
+        begin_epoch(self.data.train, self.epochs_done, self.step)
+        self.network.train()
+        self.loss_sum = torch.as_tensor(
+            self.loss_sum, dtype=torch.float64, device=self.world.device
+        )
+        clock = LoaderClock(self.images)
+        title = f"epoch {self.epochs_done + 1}/{self.epochs}"
+        with Progress(title, steps, self.world) as progress:
+            for sample in clock.timed(self._awaited(batches(self.data.train))):
+                self._note_unreadable(sample.problem)
+                self.learn(*self._inputs(sample), sample.name)
+                if self.step % CHECK_EVERY == 0 or self.step == steps:
+                    progress.show(self.step, self._progress_line(clock))
+                self._after_step()
+        return self._epoch_metrics(clock)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the held-out images; see :func:`.evaluation.evaluate`."""
+        data, model = self.data, self.evaluated_model
+        return evaluate(
+            model, data.held_out, data.normalize, self.config, self.world, self.checkpointer
+        )
+
+    def _end_epoch(self, metrics: dict) -> bool:
+        """Count the epoch at hand as done, and keep it; whether it is the best so far."""
+        self.epochs_done += 1
+        self.step, self.loss_sum, self.images, self.skipped = 0, 0.0, 0, 0
+        self.history.append(metrics)
+        is_finite = math.isfinite(metrics["eval_loss"])
+        if not is_finite:
+            self.world.say(
+                f"warning   the held-out loss of epoch {self.epochs_done} is not finite"
+            )
+        best = self.history[self.best - 1]["top1"] if self.best else -math.inf
+        is_best = is_finite and metrics["top1"] >= best
+        self.best = self.epochs_done if is_best else self.best
+        # First the state, as the weights of a finished epoch can be read from it.
+        self.checkpointer.after_epoch(self)
+        self.checkpointer.keep_weights(self, is_best)
+        return is_best
+
+    def _awaited(self, items: Iterator) -> Iterator:
+        """``items``; waiting for one does not hold up a signal, and a profile names the time."""
+        while True:
+            waiting = contextlib.nullcontext()
+            if self.checkpointer is not None:
+                waiting = self.checkpointer.waiting(self)
+            with record_function("wait for the loader"), waiting:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+    @record_function("augment")
+    def _inputs(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """A batch's images and targets on this rank's device, erased and mixed."""
+        images = self.data.augment(sample.image)
+        targets = sample.label.to(self.world.device, non_blocking=True)
+        return (images, targets) if self.mix is None else self.mix(images, targets)
+
+    def _note_unreadable(self, problems: list[str]) -> None:
+        """Name the images that could not be read, each once.
+
+        Raises:
+            OneRankError: more than ``max_unreadable`` have been found on this rank.
+        """
+        for problem in filter(None, problems):
+            if problem in self.unreadable:
+                continue
+            self.unreadable.add(problem)
+            if len(self.unreadable) > self.config.max_unreadable:
+                raise OneRankError(
+                    f"{len(self.unreadable)} training images cannot be read, the last: {problem}; or "
+                    "raise --max-unreadable"
+                )
+            line = f"warning   process {self.world.rank}: {problem}; the next image replaces it"
+            print(printable(line), flush=True)
+
+    def _after_step(self) -> None:
+        for companion in (self.forecast, self.profiler):
+            if companion is not None:
+                companion.after_step()
+        if self.checkpointer is not None:
+            self.checkpointer.after_step(self)
+
+    def _progress_line(self, clock: LoaderClock) -> str:
+        """How the epoch at hand goes."""
+        rate = (self.images - clock.images_before) * self.world.size / clock.seconds
+        mean = float(self.loss_sum) / max(self.images, 1)
+        wait = clock.waited / clock.seconds
+        memory = peak_memory(self.world.device)
+        return f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB"
+
+    def _epoch_metrics(self, clock: LoaderClock) -> dict[str, float]:
+        """What :meth:`train_epoch` returns."""
+        world, seconds = self.world, clock.seconds
+        own = [self.loss_sum.item(), self.images, clock.images_before, clock.waited, clock.reading]
+        sums = world.sum(self.loss_sum.new_tensor(own))
+        loss_sum, images, before, waited, reading = sums.tolist()
+        readers = max(self.data.train.num_workers, 1) * world.size
+        return {
+            "train_loss": loss_sum / images,
+            "images_per_second": (images - before) / seconds,
+            "loader_images_per_second": readers * (images - before) / max(reading, 1e-9),
+            "loader_wait": waited / world.size / seconds,
+            "memory_mib": peak_memory(world.device),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "skipped_updates": self.skipped,
+            "unreadable_images": len(set().union(*world.gather(self.unreadable))),
+        }
+
+    # An update
+
+    def learn(self, images: Tensor, targets: Tensor, names: Tensor | list[str]) -> None:
+        """Make an update, or skip it if its loss or gradient is not finite.
+
+        Args:
+            images: (B, C, H, W), float32.
+            targets: (B,) classes, or (B, classes) shares of them.
+            names: of the images, for messages.
+
+        Raises:
+            NonFiniteLoss: it is one skipped update too many.
+        """
+        self.scheduler.step_update(self.updates)
+        generators = rng_state(self.world.device)
+        buffers = [(value, value.clone()) for value in self.model.buffers()]
+        loss = self.accumulate(images, targets)
+        if self.update():
+            self.skipped_in_a_row, self.diverging = 0, False
+            self.loss_sum = self.loss_sum + loss * len(images)
+            self.images += len(images)
+        else:
+            for value, before_update in buffers:  # batch norm's statistics among them
+                value.copy_(before_update)
+            names = names.tolist() if isinstance(names, Tensor) else names
+            batch = {"images": images, "targets": targets, "rng": generators, "names": names}
+            self._report_skipped(loss.item(), batch)
+        self.updates += 1
+        self.step += 1
+
+    def accumulate(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Put the gradients of the mean loss in place, from ``config.accumulate`` pieces of the batch.
+
+        Returns:
+            The mean loss of this rank's images; the gradients are those of all ranks.
+        """
+        self.optimizer.zero_grad()
+        count, device = self.config.accumulate, self.world.device
+        pieces = list(
+            zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
+        )
+        total = torch.zeros((), device=device)
+        for number, (part, wanted) in enumerate(pieces, start=1):
+            # The ranks share their gradients once, with the last piece's.
+            alone = self.world.size > 1 and number < len(pieces)
+            with self.network.no_sync() if alone else contextlib.nullcontext():
+                try:
+                    with record_function("forward"), self.config.autocast(device):
+                        loss = self.loss_function(self.network(part), wanted)
+                        loss = loss * (len(part) / len(images))
+                except InputError:
+                    raise
+                except ValueError as error:  # PyTorch's and timm's of shapes; the rest are faults
+                    raise InputError(
+                        f"model {self.config.model} does not train on {len(part)} images of "
+                        f"{tuple(part.shape[1:])}: {error}; change --batch-size, --accumulate or "
+                        "--model"
+                    ) from None
+                with record_function("backward"):
+                    # A loss that is not finite on one rank so reaches the gradients of all.
+                    self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+            total += loss.detach()
+        return total
+
+    @record_function("optimiser")
+    def update(self) -> bool:
+        """Optimiser step and average; False, and no step, if a gradient is not finite.
+
+        Every rank returns the same.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [value for value in self.model.parameters() if value.grad is not None]
+        norm = nn.utils.get_total_norm([value.grad for value in parameters])
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+        is_finite = norm.isfinite().item()
+        if is_finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if is_finite and self.ema is not None:
+            self.ema.update(self.model, step=self.updates + 1)
+        return is_finite
+
+    def _report_skipped(self, loss: float, batch: dict) -> None:
+        """Count the skipped update of ``batch`` and say whose it was.
+
+        Raises:
+            NonFiniteLoss: it is one too many.
+        """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        where = f"step {self.step + 1} of epoch {self.epochs_done + 1}"
+        ranks = self.world.gather((loss, batch["names"]))
+        bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
+        # A loss scale that is too large is found so, and is no fault of the batch.
+        self.diverging = bool(bad) or not self.scaler.is_enabled()
+        what = "the loss is not finite" if bad else "the gradient is not finite"
+        whose = "; ".join(
+            f"rank {rank}: loss {value}, training images {' '.join(map(str, names))}"
+            for rank, (value, names) in (bad or dict(enumerate(ranks))).items()
+        )
+        is_whole_epoch = self.skipped == len(self.data.train)
+        if self.skipped_in_a_row > self.config.max_skipped or is_whole_epoch:
+            kept = "; the last checkpoint is intact" if self.epochs_done > 0 else ""
+            raise NonFiniteLoss(
+                f"{what} at {where}, {self.skipped_in_a_row} times in a row ({whose}){kept}. "
+                "Lower --lr, set --clip-grad, or use --amp bfloat16 or none",
+                batch,
+            )
+        if self.diverging:
+            self.world.say(f"warning   {what} at {where} ({whose}); update skipped")
+
+    # The state
+
+    def state_dict(self) -> dict:
+        """What every rank has in common; a state file has the ranks' own besides it."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+            "epochs_done": self.epochs_done,
+            "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a :meth:`state_dict` that a file has kept."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        # Parameters are numbered, and JSON's keys are text.
+        moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        if state["scaler"]:  # empty if the run did not scale its loss before
+            self.scaler.load_state_dict(state["scaler"])
+        self.updates, self.epochs_done = state["updates"], state["epochs_done"]
+        self.step, self.history = state["step"], state["history"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+    def restore(self, content: dict, path: Path) -> None:
+        """Continue from the ``content`` of the state file ``path``, with its generators.
+
+        Raises:
+            InputError: the state is not of this model, optimiser and data.
+        """
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        steps = len(self.data.train)
+        try:
+            self.load_state_dict(content["state"])
+            self._restore_ranks(content["ranks"])
+            check_optimizer(self.optimizer, groups)
+            if self.step > steps:
+                raise ValueError(f"it has done {self.step} of the {steps} updates of an epoch")
+        except torch.OutOfMemoryError:
+            raise
+        # What PyTorch raises for tensors and options that do not fit has no narrower base.
+        except (
+            *(AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
+        ) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"training state {path} does not fit the run: {reason}") from None
+
+    def _restore_ranks(self, ranks: list[dict]) -> None:
+        """Take what is this rank's own; on another number of ranks their sum, and new generators."""
+        world = self.world
+        if len(ranks) == world.size:
+            own = ranks[world.rank]
+            self.loss_sum, self.images = own["loss_sum"], own["images"]
+            self.unreadable = set(own["unreadable"])
+            set_rng_state(own["rng"], world.device)
+            return
+        if world.is_main:
+            self.loss_sum = sum(rank["loss_sum"] for rank in ranks)
+            self.images = sum(rank["images"] for rank in ranks)
+        self.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
+        world.say(
+            f"the run had {len(ranks)} processes and now has {world.size}: random numbers "
+            "start afresh, so it will not end bit-identical to an uninterrupted one"
+        )
+        seed_everything(self.config.seed + world.rank + 1000 * self.epochs_done)
