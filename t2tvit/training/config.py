@@ -502,14 +502,14 @@ HINTS = typing.get_type_hints(RunConfig)
 GROUPS = {item.name: title for title, part in PARTS.items() for item in fields(part)}
 
 
-def resolve(config: str | Path | None, overrides: dict[str, object]) -> RunConfig:
+def resolve(source: str | Path | None, overrides: dict[str, object]) -> RunConfig:
     """The configuration of a YAML file or packaged name (None: the defaults) with overrides.
 
     Raises:
         InputError: an unknown file or key, a value of the wrong type or out of bounds.
     """
-    values = read_yaml(config) if config is not None else {}
-    return from_dict(values, overrides, str(config))
+    values = read_yaml(source) if source is not None else {}
+    return from_dict(values, overrides, str(source))
 
 
 def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored") -> RunConfig:
@@ -535,13 +535,13 @@ def packaged_names() -> list[str]:
     )
 
 
-def read_yaml(config: str | Path, including: tuple[Path, ...] = ()) -> dict[str, object]:
+def read_yaml(source: str | Path, including: tuple[Path, ...] = ()) -> dict[str, object]:
     """The keys of a YAML file, or packaged config, over those of its ``base``."""
-    path = Path(config)
+    path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
-        path = PACKAGED / f"{config}.yaml"
+        path = PACKAGED / f"{source}.yaml"
         if not path.is_file():
-            raise InputError(unknown_name("config", str(config), packaged_names()))
+            raise InputError(unknown_name("config", str(source), packaged_names()))
     try:
         values = load_yaml(read_text(path))
     except OSError as error:

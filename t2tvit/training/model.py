@@ -139,16 +139,11 @@ def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: Wo
         try:
             trial(torch.zeros(1, channels, *config.size, device=world.device))
         except ValueError as error:
-            raise InputError(f"{single_images(config)} ({error})") from None
-
-
-def single_images(config: RunConfig) -> str:
-    """What to change if the model cannot train on so few images at once."""
-    accumulate = "" if config.accumulate == 1 else f" or lower --accumulate {config.accumulate}"
-    return (
-        f"batch_size: got {config.batch_size}, too few images at once for {config.model} to train "
-        f"on; raise --batch-size{accumulate}"
-    )
+            other = "" if config.accumulate == 1 else f" or lower --accumulate {config.accumulate}"
+            raise InputError(
+                f"batch_size: got {config.batch_size}, too few images at once for {config.model} to "
+                f"train on; raise --batch-size{other} ({error})"
+            ) from None
 
 
 def speed_up(model: nn.Module, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""The optimiser of a run, its schedule, and the average of the weights."""
+"""The optimiser of a run and its schedule."""
 
 import difflib
 
@@ -7,12 +7,11 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from t2tvit.errors import InputError
 from t2tvit.training.checkpointing.states import is_number
-from t2tvit.training.config import AverageConfig, OptimizerConfig, RunConfig
+from t2tvit.training.config import OptimizerConfig, RunConfig
 
 SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
 # Moments of optimisers that have their parameter's shape.
@@ -84,14 +83,6 @@ def build_scheduler(
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )
-
-
-def build_average(model: nn.Module, config: AverageConfig) -> ModelEmaV3 | None:
-    """The average of the model's weights, which starts as a copy of it; None without ``ema_decay``."""
-    if config.ema_decay is None:
-        return None
-    power = config.ema_warmup_power
-    return ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict]) -> None:

@@ -245,15 +245,13 @@ def open_splits(
     return train, open_split(config.data, "val", num_classes=classes, **options)
 
 
-def open_data(
-    config: RunConfig, world: World, splits: tuple[Split, Split] | None = None
-) -> Data:
-    """This rank's share of ``splits``, by default of those of :func:`open_splits`.
+def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> Data:
+    """This rank's share of ``splits``, which :func:`open_splits` has opened.
 
     Raises:
         InputError: the data cannot be read, or does not fit the configuration.
     """
-    split, held_out = splits or open_splits(config)
+    split, held_out = splits
     mean, std = config.statistics(split.mean, split.std)
     train = train_loader(split, config, world)
     try:
@@ -344,7 +342,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         dataset,
         batch_size=config.batch_per_process(world.size),
         sampler=sampler,
-        num_workers=workers_for(split, config),
+        num_workers=workers_for(split, config.workers),
         pin_memory=world.device.type == "cuda",
         drop_last=True,
         worker_init_fn=begin_worker,
@@ -367,9 +365,9 @@ def is_stream(split: Split) -> bool:
     return hasattr(split.images, "shards")
 
 
-def workers_for(split: Split, config: RunConfig) -> int:
-    """``config.workers``, but no more than there are CPUs; of a stream they decide the order."""
-    return config.workers if is_stream(split) else min(config.workers, available_cpus())
+def workers_for(split: Split, workers: int) -> int:
+    """``workers``, but no more than there are CPUs; of a stream they decide the order."""
+    return workers if is_stream(split) else min(workers, available_cpus())
 
 
 def available_cpus() -> int:
@@ -404,17 +402,18 @@ def eval_loader(
     label_map: list[int] | None = None,
 ) -> DataLoader:
     """This rank's part of the images: all ranks together see each exactly once."""
+    transform = eval_transform(config)
     if is_stream(split):
         from t2tvit.training.streaming import EvaluationStream
 
-        dataset = EvaluationStream(split, eval_transform(config), label_map, world)
+        dataset = EvaluationStream(split, transform, label_map, world)
     else:
-        dataset = TransformedImages(split, eval_transform(config), label_map)
+        dataset = TransformedImages(split, transform, label_map)
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     return DataLoader(
         dataset,
         batch_size=math.ceil(config.batch_size / world.size),
-        num_workers=workers_for(split, config),
+        num_workers=workers_for(split, config.workers),
         pin_memory=world.device.type == "cuda",
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # or a repeated evaluation would draw from the run's

@@ -6,7 +6,7 @@ import torch
 
 from t2tvit.errors import InputError
 from t2tvit.training.checkpointing import Checkpointer, RunFolder, Weights
-from t2tvit.training.checkpointing.identity import REMEDIES, identity
+from t2tvit.training.checkpointing.identity import REMEDIES
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.log import change_lines, opening_lines
@@ -42,7 +42,7 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
     Nothing is written before all of it is known to work.
     """
     world.on_main(folder.check)
-    world.on_main(lambda: check_trackers(config))
+    world.on_main(lambda: check_trackers(config.tensorboard, config.wandb))
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     resumed = folder.read()
@@ -53,11 +53,10 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
         images = world.on_main(lambda: folder.described_images(splits, resumed))
         fitted, changes = config.fitted(len(splits[0].images))
         data = open_data(fitted, world, splits)
-    class_names = data.split.class_names
     seed_everything(config.seed)
     model, args = trainable_model(fitted, data.split, world, begins=resumed is None)
     statistics = {"mean": data.mean, "std": data.std}
-    about = Weights(fitted.model, args, class_names, asdict(fitted) | statistics)
+    about = Weights(fitted.model, args, data.split.class_names, asdict(fitted) | statistics)
     checkpointer = Checkpointer(folder.output, config, about, images, world, signals)
     trainer = Trainer(fitted, world, data, model, checkpointer)
     if resumed is None:
@@ -66,9 +65,9 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
         trainer.restore(resumed, folder.state_path)
         check_left(trainer, resumed["config"])
 
-    owner = identity(config, class_names, images)
-    trainer.best, lost = world.on_main(lambda: folder.claim(config, owner, resumed, about))
-    world.on_main(lambda: folder.record_start(config, owner, trainer))
+    owner = checkpointer.identity()
+    trainer.best, lost = world.on_main(lambda: folder.claim(owner, resumed, about))
+    world.on_main(lambda: folder.record_start(owner, trainer))
     for line in (*opening_lines(trainer), *changes):
         world.say(line)
     for reason in folder.damaged:

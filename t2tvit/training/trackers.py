@@ -19,15 +19,15 @@ def run_id(output: Path) -> str:
     return path.read_text()
 
 
-def check_trackers(config: RunConfig) -> None:
-    """Raise an InputError if what ``config`` asks for is not installed."""
+def check_trackers(tensorboard: bool, project: str | None) -> None:
+    """Raise an InputError if a tracker that is asked for is not installed."""
     try:
-        if config.tensorboard:
+        if tensorboard:
             import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise InputError("tensorboard: not installed; pip install tensorboard") from None
     try:
-        if config.wandb is not None:
+        if project is not None:
             import wandb  # noqa: F401
     except ImportError:
         raise InputError("wandb: not installed; pip install wandb") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -24,12 +25,7 @@ from t2tvit.training.distributed import World
 from t2tvit.training.evaluation import CHECK_EVERY, evaluate
 from t2tvit.training.log import closing_lines, epoch_line, loader_line
 from t2tvit.training.model import speed_up
-from t2tvit.training.optimizer import (
-    build_average,
-    build_optimizer,
-    build_scheduler,
-    check_optimizer,
-)
+from t2tvit.training.optimizer import build_optimizer, build_scheduler, check_optimizer
 from t2tvit.training.pipeline import Data, batches, begin_epoch
 from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Forecast, LoaderClock, Progress, peak_memory
@@ -77,8 +73,10 @@ class Trainer:
         self.checkpointer = checkpointer
         self.optimizer = build_optimizer(model, config)
         self.scheduler, self.epochs = build_scheduler(self.optimizer, config, len(data.train))
-        self.ema = build_average(model, config)
-        if self.ema is not None:
+        self.ema = None
+        if config.ema_decay is not None:
+            power = config.ema_warmup_power
+            self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
             speed_up(self.ema.module, config)  # a copy is not compiled
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
         self.network = model  # wrapped if many ranks train it

@@ -275,7 +275,7 @@ def test_a_folder_without_a_readable_image_is_refused(folder):
         path.write_bytes(b"no image")
     config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
     with pytest.raises(InputError, match="none of the 6 training images can be read: image .*ant"):
-        open_data(config, ALONE)
+        open_data(config, ALONE, open_splits(config))
 
 
 def test_a_decoder_s_own_error_is_the_image_s(folder, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_damaged_held_out_image_is_found_before_training(folder, damage):
     path.write_bytes(path.read_bytes()[:200] if damage == "truncated" else b"no image")
     config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
     with pytest.raises(OneRankError, match="bee/1.png cannot be read"):
-        open_data(config, ALONE)
+        open_data(config, ALONE, open_splits(config))
 
 
 def test_files_of_the_system_are_no_images_and_others_are_counted(folder):
@@ -338,7 +338,7 @@ def test_files_of_the_system_are_no_images_and_others_are_counted(folder):
         for name in ("._0.png", "Thumbs.db", "notes.txt"):
             (folder / split / "ant" / name).write_bytes(b"")
     config = RunConfig(data=f"imagefolder:{folder}", img_size=32, workers=0, batch_size=6)
-    data = open_data(config, ALONE)
+    data = open_data(config, ALONE, open_splits(config))
     assert (len(data.split.images), data.split.class_names) == (6, ["ant", "bee"])
     assert data.skipped == {".txt": 2}
 
@@ -476,7 +476,7 @@ def test_evaluation_sees_each_image_exactly_once(size):
 def test_data_that_do_not_fit_the_configuration(options, world, message):
     config = RunConfig(**{"data": "synthetic:44", "img_size": 16, "batch_size": 8} | options)
     with pytest.raises(InputError, match=message):
-        open_data(config, world)
+        open_data(config, world, open_splits(config))
 
 
 def test_repeated_images_are_augmented_anew_and_fill_the_ranks_batches():

@@ -24,7 +24,7 @@ from t2tvit.training.checkpointing import Checkpointer, read_about, run_folder, 
 from t2tvit.training.checkpointing.states import read_state, write_state
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
-from t2tvit.training.pipeline import open_data
+from t2tvit.training.pipeline import open_data, open_splits
 from t2tvit.training.randomness import rng_state, set_rng_state
 from t2tvit.training.stopping import Signals
 from t2tvit.training.trainer import Trainer
@@ -708,7 +708,8 @@ def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch)
     generators = rng_state(alone.device)
     assert generators["cuda"] is None
     set_rng_state(generators | {"cuda": torch.zeros(16, dtype=torch.uint8)}, alone.device)
-    data = open_data(RunConfig(data="synthetic:44", img_size=16, workers=0, batch_size=8), alone)
+    config = RunConfig(data="synthetic:44", img_size=16, workers=0, batch_size=8)
+    data = open_data(config, alone, open_splits(config))
     assert not data.train.pin_memory and not data.held_out.pin_memory
 
 

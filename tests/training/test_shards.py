@@ -19,7 +19,14 @@ from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.checkpointing import Checkpointer
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
-from t2tvit.training.pipeline import batches, begin_epoch, eval_loader, open_data, train_loader
+from t2tvit.training.pipeline import (
+    batches,
+    begin_epoch,
+    eval_loader,
+    open_data,
+    open_splits,
+    train_loader,
+)
 from tests.training.compare import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, state_of
 
@@ -128,7 +135,7 @@ def test_what_cannot_be_read_is_named_and_the_next_stands_for_it(shards, tmp_pat
     )
     config = replace(CONFIG, data=f"webdataset:{tmp_path / '{split}-*.tar'}")
     with pytest.raises(InputError, match="train-001.tar cannot be read"):
-        open_data(config, World(0, 1, torch.device("cpu")))
+        open_data(config, World(0, 1, torch.device("cpu")), open_splits(config))
     split = open_split(f"webdataset:{tmp_path}", "train", num_classes=4)
     loader = train_loader(split, CONFIG, World(0, 1, torch.device("cpu")))
     problems = {problem for batch in loader for problem in batch.problem if problem}
@@ -265,7 +272,7 @@ def test_held_out_labels_are_those_of_the_training_shards(tmp_path):
         write_shard(tmp_path / f"{split}-0.tar", files)
     config = replace(CONFIG, data=f"webdataset:{tmp_path}", num_classes=None)
     with pytest.raises(LabelError, match="val-0.tar/2 has the label 3, but there are 3 classes"):
-        open_data(config, World(0, 1, torch.device("cpu")))
+        open_data(config, World(0, 1, torch.device("cpu")), open_splits(config))
 
 
 def test_a_damaged_held_out_image_is_found_before_training(shards, tmp_path):
@@ -277,7 +284,7 @@ def test_a_damaged_held_out_image_is_found_before_training(shards, tmp_path):
         (tmp_path / path.name).write_bytes(content)
     config = replace(CONFIG, data=f"webdataset:{tmp_path}")
     with pytest.raises(OneRankError, match="val-001.tar/val1/0005 cannot be read"):
-        open_data(config, World(0, 1, torch.device("cpu")))
+        open_data(config, World(0, 1, torch.device("cpu")), open_splits(config))
 
 
 def test_class_names_are_read_beside_the_shards(shards, tmp_path):

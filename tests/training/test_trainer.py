@@ -16,7 +16,7 @@ from t2tvit.training.evaluation import evaluate
 from t2tvit.training.log import opening_lines
 from t2tvit.training.model import speed_up
 from t2tvit.training.optimizer import build_optimizer, build_scheduler
-from t2tvit.training.pipeline import Normalize, open_data
+from t2tvit.training.pipeline import Normalize, open_data, open_splits
 from t2tvit.training.randomness import seed_everything
 from t2tvit.training.trainer import Trainer
 
@@ -53,12 +53,12 @@ class Linear(nn.Module):
 
 def trainer_of(config, model):
     """Its data are those of ``config``."""
-    return Trainer(config, WORLD, open_data(config, WORLD), model)
+    return Trainer(config, WORLD, open_data(config, WORLD, open_splits(config)), model)
 
 
 def test_an_epoch_is_what_a_plain_loop_computes():
     seed_everything(0)
-    data = open_data(CONFIG, WORLD)
+    data = open_data(CONFIG, WORLD, open_splits(CONFIG))
     model = Linear(6)
     plain = Linear(6)
     plain.load_state_dict(model.state_dict())
@@ -313,7 +313,7 @@ def test_the_log_says_what_batch_and_rate_an_update_has():
 
     def log(size):
         world = World(0, size, WORLD.device)
-        data = open_data(config, world)
+        data = open_data(config, world, open_splits(config))
         # A trainer would join the other processes.
         trainer = SimpleNamespace(config=config, world=world, data=data, model=Linear(6), epochs=4)
         return "\n".join(opening_lines(trainer))

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -68,6 +68,14 @@ class Checkpointer:
         self.is_kept = False  # the state before the evaluation at hand
         self.is_stopping = False
         self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
+
+    def identity(self) -> dict:
+        """What RUN_FILE keeps of the run that a folder belongs to."""
+        return {
+            "config": asdict(self.config),
+            "class_names": self.about.class_names,
+            "images": self.images,
+        }
 
     def after_step(self, trainer: "Trainer") -> None:
         """Save if it is time to, or if any rank has been asked to stop.

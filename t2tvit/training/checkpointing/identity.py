@@ -45,13 +45,8 @@ def difference(
     return None
 
 
-def identity(config: RunConfig, class_names: list[str], images: dict[str, dict]) -> dict:
-    """What RUN_FILE keeps of the run that a folder belongs to; ``images`` are :func:`described`."""
-    return {"config": asdict(config), "class_names": class_names, "images": images}
-
-
 def is_identity(value: object) -> bool:
-    """Whether ``value``, read from a file, has the form of :func:`identity`."""
+    """Whether ``value``, read from a file, has the form of :meth:`.Checkpointer.identity`."""
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         return False
     try:
@@ -62,7 +57,7 @@ def is_identity(value: object) -> bool:
 
 
 def check_owner(path: Path, state: dict, owner: dict | None) -> None:
-    """Refuse the training state of another run than ``owner``, the folder's :func:`identity`.
+    """Refuse the training state of another run than ``owner``, the folder's :meth:`.Checkpointer.identity`.
 
     States of the earlier format do not describe their ``images``; the rest is compared.
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +106,7 @@ class RunFolder:
 
     @property
     def owner(self) -> dict | None:
-        """The :func:`.identity.identity` that the folder of the state to resume has, if any."""
+        """The :meth:`.Checkpointer.identity` that the folder of the state to resume has, if any."""
         return read_record(self.state_path.parent).get("identity")
 
     def read(self) -> dict | None:
@@ -209,15 +209,14 @@ class RunFolder:
         return images
 
     def claim(
-        self, config: RunConfig, owner: dict, resumed: dict | None, about: Weights
+        self, owner: dict, resumed: dict | None, about: Weights
     ) -> tuple[int, list[str]]:
         """Make and lock the output folder, and fit what it holds to the state to resume.
 
         Until the start is complete, RUN_FILE says how to repeat it.
 
         Args:
-            config: as asked for.
-            owner: the run's :func:`.identity.identity`.
+            owner: the run's :meth:`.Checkpointer.identity`.
             resumed: what :meth:`read` returned.
             about: the weights' description, but for epoch and top-1.
 
@@ -238,22 +237,24 @@ class RunFolder:
         for leftover in output.glob(WRITING):  # of a run that was killed
             leftover.unlink()
         if self.state_path is None or self.moves:
-            self._record_beginning(config, owner)
+            self._record_beginning(owner)
         if resumed is None:
             return 0, []
-        return self._fit(config, resumed, about, copied if self.moves else None)
+        best, lines = self._fit(resumed, about, copied if self.moves else None)
+        remove_oldest(output, owner["config"]["keep_checkpoints"])
+        return best, lines
 
-    def _record_beginning(self, config: RunConfig, owner: dict) -> None:
+    def _record_beginning(self, owner: dict) -> None:
         """Let RUN_FILE say how to repeat a start that is not complete yet."""
         source = self.state_path.parent.resolve() / self.state_path.name if self.moves else None
         state = None if source is None else str(source)
-        beginning = {"state": state, "config": asdict(config)}
+        beginning = {"state": state, "config": owner["config"]}
         record = {"starts": []} | read_record(self.output)
         record |= {"beginning": beginning, "identity": owner}
         write_atomically(self.output / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
     def _fit(
-        self, config: RunConfig, resumed: dict, about: Weights, copied: Fitting | None
+        self, resumed: dict, about: Weights, copied: Fitting | None
     ) -> tuple[int, list[str]]:
         """Fit the folder to the state ``resumed``, with what is ``copied`` of another folder."""
         output = self.output
@@ -266,13 +267,12 @@ class RunFolder:
         lines = [*(copied or fits).lines]
         lines += rewind(output, resumed["state"], fits.strange)
         replace_files(output, fits.files)
-        remove_oldest(output, config.keep_checkpoints)
         return fits.best, lines
 
-    def record_start(self, config: RunConfig, owner: dict, trainer: "Trainer") -> None:
+    def record_start(self, owner: dict, trainer: "Trainer") -> None:
         """Write the configuration, the circumstances, and the metrics of the epochs done."""
         world = trainer.world
-        write_atomically(self.output / CONFIG_FILE, config.to_yaml())
+        write_atomically(self.output / CONFIG_FILE, trainer.checkpointer.config.to_yaml())
         path = self.output / RUN_FILE
         record = read_record(self.output)
         if not record and os.path.lexists(path):
@@ -341,7 +341,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def read_record(output: Path) -> dict:
-    """What RUN_FILE says: ``starts``, ``identity`` (see :func:`identity`; missing in the earlier
+    """What RUN_FILE says: ``starts``, ``identity`` (see :meth:`.Checkpointer.identity`; missing in the earlier
     format), and ``beginning`` until the first start is complete.
 
     Empty if the file is missing, damaged or another program's.
