@@ -1,6 +1,7 @@
 """The command line: ``t2tvit COMMAND``.
 
-Each command is a file of :mod:`t2tvit.commands`; here is what they share: parsing, errors, statuses.
+Each command is a file of :mod:`t2tvit.commands`; this one has what they share: parsing, errors and
+exit statuses.
 """
 
 import argparse

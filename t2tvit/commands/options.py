@@ -120,7 +120,7 @@ def add_weights(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def described(arguments: argparse.Namespace) -> "tuple[Path, RunConfig, Weights | None]":
-    """The weights that :func:`add_weights` asked for, how to use them, and what they say of themselves.
+    """The weights that are asked for, how to use them, and what they say of themselves.
 
     Raises:
         InputError: there are none, or they do not fit the other options.

@@ -1,4 +1,4 @@
-"""Plots of a comparison: accuracy over cost or speed, each point with its model's name beside it."""
+"""Plots of a comparison: accuracy over cost or speed, each point with the name of its model."""
 
 import math
 import statistics

@@ -1,1 +1,1 @@
-"""The trainer: configuration, the run and its state, evaluation, prediction, benchmark, plots."""
+"""The trainer: configuration, data, updates, evaluation, checkpoints, log."""

@@ -55,8 +55,8 @@ def key(
 ):
     """A key of the schema: its default, help, and what values it takes beyond its type.
 
-    ``bounds`` are the least and the largest number, None for no largest. ``bare`` is what its option
-    means without a value.
+    ``bounds`` are the least and the largest number, None for no largest. ``bare`` is what its
+    option means without a value.
     """
     metadata = {
         "help": help,

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-import t2tvit
+from t2tvit.version import __version__
 
+SOURCE = Path(__file__).resolve().parents[1]  # of the package
 PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and what it computes with."""
-    found = {"python": platform.python_version(), "t2tvit": t2tvit.__version__}
+    found = {"python": platform.python_version(), "t2tvit": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -25,7 +26,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the package's source, with "-dirty" where files differ; None outside git."""
-    git = ("git", "-C", str(Path(t2tvit.__file__).parent))
+    git = ("git", "-C", str(SOURCE))
     options = {"capture_output": True, "text": True, "check": True}
     try:
         # A copy that was installed into somebody's checkout has no commit of its own.

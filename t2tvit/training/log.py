@@ -62,8 +62,8 @@ def opening_lines(trainer: "Trainer") -> Iterator[str]:
     share = config.batch_per_process(world.size)
     batch = share * world.size
     yield (
-        f"training  {trainer.epochs} epochs of {len(data.train)} updates, global batch {batch} ({share} "
-        f"per process), {config.optimizer}, lr {config.lr * config.lr_factor:g}, weight decay "
+        f"training  {trainer.epochs} epochs of {len(data.train)} updates, global batch {batch} "
+        f"({share} per process), {config.optimizer}, lr {config.lr * config.lr_factor:g}, weight decay "
         f"{config.weight_decay:g}"
     )
     if config.auto_lr:

@@ -141,8 +141,8 @@ def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: Wo
         except ValueError as error:
             other = "" if config.accumulate == 1 else f" or lower --accumulate {config.accumulate}"
             raise InputError(
-                f"batch_size: got {config.batch_size}, too few images at once for {config.model} to "
-                f"train on; raise --batch-size{other} ({error})"
+                f"batch_size: got {config.batch_size}, too few images at once for {config.model} "
+                f"to train on; raise --batch-size{other} ({error})"
             ) from None
 
 

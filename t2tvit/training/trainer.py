@@ -170,7 +170,8 @@ class Trainer:
         """
         remedies = "resume with a lower --lr, with --clip-grad, or with --amp bfloat16 or none"
         if not math.isfinite(self.history[-1]["eval_loss"]):
-            kept = f"{BEST_FILE} is from epoch {self.best}" if self.best else "no epoch had a finite one"
+            best = f"{BEST_FILE} is from epoch {self.best}"
+            kept = best if self.best else "no epoch had a finite one"
             raise RunError(
                 f"the held-out loss of the last epoch is not finite; {kept}. Lower --lr, set "
                 "--clip-grad, or use --amp none in another run"
@@ -290,8 +291,8 @@ class Trainer:
             self.unreadable.add(problem)
             if len(self.unreadable) > self.config.max_unreadable:
                 raise OneRankError(
-                    f"{len(self.unreadable)} training images cannot be read, the last: {problem}; or "
-                    "raise --max-unreadable"
+                    f"{len(self.unreadable)} training images cannot be read, the last: {problem}; "
+                    "or raise --max-unreadable"
                 )
             line = f"warning   process {self.world.rank}: {problem}; the next image replaces it"
             print(printable(line), flush=True)
@@ -496,7 +497,7 @@ class Trainer:
             raise InputError(f"training state {path} does not fit the run: {reason}") from None
 
     def _restore_ranks(self, ranks: list[dict]) -> None:
-        """Take what is this rank's own; on another number of ranks their sum, and new generators."""
+        """Take what is this rank's own; on another number of ranks the sums, with new generators."""
         world = self.world
         if len(ranks) == world.size:
             own = ranks[world.rank]

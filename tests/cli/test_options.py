@@ -1,7 +1,7 @@
-"""The options of every command and the keys of a configuration: none is lost or changed by accident.
+"""The options of every command and the keys of a configuration: none changes by accident.
 
-``options.json`` is the record. ``python -m tests.cli.test_options`` writes it anew after a change on
-purpose.
+``options.json`` is the record. ``python -m tests.cli.test_options`` writes it anew after a change
+on purpose.
 """
 
 import argparse

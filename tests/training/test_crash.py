@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from t2tvit.cli import main
-from tests.training.compare import assert_equal, without_times
+from tests.training.equality import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, state_of
 
 OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")

@@ -28,7 +28,7 @@ from t2tvit.training.pipeline import open_data, open_splits
 from t2tvit.training.randomness import rng_state, set_rng_state
 from t2tvit.training.stopping import Signals
 from t2tvit.training.trainer import Trainer
-from tests.training.compare import assert_equal, without_times
+from tests.training.equality import assert_equal, without_times
 from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
 
@@ -81,7 +81,7 @@ def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
         command = ("git", *identity, "-C", str(tmp_path), *arguments)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    monkeypatch.setattr(t2tvit, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(environment, "SOURCE", tmp_path)
     (tmp_path / "__init__.py").write_text("")
     assert environment.git_commit() is None
     git("init", "--quiet")

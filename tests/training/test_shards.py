@@ -27,7 +27,7 @@ from t2tvit.training.pipeline import (
     open_splits,
     train_loader,
 )
-from tests.training.compare import assert_equal, without_times
+from tests.training.equality import assert_equal, without_times
 from tests.training.tiny import TINY, metrics_of, state_of
 
 pytest.importorskip("webdataset")

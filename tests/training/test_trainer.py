@@ -1,5 +1,6 @@
 """Training and evaluation steps against their definitions."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from t2tvit.training.optimizer import build_optimizer, build_scheduler
 from t2tvit.training.pipeline import Normalize, open_data, open_splits
 from t2tvit.training.randomness import seed_everything
 from t2tvit.training.trainer import Trainer
+from tests.training.equality import assert_equal
 
 WORLD = World(0, 1, torch.device("cpu"))
 CONFIG = RunConfig(
@@ -382,3 +384,18 @@ def test_only_the_last_piece_s_gradients_are_shared_between_ranks():
     trainer.network, trainer.world = Network(), World(0, 2, WORLD.device)
     trainer.accumulate(torch.randn(8, 3, 16, 16), torch.randint(6, (8,)))
     assert len(shared) == 3
+
+
+def test_a_trainer_continues_from_the_state_of_another():
+    """Bit-identical, with an average and momentum to restore."""
+    config = replace(CONFIG, ema_decay=0.9, optimizer="adamw", lr=0.01)
+    first, second = trainer_of(config, Linear(6)), trainer_of(config, Linear(6))
+    first.train_epoch()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for trainer in (first, second):
+        seed_everything(1)
+        trainer.step = 0
+        trainer.train_epoch()
+    assert first.updates == second.updates == 8
+    assert_equal(first.state_dict(), second.state_dict())
+    assert not torch.equal(first.model.head.weight, first.ema.module.head.weight)

@@ -57,7 +57,9 @@ def is_identity(value: object) -> bool:
 
 
 def check_owner(path: Path, state: dict, owner: dict | None) -> None:
-    """Refuse the training state of another run than ``owner``, the folder's :meth:`.Checkpointer.identity`.
+    """Refuse the training state of another run than ``owner``.
+
+    That is the folder's :meth:`.Checkpointer.identity`.
 
     States of the earlier format do not describe their ``images``; the rest is compared.
 

@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, how to resume it, and that only one process writes there."""
+"""The folder of a run: which run it holds, how to resume it, its lock and its record."""
 
 import contextlib
 import fcntl
@@ -188,7 +188,8 @@ class RunFolder:
         if self.moves:
             beginning = record.get("beginning")
             is_known = beginning is not None and beginning["state"] is not None
-            is_known = is_known and Path(beginning["state"]).parent == self.state_path.parent.resolve()
+            source = self.state_path.parent.resolve()
+            is_known = is_known and Path(beginning["state"]).parent == source
         else:
             is_known = self.state_path is not None or record
         if not is_known:
@@ -221,7 +222,8 @@ class RunFolder:
             about: the weights' description, but for epoch and top-1.
 
         Returns:
-            The epoch whose weights are in BEST_FILE, 0 if there are none, and lines on what was set aside.
+            The epoch whose weights are in BEST_FILE, 0 if there are none, and lines on what was set
+            aside.
         """
         output = self.output
         if self.moves:  # read before anything is written
@@ -341,8 +343,8 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def read_record(output: Path) -> dict:
-    """What RUN_FILE says: ``starts``, ``identity`` (see :meth:`.Checkpointer.identity`; missing in the earlier
-    format), and ``beginning`` until the first start is complete.
+    """What RUN_FILE says: ``starts``, ``identity`` (see :meth:`.Checkpointer.identity`; missing in
+    the earlier format), and ``beginning`` until the first start is complete.
 
     Empty if the file is missing, damaged or another program's.
     """

@@ -1,0 +1,66 @@
+"""The structure that docs/architecture.md describes: imports go one way, argument lists are short."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "t2tvit"
+# From the top: a layer imports itself and the ones below it. What is not listed is between
+# commands and training, or used by all.
+LAYERS = ("t2tvit.commands", "t2tvit.training", "t2tvit.data")
+MOST_ARGUMENTS = 6
+TREES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): (
+        ast.parse(path.read_text())
+    )
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """The modules that are imported in ``node``, also in functions, but not for types alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module:
+            for name in child.names:
+                inner = f"{child.module}.{name.name}"
+                yield inner if inner in TREES else child.module
+        elif isinstance(child, ast.Import):
+            yield from (name.name for name in child.names)
+        else:
+            yield from imported(child)
+
+
+IMPORTS = {name: {each for each in imported(tree) if each in TREES} for name, tree in TREES.items()}
+
+
+def test_no_modules_import_each_other():
+    list(TopologicalSorter(IMPORTS).static_order())  # raises a CycleError that names them
+
+
+@pytest.mark.parametrize("number", range(1, len(LAYERS)))
+def test_no_layer_imports_one_above_it(number):
+    above = LAYERS[:number]
+    modules = [name for name in IMPORTS if name.startswith(LAYERS[number])]
+    wrong = {
+        (name, each) for name in modules for each in IMPORTS[name] if each.startswith(above)
+    }
+    assert modules and not wrong
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_function_takes_many_arguments(layer):
+    long = []
+    for module in (name for name in TREES if name.startswith(layer)):
+        for node in ast.walk(TREES[module]):
+            if isinstance(node, ast.FunctionDef):
+                found = node.args
+                every = [*found.posonlyargs, *found.args, *found.kwonlyargs]
+                names = [each.arg for each in every if each.arg not in ("self", "cls")]
+                if len(names) > MOST_ARGUMENTS:
+                    long.append((module, node.name, names))
+    assert not long
