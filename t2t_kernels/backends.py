@@ -8,7 +8,7 @@ backend never falls back: it runs or raises :class:`BackendUnavailable` with the
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,18 +34,23 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
+WhyNotMap = Callable[[Mapping[str, int]], str | None]
+
 
 @dataclass(frozen=True)
 class Operation:
     """A public function: the backends, besides the reference, that have a kernel for it, the
     operations that its reference is composed of, each of which is served by its own best backend,
-    and per backend the sizes and dtypes that its kernel takes, where it does not take all."""
+    and per backend the sizes and dtypes that its kernel takes, where it does not take all.
+    ``why_not_map`` says in words what a kernel does not take of a map and its split, from the sizes
+    ``channels``, ``kernel_size``, ``stride`` and ``outputs``, any of which may be missing."""
 
     name: str
     kernels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     sizes: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    why_not_map: Mapping[str, WhyNotMap] = field(default_factory=dict)
 
     def takes(self, backend: str, dtype: torch.dtype, **sizes: int) -> bool:
         """Whether the kernel of ``backend`` takes this dtype and these sizes."""
@@ -59,6 +64,8 @@ class Operation:
             if name in sizes and sizes[name] not in taken:
                 kind = f"{name} = {taken[0]}" if len(taken) == 1 else f"{name} up to {taken[-1]}"
                 return f"its kernel takes {kind}, got {sizes[name]}"
+        if backend in self.why_not_map and (reason := self.why_not_map[backend](sizes)) is not None:
+            return f"its kernel takes {reason}"
         dtypes = self.dtypes.get(backend, KERNEL_DTYPES)
         if dtype not in dtypes:
             names = [str(taken).removeprefix("torch.") for taken in dtypes]
@@ -76,8 +83,11 @@ def register_operation(
     parts: tuple[str, ...] = (),
     sizes: Mapping[str, Mapping[str, range]] | None = None,
     dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
+    why_not_map: Mapping[str, WhyNotMap] | None = None,
 ) -> Operation:
-    OPERATIONS[name] = Operation(name, kernels, parts, sizes or {}, dtypes or {})
+    OPERATIONS[name] = Operation(
+        name, kernels, parts, sizes or {}, dtypes or {}, why_not_map or {}
+    )
     return OPERATIONS[name]
 
 

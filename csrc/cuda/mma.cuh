@@ -3,9 +3,6 @@
 // Half types go to the matrix unit. float32 stays on the ordinary one: three TF32 products would be
 // faster, but the errors that they add are those of hardware which no test here has seen. Both
 // leave their sums in the same lanes, so that what follows a product is written once.
-//
-// Weights do not pass through shared memory: every block multiplies by the same ones, so that they
-// lie in the caches, and packed in the order of the fragments a lane loads them 16 bytes at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,9 +20,6 @@ constexpr int kLanes = 32;
 constexpr int kRows = 16;
 // Columns of a product that share a fragment's loads.
 constexpr int kGroup = 32;
-// float32 is summed in pieces of this depth, whose sums are then added: one long sum would have
-// several times the rounding errors of plain PyTorch's.
-constexpr int kShortSum = 64;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ inline int lane_index() { return threadIdx.x % kLanes; }
@@ -38,7 +32,7 @@ __host__ __device__ constexpr int padded_row(int elements) {
   return (elements + 15) / 16 * 16 + Vec<T>::size;
 }
 
-// Sums of a product by packed weights: 16 rows, kGroups·32 columns. A lane holds of rows g and g +
+// Sums of a product: 16 rows, kGroups·32 columns. A lane holds of rows g and g +
 // 8 eight adjacent columns 8t … 8t + 7 of each group.
 template <int kGroups>
 struct Sums {
@@ -54,93 +48,6 @@ struct Sums {
 };
 __device__ inline int sum_row(int half) { return lane_index() / 4 + 8 * half; }
 __device__ inline int sum_column(int group) { return group * kGroup + lane_index() % 4 * 8; }
-
-// sums += A·B of the first `groups` groups. A (16 × depth) lies in shared memory, B is packed; from
-// a group of it to the next are `group_stride` elements. `depth` is a multiple of 16, in float32 at
-// most kShortSum.
-template <int kGroups, typename T>
-__device__ void multiply_short(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
-                               int64_t group_stride, int depth, int groups) {
-  const int lane = lane_index();
-  if constexpr (std::is_same_v<T, float>) {
-    const float* top = a + lane / 4 * pitch;
-    const float* bottom = top + 8 * pitch;
-    for (int k = 0; k < depth; k += 4) {
-      const auto upper = *reinterpret_cast<const Vec<float>*>(top + k);
-      const auto lower = *reinterpret_cast<const Vec<float>*>(bottom + k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          if (group >= groups) break;
-          const auto* b = reinterpret_cast<const Vec<float>*>(packed + group * group_stride +
-                                                              (k + i) * kGroup + lane % 4 * 8);
-          // Copied whole: nvcc makes narrow loads of elements that it takes from memory.
-          const Vec<float> right[2] = {b[0], b[1]};
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            sums.at[group][0][e] += upper.at[i] * right[e / 4].at[e % 4];
-            sums.at[group][1][e] += lower.at[i] * right[e / 4].at[e % 4];
-          }
-        }
-      }
-    }
-  } else {
-    const T* row = a + lane % 16 * pitch + lane / 16 * 8;
-#pragma unroll 2
-    for (int k = 0; k < depth; k += 16) {
-      uint32_t left[4];
-      load_matrices(left, row + k);
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        if (group >= groups) break;
-        const auto* right =
-            reinterpret_cast<const uint4*>(packed + group * group_stride + k * kGroup) + lane;
-        const uint4 first = right[0], second = right[kLanes];
-        auto& d = sums.at[group];
-        mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left, first.x, first.y);
-        mma<T>(d[0][2], d[0][3], d[1][2], d[1][3], left, first.z, first.w);
-        mma<T>(d[0][4], d[0][5], d[1][4], d[1][5], left, second.x, second.y);
-        mma<T>(d[0][6], d[0][7], d[1][6], d[1][7], left, second.z, second.w);
-      }
-    }
-  }
-}
-
-// The same of any depth.
-template <int kGroups, typename T>
-__device__ void multiply(Sums<kGroups>& sums, const T* a, int pitch, const T* packed,
-                         int64_t group_stride, int depth, int groups) {
-  if constexpr (std::is_same_v<T, float>) {
-    for (int begin = 0; begin < depth; begin += kShortSum) {
-      Sums<kGroups> part;
-      part.clear();
-      multiply_short(part, a + begin, pitch, packed + begin * kGroup, group_stride,
-                     min(kShortSum, depth - begin), groups);
-#pragma unroll
-      for (int i = 0; i < 16 * kGroups; ++i) {
-        sums.at[i / 16][i / 8 % 2][i % 8] += part.at[i / 16][i / 8 % 2][i % 8];
-      }
-    }
-  } else {
-    multiply_short(sums, a, pitch, packed, group_stride, depth, groups);
-  }
-}
-
-// Where element (k, column) of a group of 32 columns lies in its packed form. The columns are dealt
-// to the matrix unit's tiles of eight so that a lane's sums are adjacent ones.
-template <typename T>
-__host__ __device__ int packed_offset(int k, int column) {
-  if constexpr (std::is_same_v<T, float>) {
-    return k * kGroup + column;
-  } else {
-    const int tile = column % 8 / 2;
-    const int g = column / 8 * 2 + column % 2;
-    const int lane = g * 4 + k % 8 / 2;
-    return k / 16 * 16 * kGroup + (tile / 2 * kLanes + lane) * 8 + tile % 2 * 4 + k % 16 / 8 * 2 +
-           k % 2;
-  }
-}
 
 // Sums of a product of two matrices that both lie in shared memory, a row per token: (Aᵀ·B),
 // 16·kTall rows by 8·kWide columns.

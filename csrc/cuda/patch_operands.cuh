@@ -11,11 +11,23 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "geometry.h"
 #include "operands.cuh"
-#include "patches.cuh"
 #include "rows.cuh"
 
 namespace t2t {
+
+// Division by a number known only at launch, exact for all of 32 bits (Lemire, Kaser and Kurz,
+// 2019).
+struct Divisor {
+  uint32_t divisor;
+  uint64_t factor;  // 0 for a divisor of 1
+
+  __device__ uint32_t operator()(uint32_t number) const {
+    return factor == 0 ? number : static_cast<uint32_t>(__umul64hi(factor, number));
+  }
+};
+inline Divisor make_divisor(uint32_t by) { return {by, by == 1 ? 0 : ~0ULL / by + 1}; }
 
 constexpr int kRowColumns = 8;
 constexpr int kMostRows = 28;
@@ -35,16 +47,11 @@ struct PatchMap {
   int row_of_kernel[kMostRows];
 };
 
-enum class PatchOrder { kRows, kTaps, kNeither };
-
-inline PatchOrder patch_order(const Geometry& map) {
-  // Tokens are counted in 32 bits, those of a last round beyond the last included.
-  if (map.batch * map.rows * map.columns > 1 << 30) return PatchOrder::kNeither;
-  if (map.channels > 0 && map.channels % kTapChannels == 0) return PatchOrder::kTaps;
-  if (map.kernel <= kRowColumns && map.channels * map.kernel <= kMostRows && map.channels > 0) {
-    return PatchOrder::kRows;
-  }
-  return PatchOrder::kNeither;
+inline bool takes_taps(const Geometry& map) {
+  return map.channels > 0 && map.channels % kTapChannels == 0;
+}
+inline bool takes_rows(const Geometry& map) {
+  return map.channels > 0 && map.kernel <= kRowColumns && map.channels * map.kernel <= kMostRows;
 }
 
 inline PatchMap make_patch_map(const Geometry& map, const torch::stable::Tensor& x) {
@@ -63,7 +70,7 @@ inline PatchMap make_patch_map(const Geometry& map, const torch::stable::Tensor&
   p.tokens = make_divisor(map.rows * map.columns);
   p.columns = make_divisor(map.columns);
   p.token_count = static_cast<int>(map.batch * map.rows * map.columns);
-  if (patch_order(map) == PatchOrder::kRows) {
+  if (!takes_taps(map)) {
     p.rows = map.channels * map.kernel;
     for (int row = 0; row < p.rows; ++row) {
       p.row_of_kernel[row] = row % map.kernel;
@@ -78,16 +85,14 @@ inline int compiled_rows(int rows) { return rows <= 8 ? 8 : rows <= 21 ? 21 : kM
 
 // Pairs of groups of 32 elements of a patch in its order, which may be more than the patch has.
 inline int patch_pieces(const Geometry& map) {
-  return patch_order(map) == PatchOrder::kRows
-             ? static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 8))
-             : map.token_width() / kTapChannels;
+  return takes_taps(map) ? map.token_width() / kTapChannels
+                         : static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 8));
 }
 
 // A map with what decides which kernels take it, and whether they take several elements at a time.
 struct PatchSource {
   PatchMap map;
-  PatchOrder order;
-  bool vectors;
+  bool taps, vectors;
 };
 
 inline PatchSource make_patch_source(const Geometry& map, const torch::stable::Tensor& x) {
@@ -95,12 +100,11 @@ inline PatchSource make_patch_source(const Geometry& map, const torch::stable::T
     return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (2 * elements) == 0 &&
            x.stride(0) % elements == 0 && x.stride(2) % elements == 0;
   };
-  const PatchOrder order = patch_order(map);
-  const bool vectors = order == PatchOrder::kTaps
-                           ? x.stride(1) == 1 && aligned(8) && x.stride(3) % 8 == 0
-                           : x.stride(3) == 1 && aligned(2) && x.stride(1) % 2 == 0 &&
-                                 map.stride % 2 == 0 && map.padding % 2 == 0 && map.width % 2 == 0;
-  return {make_patch_map(map, x), order, vectors};
+  const bool taps = takes_taps(map);
+  const bool vectors = taps ? x.stride(1) == 1 && aligned(8) && x.stride(3) % 8 == 0
+                            : x.stride(3) == 1 && aligned(2) && x.stride(1) % 2 == 0 &&
+                                  map.stride % 2 == 0 && map.padding % 2 == 0 && map.width % 2 == 0;
+  return {make_patch_map(map, x), taps, vectors};
 }
 
 // The place of an element of the patch's order in the token's own; −1 beyond the patch.

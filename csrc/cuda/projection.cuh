@@ -92,10 +92,9 @@ struct ProjectionParams {
   bool normalized;
   float eps;
   // Where the columns of a block's tiles go, 192 columns further for each block; from a token to
-  // the next so many elements.
+  // the next so many elements, a multiple of eight. All begin at multiples of 16 bytes.
   void* y[kProjectTiles];
   int64_t y_stride;
-  bool vectors;     // rows of y begin at multiples of 16 bytes
   float2* moments;  // mean and 1/σ of every token; may be null
 };
 
@@ -131,13 +130,9 @@ __device__ void store_projected(const ProjectionParams& p, int first_token, int 
 #pragma unroll
       for (int e = 0; e < 8; ++e) values[e] = sums.at[group][half][e] + constants[e];
       T* to = y + token * p.y_stride;
-      if (p.vectors) {
-        store_vector(
-            to, uint4{round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]),
-                      round_pair<T>(values[4], values[5]), round_pair<T>(values[6], values[7])});
-      } else {
-        store_eight(to, values, p.outputs - column, false);
-      }
+      store_vector(to,
+                   uint4{round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]),
+                         round_pair<T>(values[4], values[5]), round_pair<T>(values[6], values[7])});
     }
   }
 }
@@ -286,13 +281,15 @@ __global__ void __launch_bounds__(kTapsWarps* kLanes, 1)
       store_moments<T>(p, token, moments);
     }
     PatchTaps<T, kVectors> taps(p.map, corners);
+    Operand<2> ahead = taps.next();
     float wide[kProjectTiles][8][2][2] = {};
     Sums<2> sums[kProjectTiles];
 #pragma unroll
     for (int i = 0; i < kProjectTiles; ++i) sums[i].clear();
 #pragma unroll 1
     for (int piece = 0; piece < p.pieces; ++piece) {
-      Operand<2> patches = taps.next();
+      Operand<2> patches = ahead;
+      if (piece + 1 < p.pieces) ahead = taps.next();
       if (p.normalized) normalize<T, 8>(patches, moments);
       // New registers, in the order of the fragments: ptxas would copy them for every product.
       keep_in_loop(patches.at[0], piece);
@@ -335,11 +332,11 @@ __global__ void __launch_bounds__(kTapsWarps* kLanes, 1)
 
 // The weight with the norm folded in, which `params` then refer to.
 template <typename T>
-class Projection16 {
+class Projection {
  public:
-  Projection16(const Geometry& map, const torch::stable::Tensor& x,
-               const torch::stable::Tensor& weight, const void* bias, const void* gain,
-               const void* offset, float eps, const DeviceScope& device) {
+  Projection(const Geometry& map, const torch::stable::Tensor& x,
+             const torch::stable::Tensor& weight, const void* bias, const void* gain,
+             const void* offset, float eps, const DeviceScope& device) {
     FoldParams fold = {};
     source_ = make_patch_source(map, x);
     fold.map = source_.map;
@@ -369,15 +366,13 @@ class Projection16 {
     params_.eps = eps;
   }
 
-  // y (tokens of all images, outputs) and, if not null, the tokens' moments.
+  // y (tokens of all images, outputs), newly made, and, if not null, the tokens' moments.
   void operator()(const torch::stable::Tensor& y, float2* moments, const DeviceScope& device) {
     for (int i = 0; i < kProjectTiles; ++i) {
       params_.y[i] = static_cast<T*>(y.mutable_data_ptr()) + i * kWidest;
     }
     params_.y_stride = params_.outputs;
     params_.moments = moments;
-    params_.vectors =
-        params_.outputs % 8 == 0 && reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0;
     launch(device);
   }
   // Each 64 of 192 columns to a tensor of their own, contiguous and newly made.
@@ -385,7 +380,6 @@ class Projection16 {
                   const DeviceScope& device) {
     for (int i = 0; i < kProjectTiles; ++i) params_.y[i] = sections[i].mutable_data_ptr();
     params_.y_stride = kWidest;
-    params_.vectors = true;
     launch(device);
   }
 
@@ -394,7 +388,7 @@ class Projection16 {
 
  private:
   void launch(const DeviceScope& device) const {
-    if (source_.order == PatchOrder::kTaps) {
+    if (source_.taps) {
       launch(source_.vectors ? project_taps_kernel<T, true> : project_taps_kernel<T, false>,
              kTapsWarps, kRows, kStages * kProjectTiles, device);
       return;

@@ -22,7 +22,7 @@ constexpr int kGradientPitch = padded_row<uint16_t>(kGradientColumns);
 // Of a block: a third of its elements, and a quarter of its columns, are a warp's.
 constexpr int kTapsOfBlock = 3;
 
-struct WeightGradientParams16 {
+struct WeightGradientParams {
   PatchMap map;
   const void* grad;
   const float2* moments;  // null without a norm
@@ -134,7 +134,7 @@ struct TokenElements {
 
 template <typename T, int kPatchRows, bool kVectors>
 __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
-    weight_gradient16_kernel(const WeightGradientParams16 p) {
+    weight_gradient_kernel(const WeightGradientParams p) {
   using Elements = TokenElements<T, kPatchRows, kVectors>;
   constexpr int kPitch = patch_pitch(Elements::kElements);
   constexpr int kWide = Elements::kElements / 24;  // tiles of eight elements a warp
@@ -319,15 +319,16 @@ __global__ void __launch_bounds__(kSumsThreads) weight_sums_kernel(const WeightS
 
 // Gradients of the parameters. `grad` is contiguous, its rows begin at multiples of 16 bytes.
 template <typename T>
-void weight_gradients16(const Geometry& map, const PatchSource& source,
-                        const torch::stable::Tensor& grad, const float2* moments,
-                        WeightSumsParams s, const DeviceScope& device) {
-  WeightGradientParams16 p = {};
+void weight_gradients(const Geometry& map, const torch::stable::Tensor& x,
+                      const torch::stable::Tensor& grad, const float2* moments, WeightSumsParams s,
+                      const DeviceScope& device) {
+  WeightGradientParams p = {};
+  const PatchSource source = make_patch_source(map, x);
   p.map = source.map;
   p.grad = grad.const_data_ptr();
   p.moments = moments;
   p.outputs = s.outputs;
-  const bool taps = source.order == PatchOrder::kTaps;
+  const bool taps = source.taps;
   const int pieces = map.token_width() / kTapChannels;
   const int compiled = compiled_rows(p.map.rows);
   const int rows = compiled == kMostRows ? kMostRows / 2 : compiled;
@@ -341,7 +342,7 @@ void weight_gradients16(const Geometry& map, const PatchSource& source,
                           std::max<int64_t>(1, device.multiprocessors() / (wide * tall)));
   const torch::stable::Tensor memory = new_floats(grad, slots * s.slot_rows * s.slot_columns);
   p.slots = floats_of(memory);
-  const auto launch = [&](void (*kernel)(WeightGradientParams16)) {
+  const auto launch = [&](void (*kernel)(WeightGradientParams)) {
     if (slots == 0) return;
     const int bytes = kGradientTokens * (patch_pitch(elements) + kGradientPitch) * 2;
     device.launch("soft_split_linear_weight_gradient", kernel,
@@ -350,15 +351,14 @@ void weight_gradients16(const Geometry& map, const PatchSource& source,
   };
   const bool vectors = source.vectors;
   if (taps) {
-    launch(vectors ? weight_gradient16_kernel<T, 0, true> : weight_gradient16_kernel<T, 0, false>);
+    launch(vectors ? weight_gradient_kernel<T, 0, true> : weight_gradient_kernel<T, 0, false>);
   } else if (rows == 8) {
-    launch(vectors ? weight_gradient16_kernel<T, 8, true> : weight_gradient16_kernel<T, 8, false>);
+    launch(vectors ? weight_gradient_kernel<T, 8, true> : weight_gradient_kernel<T, 8, false>);
   } else if (rows == 21) {
-    launch(vectors ? weight_gradient16_kernel<T, 21, true>
-                   : weight_gradient16_kernel<T, 21, false>);
+    launch(vectors ? weight_gradient_kernel<T, 21, true> : weight_gradient_kernel<T, 21, false>);
   } else {
-    launch(vectors ? weight_gradient16_kernel<T, kMostRows / 2, true>
-                   : weight_gradient16_kernel<T, kMostRows / 2, false>);
+    launch(vectors ? weight_gradient_kernel<T, kMostRows / 2, true>
+                   : weight_gradient_kernel<T, kMostRows / 2, false>);
   }
   s.map = p.map;
   s.channels = map.channels;
@@ -368,7 +368,7 @@ void weight_gradients16(const Geometry& map, const PatchSource& source,
                 dim3(grid_size(s.slot_rows)), kSumsThreads, 0, s);
 }
 
-// ---- the gradient of the map, of 64 channels a tap and stride 1 or 2
+// ---- the gradient of the map
 
 // r, r m1 − r² m2 μ and r² m2 of every token; without a norm 1, 0 and 0 are not needed.
 struct TokenScalarsParams {
@@ -411,20 +411,58 @@ __global__ void __launch_bounds__(kScalarWarps* kLanes)
   p.scalars[token] = {moments.y, moments.y * (mean - slope * moments.x), moments.y * slope, 0.f};
 }
 
-constexpr int kMapWarps16 = 12;
-constexpr int kMostTaps = 4, kMostClasses = 4;
-constexpr int kTapBlocks = kProjectGroups * 2;  // of a tap's weight: outputs by 64 channels
+// The pixels whose row and column leave the remainders of `index` by the stride: their taps are the
+// first of each axis and those a stride further.
+struct PixelClass {
+  int first_y, first_x, height, width;  // the first pixel, and how many there are in an image
+  int first_ky, first_kx, taps_high, taps_wide;
 
-struct MapGradientParams16 {
+  __host__ __device__ PixelClass(const Geometry& map, int index) {
+    const int columns = map.stride < map.width ? map.stride : map.width;
+    first_y = index / columns;
+    first_x = index - first_y * columns;
+    height = (map.height - first_y + map.stride - 1) / map.stride;
+    width = (map.width - first_x + map.stride - 1) / map.stride;
+    first_ky = (first_y + map.padding) % map.stride;
+    first_kx = (first_x + map.padding) % map.stride;
+    taps_high = taps_from(map, first_ky);
+    taps_wide = taps_from(map, first_kx);
+  }
+  __host__ __device__ int taps() const { return taps_high * taps_wide; }
+  // The last token of each axis that covers the first pixel.
+  __device__ int last_row(const Geometry& map) const {
+    return (first_y + map.padding - first_ky) / map.stride;
+  }
+  __device__ int last_column(const Geometry& map) const {
+    return (first_x + map.padding - first_kx) / map.stride;
+  }
+
+ private:
+  __host__ __device__ static int taps_from(const Geometry& map, int first) {
+    return first < map.kernel ? (map.kernel - first + map.stride - 1) / map.stride : 0;
+  }
+};
+inline int pixel_classes(const Geometry& map) {
+  return std::min(map.stride, map.height) * std::min(map.stride, map.width);
+}
+
+constexpr int kMapWarps = 2 * kWarpgroup;
+constexpr int kMapPixels = kMapWarps * kRows;  // of a round of a block
+constexpr int kMostStride = 8;
+// Of the weight of a tap, 64 channels by 192 outputs pass through shared memory together.
+constexpr int kMapTiles = kProjectTiles, kMapOutputs = kMapTiles * kWidest;
+constexpr int kMapStages = 4, kMapStageVectors = kMapTiles * kWideTileVectors;
+
+struct MapGradientParams {
   Geometry map;
   const void *x, *grad;
-  const uint4* packed;    // (64 channels, tap), in blocks
+  const uint4* packed;    // (64 channels, tap, 192 outputs), in tiles
   const float4* scalars;  // null without a norm
   void* grad_x;
   int64_t x_strides[4], grad_x_strides[4];
   bool x_vectors, grad_x_vectors;
-  int outputs, classes;
-  int first_block[kMostClasses + 1];  // of a class
+  int outputs, pieces;                             // of 192 outputs
+  int first_block[kMostStride * kMostStride + 1];  // of a class
 };
 
 struct FoldTapsParams {
@@ -433,176 +471,262 @@ struct FoldTapsParams {
   uint4* packed;
 };
 
-// blockIdx.x: 64 channels of a tap; blockIdx.y: 32 outputs.
+// blockIdx.x: 64 channels of a tap; blockIdx.y: 64 outputs.
 template <typename T>
 __global__ void __launch_bounds__(kFoldWarps* kLanes) fold_taps_kernel(const FoldTapsParams p) {
   const int tap = blockIdx.x % p.area, first_channel = blockIdx.x / p.area * kTapChannels;
-  const int first_output = blockIdx.y * kGroup;
-  pack_blocks<T>(p.packed + (int64_t(blockIdx.x) * kTapBlocks + blockIdx.y * 2) * kBlockVectors, 1,
-                 2, threadIdx.x, blockDim.x, [&](int row, int channel) {
-                   const int output = first_output + row;
-                   if (output >= p.outputs) return 0.f;
-                   const int element = (first_channel + channel) * p.area + tap;
-                   const float weight = static_cast<float>(static_cast<const T*>(
-                       p.weight)[int64_t(output) * p.channels * p.area + element]);
-                   return p.gain
-                              ? weight * static_cast<float>(static_cast<const T*>(p.gain)[element])
-                              : weight;
-                 });
+  uint4* tile = p.packed + (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * kWideTileVectors;
+  for (int i = threadIdx.x; i < kWideTileVectors; i += kFoldWarps * kLanes) {
+    const int column = i % kTapChannels, rows = i / kTapChannels;
+    const int channel = first_channel + column;
+    const int64_t element = channel * p.area + tap;
+    const float gain = p.gain && channel < p.channels
+                           ? static_cast<float>(static_cast<const T*>(p.gain)[element])
+                           : 1.f;
+    float weights[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int64_t output = blockIdx.y * kWidest + rows * 8 + e;
+      const bool exists = output < p.outputs && channel < p.channels;
+      const T* weight = static_cast<const T*>(p.weight) + output * p.channels * p.area + element;
+      weights[e] = exists ? static_cast<float>(*weight) * gain : 0.f;
+    }
+    const uint32_t pairs[4] = {
+        round_pair<T>(weights[0], weights[1]), round_pair<T>(weights[2], weights[3]),
+        round_pair<T>(weights[4], weights[5]), round_pair<T>(weights[6], weights[7])};
+    store_in_tile(tile, rows / 4, rows % 4, column, pairs);
+  }
 }
 
+// Eight adjacent channels of a pixel, of which `count` exist.
 template <typename T>
-__global__ void __launch_bounds__(kMapWarps16* kLanes, 1)
-    map_gradient16_kernel(const MapGradientParams16 p) {
+__device__ uint4 load_channels(const T* from, int64_t stride, int count, bool vectors) {
+  if (vectors) return count > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  const auto* bits = reinterpret_cast<const uint16_t*>(from);
+  uint32_t pairs[4] = {};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) pairs[e / 2] |= uint32_t(bits[e * stride]) << (e % 2 * 16);
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// A warp has 16 pixels of a class. What the class needs of the weight stays in shared memory if it
+// fits there; else it passes through a ring of stages, once for every round of pixels.
+template <typename T>
+__global__ void __launch_bounds__(kMapWarps* kLanes, 1)
+    map_gradient_kernel(const MapGradientParams p) {
   const Geometry& map = p.map;
-  int of_class = 0;
-  while (static_cast<int>(blockIdx.x) >= p.first_block[of_class + 1]) ++of_class;
-  const int block = static_cast<int>(blockIdx.x) - p.first_block[of_class];
-  const int blocks = p.first_block[of_class + 1] - p.first_block[of_class];
-  const int columns_of_classes = min(map.stride, map.width);
-  const int first_y = of_class / columns_of_classes, first_x = of_class % columns_of_classes;
-  const int height = (map.height - first_y + map.stride - 1) / map.stride;
-  const int width = (map.width - first_x + map.stride - 1) / map.stride;
-  const int first_ky = (first_y + map.padding) % map.stride;
-  const int first_kx = (first_x + map.padding) % map.stride;
-  const int taps_high = max(0, (map.kernel - first_ky + map.stride - 1) / map.stride);
-  const int taps_wide = max(0, (map.kernel - first_kx + map.stride - 1) / map.stride);
-  const int taps = taps_high * taps_wide;
+  int index = 0;
+  while (static_cast<int>(blockIdx.x) >= p.first_block[index + 1]) ++index;
+  const int block = static_cast<int>(blockIdx.x) - p.first_block[index];
+  const int blocks = p.first_block[index + 1] - p.first_block[index];
+  const PixelClass of(map, index);
+  const int steps = of.taps() * p.pieces;
+  const bool resident = steps <= kMapStages;
   const int first_channel = blockIdx.y * kTapChannels;
 
-  for (int tap = 0; tap < taps; ++tap) {
-    const int ky = first_ky + tap / taps_wide * map.stride;
-    const int kx = first_kx + tap % taps_wide * map.stride;
+  // Step after step, the pieces of a tap and then those of the next tap.
+  int next_step = 0, next_stage = 0, stage = 0;
+  const auto start_loading = [&] {
+    const int tap = next_step / p.pieces, high = tap / of.taps_wide;
+    const int ky = of.first_ky + high * map.stride;
+    const int kx = of.first_kx + (tap - high * of.taps_wide) * map.stride;
+    const int64_t of_map = int64_t(blockIdx.y) * map.kernel * map.kernel + ky * map.kernel + kx;
     const uint4* from =
-        p.packed + (int64_t(blockIdx.y) * map.kernel * map.kernel + ky * map.kernel + kx) *
-                       kTapBlocks * kBlockVectors;
-    for (int i = threadIdx.x; i < kTapBlocks * kBlockVectors; i += blockDim.x) {
-      copy_async(dynamic_shared + tap * kTapBlocks * kBlockVectors + i, from + i, true);
+        p.packed + (of_map * p.pieces + next_step - tap * p.pieces) * kMapStageVectors;
+    for (int i = threadIdx.x; i < kMapStageVectors; i += kMapWarps * kLanes) {
+      copy_async(dynamic_shared + next_stage * kMapStageVectors + i, from + i, true);
     }
+    commit_copies();
+    next_step = next_step + 1 < steps ? next_step + 1 : 0;
+    next_stage = next_stage + 1 < kMapStages ? next_stage + 1 : 0;
+  };
+  for (int i = 0; i < (resident ? steps : kMapStages - 1); ++i) start_loading();
+  if (resident) {
+    wait_for_copies<0>();
+    if constexpr (kHasWarpgroups) show_to_products();
+    __syncthreads();
   }
-  commit_copies();
-  wait_for_copies<0>();
-  __syncthreads();
 
-  const int64_t pixels = map.batch * height * width;
-  const int64_t step = int64_t(blocks) * kMapWarps16 * kRows;
-  for (int64_t first = (int64_t(block) * kMapWarps16 + warp_index()) * kRows; first < pixels;
-       first += step) {
-    // Pixels g and g + 8: where they are, and the first token along each axis that covers them.
-    int image[2], row[2], column[2];
-    bool exists[2];
+  const int pixels = static_cast<int>(map.batch) * of.height * of.width;
+  const int shift_y = of.last_row(map), shift_x = of.last_column(map);
+  // Pixels g and g + 8 of a tile: the last token of each axis that covers them.
+  struct Place {
+    int image, row, column;
+    bool exists;
+  } places[2];
+  const auto find = [&](int first_pixel) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t pixel = first + sum_row(half);
-      exists[half] = pixel < pixels;
-      const auto index = static_cast<uint32_t>(exists[half] ? pixel : 0);
-      image[half] = index / static_cast<uint32_t>(height * width);
-      const int in_image = index - image[half] * height * width;
-      row[half] = in_image / width;
-      column[half] = in_image - row[half] * width;
+      const int pixel = first_pixel + sum_row(half);
+      const auto number = static_cast<uint32_t>(pixel < pixels ? pixel : 0);
+      const uint32_t image = number / static_cast<uint32_t>(of.height * of.width);
+      const uint32_t in_image = number - image * of.height * of.width;
+      const uint32_t row = in_image / static_cast<uint32_t>(of.width);
+      places[half] = {static_cast<int>(image), static_cast<int>(row) + shift_y,
+                      static_cast<int>(in_image - row * of.width) + shift_x, pixel < pixels};
     }
-    const int row_shift = (first_y + map.padding - first_ky) / map.stride;
-    const int column_shift = (first_x + map.padding - first_kx) / map.stride;
+  };
+  // The gradients of the tokens that have the pixels at a tap, a piece of them, and what each of
+  // these tokens has of the norm.
+  Operand<2> grads[kMapTiles];
+  float factors[2], constants[2], slopes[2];
+  int high = 0, wide = 0, piece = 0;
+  const auto load = [&] {
+    const int first_output = piece * kMapOutputs + lane_index() % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < kMapTiles; ++i) grads[i].clear();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Place& at = places[half];
+      const int row = at.row - high, column = at.column - wide;
+      const bool covers =
+          at.exists && row >= 0 && row < map.rows && column >= 0 && column < map.columns;
+      factors[half] = 1.f;
+      constants[half] = slopes[half] = 0.f;
+      if (!covers) continue;
+      const int64_t token = (int64_t(at.image) * map.rows + row) * map.columns + column;
+      const T* from = static_cast<const T*>(p.grad) + token * p.outputs + first_output;
+#pragma unroll
+      for (int i = 0; i < 2 * kMapTiles; ++i) {
+        if (first_output + i * kGroup < p.outputs) {
+          set_eight(grads[i / 2], i % 2, half, *reinterpret_cast<const uint4*>(from + i * kGroup));
+        }
+      }
+      if (p.scalars) {
+        const float4 scalars = p.scalars[token];
+        factors[half] = scalars.x;
+        if (piece == 0) {
+          constants[half] = scalars.y;
+          slopes[half] = scalars.z;
+        }
+      }
+    }
+    if (++piece < p.pieces) return;
+    piece = 0;
+    if (++wide < of.taps_wide) return;
+    wide = 0;
+    if (++high == of.taps_high) high = 0;
+  };
+
+  const int first_of_warp = warp_index() * kRows;
+  find(block * kMapPixels + first_of_warp);
+  if (steps > 0) load();
+#pragma unroll 1
+  for (int of_block = block * kMapPixels; of_block < pixels; of_block += blocks * kMapPixels) {
+    bool exists[2];
+    int64_t to[2];
+    uint4 x[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Place& at = places[half];
+      const int64_t row = of.first_y + int64_t(at.row - shift_y) * map.stride;
+      const int64_t column = of.first_x + int64_t(at.column - shift_x) * map.stride;
+      exists[half] = at.exists;
+      to[half] =
+          at.image * p.grad_x_strides[0] + row * p.grad_x_strides[2] + column * p.grad_x_strides[3];
+#pragma unroll
+      for (int group = 0; group < 2 && p.scalars != nullptr; ++group) {
+        const int channel = first_channel + sum_column(group);
+        const T* from = static_cast<const T*>(p.x) + at.image * p.x_strides[0] +
+                        row * p.x_strides[2] + column * p.x_strides[3] + channel * p.x_strides[1];
+        x[group][half] = load_channels<T>(from, p.x_strides[1],
+                                          at.exists ? map.channels - channel : 0, p.x_vectors);
+      }
+    }
+    float constant[2] = {}, slope[2] = {};
     Sums<2> total;
     total.clear();
-    float constant[2] = {}, slope[2] = {};
 #pragma unroll 1
-    for (int tap = 0; tap < taps; ++tap) {
-      const T* from[2] = {};
-      float factor[2];
+    for (int step = 0; step < steps; ++step) {
+      if (!resident) {
+        wait_for_copies<kMapStages - 2>();
+        if constexpr (kHasWarpgroups) show_to_products();
+        // The stage is there for all warps, and the one before it has been multiplied by all.
+        __syncthreads();
+        start_loading();
+      }
+      const uint4* tiles = dynamic_shared + stage * kMapStageVectors;
+      stage = stage + 1 < (resident ? steps : kMapStages) ? stage + 1 : 0;
+      Sums<2> sums;
+      if constexpr (kHasWarpgroups) {
+        float products[8][2][2];
+#pragma unroll
+        for (int i = 0; i < kMapTiles; ++i) keep_in_loop(grads[i].at, step);
+        start_products(products, grads[0].at, grads[1].at, grads[2].at);
+#pragma unroll
+        for (int i = 0; i < kMapTiles; ++i) {
+          start_wide_products<T, 4>(products, grads[i], tiles + i * kWideTileVectors, 0, i > 0);
+        }
+        commit_products();
+        wait_for_products(products);
+        take_wide(products, sums);
+      } else {
+        sums.clear();
+#pragma unroll
+        for (int i = 0; i < kMapTiles; ++i) {
+          multiply_blocks<T>(sums, grads[i], tiles + i * kWideTileVectors);
+          // Loads of the next tile would not fit in registers.
+          __syncwarp();
+        }
+      }
+      const float factor[2] = {factors[0], factors[1]};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token_row = row[half] + row_shift - tap / taps_wide;
-        const int token_column = column[half] + column_shift - tap % taps_wide;
-        const bool covers = exists[half] && token_row >= 0 && token_row < map.rows &&
-                            token_column >= 0 && token_column < map.columns;
-        factor[half] = covers ? 1.f : 0.f;
-        if (!covers) continue;
-        const int64_t token = (image[half] * map.rows + token_row) * map.columns + token_column;
-        from[half] = static_cast<const T*>(p.grad) + token * p.outputs + lane_index() % 4 * 8;
-        if (p.scalars) {
-          const float4 scalars = p.scalars[token];
-          factor[half] = scalars.x;
-          constant[half] += scalars.y;
-          slope[half] += scalars.z;
-        }
+        constant[half] += constants[half];
+        slope[half] += slopes[half];
       }
-      Sums<2> of_tap;
-      of_tap.clear();
-      // Half of the outputs at a time: with all of them registers would not do.
-      constexpr int kHalf = kProjectGroups / 2;
-#pragma unroll
-      for (int first = 0; first < kProjectGroups; first += kHalf) {
-        Operand<kHalf> grads;
-        grads.clear();
-#pragma unroll
-        for (int i = 0; i < 2 * kHalf; ++i) {
-          const int group = first + i / 2;
-          if (from[i % 2] && group * kGroup + lane_index() % 4 * 8 < p.outputs) {
-            set_eight(grads, i / 2, i % 2,
-                      *reinterpret_cast<const uint4*>(from[i % 2] + group * kGroup));
-          }
-        }
-        multiply_blocks<T>(of_tap, grads,
-                           dynamic_shared + (tap * kTapBlocks + first * 2) * kBlockVectors);
-      }
+      // Those of the next step, or of the next tile's first, while the rest of this one is done.
+      if (step + 1 == steps) find(of_block + blocks * kMapPixels + first_of_warp);
+      load();
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
-        total.at[i / 16][i / 8 % 2][i % 8] +=
-            factor[i / 8 % 2] * of_tap.at[i / 16][i / 8 % 2][i % 8];
+        total.at[i / 16][i / 8 % 2][i % 8] += factor[i / 8 % 2] * sums.at[i / 16][i / 8 % 2][i % 8];
       }
     }
+    if (steps == 0) find(of_block + blocks * kMapPixels + first_of_warp);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i % 2, channel = first_channel + sum_column(i / 2);
+      const int group = i / 2, half = i % 2, channel = first_channel + sum_column(group);
       if (!exists[half]) continue;
-      const int64_t y = first_y + int64_t(row[half]) * map.stride;
-      const int64_t x = first_x + int64_t(column[half]) * map.stride;
-      float (&sums)[8] = total.at[i / 2][half];
+      float (&sums)[8] = total.at[group][half];
       if (p.scalars) {
-        float values[8];
-        const T* from = static_cast<const T*>(p.x) + image[half] * p.x_strides[0] +
-                        channel * p.x_strides[1] + y * p.x_strides[2] + x * p.x_strides[3];
-        if (p.x_vectors) {
-          load_eight(values, from, 8, true);
-        } else {
+        const uint4& pairs = x[group][half];
+        const float2 values[4] = {elements_of<T>(pairs.x), elements_of<T>(pairs.y),
+                                  elements_of<T>(pairs.z), elements_of<T>(pairs.w)};
 #pragma unroll
-          for (int e = 0; e < 8; ++e) values[e] = static_cast<float>(from[e * p.x_strides[1]]);
+        for (int e = 0; e < 4; ++e) {
+          sums[2 * e] -= constant[half] + values[e].x * slope[half];
+          sums[2 * e + 1] -= constant[half] + values[e].y * slope[half];
         }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sums[e] -= constant[half] + values[e] * slope[half];
       }
-      T* to = static_cast<T*>(p.grad_x) + image[half] * p.grad_x_strides[0] +
-              channel * p.grad_x_strides[1] + y * p.grad_x_strides[2] + x * p.grad_x_strides[3];
+      T* at = static_cast<T*>(p.grad_x) + to[half] + channel * p.grad_x_strides[1];
       if (p.grad_x_vectors) {
-        store_eight(to, sums, 8, true);
+        store_eight(at, sums, map.channels - channel, true);
       } else {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) to[e * p.grad_x_strides[1]] = static_cast<T>(sums[e]);
+        for (int e = 0; e < 8; ++e) {
+          if (channel + e < map.channels) at[e * p.grad_x_strides[1]] = static_cast<T>(sums[e]);
+        }
       }
     }
   }
-}
-
-// Whether map_gradient16 serves a map: what it keeps of the weight fits in shared memory.
-inline bool has_map_gradient16(const Geometry& map, int64_t outputs) {
-  const int64_t taps = divide_up(map.kernel, map.stride);
-  return patch_order(map) == PatchOrder::kTaps && outputs % 8 == 0 && outputs <= kGradientColumns &&
-         std::min(map.stride, map.height) * std::min(map.stride, map.width) <= kMostClasses &&
-         taps * taps <= kMostTaps;
+  wait_for_copies<0>();
 }
 
 // The gradient of the map. With a norm y, moments and constants are the forward's, else null.
 template <typename T>
-void map_gradient16(const Geometry& map, const PatchSource& source, const torch::stable::Tensor& x,
-                    const torch::stable::Tensor& grad, const torch::stable::Tensor& weight,
-                    const void* gain, const void* y, const float2* moments, const float* constants,
-                    const torch::stable::Tensor& grad_x, const DeviceScope& device) {
-  const int outputs = static_cast<int>(weight.size(0));
-  const int area = map.kernel * map.kernel, pieces = map.channels / kTapChannels;
-  const int64_t tokens = source.map.token_count;
-  const torch::stable::Tensor packed = torch::stable::new_empty(
-      grad, {int64_t(pieces) * area * kTapBlocks * kBlockVectors * Vec<T>::size});
+void map_gradient(const Geometry& map, const torch::stable::Tensor& x,
+                  const torch::stable::Tensor& grad, const torch::stable::Tensor& weight,
+                  const void* gain, const void* y, const float2* moments, const float* constants,
+                  const torch::stable::Tensor& grad_x, const DeviceScope& device) {
+  const int outputs = static_cast<int>(weight.size(0)), area = map.kernel * map.kernel;
+  const int64_t tokens = map.batch * map.rows * map.columns;
+  const int64_t wide = divide_up(map.channels, kTapChannels),
+                pieces = divide_up(outputs, kMapOutputs);
+  const torch::stable::Tensor packed =
+      torch::stable::new_empty(grad, {wide * area * pieces * kMapStageVectors * Vec<T>::size});
   const FoldTapsParams fold = {weight.const_data_ptr(),
                                gain,
                                outputs,
@@ -610,10 +734,10 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
                                area,
                                static_cast<uint4*>(packed.mutable_data_ptr())};
   device.launch("soft_split_linear_fold_taps", fold_taps_kernel<T>,
-                dim3(grid_size(int64_t(pieces) * area), kProjectGroups), kFoldWarps * kLanes, 0,
-                fold);
+                dim3(grid_size(wide * area), static_cast<unsigned>(pieces * kMapTiles)),
+                kFoldWarps * kLanes, 0, fold);
   const torch::stable::Tensor scalars = new_floats(grad, moments ? 4 * tokens : 0);
-  MapGradientParams16 p = {};
+  MapGradientParams p = {};
   if (moments) {
     const TokenScalarsParams s = {grad.const_data_ptr(),
                                   y,
@@ -634,42 +758,47 @@ void map_gradient16(const Geometry& map, const PatchSource& source, const torch:
   p.grad = grad.const_data_ptr();
   p.packed = fold.packed;
   p.grad_x = grad_x.mutable_data_ptr();
+  const auto vectors = [&](const torch::stable::Tensor& tensor) {
+    return tensor.stride(1) == 1 && map.channels % 8 == 0 && tensor.stride(0) % 8 == 0 &&
+           tensor.stride(2) % 8 == 0 && tensor.stride(3) % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  };
   for (int i = 0; i < 4; ++i) {
     p.x_strides[i] = x.stride(i);
     p.grad_x_strides[i] = grad_x.stride(i);
   }
-  p.x_vectors = source.vectors;
-  p.grad_x_vectors = grad_x.stride(1) == 1;
+  p.x_vectors = vectors(x);
+  p.grad_x_vectors = vectors(grad_x);
   p.outputs = outputs;
-  // Blocks of a class in proportion to its pixels and their taps, and to the loads and stores of a
-  // pixel, which are worth about half a tap.
-  const int rows = std::min(map.stride, map.height), columns = std::min(map.stride, map.width);
-  p.classes = rows * columns;
-  const auto size = [&](int length, int first) { return divide_up(length - first, map.stride); };
-  const auto taps = [&](int first) {
-    return std::max<int64_t>(
-        0, divide_up(map.kernel - (first + map.padding) % map.stride, map.stride));
+  p.pieces = static_cast<int>(pieces);
+  // Blocks of a class in proportion to its pixels and to what a pixel costs: its steps, and its
+  // loads and stores, which are worth about two; more if the weight passes through the ring.
+  const int classes = pixel_classes(map);
+  const auto pixels = [&](const PixelClass& of) { return map.batch * of.height * of.width; };
+  const auto cost = [&](const PixelClass& of) {
+    const int64_t steps = of.taps() * pieces;
+    return pixels(of) * (steps + 2) * (steps > kMapStages ? 3 : 2);
   };
-  int64_t work[kMostClasses] = {}, all = 0, most_taps = 1;
-  for (int i = 0; i < p.classes; ++i) {
-    const int y0 = i / columns, x0 = i % columns;
-    const int64_t of_class = taps(y0) * taps(x0);
-    most_taps = std::max(most_taps, of_class);
-    work[i] = size(map.height, y0) * size(map.width, x0) * (2 * of_class + 1);
-    all += work[i];
+  int64_t all = 0, most_taps = 1;
+  for (int i = 0; i < classes; ++i) {
+    const PixelClass of(map, i);
+    most_taps = std::max<int64_t>(most_taps, of.taps());
+    all += cost(of);
   }
-  const int64_t blocks = std::max<int64_t>(p.classes, device.multiprocessors() / pieces);
-  for (int i = 0; i < p.classes; ++i) {
-    const int y0 = i / columns, x0 = i % columns;
-    const int64_t needed =
-        divide_up(map.batch * size(map.height, y0) * size(map.width, x0), kMapWarps16 * kRows);
-    const int64_t share = std::max<int64_t>(1, (blocks * work[i] + all / 2) / all);
-    p.first_block[i + 1] = p.first_block[i] + static_cast<int>(std::min(needed, share));
+  const int64_t blocks = std::max<int64_t>(classes, device.multiprocessors() / wide);
+  int64_t before = 0;
+  for (int i = 0; i < classes; ++i) {
+    const PixelClass of(map, i);
+    before += cost(of);
+    const int64_t last = (blocks * before + all / 2) / all, first = p.first_block[i];
+    p.first_block[i + 1] =
+        static_cast<int>(std::clamp(last, first + 1, first + divide_up(pixels(of), kMapPixels)));
   }
-  device.launch(
-      "soft_split_linear_map_gradient", map_gradient16_kernel<T>,
-      dim3(static_cast<unsigned>(p.first_block[p.classes]), static_cast<unsigned>(pieces)),
-      kMapWarps16 * kLanes, static_cast<size_t>(most_taps) * kTapBlocks * kBlockBytes, p);
+  const int64_t stages = std::min<int64_t>(kMapStages, most_taps * pieces);
+  device.launch("soft_split_linear_map_gradient", map_gradient_kernel<T>,
+                dim3(static_cast<unsigned>(p.first_block[classes]), static_cast<unsigned>(wide)),
+                kMapWarps * kLanes, static_cast<size_t>(stages) * kMapStageVectors * sizeof(uint4),
+                p);
 }
 
 }  // namespace t2t

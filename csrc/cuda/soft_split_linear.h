@@ -10,8 +10,8 @@
 
 namespace t2t {
 
-// The forward with what its backward would else compute again, where its kernels have it: mean and
-// 1/σ of every token, and what the norm adds up to in each output.
+// The forward with what its backward would else compute again, of a call with a norm that asked for
+// it: mean and 1/σ of every token, and what the norm adds up to in each output.
 struct Projected {
   torch::stable::Tensor y;
   std::optional<torch::stable::Tensor> moments, constants;
@@ -29,7 +29,8 @@ void project_into(const torch::stable::Tensor& x, const torch::stable::Tensor& w
                   const torch::stable::Tensor (&sections)[3]);
 
 // Images and tokens of an image.
-std::pair<int64_t, int64_t> tokens_of(const torch::stable::Tensor& x, int64_t kernel_size,
+std::pair<int64_t, int64_t> tokens_of(const torch::stable::Tensor& x,
+                                      const torch::stable::Tensor& weight, int64_t kernel_size,
                                       int64_t stride, int64_t padding);
 
 // y (B, T, outputs).

@@ -119,7 +119,7 @@ Results transformer_layer(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tens
                            tail_tensors(proj_weight, proj_bias, norm2_weight, norm2_bias,
                                         mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias),
                            x, Dropout{});
-  const auto [images, tokens] = tokens_of(x, kernel_size, stride, padding);
+  const auto [images, tokens] = tokens_of(x, qkv_weight, kernel_size, stride, padding);
   const auto rows = [&] { return torch::stable::new_empty(x, {images, tokens, kEmbed}); };
   Tensor out = rows(), q = rows(), k = rows(), v = rows();
   Tensor attended = torch::stable::new_empty(x, {images, tokens, kEmbed}, ScalarType::Float);

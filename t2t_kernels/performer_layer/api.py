@@ -83,6 +83,9 @@ def performer_layer(
         "E": params.w.shape[1],
         "m": params.w.shape[0],
         "M": params.mlp_0_weight.shape[0],
+        "channels": x.shape[1],
+        "kernel_size": kernel_size,
+        "stride": stride,
     }
     chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":

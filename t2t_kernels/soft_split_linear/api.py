@@ -86,7 +86,13 @@ def soft_split_linear(
         check_parameter("norm_weight", norm_weight, (width,), x)
         check_parameter("norm_bias", norm_bias, (width,), x)
     tensors = (x, weight, bias, norm_weight, norm_bias)
-    chosen = choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend, tensors=tensors)
+    sizes = {
+        "channels": x.shape[1],
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "outputs": weight.shape[0],
+    }
+    chosen = choose(SOFT_SPLIT_LINEAR, x.device, x.dtype, backend, sizes, tensors)
     if chosen != "reference":
         return operators(chosen).soft_split_linear(
             x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps

@@ -4,12 +4,14 @@ Nothing is saved but the inputs. The backward returns the gradients of x, weight
 that do not exist, and that of x where it is not asked for, are empty.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
 
@@ -66,8 +68,28 @@ def _backward_flops(grad, x, weight, norm_weight, norm_bias, *rest) -> int:
     return flops.soft_split_linear_backward(x, weight, rest[:3], need_x=rest[-1])
 
 
+def why_not_projected(sizes: Mapping[str, int]) -> str | None:
+    """What csrc/cuda's projection of patches does not take, here and in the T2T layers."""
+    channels, kernel_size = sizes.get("channels", 64), sizes.get("kernel_size", 1)
+    # Maps go tap by tap, images row by row: at most 28 rows of at most 8 pixels.
+    if channels % 64 != 0 and (kernel_size > 8 or channels * kernel_size > 28):
+        return (
+            "maps with a multiple of 64 channels, and images with kernel_size up to 8 and "
+            f"channels × kernel_size up to 28, got {channels} channels and kernel_size {kernel_size}"
+        )
+    if sizes.get("stride", 1) > 8:
+        return f"strides up to 8, got {sizes['stride']}"
+    if sizes.get("outputs", 0) % 8 != 0:
+        return f"a multiple of 8 outputs, got {sizes['outputs']}"
+    return None
+
+
 SOFT_SPLIT_LINEAR = register_operation(
-    "soft_split_linear", kernels=("cpu", "triton", "cuda"), parts=("soft_split",)
+    "soft_split_linear",
+    kernels=("cpu", "triton", "cuda"),
+    parts=("soft_split",),
+    dtypes={"cuda": HALF_DTYPES},
+    why_not_map={"cuda": why_not_projected},
 )
 
 declare(

@@ -69,7 +69,13 @@ def transformer_layer(
     check_split(x, kernel_size, stride, padding)
     _check_params(params, x, x.shape[1] * kernel_size**2)
     check_scale(scale)
-    sizes = {"E": params.attn_proj_weight.shape[0], "M": params.mlp_fc1_weight.shape[0]}
+    sizes = {
+        "E": params.attn_proj_weight.shape[0],
+        "M": params.mlp_fc1_weight.shape[0],
+        "channels": x.shape[1],
+        "kernel_size": kernel_size,
+        "stride": stride,
+    }
     chosen = choose(TRANSFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":
         numbers = kernel_size, stride, padding, scale

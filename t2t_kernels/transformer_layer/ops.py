@@ -12,7 +12,7 @@ from t2t_kernels import flops
 from t2t_kernels.arguments import output_size
 from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
-from t2t_kernels.soft_split_linear.ops import like_map
+from t2t_kernels.soft_split_linear.ops import like_map, why_not_projected
 
 _TENSORS = (
     "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor attn_qkv_weight, "
@@ -84,6 +84,7 @@ TRANSFORMER_LAYER = register_operation(
         "cuda": dict.fromkeys("EM", range(64, 65)),
     },
     dtypes={"cuda": HALF_DTYPES},
+    why_not_map={"cuda": why_not_projected},
 )
 
 declare(

@@ -36,6 +36,15 @@ SPLITS = (
 )
 
 
+def map_sizes(channels: int, split: dict[str, int]) -> dict[str, int]:
+    """A layer's map and split among the sizes of its operation."""
+    return {
+        "channels": channels,
+        "kernel_size": split["kernel_size"],
+        "stride": split["stride"],
+    }
+
+
 class TokenPerformer(nn.Module):
     """Soft split and Performer layer with one head: (B, C, H, W) to (B, T, token_dim).
 
@@ -49,7 +58,7 @@ class TokenPerformer(nn.Module):
         super().__init__()
         in_dim = in_chans * split["kernel_size"] ** 2
         features = token_dim // 2
-        self.split = split
+        self.in_chans, self.split = in_chans, split
         w = nn.init.orthogonal_(torch.empty(features, token_dim)) * features**0.5
         self.w = nn.Parameter(w, requires_grad=False)
         self.norm1 = nn.LayerNorm(in_dim)
@@ -62,7 +71,8 @@ class TokenPerformer(nn.Module):
 
     def operation_sizes(self) -> dict[str, dict[str, int]]:
         (m, width), hidden = self.w.shape, self.mlp[0].out_features
-        return {"performer_layer": {"E": width, "m": m, "M": hidden}}
+        sizes = {"E": width, "m": m, "M": hidden}
+        return {"performer_layer": sizes | map_sizes(self.in_chans, self.split)}
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
@@ -120,7 +130,7 @@ class TokenTransformer(nn.Module):
     def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
         super().__init__()
         in_dim = in_chans * split["kernel_size"] ** 2
-        self.split = split
+        self.in_chans, self.split = in_chans, split
         self.scale = in_dim**-0.5
         self.norm1 = nn.LayerNorm(in_dim)
         self.attn = nn.ModuleDict(
@@ -136,7 +146,8 @@ class TokenTransformer(nn.Module):
 
     def operation_sizes(self) -> dict[str, dict[str, int]]:
         fc1 = self.mlp["fc1"]
-        return {"transformer_layer": {"E": fc1.in_features, "M": fc1.out_features}}
+        sizes = {"E": fc1.in_features, "M": fc1.out_features}
+        return {"transformer_layer": sizes | map_sizes(self.in_chans, self.split)}
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
@@ -237,7 +248,7 @@ class T2TModule(nn.Module):
         check_integer("embed_dim", embed_dim)
         check_integer("token_dim", token_dim, least=2)
         layer = LAYERS[tokens_type]
-        self.in_chans = in_chans
+        self.in_chans, self.token_dim, self.embed_dim = in_chans, token_dim, embed_dim
         self.backend: str | None = None
         self.attention1 = layer(in_chans, token_dim, SPLITS[0])
         self.attention2 = layer(token_dim, token_dim, SPLITS[1])
@@ -257,8 +268,10 @@ class T2TModule(nn.Module):
 
     def operation_sizes(self) -> dict[str, dict[str, int]]:
         """The operations of `t2t_kernels` that the module calls, and their sizes, for ``explain``."""
-        layers = self.attention1.operation_sizes() | self.attention2.operation_sizes()
-        return layers | {"soft_split_linear": {}}
+        # Of both layers the first one's: only images can be maps that a kernel does not take.
+        layers = self.attention2.operation_sizes() | self.attention1.operation_sizes()
+        project = map_sizes(self.token_dim, SPLITS[2]) | {"outputs": self.embed_dim}
+        return layers | {"soft_split_linear": project}
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""

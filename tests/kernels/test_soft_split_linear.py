@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2t_kernels import soft_split_linear
+from t2t_kernels import BackendUnavailable, soft_split_linear
 from t2t_kernels.backends import OPERATIONS
 from t2t_kernels.library import operators
 from tests.kernels.test_soft_split import LAYOUTS, channels_last, contiguous, name
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 # Map, kernel_size, stride, padding, outputs: the model's splits on small maps, then awkward ones.
 CASES = {
     "layer1": ((2, 3, 23, 18), (7, 4, 2), 72),
-    "layer2": ((1, 64, 9, 7), (3, 2, 1), 130),
+    "layer2": ((1, 64, 9, 7), (3, 2, 1), 136),
     "one-token": ((1, 5, 3, 3), (3, 2, 0), 7),
     "stride-over-kernel": ((2, 3, 17, 11), (2, 5, 0), 9),
     "padding-over-kernel": ((1, 20, 4, 5), (2, 1, 3), 70),
@@ -34,8 +34,10 @@ KINDS = {
 
 
 @pytest.fixture(params=KINDS)
-def kind(request):
-    return KINDS[request.param]
+def kind(request, skip_unless_taken):
+    channels, dtype = KINDS[request.param]
+    skip_unless_taken("soft_split_linear", dtype)
+    return channels, dtype
 
 
 @pytest.fixture
@@ -81,11 +83,12 @@ def assert_parity(tensors, split, backend, layout=contiguous):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, dtype) for case in ("layer1", "layer2") for dtype in DTYPES[1:])],
+    [*((case, torch.float32) for case in CASES), *((case, dtype) for case in ("layer1", "layer2", "empty-batch") for dtype in DTYPES[1:])],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
-def test_parity(backend, device, case, dtype, norm):
+def test_parity(backend, device, case, dtype, norm, skip_unless_taken):
     shape, split, outputs = CASES[case]
+    skip_unless_taken("soft_split_linear", dtype)
     assert_parity(arguments(shape, split, outputs, norm, True, dtype, device), split, backend)
 
 
@@ -95,8 +98,9 @@ def test_parity(backend, device, case, dtype, norm):
     [(18, torch.float32), *KINDS.values()],
     ids=lambda value: str(value) if isinstance(value, int) else name(value),
 )
-def test_layouts(backend, device, channels, dtype, layout):
+def test_layouts(backend, device, channels, dtype, layout, skip_unless_taken):
     split = (3, 2, 1)
+    skip_unless_taken("soft_split_linear", dtype)
     tensors = arguments((2, channels, 7, 6), split, 16, True, False, dtype, device)
     ours = assert_parity(tensors, split, backend, layout)
     expected = channels_last(tensors[0]) if layout is channels_last else tensors[0]
@@ -151,7 +155,8 @@ def test_what_a_patch_does_not_see_does_not_matter(backend, device, kind, norm):
     [(18, torch.float32), *KINDS.values()],
     ids=lambda value: str(value) if isinstance(value, int) else name(value),
 )
-def test_deterministic(backend, device, channels, dtype):
+def test_deterministic(backend, device, channels, dtype, skip_unless_taken):
+    skip_unless_taken("soft_split_linear", dtype)
     tensors = arguments((3, channels, 9, 9), (3, 2, 1), 24, True, True, dtype, device)
     first, second = (gradients(tensors, (3, 2, 1), backend, dtype) for _ in range(2))
     assert all(torch.equal(first[what], second[what]) for what in first)
@@ -184,9 +189,36 @@ def test_compile(backend, device, kind):
 
 
 def test_second_derivative_is_refused(backend, device):
-    tensors = arguments((1, 3, 5, 4), (3, 2, 1), 6, True, True, torch.float32, device)
+    tensors = arguments((1, 3, 5, 4), (3, 2, 1), 8, True, True, torch.bfloat16, device)
     x = tensors[0].requires_grad_()
     y = soft_split_linear(x, *tensors[1:], kernel_size=3, stride=2, padding=1, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         grad.sum().backward()
+
+
+# What the CUDA kernels do not take: channels, dtype, kernel_size, stride, outputs, and what the error says.
+REFUSED = {
+    "float32": (64, torch.float32, 3, 2, 8, "takes float16 and bfloat16, got float32"),
+    "channels": (20, torch.bfloat16, 3, 2, 8, "got 20 channels and kernel_size 3"),
+    "rows": (5, torch.float16, 7, 4, 8, "channels × kernel_size up to 28, got 5 channels"),
+    "columns": (1, torch.bfloat16, 9, 4, 8, "kernel_size up to 8 .* got 1 channels and kernel_size 9"),
+    "stride": (64, torch.bfloat16, 3, 9, 8, "takes strides up to 8, got 9"),
+    "outputs": (64, torch.bfloat16, 3, 2, 12, "takes a multiple of 8 outputs, got 12"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cuda_does_not_take_is_refused_with_the_reason(backend, device, case):
+    if backend != "cuda":
+        pytest.skip("the limits are those of CUDA C++")
+    channels, dtype, kernel_size, stride, outputs, reason = REFUSED[case]
+    split = (kernel_size, stride, 0)
+    x, *rest = arguments((1, channels, 10, 10), split, outputs, True, True, dtype, device)
+    with pytest.raises(BackendUnavailable, match=f"on the cuda backend: its kernel .*{reason}"):
+        soft_split_linear(
+            x, *rest, kernel_size=kernel_size, stride=stride, padding=0, backend="cuda"
+        )
+    # The operator itself would else read what is not there.
+    with pytest.raises(RuntimeError, match="soft_split_linear: (no kernel|expected bfloat16)"):
+        operators("cuda").soft_split_linear(x, *rest, *split, 1e-5)

@@ -59,7 +59,9 @@ def taken(skip_unless_taken):
     """Skips a case that the backend's kernel does not take."""
 
     def check(case, dtype):
-        skip_unless_taken("transformer_layer", dtype, **dict(zip("EM", CASES[case][2])))
+        (_, channels, *_), (kernel_size, stride, _), sizes = CASES[case]
+        split = {"channels": channels, "kernel_size": kernel_size, "stride": stride}
+        skip_unless_taken("transformer_layer", dtype, **dict(zip("EM", sizes)), **split)
 
     return check
 

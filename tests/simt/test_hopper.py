@@ -24,6 +24,7 @@ OPERATIONS = ("token_attention", "transformer_layer", "performer_layer", "soft_s
 SOURCES = [f"{operation}.cu" for operation in OPERATIONS]
 SOFTMAX, MATRIX, OPERANDS = "softmax.cuh", "mma.cuh", "operands.cuh"
 PROJECTION, TAIL, PERFORMER_LAYER = "projection.cuh", "tail.cuh", "performer_layer.cu"
+GRADIENT = "projection_gradient.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     "tokens-not-swizzled": (SOFTMAX, "column ^ row % 8 * 8", "column"),
@@ -119,6 +120,27 @@ LAYER_SLIPS = {
         "",
     ),
     "products-of-taps-not-awaited": (PROJECTION, "wait_for_products(wide);\n      } else", ""),
+    "weight-of-taps-not-shown": (
+        GRADIENT,
+        "if constexpr (kHasWarpgroups) show_to_products();\n    __syncthreads();",
+        "",
+    ),
+    "stages-of-taps-not-shown": (
+        GRADIENT,
+        "if constexpr (kHasWarpgroups) show_to_products();\n        // The stage",
+        "",
+    ),
+    "gradients-of-taps-not-fenced": (
+        GRADIENT,
+        "start_products(products, grads[0].at, grads[1].at, grads[2].at);",
+        "",
+    ),
+    "products-of-gradients-not-committed": (
+        GRADIENT,
+        "commit_products();\n        wait_for_products",
+        "",
+    ),
+    "products-of-gradients-not-awaited": (GRADIENT, "wait_for_products(products);", ""),
     "operand-of-the-tail-not-fenced": (TAIL, "start_products(wide, operand.at);", ""),
     "products-of-the-tail-not-committed": (TAIL, "commit_products();", ""),
     "products-of-the-tail-not-awaited": (TAIL, "wait_for_products(wide, operand.at);", ""),
@@ -131,7 +153,7 @@ LAYER_SLIPS = {
 
 
 def projected_results(ops, dtype):
-    return projection.results(ops, dtype, projection.HALF)
+    return projection.results(ops, dtype, projection.MAPS)
 
 
 @pytest.fixture(scope="module")

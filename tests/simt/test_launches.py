@@ -18,25 +18,13 @@ def soft_split(ops):
     ops.soft_split_backward(tokens, 2, 2, 1, 1, 0, True)
 
 
-def soft_split_linear(ops):
-    x, weight = torch.empty(IMAGES, 1, 2, 2), torch.empty(3, 1)
-    y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
-    ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
-
-
-def large_kernel(ops):
-    x, weight = torch.empty(1, 1, 256, 256), torch.empty(1, 256**2)
-    y = ops.soft_split_linear(x, weight, None, None, None, 256, 1, 0, 1e-5)
-    ops.soft_split_linear_backward(y, x, weight, None, None, 256, 1, 0, 1e-5, True)
-
-
-def rows_of_half_types(ops):
+def projection_of_images(ops):
     x, weight = torch.empty(IMAGES, 1, 2, 2, dtype=HALF), torch.empty(8, 1, dtype=HALF)
     y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
     ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
 
 
-def taps_of_half_types(ops):
+def projection_of_maps(ops):
     x, weight = torch.empty(IMAGES, 64, 2, 2, dtype=HALF), torch.empty(8, 64, dtype=HALF)
     y = ops.soft_split_linear(x, weight, None, None, None, 1, 1, 0, 1e-5)
     ops.soft_split_linear_backward(y, x, weight, None, None, 1, 1, 0, 1e-5, True)
@@ -70,10 +58,8 @@ def transformer_layer(ops):
 
 CALLS = [
     soft_split,
-    soft_split_linear,
-    large_kernel,
-    rows_of_half_types,
-    taps_of_half_types,
+    projection_of_images,
+    projection_of_maps,
     performer_attention,
     token_attention,
     performer_layer,

@@ -41,12 +41,10 @@ def kernels(compiled):
         ("12split_kernelI", ["ld.global", "st.shared", "ld.shared", "st.global"]),
         ("gather_kernelI.*Lb1E", ["ld.global", "st.shared", "st.global"]),
         ("gather_kernelI.*Lb0E", ["st.global"]),
-        ("project_kernelI.*Lb0E", ["ld.global", "ld.shared", "st.global"]),
-        ("map_gradient_kernelI", ["ld.global", "st.global"]),
         ("project_rows_kernelI", ["ld.global", "st.global"]),
         ("project_taps_kernelI.*Lb1E", ["ld.global", "st.global"]),
-        ("weight_gradient16_kernelI.*Li0ELb1E", ["ld.global", "st.shared"]),
-        ("map_gradient16_kernelI", ["ld.global", "ld.shared", "st.global"]),
+        ("weight_gradient_kernelI.*Li0ELb1E", ["ld.global", "st.shared"]),
+        ("map_gradient_kernelI", ["ld.global", "st.global"]),
         (r"\d\dkeys_kernelI", ["ld.global", "ld.shared", "st.shared"]),
         (r"\d\dqueries_kernelI", ["ld.global", "ld.shared", "st.global"]),
         ("queries_backward_kernelIN3c10.*QueriesBackward", ["ld.global", "ld.shared", "st.global"]),
@@ -58,12 +56,10 @@ def kernels(compiled):
         "split",
         "gather-staged",
         "gather-in-place",
-        "project",
-        "map-gradient",
         "project-rows",
         "project-taps",
         "weight-gradient-of-taps",
-        "map-gradient-of-taps",
+        "map-gradient",
         "performer-keys",
         "performer-queries",
         "performer-queries-backward",
@@ -94,16 +90,9 @@ def cuobjdump():
 
 # Instructions of the machine code by kernel: the matrix unit for half types and not for float32,
 # whose products are ordinary; asynchronous copies wherever patches or gradients are gathered.
-EVERY_TYPE = [
-    "project",
-    "weight_gradient",
-    "map_gradient",
-    "softmax",
-    "softmax_queries_backward",
-    "softmax_keys_backward",
-]
+EVERY_TYPE = ["softmax", "softmax_queries_backward", "softmax_keys_backward"]
 # Kernels that only half types have, with and without asynchronous copies.
-COPYING = ["layer_attend", "project_rows", "project_taps", "weight_gradient16", "map_gradient16"]
+COPYING = ["layer_attend", "project_rows", "project_taps", "weight_gradient", "map_gradient"]
 LOADING = [
     "attend",
     "keys",
@@ -123,6 +112,7 @@ WARPGROUP = [
     "softmax_keys_backward",
     "project_rows",
     "project_taps",
+    "map_gradient",
     "attend",
     "tail_backward",
     "transformer_tail_backward",
@@ -139,7 +129,7 @@ def test_machine_code(compiled, architecture):
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for function in text.split("Function : ")[1:]:
             name, code = function.split("\n", 1)
-            kernel = re.search(r"\d([a-z_]+(?:16)?)_kernelI(\w*)", name)
+            kernel = re.search(r"\d([a-z_]+)_kernelI(\w*)", name)
             if kernel is None:
                 continue
             half = "Half" in kernel[2] or "BFloat16" in kernel[2]

@@ -19,7 +19,7 @@ CASES = {
     "map": ((1, 64, 9, 8), (3, 2, 1)),
     "image": ((2, 3, 22, 18), (7, 4, 2)),
     "several-tiles-of-a-warp": ((3, 3, 13, 14), (3, 1, 1)),
-    "token-larger-than-shared-memory": ((1, 96, 3, 3), (5, 2, 2)),
+    "token-larger-than-shared-memory": ((1, 128, 3, 3), (5, 2, 2)),
     "one-token": ((5, 3, 2, 2), (3, 2, 1)),
 }
 SIZES = (64, 32, 64)

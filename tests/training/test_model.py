@@ -32,6 +32,9 @@ def test_the_log_lists_the_operations_that_the_model_calls():
 def test_the_log_takes_the_model_s_sizes():
     module = create_model("t2t_vit_7", img_size=32, token_dim=144).tokens_to_token
     assert module.operation_sizes() == {
-        "performer_layer": {"E": 144, "m": 72, "M": 144},
-        "soft_split_linear": {},
+        "performer_layer": {
+            **{"E": 144, "m": 72, "M": 144},
+            **{"channels": 3, "kernel_size": 7, "stride": 4},
+        },
+        "soft_split_linear": {"channels": 144, "kernel_size": 3, "stride": 2, "outputs": 256},
     }
