@@ -105,13 +105,41 @@ __device__ void pack_feature_rows(uint4* to, const float* w) {
   }
 }
 
-// Equal shares of an image's tokens for the warps that add them up.
+// Equal shares of an image's tokens for the warps, or blocks, that add them up.
 struct Chunks {
-  int tokens, chunk, chunks;  // tokens of an image and of a warp; warps of an image
+  int tokens, chunk, chunks;  // tokens of an image and of a share; shares of an image
   int64_t images;
 
-  int64_t count() const { return images * chunks; }
+  __host__ __device__ int64_t count() const { return images * chunks; }
 };
+
+// One of them: tokens begin … end − 1 of an image.
+struct Chunk {
+  int64_t image;
+  int begin, end;
+
+  __device__ Chunk(const Chunks& chunks, int64_t part)
+      : image(static_cast<uint32_t>(part) / static_cast<uint32_t>(chunks.chunks)),
+        begin(static_cast<int>(part - image * chunks.chunks) * chunks.chunk),
+        end(min(begin + chunks.chunk, chunks.tokens)) {}
+};
+
+// Equal shares for blocks that take `at_once` tokens at a time, one block per multiprocessor: the
+// number of shares per image with which the last block ends earliest.
+inline Chunks make_block_chunks(int64_t images, int64_t tokens, int at_once,
+                                const DeviceScope& device) {
+  const int64_t steps = divide_up(tokens, at_once);
+  const auto time = [&](int64_t chunks) {
+    return divide_up(images * chunks, device.multiprocessors()) * (divide_up(steps, chunks));
+  };
+  int64_t best = 1;
+  for (int64_t chunks = 2; chunks <= steps; ++chunks) {
+    if (time(chunks) < time(best)) best = chunks;
+  }
+  const int64_t chunk = divide_up(steps, best) * at_once;
+  return {static_cast<int>(tokens), static_cast<int>(chunk),
+          static_cast<int>(divide_up(tokens, chunk)), images};
+}
 
 // As many warps as are resident at a time, with equal work, but of 16 tiles at most.
 inline Chunks make_chunks(int64_t images, int64_t tokens, int warps_per_multiprocessor,
@@ -144,11 +172,9 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
   pack_feature_rows<T>(w, p.w);
   __syncthreads();
   const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
-  const Chunks& chunks = p.chunks;
-  if (part >= chunks.images * chunks.chunks) return;
-  const int64_t image = part / chunks.chunks;
-  const int first = static_cast<int>(part - image * chunks.chunks) * chunks.chunk;
-  const int tokens = chunks.tokens;
+  if (part >= p.chunks.count()) return;
+  const auto [image, begin, end] = Chunk(p.chunks, part);
+  const int tokens = p.chunks.tokens;
   T* values = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
                                    warp_index() * kKeysWarpBytes);
   auto* halves = reinterpret_cast<float*>(values + kRows * kEmbed);
@@ -160,8 +186,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
 #pragma unroll
   for (int i = 0; i < 4; ++i) maximum[i / 2][i % 2] = -INFINITY;
 
-  const int end = min(first + chunks.chunk, tokens);
-  for (int at = first; at < end; at += kRows) {
+  for (int at = begin; at < end; at += kRows) {
     const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, at, tokens));
     float half[2];
     half_squares<T>(keys, half);
@@ -358,19 +383,18 @@ __device__ void multiply_parts(Sums<kColumnGroups>& sums, const Operand<kRowGrou
   multiply_blocks<T>(sums, left, blocks + 2 * kBlockVectors);
 }
 
-// What the attention leaves of a tile of queries.
-struct AttendedTile {
+// A tile of queries against the keys of an image.
+struct QueryFeatures {
   Operand<1> features;  // f
-  float inverse[2];     // 1/D
   float slope[2];       // e^(h − g)
-  Sums<2> y;
+  float inverse[2];     // 1/D
 };
 
 // `queries` are within range; `w` is the feature matrix, embed by features.
 template <typename T>
-__device__ AttendedTile attend_tile(const Operand<2>& queries, const uint4* w, float log_eps,
-                                    const float* logs_of_keys, const uint4* means) {
-  AttendedTile result;
+__device__ QueryFeatures features_of(const Operand<2>& queries, const uint4* w, float log_eps,
+                                     const float* logs_of_keys) {
+  QueryFeatures result;
   float half[2];
   half_squares<T>(queries, half);
   Sums<1> logs;
@@ -400,15 +424,24 @@ __device__ AttendedTile attend_tile(const Operand<2>& queries, const uint4* w, f
     divisor[i] = result.slope[i];
   }
   add_row_sums<T>(divisor, result.features.at[0]);
-  result.y.clear();
-  multiply_parts<T>(result.y, result.features, means);
 #pragma unroll
   for (int i = 0; i < 2; ++i) result.inverse[i] = fast_reciprocal(divisor[i]);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    result.y.at[i / 16][i / 8 % 2][i % 8] *= result.inverse[i / 8 % 2];
-  }
   return result;
+}
+
+__device__ inline void scale_rows(Sums<2>& sums, const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) sums.at[i / 16][i / 8 % 2][i % 8] *= factor[i / 8 % 2];
+}
+
+// y, rounded.
+template <typename T>
+__device__ Operand<2> attended(const QueryFeatures& queries, const uint4* means) {
+  Sums<2> y;
+  y.clear();
+  multiply_parts<T>(y, queries.features, means);
+  scale_rows(y, queries.inverse);
+  return rounded_operand<T>(y);
 }
 
 // What the attention has of w and of the keys of all images, in the order of a call's kernels.
@@ -503,6 +536,61 @@ __device__ Sums<2> through_features(const Operand<1>& log_gradients, const uint4
   return result;
 }
 
+// The gradient of y over D, rounded.
+template <typename T>
+__device__ Operand<2> over_divisor(Sums<2> grad, const QueryFeatures& queries) {
+  scale_rows(grad, queries.inverse);
+  return rounded_operand<T>(grad);
+}
+
+// The gradient of a tile of queries from that of y over D, `grad`. Adds the gradients of Z over Z,
+// a lane's rows of its eight features.
+template <typename T>
+__device__ Operand<2> gradient_of_queries(const Operand<2>& queries,
+                                          const QueryFeatures& of_queries, const Operand<2>& grad,
+                                          const uint4* means_transposed, const uint4* w_transposed,
+                                          float (&of_normalizer)[8]) {
+  Sums<1> log_gradients;
+  log_gradients.clear();
+  multiply_parts<T>(log_gradients, grad, means_transposed);
+  // −grad·y, from the same rounded factors, so that both terms of a log-feature's gradient cancel.
+  float of_divisor[2] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = elements_of<T>(of_queries.features.pair(0, i / 4, i % 4));
+    const float* at = &log_gradients.at[0][i / 4][i % 4 * 2];
+    of_divisor[i / 4] -= pair.x * at[0] + pair.y * at[1];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) of_divisor[i] = sum_of_row(of_divisor[i]) * of_queries.inverse[i];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int half = i / 4;
+    const float2 pair = elements_of<T>(of_queries.features.pair(0, half, i % 4));
+    float* to = &log_gradients.at[0][half][i % 4 * 2];
+    to[0] = pair.x * (to[0] + of_divisor[half]);
+    to[1] = pair.y * (to[1] + of_divisor[half]);
+    of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
+    of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
+  }
+  const float factor[2] = {of_divisor[0] * of_queries.slope[0],
+                           of_divisor[1] * of_queries.slope[1]};
+  return rounded_operand<T>(
+      through_features<T>(rounded_operand<T>(log_gradients), w_transposed, queries, factor));
+}
+
+// Sums over a warp's rows of a group of columns.
+__device__ inline void store_columns(const float (&sums)[8], float* to) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float total = sums[i];
+    for (int distance = 4; distance < kLanes; distance *= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, distance);
+    }
+    if (lane_index() < 4) to[lane_index() * 8 + i] = total;
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
     queries_backward_kernel(const QueriesBackwardParams p) {
@@ -512,11 +600,9 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
   pack_features<T>(w_transposed, p.w, true);
   __syncthreads();
   const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
-  const Chunks& chunks = p.chunks;
-  if (part >= chunks.images * chunks.chunks) return;
-  const int64_t image = part / chunks.chunks;
-  const int first = static_cast<int>(part - image * chunks.chunks) * chunks.chunk;
-  const int tokens = chunks.tokens;
+  if (part >= p.chunks.count()) return;
+  const auto [image, begin, end] = Chunk(p.chunks, part);
+  const int tokens = p.chunks.tokens;
   T* features = reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared + kBothFeatures) +
                                      warp_index() * kQueriesWarpBytes);
   T* grads = features + kRows * kEmbed;
@@ -524,67 +610,29 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
   OuterSums<2, kEmbed / 8> sums;
   sums.clear();
   float of_normalizer[8] = {};
-  const int end = min(first + chunks.chunk, tokens);
 #pragma unroll 1
-  for (int at = first; at < end; at += kRows) {
+  for (int at = begin; at < end; at += kRows) {
     const Operand<2> queries = limited<T>(load_operand<T>(p.queries, image, at, tokens));
-    const AttendedTile attended =
-        attend_tile<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures,
-                       p.means.as_is + image * kMeanVectors);
-    Operand<2> grad;
-    float of_divisor[2] = {};
-    {
-      Sums<2> scaled;
-      scaled.clear();
-      add_operand<T>(scaled, load_operand<T>(p.grads, image, at, tokens));
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        float& value = scaled.at[i / 16][i / 8 % 2][i % 8];
-        value *= attended.inverse[i / 8 % 2];
-        of_divisor[i / 8 % 2] -= value * attended.y.at[i / 16][i / 8 % 2][i % 8];
-      }
-      grad = rounded_operand<T>(scaled);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) of_divisor[i] = sum_of_row(of_divisor[i]);
+    const QueryFeatures of_queries =
+        features_of<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures);
+    const Operand<2> grad =
+        over_divisor<T>(sums_of<T>(load_operand<T>(p.grads, image, at, tokens)), of_queries);
 
     // The tiles have been multiplied by all lanes.
     __syncwarp();
-    keep_operand(attended.features, features);
+    keep_operand(of_queries.features, features);
     keep_operand(grad, grads);
     __syncwarp();
     multiply_tiles(sums, features, 0, grads, 0, kRows);
 
-    Sums<1> log_gradients;
-    log_gradients.clear();
-    multiply_parts<T>(log_gradients, grad, p.means.transposed + image * kMeanVectors);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int half = i / 4;
-      const float2 pair = elements_of<T>(attended.features.pair(0, half, i % 4));
-      float* to = &log_gradients.at[0][half][i % 4 * 2];
-      to[0] = pair.x * (to[0] + of_divisor[half]);
-      to[1] = pair.y * (to[1] + of_divisor[half]);
-      of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
-      of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
-    }
-    const float factor[2] = {of_divisor[0] * attended.slope[0], of_divisor[1] * attended.slope[1]};
-    const Sums<2> grad_queries =
-        through_features<T>(rounded_operand<T>(log_gradients), w_transposed, queries, factor);
-    store_operand(rounded_operand<T>(grad_queries),
+    const Operand<2> grad_queries =
+        gradient_of_queries<T>(queries, of_queries, grad, p.means.transposed + image * kMeanVectors,
+                               w_transposed, of_normalizer);
+    store_operand(grad_queries,
                   static_cast<T*>(p.grad_queries) + (image * tokens + at) * p.grad_stride,
                   p.grad_stride, tokens - at);
   }
-
-  const int lane = lane_index();
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float total = of_normalizer[i];
-    for (int distance = 4; distance < kLanes; distance *= 2) {
-      total += __shfl_xor_sync(kAllLanes, total, distance);
-    }
-    if (lane < 4) p.parts.normalizer[part * kFeatures + lane * 8 + i] = total;
-  }
+  store_columns(of_normalizer, p.parts.normalizer + part * kFeatures);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t feature = part * kFeatures + sums.row(i / 2, i % 2);
@@ -700,11 +748,10 @@ struct PerformerPasses {
     means.combine(p.parts, p.chunks.chunks, saved.maximum, saved.normalizer, saved.sums, device);
   }
 
-  // Gradients of q, k and v from that of y. `grad_y` may be where the gradient of q goes.
+  // Gradients of q, k and v from that of y.
   void backward(const Rows& keys, const Rows& queries, const Rows& values, const Rows& grad_y,
-                const Rows& skip, const torch::stable::Tensor& like, const Parts& saved,
-                const KeyMeans<T>& means, void* grad_keys, void* grad_queries, void* grad_values,
-                int64_t grad_stride) const {
+                const torch::stable::Tensor& like, const Parts& saved, const KeyMeans<T>& means,
+                void* grad_keys, void* grad_queries, void* grad_values, int64_t grad_stride) const {
     QueriesBackwardParams q = {};
     q.w = features.floats();
     q.log_eps = features.log_eps();
@@ -719,10 +766,19 @@ struct PerformerPasses {
     device.launch("performer_queries_backward", queries_backward_kernel<T>,
                   dim3(grid_size(divide_up(q.chunks.count(), kAttentionWarps))),
                   kAttentionWarps * kLanes, kQueriesBackwardBytes, q);
+    keys_backward(keys, values, Rows{}, like, saved, q.parts, q.chunks.chunks, grad_keys,
+                  grad_values, grad_stride);
+  }
+
+  // Gradients of k and v from parts of those of the sums; `skip` is added to that of v.
+  void keys_backward(const Rows& keys, const Rows& values, const Rows& skip,
+                     const torch::stable::Tensor& like, const Parts& saved, const Parts& parts,
+                     int parts_per_image, void* grad_keys, void* grad_values,
+                     int64_t grad_stride) const {
     const KeyMeans<T> grads(like, images, true);
-    grads.combine_gradients(q.parts, q.chunks.chunks, saved.normalizer, device);
+    grads.combine_gradients(parts, parts_per_image, saved.normalizer, device);
     KeysBackwardParams k = {};
-    k.w = q.w;
+    k.w = features.floats();
     k.keys = keys;
     k.values = values;
     k.skip = skip;

@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kQueriesBlocks)
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
-    const AttendedTile attended = attend_tile<T>(
-        limited<T>(load_operand<T>(p.queries, image, first, tokens)), dynamic_shared, p.log_eps,
-        p.means.logs + image * kFeatures, p.means.as_is + image * kMeanVectors);
-    store_operand(rounded_operand<T>(attended.y),
+    const QueryFeatures queries =
+        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), dynamic_shared,
+                       p.log_eps, p.means.logs + image * kFeatures);
+    store_operand(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                   static_cast<T*>(p.y) + (image * tokens + first) * kEmbed, kEmbed, tokens - first);
   });
 }
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
     const KeyMeans<T> means(v, images, true);
     means.load(saved, device);
     PerformerPasses<T>{features, images, tokens, device}.backward(
-        rows_of<T>(k), rows_of<T>(q), rows_of<T>(v), rows_of<T>(grad), Rows{}, v, saved, means,
+        rows_of<T>(k), rows_of<T>(q), rows_of<T>(v), rows_of<T>(grad), v, saved, means,
         grad_k.mutable_data_ptr(), grad_q.mutable_data_ptr(), grad_v.mutable_data_ptr(), kEmbed);
   });
   return {grad_k, grad_q, grad_v};

@@ -4,10 +4,10 @@
 // Forward: soft_split_linear writes k, q and v, scratch of the call; a pass over keys and values
 // sums up the features; a pass over queries and values makes y and, in registers, the tail.
 // Backward: k, q and v again, then
-//   tail      y again, the tail forward up to its hidden units and back: the gradient of y goes to
-//             q's place, that of the skip to v's, those of the tail's parameters to a slot a block
-//   queries   that of y becomes that of q, and parts of those of the sums
-//   keys      that of k, and the rest of that of v
+//   queries   y again, the tail forward up to its hidden units and back, and the attention back to
+//             q: the gradients of q and of the skip go to their places in that of k, q and v, those
+//             of the tail's parameters to a slot per block, those of the sums to parts
+//   keys      the gradient of k, and the rest of that of v
 // and the backward of soft_split_linear with the gradient of k, q and v as its own.
 
 #include <torch/csrc/stable/library.h>
@@ -60,46 +60,106 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
-    const AttendedTile attended =
-        attend_tile<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
-                       p.means.logs + image * kFeatures, p.means.as_is + image * kMeanVectors);
+    const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
+    const QueryFeatures queries =
+        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
+                       p.means.logs + image * kFeatures);
     const int64_t first_token = image * tokens + first;
-    const Sums<2> out =
-        tail_of<T>(rounded_operand<T>(attended.y), load_operand<T>(p.values, image, first, tokens),
-                   weights, vectors, p.tail.dropout, first_token);
+    const Sums<2> out = tail_of<T>(attended<T>(queries, p.means.as_is + image * kMeanVectors),
+                                   values, weights, vectors, p.tail.dropout, first_token);
     store_operand(rounded_operand<T>(out), static_cast<T*>(p.out) + first_token * kEmbed, kEmbed,
                   tokens - first);
   });
 }
 
-struct TailParams {
+struct BackwardParams {
   const float* w;
   float log_eps;
   Rows queries, values;
   Means means;
-  TailBackwardParams backward;
+  Chunks chunks;
+  Parts parts;         // gradients of the sums over Z
+  void* grad_queries;  // strided as the gradient of v
+  TailBackwardParams tail;
 };
 
-constexpr int kTailBytes = kTailBackwardBytes + kFeatureBlocks * kBlockBytes;
+constexpr int kBackwardBytes = kTailBackwardBytes + kBothFeatures * 16;
+
+// The block's share of the gradients of the sums, Fᵀ·dy/D: 16 features by 16 columns of a warp.
+using FeatureSums = OuterSums<1, 2>;
 
 template <typename T>
-__global__ void __launch_bounds__(kTailWarps* kLanes, 1) tail_backward_kernel(const TailParams p) {
+__global__ void __launch_bounds__(kTailWarps* kLanes, 1)
+    layer_backward_kernel(const BackwardParams p) {
   uint4* weights = dynamic_shared;
-  uint4* w = weights + 5 * kWideTileVectors;
-  T* tiles = reinterpret_cast<T*>(w + kFeatureBlocks * kBlockVectors);
-  auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
+  uint4* w = weights + kTailBackwardVectors;
+  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
+  T* lefts = reinterpret_cast<T*>(w_transposed + kFeatureBlocks * kBlockVectors);
+  T* rights = lefts + kTailTileElements;
+  auto& vectors = *reinterpret_cast<TailVectors*>(rights + kTailTileElements);
   pack_features<T>(w, p.w, false);
-  pack_tail_backward<T>(weights, vectors, p.backward.tail);
+  pack_features<T>(w_transposed, p.w, true);
+  pack_tail_backward<T>(weights, vectors, p.tail.tail);
   __syncthreads();
-  tail_backward_of<T>(p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,
-                      [&](int64_t image, int first) {
-                        const Operand<2> queries = limited<T>(
-                            load_operand<T>(p.queries, image, first, p.backward.loop.tokens));
-                        return rounded_operand<T>(
-                            attend_tile<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures,
-                                           p.means.as_is + image * kMeanVectors)
-                                .y);
-                      });
+  TailBackward<T> tail(p.tail, p.values, weights, vectors, lefts);
+  const int tokens = p.chunks.tokens;
+  const int feature = warp_index() % 2 * 16, column = warp_index() / 2 * 16;
+
+  for (int64_t part = blockIdx.x; part < p.chunks.count(); part += gridDim.x) {
+    const Chunk chunk(p.chunks, part);
+    const int64_t image = chunk.image;
+    const uint4* means = p.means.as_is + image * kMeanVectors;
+    FeatureSums sums;
+    sums.clear();
+    float of_normalizer[8] = {};
+#pragma unroll 1
+    for (int at = chunk.begin; at < chunk.end; at += kTailTokens) {
+      // A warp without tokens has some beyond the image's last.
+      const int own = at + warp_index() * kRows;
+      const int first = own < chunk.end ? own : tokens;
+      const auto load_queries = [&] {
+        return limited<T>(load_operand<T>(p.queries, image, first, tokens));
+      };
+      const QueryFeatures queries =
+          features_of<T>(load_queries(), w, p.log_eps, p.means.logs + image * kFeatures);
+      tail.tile(
+          image, first, [&] { return attended<T>(queries, means); },
+          [&](const Sums<2>& grad_y) {
+            const Operand<2> grad = over_divisor<T>(grad_y, queries);
+            const Operand<2> grad_queries = gradient_of_queries<T>(
+                load_queries(), queries, grad, p.means.transposed + image * kMeanVectors,
+                w_transposed, of_normalizer);
+            store_operand(
+                grad_queries,
+                static_cast<T*>(p.grad_queries) + (image * tokens + first) * p.tail.v_stride,
+                p.tail.v_stride, tokens - first);
+            // The tiles have been multiplied by all warps.
+            __syncthreads();
+            const int row = warp_index() * kRows * kEmbed;
+            keep_operand(grad, lefts + row);
+            keep_operand(queries.features, rights + row);
+            __syncthreads();
+            multiply_tiles(sums, rights, feature / 8, lefts, column / 8, kTailTokens);
+          });
+    }
+    // Of all warps.
+    auto* of_warps = reinterpret_cast<float*>(lefts);
+    store_columns(of_normalizer, of_warps + warp_index() * kFeatures);
+    __syncthreads();
+    if (threadIdx.x < kFeatures) {
+      float total = 0.f;
+      for (int i = 0; i < kTailWarps; ++i) total += of_warps[i * kFeatures + threadIdx.x];
+      p.parts.normalizer[part * kFeatures + threadIdx.x] = total;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = part * kFeatures + feature + sums.row(0, i % 2);
+      *reinterpret_cast<float2*>(p.parts.sums + row * kEmbed + column + sums.column(i / 2)) = {
+          sums.at[0][i / 2][i % 2][0], sums.at[0][i / 2][i % 2][1]};
+    }
+    __syncthreads();
+  }
+  tail.store();
 }
 
 // Without dropout there is no seed.
@@ -184,26 +244,30 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   std::optional<TailTensors> grads;
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const TileLoop loop = make_tile_loop(images, tokens);
-    const TailSlots slots(x, loop, device);
+    const Chunks chunks = make_block_chunks(images, tokens, kTailTokens, device);
+    const TailSlots slots(
+        x, dim3(grid_size(std::min<int64_t>(chunks.count(), device.multiprocessors()))), device);
     if (images > 0) {
       const KeyMeans<T> means(x, images, true);
       means.load(saved, device);
       T* to = static_cast<T*>(grad_kqv.mutable_data_ptr());
-      TailParams p = {};
+      const PartMemory parts(x, chunks.count());
+      BackwardParams p = {};
       p.w = features.floats();
       p.log_eps = features.log_eps();
       p.queries = section_of<T>(kqv, kQuery, kEmbed);
       p.values = section_of<T>(kqv, kValue, kEmbed);
       p.means = means();
-      p.backward = {tail(),     rows_of<T>(grad),     loop,       to + kQuery * kEmbed,
-                    3 * kEmbed, to + kValue * kEmbed, 3 * kEmbed, slots.slots()};
-      device.launch("performer_layer_tail_backward", tail_backward_kernel<T>, slots.grid(),
-                    kTailWarps * kLanes, kTailBytes, p);
-      PerformerPasses<T>{features, images, tokens, device}.backward(
-          section_of<T>(kqv, kKey, kEmbed), p.queries, p.values,
-          section_of<T>(grad_kqv, kQuery, kEmbed), section_of<T>(grad_kqv, kValue, kEmbed), x,
-          saved, means, to + kKey * kEmbed, to + kQuery * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
+      p.chunks = chunks;
+      p.parts = parts.parts();
+      p.grad_queries = to + kQuery * kEmbed;
+      p.tail = {tail(),     rows_of<T>(grad), static_cast<int>(tokens), to + kValue * kEmbed,
+                3 * kEmbed, slots.slots()};
+      device.launch("performer_layer_backward", layer_backward_kernel<T>, slots.grid(),
+                    kTailWarps * kLanes, kBackwardBytes, p);
+      PerformerPasses<T>{features, images, tokens, device}.keys_backward(
+          section_of<T>(kqv, kKey, kEmbed), p.values, section_of<T>(grad_kqv, kValue, kEmbed), x,
+          saved, p.parts, chunks.chunks, to + kKey * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
     }
     grads = slots.finish<T>(x, device);
   });

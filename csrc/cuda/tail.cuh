@@ -278,11 +278,8 @@ constexpr int kTailGradientFloats = sizeof(TailGradients) / sizeof(float);
 struct TailBackwardParams {
   TailPointers tail;
   Rows grad;  // of the tail's result
-  TileLoop loop;
-  // (image, token, …), from a token to the next so many elements.
-  void* grad_y;
-  int64_t y_stride;
-  void* grad_v;
+  int tokens;
+  void* grad_v;  // (image, token, …), from a token to the next so many elements
   int64_t v_stride;
   TailGradients* slots;  // of each block
 };
@@ -351,47 +348,52 @@ struct ColumnSums {
   }
 };
 
-// Backward of the tail: `attend(image, first)` gives y of a tile, and what is left of it goes to
-// memory or to the block's slot. All warps of a block go on together.
-template <typename T, typename Attend>
-__device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values,
-                                 const uint4* weights, const TailVectors& vectors, T* lefts,
-                                 T* rights, Attend attend) {
-  constexpr int kLinear = kWideTileVectors;
-  T* left = lefts + warp_index() * kRows * kWidest;
-  T* right = rights + warp_index() * kRows * kWidest;
-  const Dropout& dropout = p.tail.dropout;
-  SharedSums proj, mlp_in, mlp_out;
-  ColumnSums proj_bias, norm_gain, norm_offset, mlp_in_bias, mlp_out_bias;
-  proj.clear();
-  mlp_in.clear();
-  mlp_out.clear();
+// A block's backward of the tail. All warps of a block take part in each tile.
+template <typename T>
+class TailBackward {
+ public:
+  // Shared memory: the weights, and two tiles of the block's tokens.
+  __device__ TailBackward(const TailBackwardParams& p, const Rows& values, const uint4* weights,
+                          const TailVectors& vectors, T* tiles)
+      : p_(p),
+        values_(values),
+        weights_(weights),
+        vectors_(vectors),
+        lefts_(tiles),
+        rights_(tiles + kTailTileElements) {
+    proj_.clear();
+    mlp_in_.clear();
+    mlp_out_.clear();
+  }
 
-  const int tokens = p.loop.tokens;
-  // Gradients of tokens beyond an image's last are zero.
-  p.loop([&](int64_t image, int first) {
-    const int first_token = static_cast<int>(image) * tokens + first;
+  // Tokens `first` … of an image, 16 of each warp: `y()` gives the attention's result, and
+  // `use(grad)` takes its gradient. The gradient of the skip goes to memory. Gradients of tokens
+  // beyond the image's last are zero.
+  template <typename Attended, typename Use>
+  __device__ void tile(int64_t image, int first, Attended y, Use use) {
+    const int tokens = p_.tokens, first_token = static_cast<int>(image) * tokens + first;
+    const Dropout& dropout = p_.tail.dropout;
+    T* left = left_of_warp();
+    T* right = rights_ + (left - lefts_);
+    const Operand<2> skip = load_operand<T>(values_, image, first, tokens);
 
     // Forward, up to the hidden units.
-    const Operand<2> y = attend(image, first);
     const Kept kept_proj(dropout, kAfterProj, first_token);
     float rstd[2];
-    Sums<2> normalized = times_linear<T>(y, weights);
-    add_columns(normalized, vectors.proj_bias);
+    Sums<2> normalized = times_linear<T>(y(), weights_);
+    add_columns(normalized, vectors_.proj_bias);
     kept_proj.apply(dropout, normalized);
-    add_operand<T>(normalized, load_operand<T>(values, image, first, tokens));
+    add_operand<T>(normalized, skip);
     normalize_rows(normalized, rstd);
-    Sums<2> hidden = times_linear<T>(scaled_rows<T>(normalized, vectors), weights + kLinear);
-    add_columns(hidden, vectors.mlp_in_bias);
+    Sums<2> hidden = times_linear<T>(scaled_rows<T>(normalized, vectors_), weights_ + kLinear);
+    add_columns(hidden, vectors_.mlp_in_bias);
     // In half the registers; plain PyTorch normalises rounded rows.
     const Operand<2> kept_rows = rounded_operand<T>(normalized);
 
     // mlp_out: dropout's gradient by the activated units.
     Operand<2> grad;
     {
-      Sums<2> dropped;
-      dropped.clear();
-      add_operand<T>(dropped, load_operand<T>(p.grad, image, first, tokens));
+      Sums<2> dropped = sums_of<T>(load_operand<T>(p_.grad, image, first, tokens));
       Kept(dropout, kAfterMlp, first_token).apply(dropout, dropped);
       grad = rounded_operand<T>(dropped);
     }
@@ -406,9 +408,9 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
     keep_operand(grad, left);
     keep_operand(rounded_operand<T>(hidden), right);
     __syncthreads();
-    add_shared(mlp_out, lefts, rights);
-    mlp_out_bias.add(lefts);
-    hidden = times_linear<T>(grad, weights + 2 * kLinear);
+    add_shared(mlp_out_, lefts_, rights_);
+    mlp_out_bias_.add(lefts_);
+    hidden = times_linear<T>(grad, weights_ + 2 * kLinear);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       hidden.at[i / 16][i / 8 % 2][i % 8] *= slopes.at[i / 16][i / 8 % 2][i % 8];
@@ -418,11 +420,11 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
 
     // mlp_in: the hidden units' gradient by the norm's result.
     keep_operand(grad, left);
-    keep_operand(scaled_rows<T>(sums_of<T>(kept_rows), vectors), right);
+    keep_operand(scaled_rows<T>(sums_of<T>(kept_rows), vectors_), right);
     __syncthreads();
-    add_shared(mlp_in, lefts, rights);
-    mlp_in_bias.add(lefts);
-    Sums<2> grads = times_linear<T>(grad, weights + 3 * kLinear);
+    add_shared(mlp_in_, lefts_, rights_);
+    mlp_in_bias_.add(lefts_);
+    Sums<2> grads = times_linear<T>(grad, weights_ + 3 * kLinear);
     __syncthreads();
 
     // The norm: its offset's gradient and, times the normalised rows, its gain's.
@@ -436,36 +438,12 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
       keep_operand(rounded_operand<T>(product), right);
     }
     __syncthreads();
-    norm_offset.add(lefts);
-    norm_gain.add(rights);
-    {
-      const Sums<2> rows = sums_of<T>(kept_rows);
-      float mean[2], mean_of_product[2] = {};
-#pragma unroll
-      for (int group = 0; group < 2; ++group) {
-        float gain[8];
-        load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          float& value = grads.at[group][i / 8][i % 8];
-          value *= gain[i % 8];
-          mean_of_product[i / 8] += value * rows.at[group][i / 8][i % 8];
-        }
-      }
-      row_means(grads, mean);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) mean_of_product[i] = sum_of_row(mean_of_product[i]) / kWidest;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const int half = i / 8 % 2;
-        float& value = grads.at[i / 16][half][i % 8];
-        value = (value - mean[half] - rows.at[i / 16][half][i % 8] * mean_of_product[half]) *
-                rstd[half];
-      }
-    }
-    add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));
+    norm_offset_.add(lefts_);
+    norm_gain_.add(rights_);
+    through_norm(grads, sums_of<T>(kept_rows), rstd);
+    add_operand<T>(grads, load_operand<T>(p_.grad, image, first, tokens));
     store_operand(rounded_operand<T>(grads),
-                  static_cast<T*>(p.grad_v) + int64_t(first_token) * p.v_stride, p.v_stride,
+                  static_cast<T*>(p_.grad_v) + int64_t(first_token) * p_.v_stride, p_.v_stride,
                   tokens - first);
 
     // proj: dropout's gradient by y.
@@ -473,32 +451,71 @@ __device__ void tail_backward_of(const TailBackwardParams& p, const Rows& values
     grad = rounded_operand<T>(grads);
     __syncthreads();
     keep_operand(grad, left);
-    keep_operand(y, right);
+    keep_operand(y(), right);
     __syncthreads();
-    add_shared(proj, lefts, rights);
-    proj_bias.add(lefts);
-    grads = times_linear<T>(grad, weights + 4 * kLinear);
-    store_operand(rounded_operand<T>(grads),
-                  static_cast<T*>(p.grad_y) + int64_t(first_token) * p.y_stride, p.y_stride,
-                  tokens - first);
+    add_shared(proj_, lefts_, rights_);
+    proj_bias_.add(lefts_);
+    use(times_linear<T>(grad, weights_ + 4 * kLinear));
     __syncthreads();
-  });
-
-  TailGradients& slot = p.slots[blockIdx.x];
-  store_shared(proj, slot.proj);
-  store_shared(mlp_in, slot.mlp_in);
-  store_shared(mlp_out, slot.mlp_out);
-  auto* halves = reinterpret_cast<float*>(lefts);
-  const ColumnSums* const columns[5] = {&proj_bias, &norm_gain, &norm_offset, &mlp_in_bias,
-                                        &mlp_out_bias};
-#pragma unroll
-  for (int i = 0; i < 5; ++i) columns[i]->store(halves + i * 2 * kWidest);
-  __syncthreads();
-  for (int i = threadIdx.x; i < 5 * kWidest; i += blockDim.x) {
-    const float* at = halves + i / kWidest * 2 * kWidest + i % kWidest;
-    slot.proj_bias[i] = at[0] + at[kWidest];
   }
-}
+
+  // The sums over all tiles to the block's slot.
+  __device__ void store() {
+    TailGradients& slot = p_.slots[blockIdx.x];
+    store_shared(proj_, slot.proj);
+    store_shared(mlp_in_, slot.mlp_in);
+    store_shared(mlp_out_, slot.mlp_out);
+    auto* halves = reinterpret_cast<float*>(lefts_);
+    const ColumnSums* const columns[5] = {&proj_bias_, &norm_gain_, &norm_offset_, &mlp_in_bias_,
+                                          &mlp_out_bias_};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) columns[i]->store(halves + i * 2 * kWidest);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 5 * kWidest; i += blockDim.x) {
+      const float* at = halves + i / kWidest * 2 * kWidest + i % kWidest;
+      slot.proj_bias[i] = at[0] + at[kWidest];
+    }
+  }
+
+ private:
+  static constexpr int kLinear = kWideTileVectors;
+
+  __device__ T* left_of_warp() const { return lefts_ + warp_index() * kRows * kWidest; }
+
+  // The gradient of the norm's result becomes that of its rows.
+  __device__ void through_norm(Sums<2>& grads, const Sums<2>& rows, const float (&rstd)[2]) const {
+    float mean[2], mean_of_product[2] = {};
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      float gain[8];
+      load_eight(gain, vectors_.norm_gain + sum_column(group), 8, true);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        float& value = grads.at[group][i / 8][i % 8];
+        value *= gain[i % 8];
+        mean_of_product[i / 8] += value * rows.at[group][i / 8][i % 8];
+      }
+    }
+    row_means(grads, mean);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mean_of_product[i] = sum_of_row(mean_of_product[i]) / kWidest;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int half = i / 8 % 2;
+      float& value = grads.at[i / 16][half][i % 8];
+      value =
+          (value - mean[half] - rows.at[i / 16][half][i % 8] * mean_of_product[half]) * rstd[half];
+    }
+  }
+
+  const TailBackwardParams& p_;
+  const Rows& values_;
+  const uint4* weights_;
+  const TailVectors& vectors_;
+  T *lefts_, *rights_;
+  SharedSums proj_, mlp_in_, mlp_out_;
+  ColumnSums proj_bias_, norm_gain_, norm_offset_, mlp_in_bias_, mlp_out_bias_;
+};
 
 constexpr int kTailSumsThreads = 128;
 
@@ -534,9 +551,8 @@ __global__ void __launch_bounds__(kTailSumsThreads) tail_sums_kernel(const TailS
 // The slots of a backward's blocks, and what becomes of them.
 class TailSlots {
  public:
-  TailSlots(const torch::stable::Tensor& like, const TileLoop& loop, const DeviceScope& device)
-      : grid_(grid_of_tiles(loop, kTailWarps, 1, device)),
-        memory_(new_floats(like, int64_t(grid_.x) * kTailGradientFloats)) {}
+  TailSlots(const torch::stable::Tensor& like, dim3 grid, const DeviceScope& device)
+      : grid_(grid), memory_(new_floats(like, int64_t(grid_.x) * kTailGradientFloats)) {}
 
   dim3 grid() const { return grid_; }
   TailGradients* slots() const { return reinterpret_cast<TailGradients*>(floats_of(memory_)); }

@@ -71,6 +71,8 @@ __global__ void __launch_bounds__(kForwardWarps* kLanes, kByWarpgroup<T> ? 2 : 0
 struct TailParams {
   const float* attended;
   Rows values;
+  TileLoop loop;
+  void* grad_y;
   TailBackwardParams backward;
 };
 
@@ -82,21 +84,30 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
   pack_tail_backward<T>(weights, vectors, p.backward.tail);
   __syncthreads();
-  tail_backward_of<T>(p.backward, p.values, weights, vectors, tiles, tiles + kTailTileElements,
-                      [&](int64_t image, int first) {
-                        const int tokens = p.backward.loop.tokens;
-                        Sums<2> y;
-                        y.clear();
+  TailBackward<T> tail(p.backward, p.values, weights, vectors, tiles);
+  p.loop([&](int64_t image, int first) {
+    const int tokens = p.loop.tokens;
+    tail.tile(
+        image, first,
+        [&] {
+          Sums<2> y;
+          y.clear();
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                          const int token = first + sum_row(i % 2);
-                          load_eight(
-                              y.at[i / 2][i % 2],
-                              p.attended + (image * tokens + token) * kEmbed + sum_column(i / 2),
-                              token < tokens ? 8 : 0, true);
-                        }
-                        return rounded_operand<T>(y);
-                      });
+          for (int i = 0; i < 4; ++i) {
+            const int token = first + sum_row(i % 2);
+            load_eight(y.at[i / 2][i % 2],
+                       p.attended + (image * tokens + token) * kEmbed + sum_column(i / 2),
+                       token < tokens ? 8 : 0, true);
+          }
+          return rounded_operand<T>(y);
+        },
+        [&](const Sums<2>& grad) {
+          store_operand(rounded_operand<T>(grad),
+                        static_cast<T*>(p.grad_y) + (image * tokens + first) * kEmbed, kEmbed,
+                        tokens - first);
+        });
+  });
+  tail.store();
 }
 
 TailTensors tail_tensors(const Tensor& proj_weight, const Tensor& proj_bias,
@@ -172,7 +183,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const TileLoop loop = make_tile_loop(images, tokens);
-    const TailSlots slots(x, loop, device);
+    const TailSlots slots(x, grid_of_tiles(loop, kTailWarps, 1, device), device);
     if (images > 0) {
       attended = torch::stable::contiguous(attended);
       maximum = torch::stable::contiguous(maximum);
@@ -182,10 +193,12 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
       const Tensor logarithm = new_floats(x, images * tokens);
       T* to = static_cast<T*>(grad_qkv.mutable_data_ptr());
       const Rows values = section_of<T>(qkv, kValue, kEmbed);
-      const TailParams p = {floats_of(attended),
-                            values,
-                            {tail(), rows_of<T>(grad), loop, grad_y.mutable_data_ptr(), kEmbed,
-                             to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
+      const TailParams p = {
+          floats_of(attended),
+          values,
+          loop,
+          grad_y.mutable_data_ptr(),
+          {tail(), rows_of<T>(grad), loop.tokens, to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
                     slots.grid(), kTailWarps * kLanes, kTailBackwardBytes, p);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);
