@@ -105,15 +105,89 @@ __device__ float remainder_of(float x) {
 // that left operand and sums lie in the lanes as above.
 constexpr int kWideTileVectors = 4 * kBlockVectors;
 
+// A product's sums as a lane has them elsewhere.
+__device__ inline void take_wide(const float (&from)[8][2][2], Sums<2>& to) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    to.at[i / 16][i / 8 % 2][i % 8] = from[i / 16 * 4 + i % 8 / 2][i / 8 % 2][i % 2];
+  }
+}
+
+// A matrix of 64 by 64 elements in shared memory by which products multiply in either direction:
+// rows of 128 bytes, whose 16-byte parts are swizzled as wgmma has it (see operand_at). Rows and
+// columns are dealt so that left operands and sums lie in the lanes as above. It begins at a
+// multiple of 1024 bytes.
+constexpr int kMatrixVectors = 64 * 8;
+
+// Where row or column `i` of a matrix lies.
+__device__ inline int dealt(int i) {
+  const int in_group = i % kGroup;
+  return i / kGroup * kGroup + in_group % 8 / 2 * 8 + in_group / 8 * 2 + i % 2;
+}
+
+// Stores columns 32·group + 8·t … of a row: a lane's eight of a left operand.
+__device__ inline void store_in_matrix(uint4* matrix, int row, int group, int t,
+                                       const uint32_t (&pairs)[4]) {
+  const int at = dealt(row);
+  auto* words = reinterpret_cast<uint32_t*>(matrix + at * 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[((group * 4 + i) ^ (at % 8)) * 4 + t] = pairs[i];
+}
+
+// left·matrixᵀ, or left·matrix if kTransposed. On Hopper the four warps of a group multiply
+// together.
+template <typename T, bool kTransposed>
+__device__ Sums<2> times_matrix(const Operand<2>& left, const uint4* matrix) {
+  Sums<2> sums;
+  if constexpr (kHasWarpgroups) {
+    float wide[8][2][2];
+    Operand<2> operand = left;
+    start_products(wide, operand.at);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const uint64_t right = operand_at(matrix + step * (kTransposed ? 16 * 8 : 2));
+      multiply_async<T, kTransposed>(wide, operand.at[step / 2][step % 2], right, step > 0);
+    }
+    commit_products();
+    wait_for_products(wide, operand.at);
+    take_wide(wide, sums);
+  } else {
+    sums.clear();
+    const int lane = lane_index(), row = lane % 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        // Two fragments: of a row's tile of eight columns and steps 2i and 2i + 1; of step i and
+        // columns 16j ….
+        uint32_t right[4];
+        if constexpr (kTransposed) {
+          load_matrices_transposed(right,
+                                   matrix + (i * 16 + lane % 16) * 8 + ((j * 2 + lane / 16) ^ row));
+        } else {
+          load_matrices(right,
+                        matrix + ((i % 2 * 4 + j) * 8 + row) * 8 + ((i / 2 * 4 + lane / 8) ^ row));
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int step = kTransposed ? i : i / 2 * 2 + k;
+          const int tile = kTransposed ? j * 2 + k : i % 2 * 4 + j;
+          auto& d = sums.at[tile / 4];
+          const int e = tile % 4 * 2;
+          mma<T>(d[0][e], d[0][e + 1], d[1][e], d[1][e + 1], left.at[step / 2][step % 2],
+                 right[2 * k], right[2 * k + 1]);
+        }
+      }
+    }
+  }
+  return sums;
+}
+
 // Stores eight rows t·8 … of a group of 32 in a column of a tile: a lane's eight of a left operand.
 __device__ inline void store_in_tile(uint4* tile, int group, int t, int column,
                                      const uint32_t (&pairs)[4]) {
   if constexpr (kHasWarpgroups) {
-    const int in_group = column % kGroup;
-    const int row = column / kGroup * kGroup + in_group % 8 / 2 * 8 + in_group / 8 * 2 + column % 2;
-    auto* words = reinterpret_cast<uint32_t*>(tile + row * 8);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[(((group * 4 + i) ^ (row % 8)) * 4) + t] = pairs[i];
+    store_in_matrix(tile, column, group, t, pairs);
   } else {
     uint4* block = tile + (group * 2 + column / kGroup) * kBlockVectors;
     block[block_place(t * 8, column % kGroup) / 8] = {pairs[0], pairs[1], pairs[2], pairs[3]};
@@ -131,14 +205,6 @@ __device__ void start_wide_products(float (&sums)[8][2][2], const Operand<kGroup
                              operand_at(tiles + step / 4 * stride + step % 4 * 2), add || step > 0);
   }
 }
-// A product's sums as a lane has them elsewhere.
-__device__ inline void take_wide(const float (&from)[8][2][2], Sums<2>& to) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    to.at[i / 16][i / 8 % 2][i % 8] = from[i / 16 * 4 + i % 8 / 2][i / 8 % 2][i % 2];
-  }
-}
-
 // sums += left·block; `kSteps` of 1 takes the first fragment of the left operand only.
 template <typename T, int kSteps = 2>
 __device__ void multiply_block(float (&d)[2][8], const uint32_t (&left)[2][4], const uint4* block) {

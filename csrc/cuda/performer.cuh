@@ -43,20 +43,41 @@ class PartMemory {
   Parts parts_;
 };
 
-// w in its two parts as a right operand, embed by features, or features by embed.
-constexpr int kFeatureBlocks = 4;
-
+// w in its two parts, features by embed, as one matrix: rows rounded, then their remainders.
 template <typename T>
-__device__ void pack_features(uint4* to, const float* w, bool transposed) {
+__device__ void load_features(uint4* to, const float* w) {
+  for (int i = threadIdx.x; i < kMatrixVectors; i += blockDim.x) {
+    const int row = i / 8;
+    const float* from = w + row % kFeatures * kEmbed + i % 8 * 8;
+    uint32_t pairs[4];
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    pack_blocks<T>(to + part * 2 * kBlockVectors, transposed ? 1 : 2, transposed ? 2 : 1,
-                   threadIdx.x, blockDim.x, [&](int row, int column) {
-                     const float x =
-                         transposed ? w[row * kEmbed + column] : w[column * kEmbed + row];
-                     return part == 0 ? x : remainder_of<T>(x);
-                   });
+    for (int j = 0; j < 4; ++j) {
+      const float x = from[2 * j], y = from[2 * j + 1];
+      pairs[j] = row < kFeatures ? round_pair<T>(x, y)
+                                 : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
+    }
+    store_in_matrix(to, row, i % 8 / 4, i % 4, pairs);
   }
+  if constexpr (kHasWarpgroups) show_to_products();
+}
+
+// rows·Mᵀ, rows·M of a matrix M of features by embed in two such parts.
+template <typename T>
+__device__ Sums<1> times_embed(const Operand<2>& rows, const uint4* parts) {
+  const Sums<2> apart = times_matrix<T, false>(rows, parts);
+  Sums<1> sums;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    sums.at[0][i / 8][i % 8] = apart.at[0][i / 8][i % 8] + apart.at[1][i / 8][i % 8];
+  }
+  return sums;
+}
+template <typename T>
+__device__ Sums<2> times_features(const Operand<1>& rows, const uint4* parts) {
+  Operand<2> twice;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) twice.at[i / 8][i / 4 % 2][i % 4] = rows.at[0][i / 4 % 2][i % 4];
+  return times_matrix<T, true>(twice, parts);
 }
 
 template <typename T>
@@ -303,7 +324,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
 
 // Matrices of features by embed of each image in two parts, as right operands: as they are, and
 // transposed.
-constexpr int kMeanVectors = kFeatureBlocks * kBlockVectors;
+constexpr int kMeanVectors = 4 * kBlockVectors;
 
 struct Means {
   float* logs;  // (images, features): l; of a gradient, that of Z
@@ -390,16 +411,14 @@ struct QueryFeatures {
   float inverse[2];     // 1/D
 };
 
-// `queries` are within range; `w` is the feature matrix, embed by features.
+// `queries` are within range; `w` is the feature matrix.
 template <typename T>
 __device__ QueryFeatures features_of(const Operand<2>& queries, const uint4* w, float log_eps,
                                      const float* logs_of_keys) {
   QueryFeatures result;
   float half[2];
   half_squares<T>(queries, half);
-  Sums<1> logs;
-  logs.clear();
-  multiply_parts<T>(logs, queries, w);
+  Sums<1> logs = times_embed<T>(queries, w);
   float of_keys[8];
   load_eight(of_keys, logs_of_keys + lane_index() % 4 * 8, 8, true);
   float top[2] = {half[0] + log_eps, half[1] + log_eps};
@@ -434,14 +453,20 @@ __device__ inline void scale_rows(Sums<2>& sums, const float (&factor)[2]) {
   for (int i = 0; i < 32; ++i) sums.at[i / 16][i / 8 % 2][i % 8] *= factor[i / 8 % 2];
 }
 
-// y, rounded.
+// y = Σ f S̄ / D, rounded.
+template <typename T>
+__device__ Operand<2> rounded_y(Sums<2> y, const QueryFeatures& queries) {
+  scale_rows(y, queries.inverse);
+  return rounded_operand<T>(y);
+}
+
+// The same by an image's means in global memory.
 template <typename T>
 __device__ Operand<2> attended(const QueryFeatures& queries, const uint4* means) {
   Sums<2> y;
   y.clear();
   multiply_parts<T>(y, queries.features, means);
-  scale_rows(y, queries.inverse);
-  return rounded_operand<T>(y);
+  return rounded_y<T>(y, queries);
 }
 
 // What the attention has of w and of the keys of all images, in the order of a call's kernels.
@@ -490,21 +515,6 @@ class KeyMeans {
 
 // ---- backward
 
-struct QueriesBackwardParams {
-  const float* w;
-  float log_eps;
-  Rows queries, grads;  // of y
-  Means means;
-  Chunks chunks;
-  Parts parts;  // gradients of the sums over Z
-  void* grad_queries;
-  int64_t grad_stride;  // from a token to the next
-};
-
-constexpr int kQueriesWarpBytes = 2 * kTileBytes;
-constexpr int kBothFeatures = 2 * kFeatureBlocks * kBlockVectors;
-constexpr int kQueriesBackwardBytes = kBothFeatures * 16 + kAttentionWarps * kQueriesWarpBytes;
-
 // Gradients of what was limited are zero where it was: the derivative of the limit.
 template <typename T>
 __device__ void stop_at_limit(Sums<2>& gradients, const Operand<2>& limited) {
@@ -519,11 +529,9 @@ __device__ void stop_at_limit(Sums<2>& gradients, const Operand<2>& limited) {
 
 // dz = logs' gradients·w + z·factor.
 template <typename T>
-__device__ Sums<2> through_features(const Operand<1>& log_gradients, const uint4* w_transposed,
+__device__ Sums<2> through_features(const Operand<1>& log_gradients, const uint4* w,
                                     const Operand<2>& z, const float (&factor)[2]) {
-  Sums<2> result;
-  result.clear();
-  multiply_parts<T>(result, log_gradients, w_transposed);
+  Sums<2> result = times_features<T>(log_gradients, w);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int half = i / 4 % 2;
@@ -536,113 +544,183 @@ __device__ Sums<2> through_features(const Operand<1>& log_gradients, const uint4
   return result;
 }
 
-// The gradient of y over D, rounded.
+struct QueriesBackwardParams {
+  const float* w;
+  float log_eps;
+  Rows queries;
+  Means means;
+  Chunks chunks;
+  Parts parts;  // gradients of the sums over Z
+  void* grad_queries;
+  int64_t grad_stride;  // from a token to the next
+};
+
+constexpr int kBlockWarps = 8;
+constexpr int kBlockTokens = kBlockWarps * kRows;
+constexpr int kTokenTileElements = kBlockTokens * kEmbed;
+// w, the means, and two tiles of the block's tokens.
+constexpr int kQueriesBackwardBytes = 2 * kMatrixVectors * 16 + 2 * kTokenTileElements * 2;
+
+// A block's backward of queries, a chunk of an image after the other. All its warps take part.
 template <typename T>
-__device__ Operand<2> over_divisor(Sums<2> grad, const QueryFeatures& queries) {
-  scale_rows(grad, queries.inverse);
-  return rounded_operand<T>(grad);
-}
-
-// The gradient of a tile of queries from that of y over D, `grad`. Adds the gradients of Z over Z,
-// a lane's rows of its eight features.
-template <typename T>
-__device__ Operand<2> gradient_of_queries(const Operand<2>& queries,
-                                          const QueryFeatures& of_queries, const Operand<2>& grad,
-                                          const uint4* means_transposed, const uint4* w_transposed,
-                                          float (&of_normalizer)[8]) {
-  Sums<1> log_gradients;
-  log_gradients.clear();
-  multiply_parts<T>(log_gradients, grad, means_transposed);
-  // −grad·y, from the same rounded factors, so that both terms of a log-feature's gradient cancel.
-  float of_divisor[2] = {};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float2 pair = elements_of<T>(of_queries.features.pair(0, i / 4, i % 4));
-    const float* at = &log_gradients.at[0][i / 4][i % 4 * 2];
-    of_divisor[i / 4] -= pair.x * at[0] + pair.y * at[1];
+class QueriesBackward {
+ public:
+  __device__ QueriesBackward(const QueriesBackwardParams& p, uint4* shared)
+      : p_(p),
+        w_(shared),
+        means_(shared + kMatrixVectors),
+        grads_(reinterpret_cast<T*>(shared + 2 * kMatrixVectors)),
+        features_(grads_ + kTokenTileElements) {
+    load_features<T>(w_, p.w);
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) of_divisor[i] = sum_of_row(of_divisor[i]) * of_queries.inverse[i];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int half = i / 4;
-    const float2 pair = elements_of<T>(of_queries.features.pair(0, half, i % 4));
-    float* to = &log_gradients.at[0][half][i % 4 * 2];
-    to[0] = pair.x * (to[0] + of_divisor[half]);
-    to[1] = pair.y * (to[1] + of_divisor[half]);
-    of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
-    of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
-  }
-  const float factor[2] = {of_divisor[0] * of_queries.slope[0],
-                           of_divisor[1] * of_queries.slope[1]};
-  return rounded_operand<T>(
-      through_features<T>(rounded_operand<T>(log_gradients), w_transposed, queries, factor));
-}
+  // Two tiles that are free while a tile's gradient is made.
+  __device__ T* tiles() const { return grads_; }
 
-// Sums over a warp's rows of a group of columns.
-__device__ inline void store_columns(const float (&sums)[8], float* to) {
+  // Calls `gradient(image, first, y, use)` for all tiles of 16 tokens a warp; it has to call `use`
+  // with the gradient of what `y()` returns. Tokens beyond the image's last are zeros.
+  template <typename Gradient>
+  __device__ void operator()(Gradient gradient) {
+    const int tokens = p_.chunks.tokens;
+    for (int64_t part = blockIdx.x; part < p_.chunks.count(); part += gridDim.x) {
+      const Chunk chunk(p_.chunks, part);
+      load_means(chunk.image);
+      __syncthreads();
+      sums_.clear();
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float total = sums[i];
-    for (int distance = 4; distance < kLanes; distance *= 2) {
-      total += __shfl_xor_sync(kAllLanes, total, distance);
-    }
-    if (lane_index() < 4) to[lane_index() * 8 + i] = total;
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kAttentionWarps* kLanes, 2)
-    queries_backward_kernel(const QueriesBackwardParams p) {
-  uint4* w = dynamic_shared;
-  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
-  pack_features<T>(w, p.w, false);
-  pack_features<T>(w_transposed, p.w, true);
-  __syncthreads();
-  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + warp_index();
-  if (part >= p.chunks.count()) return;
-  const auto [image, begin, end] = Chunk(p.chunks, part);
-  const int tokens = p.chunks.tokens;
-  T* features = reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared + kBothFeatures) +
-                                     warp_index() * kQueriesWarpBytes);
-  T* grads = features + kRows * kEmbed;
-
-  OuterSums<2, kEmbed / 8> sums;
-  sums.clear();
-  float of_normalizer[8] = {};
+      for (int i = 0; i < 8; ++i) of_normalizer_[i] = 0.f;
 #pragma unroll 1
-  for (int at = begin; at < end; at += kRows) {
-    const Operand<2> queries = limited<T>(load_operand<T>(p.queries, image, at, tokens));
-    const QueryFeatures of_queries =
-        features_of<T>(queries, w, p.log_eps, p.means.logs + image * kFeatures);
-    const Operand<2> grad =
-        over_divisor<T>(sums_of<T>(load_operand<T>(p.grads, image, at, tokens)), of_queries);
-
-    // The tiles have been multiplied by all lanes.
-    __syncwarp();
-    keep_operand(of_queries.features, features);
-    keep_operand(grad, grads);
-    __syncwarp();
-    multiply_tiles(sums, features, 0, grads, 0, kRows);
-
-    const Operand<2> grad_queries =
-        gradient_of_queries<T>(queries, of_queries, grad, p.means.transposed + image * kMeanVectors,
-                               w_transposed, of_normalizer);
-    store_operand(grad_queries,
-                  static_cast<T*>(p.grad_queries) + (image * tokens + at) * p.grad_stride,
-                  p.grad_stride, tokens - at);
-  }
-  store_columns(of_normalizer, p.parts.normalizer + part * kFeatures);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t feature = part * kFeatures + sums.row(i / 2, i % 2);
-#pragma unroll
-    for (int j = 0; j < kEmbed / 8; ++j) {
-      *reinterpret_cast<float2*>(p.parts.sums + feature * kEmbed + sums.column(j)) = {
-          sums.at[i / 2][j][i % 2][0], sums.at[i / 2][j][i % 2][1]};
+      for (int at = chunk.begin; at < chunk.end; at += kBlockTokens) {
+        const int own = at + warp_index() * kRows;
+        const int first = own < chunk.end ? own : tokens;
+        const QueryFeatures of_queries = features_of<T>(queries(chunk.image, first), w_, p_.log_eps,
+                                                        p_.means.logs + chunk.image * kFeatures);
+        gradient(
+            chunk.image, first,
+            [&] {
+              return rounded_y<T>(times_features<T>(of_queries.features, means_), of_queries);
+            },
+            [&](const Sums<2>& grad_y) { use(chunk.image, first, of_queries, grad_y); });
+      }
+      store(part);
+      __syncthreads();
     }
   }
-}
+
+ private:
+  __device__ Operand<2> queries(int64_t image, int first) const {
+    return limited<T>(load_operand<T>(p_.queries, image, first, p_.chunks.tokens));
+  }
+
+  // An image's means as a matrix like w.
+  __device__ void load_means(int64_t image) const {
+    const uint4* from = p_.means.transposed + image * kMeanVectors;
+    for (int i = threadIdx.x; i < kMeanVectors; i += blockDim.x) {
+      const int block = i / kBlockVectors, vector = i % kBlockVectors;
+      const uint4 eight = from[i];
+      store_in_matrix(means_, block / 2 * kFeatures + block_column(vector), block % 2, vector % 4,
+                      {eight.x, eight.y, eight.z, eight.w});
+    }
+    if constexpr (kHasWarpgroups) show_to_products();
+  }
+
+  __device__ void use(int64_t image, int first, const QueryFeatures& of_queries, Sums<2> grad_y) {
+    scale_rows(grad_y, of_queries.inverse);
+    const Operand<2> grad = rounded_operand<T>(grad_y);
+    Sums<1> log_gradients = times_embed<T>(grad, means_);
+    // −grad·y, from the same rounded factors, so that both terms of a log-feature's gradient
+    // cancel.
+    float of_divisor[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float2 pair = elements_of<T>(of_queries.features.pair(0, i / 4, i % 4));
+      const float* at = &log_gradients.at[0][i / 4][i % 4 * 2];
+      of_divisor[i / 4] -= pair.x * at[0] + pair.y * at[1];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) of_divisor[i] = sum_of_row(of_divisor[i]) * of_queries.inverse[i];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i / 4;
+      const float2 pair = elements_of<T>(of_queries.features.pair(0, half, i % 4));
+      float* to = &log_gradients.at[0][half][i % 4 * 2];
+      to[0] = pair.x * (to[0] + of_divisor[half]);
+      to[1] = pair.y * (to[1] + of_divisor[half]);
+      of_normalizer_[i % 4 * 2] += pair.x * of_divisor[half];
+      of_normalizer_[i % 4 * 2 + 1] += pair.y * of_divisor[half];
+    }
+    const float factor[2] = {of_divisor[0] * of_queries.slope[0],
+                             of_divisor[1] * of_queries.slope[1]};
+    const Sums<2> grad_queries =
+        through_features<T>(rounded_operand<T>(log_gradients), w_, queries(image, first), factor);
+    const int tokens = p_.chunks.tokens;
+    store_operand(rounded_operand<T>(grad_queries),
+                  static_cast<T*>(p_.grad_queries) + (image * tokens + first) * p_.grad_stride,
+                  p_.grad_stride, tokens - first);
+
+    // The tiles have been multiplied by all warps.
+    __syncthreads();
+    const int row = warp_index() * kRows * kEmbed;
+    keep_operand(grad, grads_ + row);
+    keep_operand(of_queries.features, features_ + row);
+    __syncthreads();
+    multiply_tiles(sums_, features_, feature() / 8, grads_, column() / 8, kBlockTokens);
+  }
+
+  // What a part of the gradients of the sums is made of: 16 features by 16 columns of each warp.
+  __device__ static int feature() { return warp_index() % 2 * 16; }
+  __device__ static int column() { return warp_index() / 2 * 16; }
+
+  __device__ void store(int64_t part) const {
+    __syncthreads();
+    auto* of_warps = reinterpret_cast<float*>(grads_);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float total = of_normalizer_[i];
+      for (int distance = 4; distance < kLanes; distance *= 2) {
+        total += __shfl_xor_sync(kAllLanes, total, distance);
+      }
+      const int lane = lane_index();
+      if (lane < 4) of_warps[warp_index() * kFeatures + lane * 8 + i] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x < kFeatures) {
+      float total = 0.f;
+      for (int i = 0; i < kBlockWarps; ++i) total += of_warps[i * kFeatures + threadIdx.x];
+      p_.parts.normalizer[part * kFeatures + threadIdx.x] = total;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = part * kFeatures + feature() + sums_.row(0, i % 2);
+      *reinterpret_cast<float2*>(p_.parts.sums + row * kEmbed + column() + sums_.column(i / 2)) = {
+          sums_.at[0][i / 2][i % 2][0], sums_.at[0][i / 2][i % 2][1]};
+    }
+  }
+
+  const QueriesBackwardParams& p_;
+  uint4 *w_, *means_;
+  T *grads_, *features_;
+  OuterSums<1, 2> sums_;
+  float of_normalizer_[8];
+};
+
+// The parts of the gradients of the sums that the blocks of a queries' backward leave.
+class QueryParts {
+ public:
+  QueryParts(const torch::stable::Tensor& like, int64_t images, int64_t tokens,
+             const DeviceScope& device)
+      : chunks_(make_block_chunks(images, tokens, kBlockTokens, device)),
+        grid_(grid_size(std::min<int64_t>(chunks_.count(), device.multiprocessors()))),
+        memory_(like, chunks_.count()) {}
+
+  const Chunks& chunks() const { return chunks_; }
+  dim3 grid() const { return grid_; }
+  const Parts& parts() const { return memory_.parts(); }
+
+ private:
+  Chunks chunks_;
+  dim3 grid_;
+  PartMemory memory_;
+};
 
 struct KeysBackwardParams {
   const float* w;
@@ -660,9 +738,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
                                   std::is_same_v<T, torch::headeronly::Half> ? 2 : 3)
     keys_backward_kernel(const KeysBackwardParams p) {
   uint4* w = dynamic_shared;
-  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
-  pack_features<T>(w, p.w, false);
-  pack_features<T>(w_transposed, p.w, true);
+  load_features<T>(w, p.w);
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
@@ -670,9 +746,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     float half[2], column[8];
     half_squares<T>(keys, half);
-    Sums<1> logs, log_gradients;
-    logs.clear();
-    multiply_parts<T>(logs, keys, w);
+    Sums<1> logs = times_embed<T>(keys, w), log_gradients;
     load_eight(column, p.maximum + image * kFeatures + sum_column(0), 8, true);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -695,9 +769,9 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
 #pragma unroll
     for (int i = 0; i < 2; ++i) factor[i] = sum_of_row(factor[i]);
     const int64_t to = (image * tokens + first) * p.grad_stride;
-    store_operand(rounded_operand<T>(through_features<T>(rounded_operand<T>(log_gradients),
-                                                         w_transposed, keys, factor)),
-                  static_cast<T*>(p.grad_keys) + to, p.grad_stride, tokens - first);
+    store_operand(
+        rounded_operand<T>(through_features<T>(rounded_operand<T>(log_gradients), w, keys, factor)),
+        static_cast<T*>(p.grad_keys) + to, p.grad_stride, tokens - first);
     Sums<2> grad_values;
     grad_values.clear();
     multiply_parts<T>(grad_values, features, p.grads.as_is + image * kMeanVectors);
@@ -748,35 +822,19 @@ struct PerformerPasses {
     means.combine(p.parts, p.chunks.chunks, saved.maximum, saved.normalizer, saved.sums, device);
   }
 
-  // Gradients of q, k and v from that of y.
-  void backward(const Rows& keys, const Rows& queries, const Rows& values, const Rows& grad_y,
-                const torch::stable::Tensor& like, const Parts& saved, const KeyMeans<T>& means,
-                void* grad_keys, void* grad_queries, void* grad_values, int64_t grad_stride) const {
-    QueriesBackwardParams q = {};
-    q.w = features.floats();
-    q.log_eps = features.log_eps();
-    q.queries = queries;
-    q.grads = grad_y;
-    q.means = means();
-    q.chunks = make_chunks(images, tokens, 2 * kAttentionWarps, device);
-    const PartMemory parts(like, q.chunks.count());
-    q.parts = parts.parts();
-    q.grad_queries = grad_queries;
-    q.grad_stride = grad_stride;
-    device.launch("performer_queries_backward", queries_backward_kernel<T>,
-                  dim3(grid_size(divide_up(q.chunks.count(), kAttentionWarps))),
-                  kAttentionWarps * kLanes, kQueriesBackwardBytes, q);
-    keys_backward(keys, values, Rows{}, like, saved, q.parts, q.chunks.chunks, grad_keys,
-                  grad_values, grad_stride);
+  QueriesBackwardParams queries_backward(const Rows& queries, const KeyMeans<T>& means,
+                                         const QueryParts& parts, void* grad_queries,
+                                         int64_t grad_stride) const {
+    return {features.floats(), features.log_eps(), queries,      means(),
+            parts.chunks(),    parts.parts(),      grad_queries, grad_stride};
   }
 
   // Gradients of k and v from parts of those of the sums; `skip` is added to that of v.
   void keys_backward(const Rows& keys, const Rows& values, const Rows& skip,
-                     const torch::stable::Tensor& like, const Parts& saved, const Parts& parts,
-                     int parts_per_image, void* grad_keys, void* grad_values,
-                     int64_t grad_stride) const {
+                     const torch::stable::Tensor& like, const Parts& saved, const QueryParts& parts,
+                     void* grad_keys, void* grad_values, int64_t grad_stride) const {
     const KeyMeans<T> grads(like, images, true);
-    grads.combine_gradients(parts, parts_per_image, saved.normalizer, device);
+    grads.combine_gradients(parts.parts(), parts.chunks().chunks, saved.normalizer, device);
     KeysBackwardParams k = {};
     k.w = features.floats();
     k.keys = keys;
@@ -790,7 +848,7 @@ struct PerformerPasses {
     k.grad_stride = grad_stride;
     device.launch("performer_keys_backward", keys_backward_kernel<T>,
                   grid_of_tiles(k.loop, kAttentionWarps, 3, device), kAttentionWarps * kLanes,
-                  kBothFeatures * 16, k);
+                  kMatrixVectors * 16, k);
   }
 };
 

@@ -31,7 +31,7 @@ constexpr int kQueriesBlocks = 4;
 template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes, kQueriesBlocks)
     queries_kernel(const QueriesParams p) {
-  pack_features<T>(dynamic_shared, p.w, false);
+  load_features<T>(dynamic_shared, p.w);
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
@@ -40,6 +40,20 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kQueriesBlocks)
                        p.log_eps, p.means.logs + image * kFeatures);
     store_operand(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                   static_cast<T*>(p.y) + (image * tokens + first) * kEmbed, kEmbed, tokens - first);
+  });
+}
+
+struct BackwardParams {
+  QueriesBackwardParams queries;
+  Rows grads;  // of y
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kBlockWarps* kLanes, 1)
+    queries_backward_kernel(const BackwardParams p) {
+  QueriesBackward<T> backward(p.queries, dynamic_shared);
+  backward([&](int64_t image, int first, auto, auto use) {
+    use(sums_of<T>(load_operand<T>(p.grads, image, first, p.queries.chunks.tokens)));
   });
 }
 
@@ -74,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
     p.y = y.mutable_data_ptr();
     device.launch("performer_queries", queries_kernel<T>,
                   grid_of_tiles(p.loop, kAttentionWarps, kQueriesBlocks, device),
-                  kAttentionWarps * kLanes, kFeatureBlocks * kBlockBytes, p);
+                  kAttentionWarps * kLanes, kMatrixVectors * 16, p);
   });
   return {y, maximum, normalizer, sums};
 }
@@ -100,9 +114,15 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
     using T = decltype(zero);
     const KeyMeans<T> means(v, images, true);
     means.load(saved, device);
-    PerformerPasses<T>{features, images, tokens, device}.backward(
-        rows_of<T>(k), rows_of<T>(q), rows_of<T>(v), rows_of<T>(grad), v, saved, means,
-        grad_k.mutable_data_ptr(), grad_q.mutable_data_ptr(), grad_v.mutable_data_ptr(), kEmbed);
+    const PerformerPasses<T> passes{features, images, tokens, device};
+    const QueryParts parts(v, images, tokens, device);
+    const BackwardParams p = {
+        passes.queries_backward(rows_of<T>(q), means, parts, grad_q.mutable_data_ptr(), kEmbed),
+        rows_of<T>(grad)};
+    device.launch("performer_queries_backward", queries_backward_kernel<T>, parts.grid(),
+                  kBlockWarps * kLanes, kQueriesBackwardBytes, p);
+    passes.keys_backward(rows_of<T>(k), rows_of<T>(v), Rows{}, v, saved, parts,
+                         grad_k.mutable_data_ptr(), grad_v.mutable_data_ptr(), kEmbed);
   });
   return {grad_k, grad_q, grad_v};
 }

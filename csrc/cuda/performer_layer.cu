@@ -41,7 +41,7 @@ struct AttendParams {
   void* out;
 };
 
-constexpr int kAttendVectors = 3 * kWideTileVectors + kFeatureBlocks * kBlockVectors;
+constexpr int kAttendVectors = kTailVectors + kMatrixVectors;
 constexpr int kAttendBytes = kAttendVectors * 16 + static_cast<int>(sizeof(TailVectors));
 constexpr int kAttendBlocks = 3;
 
@@ -49,14 +49,10 @@ template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
     attend_kernel(const AttendParams p) {
   uint4* weights = dynamic_shared;
-  uint4* w = weights + 3 * kWideTileVectors;
+  uint4* w = weights + kTailVectors;
   auto& vectors = *reinterpret_cast<TailVectors*>(dynamic_shared + kAttendVectors);
-  pack_features<T>(w, p.w, false);
-  pack_linear<T>(weights, p.tail.proj, false);
-  pack_linear<T>(weights + kWideTileVectors, p.tail.mlp_in, false);
-  pack_linear<T>(weights + 2 * kWideTileVectors, p.tail.mlp_out, false);
-  vectors.load<T>(p.tail);
-  if constexpr (kHasWarpgroups) show_to_products();
+  load_features<T>(w, p.w);
+  load_tail<T>(weights, vectors, p.tail);
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
@@ -73,92 +69,24 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
 }
 
 struct BackwardParams {
-  const float* w;
-  float log_eps;
-  Rows queries, values;
-  Means means;
-  Chunks chunks;
-  Parts parts;         // gradients of the sums over Z
-  void* grad_queries;  // strided as the gradient of v
+  QueriesBackwardParams queries;
+  Rows values;
   TailBackwardParams tail;
 };
 
-constexpr int kBackwardBytes = kTailBackwardBytes + kBothFeatures * 16;
-
-// The block's share of the gradients of the sums, Fᵀ·dy/D: 16 features by 16 columns of a warp.
-using FeatureSums = OuterSums<1, 2>;
+constexpr int kBackwardBytes =
+    kQueriesBackwardBytes + kTailVectors * 16 + static_cast<int>(sizeof(TailVectors));
 
 template <typename T>
 __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
     layer_backward_kernel(const BackwardParams p) {
-  uint4* weights = dynamic_shared;
-  uint4* w = weights + kTailBackwardVectors;
-  uint4* w_transposed = w + kFeatureBlocks * kBlockVectors;
-  T* lefts = reinterpret_cast<T*>(w_transposed + kFeatureBlocks * kBlockVectors);
-  T* rights = lefts + kTailTileElements;
-  auto& vectors = *reinterpret_cast<TailVectors*>(rights + kTailTileElements);
-  pack_features<T>(w, p.w, false);
-  pack_features<T>(w_transposed, p.w, true);
-  pack_tail_backward<T>(weights, vectors, p.tail.tail);
-  __syncthreads();
-  TailBackward<T> tail(p.tail, p.values, weights, vectors, lefts);
-  const int tokens = p.chunks.tokens;
-  const int feature = warp_index() % 2 * 16, column = warp_index() / 2 * 16;
-
-  for (int64_t part = blockIdx.x; part < p.chunks.count(); part += gridDim.x) {
-    const Chunk chunk(p.chunks, part);
-    const int64_t image = chunk.image;
-    const uint4* means = p.means.as_is + image * kMeanVectors;
-    FeatureSums sums;
-    sums.clear();
-    float of_normalizer[8] = {};
-#pragma unroll 1
-    for (int at = chunk.begin; at < chunk.end; at += kTailTokens) {
-      // A warp without tokens has some beyond the image's last.
-      const int own = at + warp_index() * kRows;
-      const int first = own < chunk.end ? own : tokens;
-      const auto load_queries = [&] {
-        return limited<T>(load_operand<T>(p.queries, image, first, tokens));
-      };
-      const QueryFeatures queries =
-          features_of<T>(load_queries(), w, p.log_eps, p.means.logs + image * kFeatures);
-      tail.tile(
-          image, first, [&] { return attended<T>(queries, means); },
-          [&](const Sums<2>& grad_y) {
-            const Operand<2> grad = over_divisor<T>(grad_y, queries);
-            const Operand<2> grad_queries = gradient_of_queries<T>(
-                load_queries(), queries, grad, p.means.transposed + image * kMeanVectors,
-                w_transposed, of_normalizer);
-            store_operand(
-                grad_queries,
-                static_cast<T*>(p.grad_queries) + (image * tokens + first) * p.tail.v_stride,
-                p.tail.v_stride, tokens - first);
-            // The tiles have been multiplied by all warps.
-            __syncthreads();
-            const int row = warp_index() * kRows * kEmbed;
-            keep_operand(grad, lefts + row);
-            keep_operand(queries.features, rights + row);
-            __syncthreads();
-            multiply_tiles(sums, rights, feature / 8, lefts, column / 8, kTailTokens);
-          });
-    }
-    // Of all warps.
-    auto* of_warps = reinterpret_cast<float*>(lefts);
-    store_columns(of_normalizer, of_warps + warp_index() * kFeatures);
-    __syncthreads();
-    if (threadIdx.x < kFeatures) {
-      float total = 0.f;
-      for (int i = 0; i < kTailWarps; ++i) total += of_warps[i * kFeatures + threadIdx.x];
-      p.parts.normalizer[part * kFeatures + threadIdx.x] = total;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t row = part * kFeatures + feature + sums.row(0, i % 2);
-      *reinterpret_cast<float2*>(p.parts.sums + row * kEmbed + column + sums.column(i / 2)) = {
-          sums.at[0][i / 2][i % 2][0], sums.at[0][i / 2][i % 2][1]};
-    }
-    __syncthreads();
-  }
+  static_assert(kTailWarps == kBlockWarps, "the tail's tiles are those of the queries' backward");
+  uint4* weights = dynamic_shared + kQueriesBackwardBytes / 16;
+  auto& vectors = *reinterpret_cast<TailVectors*>(weights + kTailVectors);
+  QueriesBackward<T> queries(p.queries, dynamic_shared);
+  load_tail<T>(weights, vectors, p.tail.tail);
+  TailBackward<T> tail(p.tail, p.values, weights, vectors, queries.tiles());
+  queries([&](int64_t image, int first, auto y, auto use) { tail.tile(image, first, y, use); });
   tail.store();
 }
 
@@ -244,30 +172,24 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   std::optional<TailTensors> grads;
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Chunks chunks = make_block_chunks(images, tokens, kTailTokens, device);
-    const TailSlots slots(
-        x, dim3(grid_size(std::min<int64_t>(chunks.count(), device.multiprocessors()))), device);
+    const QueryParts parts(x, images, tokens, device);
+    const TailSlots slots(x, parts.grid(), device);
     if (images > 0) {
       const KeyMeans<T> means(x, images, true);
       means.load(saved, device);
       T* to = static_cast<T*>(grad_kqv.mutable_data_ptr());
-      const PartMemory parts(x, chunks.count());
-      BackwardParams p = {};
-      p.w = features.floats();
-      p.log_eps = features.log_eps();
-      p.queries = section_of<T>(kqv, kQuery, kEmbed);
-      p.values = section_of<T>(kqv, kValue, kEmbed);
-      p.means = means();
-      p.chunks = chunks;
-      p.parts = parts.parts();
-      p.grad_queries = to + kQuery * kEmbed;
-      p.tail = {tail(),     rows_of<T>(grad), static_cast<int>(tokens), to + kValue * kEmbed,
-                3 * kEmbed, slots.slots()};
+      const PerformerPasses<T> passes{features, images, tokens, device};
+      const Rows values = section_of<T>(kqv, kValue, kEmbed);
+      const BackwardParams p = {passes.queries_backward(section_of<T>(kqv, kQuery, kEmbed), means,
+                                                        parts, to + kQuery * kEmbed, 3 * kEmbed),
+                                values,
+                                {tail(), rows_of<T>(grad), static_cast<int>(tokens),
+                                 to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("performer_layer_backward", layer_backward_kernel<T>, slots.grid(),
                     kTailWarps * kLanes, kBackwardBytes, p);
-      PerformerPasses<T>{features, images, tokens, device}.keys_backward(
-          section_of<T>(kqv, kKey, kEmbed), p.values, section_of<T>(grad_kqv, kValue, kEmbed), x,
-          saved, p.parts, chunks.chunks, to + kKey * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
+      passes.keys_backward(section_of<T>(kqv, kKey, kEmbed), values,
+                           section_of<T>(grad_kqv, kValue, kEmbed), x, saved, parts,
+                           to + kKey * kEmbed, to + kValue * kEmbed, 3 * kEmbed);
     }
     grads = slots.finish<T>(x, device);
   });

@@ -25,43 +25,22 @@ struct TailTensors {
       mlp_out_weight, mlp_out_bias;
 };
 
-// The weight of a linear map (outputs × inputs) as a right operand, inputs by outputs or, for the
-// gradient, outputs by inputs.
+// The weight of a linear map, outputs × inputs, as a matrix.
 template <typename T>
-__device__ void pack_linear(uint4* to, const void* weight, bool transposed) {
+__device__ void load_weight(uint4* to, const void* weight) {
   const auto* from = static_cast<const uint16_t*>(weight);
-  for (int i = threadIdx.x; i < kWideTileVectors; i += blockDim.x) {
-    const int column = i / 8, row = i % 8 * 8;
+  for (int i = threadIdx.x; i < kMatrixVectors; i += blockDim.x) {
     uint32_t pairs[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const auto at = [&](int r) {
-        return uint32_t(from[transposed ? r * kWidest + column : column * kWidest + r]);
-      };
-      pairs[e] = at(row + 2 * e) | at(row + 2 * e + 1) << 16;
+      pairs[e] = from[i * 8 + 2 * e] | uint32_t(from[i * 8 + 2 * e + 1]) << 16;
     }
-    store_in_tile(to, i % 8 / 4, i % 4, column, pairs);
+    store_in_matrix(to, i / 8, i % 8 / 4, i % 4, pairs);
   }
 }
 
-// left·weight. On Hopper the four warps of a group multiply together.
-template <typename T>
-__device__ Sums<2> times_linear(const Operand<2>& left, const uint4* weight) {
-  Sums<2> sums;
-  if constexpr (kHasWarpgroups) {
-    float wide[8][2][2];
-    Operand<2> operand = left;
-    start_products(wide, operand.at);
-    start_wide_products<T, 4>(wide, operand, weight, 0, false);
-    commit_products();
-    wait_for_products(wide, operand.at);
-    take_wide(wide, sums);
-  } else {
-    sums.clear();
-    multiply_blocks<T>(sums, left, weight);
-  }
-  return sums;
-}
+// The weights of the tail: proj, mlp_in, mlp_out.
+constexpr int kTailVectors = 3 * kMatrixVectors;
 
 // The tail's tensors in memory, all contiguous and of 64 rows and columns.
 struct TailPointers {
@@ -122,6 +101,16 @@ struct TailVectors {
     }
   }
 };
+
+// Both, from memory; a barrier has to follow.
+template <typename T>
+__device__ void load_tail(uint4* weights, TailVectors& vectors, const TailPointers& tail) {
+  load_weight<T>(weights, tail.proj);
+  load_weight<T>(weights + kMatrixVectors, tail.mlp_in);
+  load_weight<T>(weights + 2 * kMatrixVectors, tail.mlp_out);
+  vectors.load<T>(tail);
+  if constexpr (kHasWarpgroups) show_to_products();
+}
 
 __device__ inline void add_columns(Sums<2>& sums, const float* vector) {
 #pragma unroll
@@ -239,7 +228,7 @@ template <typename T>
 __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4* weights,
                            const TailVectors& vectors, const Dropout& dropout,
                            int64_t first_token) {
-  Sums<2> a = times_linear<T>(y, weights);
+  Sums<2> a = times_matrix<T, false>(y, weights);
   add_columns(a, vectors.proj_bias);
   Kept(dropout, kAfterProj, first_token).apply(dropout, a);
   add_operand<T>(a, v);
@@ -251,11 +240,11 @@ __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4
     normalize_rows(normalized, rstd);
     operand = scaled_rows<T>(normalized, vectors);
   }
-  Sums<2> hidden = times_linear<T>(operand, weights + kWideTileVectors);
+  Sums<2> hidden = times_matrix<T, false>(operand, weights + kMatrixVectors);
   add_columns(hidden, vectors.mlp_in_bias);
   apply_gelu(hidden);
   operand = rounded_operand<T>(hidden);
-  Sums<2> out = times_linear<T>(operand, weights + 2 * kWideTileVectors);
+  Sums<2> out = times_matrix<T, false>(operand, weights + 2 * kMatrixVectors);
   add_columns(out, vectors.mlp_out_bias);
   Kept(dropout, kAfterMlp, first_token).apply(dropout, out);
 #pragma unroll
@@ -287,22 +276,7 @@ struct TailBackwardParams {
 constexpr int kTailWarps = 8;
 constexpr int kTailTokens = kTailWarps * kRows;
 constexpr int kTailTileElements = kTailTokens * kWidest;
-// proj and mlp_in, and mlp_out, mlp_in and proj transposed.
-constexpr int kTailBackwardVectors = 5 * kWideTileVectors;
-constexpr int kTailBackwardBytes =
-    kTailBackwardVectors * 16 + static_cast<int>(sizeof(TailVectors)) + 2 * kTailTileElements * 2;
-
-// The weights in the order above; a barrier has to follow.
-template <typename T>
-__device__ void pack_tail_backward(uint4* weights, TailVectors& vectors, const TailPointers& tail) {
-  pack_linear<T>(weights, tail.proj, false);
-  pack_linear<T>(weights + kWideTileVectors, tail.mlp_in, false);
-  pack_linear<T>(weights + 2 * kWideTileVectors, tail.mlp_out, true);
-  pack_linear<T>(weights + 3 * kWideTileVectors, tail.mlp_in, true);
-  pack_linear<T>(weights + 4 * kWideTileVectors, tail.proj, true);
-  vectors.load<T>(tail);
-  if constexpr (kHasWarpgroups) show_to_products();
-}
+constexpr int kTailTilesBytes = 2 * kTailTileElements * 2;
 
 // A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
 using SharedSums = OuterSums<2, 2>;
@@ -380,12 +354,13 @@ class TailBackward {
     // Forward, up to the hidden units.
     const Kept kept_proj(dropout, kAfterProj, first_token);
     float rstd[2];
-    Sums<2> normalized = times_linear<T>(y(), weights_);
+    Sums<2> normalized = times_matrix<T, false>(y(), weights_);
     add_columns(normalized, vectors_.proj_bias);
     kept_proj.apply(dropout, normalized);
     add_operand<T>(normalized, skip);
     normalize_rows(normalized, rstd);
-    Sums<2> hidden = times_linear<T>(scaled_rows<T>(normalized, vectors_), weights_ + kLinear);
+    Sums<2> hidden =
+        times_matrix<T, false>(scaled_rows<T>(normalized, vectors_), weights_ + kMatrixVectors);
     add_columns(hidden, vectors_.mlp_in_bias);
     // In half the registers; plain PyTorch normalises rounded rows.
     const Operand<2> kept_rows = rounded_operand<T>(normalized);
@@ -410,7 +385,7 @@ class TailBackward {
     __syncthreads();
     add_shared(mlp_out_, lefts_, rights_);
     mlp_out_bias_.add(lefts_);
-    hidden = times_linear<T>(grad, weights_ + 2 * kLinear);
+    hidden = times_matrix<T, true>(grad, weights_ + 2 * kMatrixVectors);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       hidden.at[i / 16][i / 8 % 2][i % 8] *= slopes.at[i / 16][i / 8 % 2][i % 8];
@@ -424,7 +399,7 @@ class TailBackward {
     __syncthreads();
     add_shared(mlp_in_, lefts_, rights_);
     mlp_in_bias_.add(lefts_);
-    Sums<2> grads = times_linear<T>(grad, weights_ + 3 * kLinear);
+    Sums<2> grads = times_matrix<T, true>(grad, weights_ + kMatrixVectors);
     __syncthreads();
 
     // The norm: its offset's gradient and, times the normalised rows, its gain's.
@@ -455,7 +430,7 @@ class TailBackward {
     __syncthreads();
     add_shared(proj_, lefts_, rights_);
     proj_bias_.add(lefts_);
-    use(times_linear<T>(grad, weights_ + 4 * kLinear));
+    use(times_matrix<T, true>(grad, weights_));
     __syncthreads();
   }
 
@@ -478,8 +453,6 @@ class TailBackward {
   }
 
  private:
-  static constexpr int kLinear = kWideTileVectors;
-
   __device__ T* left_of_warp() const { return lefts_ + warp_index() * kRows * kWidest; }
 
   // The gradient of the norm's result becomes that of its rows.

@@ -40,7 +40,7 @@ struct AttendParams {
   size_t weights;  // where in shared memory the tail's begin
 };
 
-constexpr size_t kTailForwardBytes = 3 * kWideTileVectors * sizeof(uint4) + sizeof(TailVectors);
+constexpr size_t kTailForwardBytes = kTailVectors * sizeof(uint4) + sizeof(TailVectors);
 
 // Half types get along with the 128 registers of two blocks a multiprocessor; nvcc finds that by
 // itself, and where it is told it spills on 10.0, unless it multiplies by warpgroup.
@@ -48,13 +48,9 @@ template <typename T>
 __global__ void __launch_bounds__(kForwardWarps* kLanes, kByWarpgroup<T> ? 2 : 0)
     layer_attend_kernel(const AttendParams p) {
   auto* weights = reinterpret_cast<uint4*>(reinterpret_cast<char*>(dynamic_shared) + p.weights);
-  auto& vectors = *reinterpret_cast<TailVectors*>(weights + 3 * kWideTileVectors);
-  pack_linear<T>(weights, p.tail.proj, false);
-  pack_linear<T>(weights + kWideTileVectors, p.tail.mlp_in, false);
-  pack_linear<T>(weights + 2 * kWideTileVectors, p.tail.mlp_out, false);
-  vectors.load<T>(p.tail);
+  auto& vectors = *reinterpret_cast<TailVectors*>(weights + kTailVectors);
   // The attention's first barrier is the weights', too.
-  if constexpr (kHasWarpgroups) show_to_products();
+  load_tail<T>(weights, vectors, p.tail);
   const Block<T, kForwardWarps> block(p.in);
   const StagedRows rows = attend<T>(p.in, block, p.maximum, p.normalizer);
   rows.store(p.attended, block.embed, block);
@@ -80,9 +76,9 @@ template <typename T>
 __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
     transformer_tail_backward_kernel(const TailParams p) {
   uint4* weights = dynamic_shared;
-  T* tiles = reinterpret_cast<T*>(weights + 5 * kWideTileVectors);
+  T* tiles = reinterpret_cast<T*>(weights + kTailVectors);
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
-  pack_tail_backward<T>(weights, vectors, p.backward.tail);
+  load_tail<T>(weights, vectors, p.backward.tail);
   __syncthreads();
   TailBackward<T> tail(p.backward, p.values, weights, vectors, tiles);
   p.loop([&](int64_t image, int first) {
@@ -200,7 +196,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
           grad_y.mutable_data_ptr(),
           {tail(), rows_of<T>(grad), loop.tokens, to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
-                    slots.grid(), kTailWarps * kLanes, kTailBackwardBytes, p);
+                    slots.grid(), kTailWarps * kLanes, kTailForwardBytes + kTailTilesBytes, p);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);
       in.values = values;
       launch_softmax_backward<T>(
