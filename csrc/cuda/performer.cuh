@@ -588,18 +588,28 @@ class QueriesBackward {
       sums_.clear();
 #pragma unroll
       for (int i = 0; i < 8; ++i) of_normalizer_[i] = 0.f;
+      // A warp's tokens; without any, some beyond the image's last.
+      const auto first_of = [&](int at) {
+        const int own = at + warp_index() * kRows;
+        return own < chunk.end ? own : tokens;
+      };
+      // Loaded a tile ahead, because the tile begins with them.
+      Operand<2> upcoming = load_queries(chunk.image, first_of(chunk.begin));
 #pragma unroll 1
       for (int at = chunk.begin; at < chunk.end; at += kBlockTokens) {
-        const int own = at + warp_index() * kRows;
-        const int first = own < chunk.end ? own : tokens;
-        const QueryFeatures of_queries = features_of<T>(queries(chunk.image, first), w_, p_.log_eps,
+        const int first = first_of(at);
+        const QueryFeatures of_queries = features_of<T>(limited<T>(upcoming), w_, p_.log_eps,
                                                         p_.means.logs + chunk.image * kFeatures);
         gradient(
             chunk.image, first,
             [&] {
               return rounded_y<T>(times_features<T>(of_queries.features, means_), of_queries);
             },
-            [&](const Sums<2>& grad_y) { use(chunk.image, first, of_queries, grad_y); });
+            [&](const Sums<2>& grad_y) {
+              const Operand<2> grad = use(chunk.image, first, of_queries, grad_y);
+              upcoming = load_queries(chunk.image, first_of(at + kBlockTokens));
+              add(grad, of_queries.features);
+            });
       }
       store(part);
       __syncthreads();
@@ -607,8 +617,8 @@ class QueriesBackward {
   }
 
  private:
-  __device__ Operand<2> queries(int64_t image, int first) const {
-    return limited<T>(load_operand<T>(p_.queries, image, first, p_.chunks.tokens));
+  __device__ Operand<2> load_queries(int64_t image, int first) const {
+    return load_operand<T>(p_.queries, image, first, p_.chunks.tokens);
   }
 
   // An image's means as a matrix like w.
@@ -623,7 +633,9 @@ class QueriesBackward {
     if constexpr (kHasWarpgroups) show_to_products();
   }
 
-  __device__ void use(int64_t image, int first, const QueryFeatures& of_queries, Sums<2> grad_y) {
+  // The gradient of the queries to memory; that of y over D is returned.
+  __device__ Operand<2> use(int64_t image, int first, const QueryFeatures& of_queries,
+                            Sums<2> grad_y) {
     scale_rows(grad_y, of_queries.inverse);
     const Operand<2> grad = rounded_operand<T>(grad_y);
     Sums<1> log_gradients = times_embed<T>(grad, means_);
@@ -650,18 +662,23 @@ class QueriesBackward {
     }
     const float factor[2] = {of_divisor[0] * of_queries.slope[0],
                              of_divisor[1] * of_queries.slope[1]};
-    const Sums<2> grad_queries =
-        through_features<T>(rounded_operand<T>(log_gradients), w_, queries(image, first), factor);
+    const Sums<2> grad_queries = through_features<T>(
+        rounded_operand<T>(log_gradients), w_, limited<T>(load_queries(image, first)), factor);
     const int tokens = p_.chunks.tokens;
     store_operand(rounded_operand<T>(grad_queries),
                   static_cast<T*>(p_.grad_queries) + (image * tokens + first) * p_.grad_stride,
                   p_.grad_stride, tokens - first);
 
+    return grad;
+  }
+
+  // Adds features·grad of all warps to the gradients of the sums.
+  __device__ void add(const Operand<2>& grad, const Operand<1>& features) {
     // The tiles have been multiplied by all warps.
     __syncthreads();
     const int row = warp_index() * kRows * kEmbed;
     keep_operand(grad, grads_ + row);
-    keep_operand(of_queries.features, features_ + row);
+    keep_operand(features, features_ + row);
     __syncthreads();
     multiply_tiles(sums_, features_, feature() / 8, grads_, column() / 8, kBlockTokens);
   }

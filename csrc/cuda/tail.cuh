@@ -350,6 +350,7 @@ class TailBackward {
     T* left = left_of_warp();
     T* right = rights_ + (left - lefts_);
     const Operand<2> skip = load_operand<T>(values_, image, first, tokens);
+    const Operand<2> grad_out = load_operand<T>(p_.grad, image, first, tokens);
 
     // Forward, up to the hidden units.
     const Kept kept_proj(dropout, kAfterProj, first_token);
@@ -368,7 +369,7 @@ class TailBackward {
     // mlp_out: dropout's gradient by the activated units.
     Operand<2> grad;
     {
-      Sums<2> dropped = sums_of<T>(load_operand<T>(p_.grad, image, first, tokens));
+      Sums<2> dropped = sums_of<T>(grad_out);
       Kept(dropout, kAfterMlp, first_token).apply(dropout, dropped);
       grad = rounded_operand<T>(dropped);
     }
