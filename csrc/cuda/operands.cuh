@@ -245,7 +245,7 @@ __device__ void add_row_sums(float (&sums)[2], const uint32_t (&left)[2][4]) {
 }
 
 // Rows g and g + 8 of a tile of tokens first … of an image, 64 elements each; zeros beyond
-// `tokens`.
+// `tokens`. The rows must be vectors (see vector_rows).
 template <typename T>
 __device__ Operand<2> load_operand(const Rows& rows, int64_t image, int first, int tokens) {
   Operand<2> operand;
@@ -256,18 +256,9 @@ __device__ Operand<2> load_operand(const Rows& rows, int64_t image, int first, i
     if (token >= tokens) continue;
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
-      const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride +
-                      token * rows.token_stride + sum_column(group) * rows.element_stride;
-      if (rows.vectors) {
-        set_eight(operand, group, half, *reinterpret_cast<const uint4*>(from));
-      } else {
-        const auto* bits = reinterpret_cast<const uint16_t*>(from);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          operand.pair(group, half, i) = bits[2 * i * rows.element_stride] |
-                                         uint32_t(bits[(2 * i + 1) * rows.element_stride]) << 16;
-        }
-      }
+      set_eight(operand, group, half,
+                load_vector(static_cast<const T*>(rows.at) + image * rows.batch_stride +
+                            token * rows.token_stride + sum_column(group)));
     }
   }
   return operand;
@@ -367,16 +358,41 @@ struct TileLoop {
   // All warps of a block go on together. One without a tile has one beyond the image's tokens.
   template <typename Work>
   __device__ void operator()(Work work) const {
+    ahead([](int64_t, int) { return 0; },
+          [&](int64_t image, int first, int) { work(image, first); });
+  }
+
+  // The same with what `load(image, first)` returns for each tile, loaded while the one before it
+  // is worked on.
+  template <typename Load, typename Work>
+  __device__ void ahead(Load load, Work work) const {
     const int warps = blockDim.x / kLanes;
-    const int64_t all = images * tiles;
+    const int64_t all = images * tiles, step = int64_t(gridDim.x) * warps;
+    int64_t first = int64_t(blockIdx.x) * warps;
+    if (first >= all) return;
+    Tile tile = at(first);
+    auto loaded = load(tile.image, tile.first);
 #pragma unroll 1
-    for (int64_t first = int64_t(blockIdx.x) * warps; first < all;
-         first += int64_t(gridDim.x) * warps) {
-      const int64_t tile = min(first + warp_index(), all - 1);
-      const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
-      work(image,
-           first + warp_index() < all ? static_cast<int>(tile - image * tiles) * kRows : tokens);
+    for (; first < all; first += step) {
+      const Tile next = at(first + step);
+      const auto ready = loaded;
+      loaded = load(next.image, next.first);
+      work(tile.image, tile.first, ready);
+      tile = next;
     }
+  }
+
+ private:
+  struct Tile {
+    int64_t image;
+    int first;
+  };
+  // That of the warp among those that begin with the `first` one.
+  __device__ Tile at(int64_t first) const {
+    const int64_t all = images * tiles, own = first + warp_index();
+    const int64_t tile = min(own, all - 1);
+    const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
+    return {image, own < all ? static_cast<int>(tile - image * tiles) * kRows : tokens};
   }
 };
 inline TileLoop make_tile_loop(int64_t images, int64_t tokens) {

@@ -757,9 +757,12 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
   uint4* w = dynamic_shared;
   load_features<T>(w, p.w);
   __syncthreads();
-  p.loop([&](int64_t image, int first) {
-    const int tokens = p.loop.tokens;
-    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, first, tokens));
+  const int tokens = p.loop.tokens;
+  const auto load = [&](int64_t image, int first) {
+    return load_operand<T>(p.keys, image, first, tokens);
+  };
+  p.loop.ahead(load, [&](int64_t image, int first, const Operand<2>& loaded) {
+    const Operand<2> keys = limited<T>(loaded);
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     float half[2], column[8];
     half_squares<T>(keys, half);

@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
   if (images == 0) return {y, maximum, normalizer, sums};
   with_half_type(kName, v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    k = vector_rows<T>(k), q = vector_rows<T>(q), v = vector_rows<T>(v);
     const KeyMeans<T> means(v, images, false);
     PerformerPasses<T>{features, images, tokens, device}.keys(
         rows_of<T>(k), rows_of<T>(v), v,
@@ -112,6 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
   const Parts saved = {floats_of(maximum), floats_of(normalizer), floats_of(sums)};
   with_half_type(kName, v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
+    k = vector_rows<T>(k), q = vector_rows<T>(q), v = vector_rows<T>(v);
+    grad = vector_rows<T>(grad);
     const KeyMeans<T> means(v, images, true);
     means.load(saved, device);
     const PerformerPasses<T> passes{features, images, tokens, device};

@@ -54,12 +54,14 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
   load_features<T>(w, p.w);
   load_tail<T>(weights, vectors, p.tail);
   __syncthreads();
-  p.loop([&](int64_t image, int first) {
-    const int tokens = p.loop.tokens;
+  const int tokens = p.loop.tokens;
+  const auto load = [&](int64_t image, int first) {
+    return load_operand<T>(p.queries, image, first, tokens);
+  };
+  p.loop.ahead(load, [&](int64_t image, int first, const Operand<2>& loaded) {
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     const QueryFeatures queries =
-        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
-                       p.means.logs + image * kFeatures);
+        features_of<T>(limited<T>(loaded), w, p.log_eps, p.means.logs + image * kFeatures);
     const int64_t first_token = image * tokens + first;
     const Sums<2> out = tail_of<T>(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                                    values, weights, vectors, p.tail.dropout, first_token);
@@ -175,6 +177,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
     const QueryParts parts(x, images, tokens, device);
     const TailSlots slots(x, parts.grid(), device);
     if (images > 0) {
+      grad = vector_rows<T>(grad);
       const KeyMeans<T> means(x, images, true);
       means.load(saved, device);
       T* to = static_cast<T*>(grad_kqv.mutable_data_ptr());

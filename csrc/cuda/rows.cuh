@@ -39,6 +39,15 @@ Rows rows_of(const torch::stable::Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), vectors};
 }
 
+// `tensor` itself if its rows can be loaded 16 bytes at a time, else a copy.
+template <typename T>
+torch::stable::Tensor vector_rows(const torch::stable::Tensor& tensor) {
+  if (rows_of<T>(tensor).vectors) return tensor;
+  torch::stable::Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
 // Columns section·embed … of contiguous tokens: k, q or v where they lie side by side.
 template <typename T>
 Rows section_of(const torch::stable::Tensor& tokens, int64_t section, int64_t embed) {

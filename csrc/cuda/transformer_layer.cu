@@ -181,6 +181,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
     const TileLoop loop = make_tile_loop(images, tokens);
     const TailSlots slots(x, grid_of_tiles(loop, kTailWarps, 1, device), device);
     if (images > 0) {
+      grad = vector_rows<T>(grad);
       attended = torch::stable::contiguous(attended);
       maximum = torch::stable::contiguous(maximum);
       normalizer = torch::stable::contiguous(normalizer);

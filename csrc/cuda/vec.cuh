@@ -28,6 +28,11 @@ __device__ inline void store_vector(void* to, const uint4& vector) {
   __stwb(static_cast<uint4*>(to), vector);
 }
 
+// From global memory, at a multiple of 16 bytes. nvcc likewise makes narrow loads of an assignment.
+__device__ inline uint4 load_vector(const void* from) {
+  return __ldca(static_cast<const uint4*>(from));
+}
+
 // Elements between the last 16-byte boundary and `pointer`.
 template <typename T>
 __device__ int phase_of(const T* pointer) {

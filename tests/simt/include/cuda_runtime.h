@@ -39,6 +39,7 @@ struct alignas(16) uint4 {
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __stwb(uint4* to, uint4 value) { *to = value; }
+inline uint4 __ldca(const uint4* from) { return *from; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned __int128>(a) * b >> 64;
 }
