@@ -292,6 +292,21 @@ __device__ void keep_operand(const Operand<kGroups>& operand, T* tile) {
   }
 }
 
+// Starts to bring a warp's tile of tokens first … of an image; zeros beyond `tokens`.
+template <typename T>
+__device__ void copy_tile(const Rows& rows, int64_t image, int first, int tokens, T* tile) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = sum_row(i % 2), part = i / 2 * 4 + lane_index() % 4;
+    const int token = first + row;
+    copy_async(part_of(tile, row, part),
+               static_cast<const T*>(rows.at) + image * rows.batch_stride +
+                   token * rows.token_stride + part * 8,
+               token < tokens);
+  }
+  commit_copies();
+}
+
 // Fragments of a tile's columns part·8 …: of 16 tokens from `token` on as the left operand of a
 // product over tokens, or of 16 columns as its right operand.
 template <typename T>

@@ -182,7 +182,7 @@ struct KeysParams {
 
 constexpr int kAttentionWarps = 4;
 constexpr int kTileBytes = kRows * kEmbed * 2;
-constexpr int kKeysWarpBytes = kTileBytes + kRows * 4;
+constexpr int kKeysWarpBytes = 2 * kTileBytes + kRows * 4;
 constexpr int kKeysBytes = kFeatureRowVectors * 16 + kAttentionWarps * kKeysWarpBytes;
 
 // Log-features lie transposed: features are the rows of the sums, which are then the left operand
@@ -196,9 +196,10 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
   if (part >= p.chunks.count()) return;
   const auto [image, begin, end] = Chunk(p.chunks, part);
   const int tokens = p.chunks.tokens;
-  T* values = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
-                                   warp_index() * kKeysWarpBytes);
-  auto* halves = reinterpret_cast<float*>(values + kRows * kEmbed);
+  // Two tiles of values, one of which arrives while the other is used.
+  T* tiles = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
+                                  warp_index() * kKeysWarpBytes);
+  auto* halves = reinterpret_cast<float*>(tiles + 2 * kRows * kEmbed);
   const int lane = lane_index();
 
   OuterSums<2, kEmbed / 8> sums;
@@ -207,17 +208,23 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
 #pragma unroll
   for (int i = 0; i < 4; ++i) maximum[i / 2][i % 2] = -INFINITY;
 
-  for (int at = begin; at < end; at += kRows) {
-    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, at, tokens));
+  Operand<2> upcoming = load_operand<T>(p.keys, image, begin, tokens);
+  copy_tile(p.values, image, begin, tokens, tiles);
+#pragma unroll 1
+  for (int at = begin, turn = 0; at < end; at += kRows, turn ^= 1) {
+    T* values = tiles + turn * kRows * kEmbed;
+    const Operand<2> keys = limited<T>(upcoming);
+    upcoming = load_operand<T>(p.keys, image, at + kRows, tokens);
     float half[2];
     half_squares<T>(keys, half);
-    // The tiles have been read by all lanes.
+    // The other tile has been read by all lanes.
     __syncwarp();
-    keep_operand(load_operand<T>(p.values, image, at, tokens), values);
+    copy_tile(p.values, image, at + kRows, tokens, tiles + (turn ^ 1) * kRows * kEmbed);
     if (lane % 4 == 0) {
       halves[lane / 4] = half[0];
       halves[lane / 4 + 8] = half[1];
     }
+    wait_for_copies<1>();
     __syncwarp();
 
     // [16 features][8 tokens]: rows g and g + 8, tokens 2t and 2t + 1.
