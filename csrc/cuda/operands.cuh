@@ -105,11 +105,14 @@ __device__ float remainder_of(float x) {
 // that left operand and sums lie in the lanes as above.
 constexpr int kWideTileVectors = 4 * kBlockVectors;
 
-// A product's sums as a lane has them elsewhere.
-__device__ inline void take_wide(const float (&from)[8][2][2], Sums<2>& to) {
+// A product's sums as a lane has them elsewhere; if they have one group, both are added.
+template <int kGroups>
+__device__ void take_wide(const float (&from)[8][2][2], Sums<kGroups>& to) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    to.at[i / 16][i / 8 % 2][i % 8] = from[i / 16 * 4 + i % 8 / 2][i / 8 % 2][i % 2];
+    const float sum = from[i / 16 * 4 + i % 8 / 2][i / 8 % 2][i % 2];
+    float& total = to.at[i / 16 % kGroups][i / 8 % 2][i % 8];
+    total = i < 16 * kGroups ? sum : total + sum;
   }
 }
 
@@ -134,11 +137,11 @@ __device__ inline void store_in_matrix(uint4* matrix, int row, int group, int t,
   for (int i = 0; i < 4; ++i) words[((group * 4 + i) ^ (at % 8)) * 4 + t] = pairs[i];
 }
 
-// left·matrixᵀ, or left·matrix if kTransposed. On Hopper the four warps of a group multiply
-// together.
-template <typename T, bool kTransposed>
-__device__ Sums<2> times_matrix(const Operand<2>& left, const uint4* matrix) {
-  Sums<2> sums;
+// left·matrixᵀ, or left·matrix if kTransposed. With one group, both groups of 32 columns are added.
+// On Hopper the four warps of a group multiply together.
+template <typename T, bool kTransposed, int kGroups = 2>
+__device__ Sums<kGroups> times_matrix(const Operand<2>& left, const uint4* matrix) {
+  Sums<kGroups> sums;
   if constexpr (kHasWarpgroups) {
     float wide[8][2][2];
     Operand<2> operand = left;
@@ -172,7 +175,7 @@ __device__ Sums<2> times_matrix(const Operand<2>& left, const uint4* matrix) {
         for (int k = 0; k < 2; ++k) {
           const int step = kTransposed ? i : i / 2 * 2 + k;
           const int tile = kTransposed ? j * 2 + k : i % 2 * 4 + j;
-          auto& d = sums.at[tile / 4];
+          auto& d = sums.at[tile / 4 % kGroups];
           const int e = tile % 4 * 2;
           mma<T>(d[0][e], d[0][e + 1], d[1][e], d[1][e + 1], left.at[step / 2][step % 2],
                  right[2 * k], right[2 * k + 1]);
@@ -373,41 +376,16 @@ struct TileLoop {
   // All warps of a block go on together. One without a tile has one beyond the image's tokens.
   template <typename Work>
   __device__ void operator()(Work work) const {
-    ahead([](int64_t, int) { return 0; },
-          [&](int64_t image, int first, int) { work(image, first); });
-  }
-
-  // The same with what `load(image, first)` returns for each tile, loaded while the one before it
-  // is worked on.
-  template <typename Load, typename Work>
-  __device__ void ahead(Load load, Work work) const {
     const int warps = blockDim.x / kLanes;
-    const int64_t all = images * tiles, step = int64_t(gridDim.x) * warps;
-    int64_t first = int64_t(blockIdx.x) * warps;
-    if (first >= all) return;
-    Tile tile = at(first);
-    auto loaded = load(tile.image, tile.first);
+    const int64_t all = images * tiles;
 #pragma unroll 1
-    for (; first < all; first += step) {
-      const Tile next = at(first + step);
-      const auto ready = loaded;
-      loaded = load(next.image, next.first);
-      work(tile.image, tile.first, ready);
-      tile = next;
+    for (int64_t first = int64_t(blockIdx.x) * warps; first < all;
+         first += int64_t(gridDim.x) * warps) {
+      const int64_t tile = min(first + warp_index(), all - 1);
+      const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
+      work(image,
+           first + warp_index() < all ? static_cast<int>(tile - image * tiles) * kRows : tokens);
     }
-  }
-
- private:
-  struct Tile {
-    int64_t image;
-    int first;
-  };
-  // That of the warp among those that begin with the `first` one.
-  __device__ Tile at(int64_t first) const {
-    const int64_t all = images * tiles, own = first + warp_index();
-    const int64_t tile = min(own, all - 1);
-    const int64_t image = static_cast<uint32_t>(tile) / static_cast<uint32_t>(tiles);
-    return {image, own < all ? static_cast<int>(tile - image * tiles) * kRows : tokens};
   }
 };
 inline TileLoop make_tile_loop(int64_t images, int64_t tokens) {

@@ -64,13 +64,7 @@ __device__ void load_features(uint4* to, const float* w) {
 // rows·Mᵀ, rows·M of a matrix M of features by embed in two such parts.
 template <typename T>
 __device__ Sums<1> times_embed(const Operand<2>& rows, const uint4* parts) {
-  const Sums<2> apart = times_matrix<T, false>(rows, parts);
-  Sums<1> sums;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    sums.at[0][i / 8][i % 8] = apart.at[0][i / 8][i % 8] + apart.at[1][i / 8][i % 8];
-  }
-  return sums;
+  return times_matrix<T, false, 1>(rows, parts);
 }
 template <typename T>
 __device__ Sums<2> times_features(const Operand<1>& rows, const uint4* parts) {
@@ -565,8 +559,9 @@ struct QueriesBackwardParams {
 constexpr int kBlockWarps = 8;
 constexpr int kBlockTokens = kBlockWarps * kRows;
 constexpr int kTokenTileElements = kBlockTokens * kEmbed;
-// w, the means, and two tiles of the block's tokens.
-constexpr int kQueriesBackwardBytes = 2 * kMatrixVectors * 16 + 2 * kTokenTileElements * 2;
+// w, the means, two tiles of the block's tokens, and each warp's sums for Z.
+constexpr int kQueriesBackwardBytes =
+    2 * kMatrixVectors * 16 + 2 * kTokenTileElements * 2 + kBlockWarps * kFeatures * 4;
 
 // A block's backward of queries, a chunk of an image after the other. All its warps take part.
 template <typename T>
@@ -577,7 +572,8 @@ class QueriesBackward {
         w_(shared),
         means_(shared + kMatrixVectors),
         grads_(reinterpret_cast<T*>(shared + 2 * kMatrixVectors)),
-        features_(grads_ + kTokenTileElements) {
+        features_(grads_ + kTokenTileElements),
+        of_normalizer_(reinterpret_cast<float*>(features_ + kTokenTileElements)) {
     load_features<T>(w_, p.w);
   }
   // Two tiles that are free while a tile's gradient is made.
@@ -593,8 +589,7 @@ class QueriesBackward {
       load_means(chunk.image);
       __syncthreads();
       sums_.clear();
-#pragma unroll
-      for (int i = 0; i < 8; ++i) of_normalizer_[i] = 0.f;
+      of_normalizer_[threadIdx.x] = 0.f;
       // A warp's tokens; without any, some beyond the image's last.
       const auto first_of = [&](int at) {
         const int own = at + warp_index() * kRows;
@@ -648,7 +643,7 @@ class QueriesBackward {
     Sums<1> log_gradients = times_embed<T>(grad, means_);
     // −grad·y, from the same rounded factors, so that both terms of a log-feature's gradient
     // cancel.
-    float of_divisor[2] = {};
+    float of_divisor[2] = {}, of_normalizer[8] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float2 pair = elements_of<T>(of_queries.features.pair(0, i / 4, i % 4));
@@ -664,9 +659,11 @@ class QueriesBackward {
       float* to = &log_gradients.at[0][half][i % 4 * 2];
       to[0] = pair.x * (to[0] + of_divisor[half]);
       to[1] = pair.y * (to[1] + of_divisor[half]);
-      of_normalizer_[i % 4 * 2] += pair.x * of_divisor[half];
-      of_normalizer_[i % 4 * 2 + 1] += pair.y * of_divisor[half];
+      of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
+      of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
     }
+    // A thread's own.
+    of_normalizer_[threadIdx.x] += sum_of_columns(of_normalizer);
     const float factor[2] = {of_divisor[0] * of_queries.slope[0],
                              of_divisor[1] * of_queries.slope[1]};
     const Sums<2> grad_queries = through_features<T>(
@@ -696,21 +693,11 @@ class QueriesBackward {
 
   __device__ void store(int64_t part) const {
     __syncthreads();
-    auto* of_warps = reinterpret_cast<float*>(grads_);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float total = of_normalizer_[i];
-      for (int distance = 4; distance < kLanes; distance *= 2) {
-        total += __shfl_xor_sync(kAllLanes, total, distance);
-      }
-      const int lane = lane_index();
-      if (lane < 4) of_warps[warp_index() * kFeatures + lane * 8 + i] = total;
-    }
-    __syncthreads();
     if (threadIdx.x < kFeatures) {
+      const int feature = threadIdx.x, lane = feature % 8 * 4 + feature / 8;
       float total = 0.f;
-      for (int i = 0; i < kBlockWarps; ++i) total += of_warps[i * kFeatures + threadIdx.x];
-      p_.parts.normalizer[part * kFeatures + threadIdx.x] = total;
+      for (int i = 0; i < kBlockWarps; ++i) total += of_normalizer_[i * kLanes + lane];
+      p_.parts.normalizer[part * kFeatures + feature] = total;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -723,8 +710,8 @@ class QueriesBackward {
   const QueriesBackwardParams& p_;
   uint4 *w_, *means_;
   T *grads_, *features_;
+  float* of_normalizer_;
   OuterSums<1, 2> sums_;
-  float of_normalizer_[8];
 };
 
 // The parts of the gradients of the sums that the blocks of a queries' backward leave.
@@ -764,12 +751,9 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
   uint4* w = dynamic_shared;
   load_features<T>(w, p.w);
   __syncthreads();
-  const int tokens = p.loop.tokens;
-  const auto load = [&](int64_t image, int first) {
-    return load_operand<T>(p.keys, image, first, tokens);
-  };
-  p.loop.ahead(load, [&](int64_t image, int first, const Operand<2>& loaded) {
-    const Operand<2> keys = limited<T>(loaded);
+  p.loop([&](int64_t image, int first) {
+    const int tokens = p.loop.tokens;
+    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, first, tokens));
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     float half[2], column[8];
     half_squares<T>(keys, half);

@@ -54,14 +54,12 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
   load_features<T>(w, p.w);
   load_tail<T>(weights, vectors, p.tail);
   __syncthreads();
-  const int tokens = p.loop.tokens;
-  const auto load = [&](int64_t image, int first) {
-    return load_operand<T>(p.queries, image, first, tokens);
-  };
-  p.loop.ahead(load, [&](int64_t image, int first, const Operand<2>& loaded) {
+  p.loop([&](int64_t image, int first) {
+    const int tokens = p.loop.tokens;
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     const QueryFeatures queries =
-        features_of<T>(limited<T>(loaded), w, p.log_eps, p.means.logs + image * kFeatures);
+        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
+                       p.means.logs + image * kFeatures);
     const int64_t first_token = image * tokens + first;
     const Sums<2> out = tail_of<T>(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                                    values, weights, vectors, p.tail.dropout, first_token);
@@ -76,8 +74,7 @@ struct BackwardParams {
   TailBackwardParams tail;
 };
 
-constexpr int kBackwardBytes =
-    kQueriesBackwardBytes + kTailVectors * 16 + static_cast<int>(sizeof(TailVectors));
+constexpr int kBackwardBytes = kQueriesBackwardBytes + kTailBackwardBytes;
 
 template <typename T>
 __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
@@ -85,9 +82,10 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
   static_assert(kTailWarps == kBlockWarps, "the tail's tiles are those of the queries' backward");
   uint4* weights = dynamic_shared + kQueriesBackwardBytes / 16;
   auto& vectors = *reinterpret_cast<TailVectors*>(weights + kTailVectors);
+  auto& vector_sums = *reinterpret_cast<TailVectorSums*>(&vectors + 1);
   QueriesBackward<T> queries(p.queries, dynamic_shared);
   load_tail<T>(weights, vectors, p.tail.tail);
-  TailBackward<T> tail(p.tail, p.values, weights, vectors, queries.tiles());
+  TailBackward<T> tail(p.tail, p.values, weights, vectors, vector_sums, queries.tiles());
   queries([&](int64_t image, int first, auto y, auto use) { tail.tile(image, first, y, use); });
   tail.store();
 }

@@ -78,6 +78,25 @@ __device__ inline float largest_of_row(float value) {
   return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
 }
 
+// Of sums of columns 8t … that each lane has of its rows, the sum over all rows of column 8t + g.
+__device__ inline float sum_of_columns(const float (&columns)[8]) {
+  float sums[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[i] = columns[i];
+#pragma unroll
+  for (int count = 4; count > 0; count /= 2) {
+    // Lanes with this bit keep the upper half, the others the lower one.
+    const bool upper = lane_index() & 4 * count;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float given = upper ? sums[i] : sums[i + count];
+      const float kept = upper ? sums[i + count] : sums[i];
+      sums[i] = kept + __shfl_xor_sync(kAllLanes, given, 4 * count);
+    }
+  }
+  return sums[0];
+}
+
 // What a lane holds of a product's sums, from a tile.
 template <typename T>
 __device__ void take_sums(const T* tile, Wide& to) {

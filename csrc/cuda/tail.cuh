@@ -257,10 +257,10 @@ __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4
 // ---- backward
 
 // A block's share in the gradients of the tail: matrices (outputs × inputs), then vectors.
+enum TailVector { kProjBias, kNormGain, kNormOffset, kMlpInBias, kMlpOutBias, kTailVectorCount };
 struct TailGradients {
   float proj[kWidest][kWidest], mlp_in[kWidest][kWidest], mlp_out[kWidest][kWidest];
-  float proj_bias[kWidest], norm_gain[kWidest], norm_offset[kWidest], mlp_in_bias[kWidest],
-      mlp_out_bias[kWidest];
+  float vectors[kTailVectorCount][kWidest];
 };
 constexpr int kTailGradientFloats = sizeof(TailGradients) / sizeof(float);
 
@@ -276,8 +276,6 @@ struct TailBackwardParams {
 constexpr int kTailWarps = 8;
 constexpr int kTailTokens = kTailWarps * kRows;
 constexpr int kTailTileElements = kTailTokens * kWidest;
-constexpr int kTailTilesBytes = 2 * kTailTileElements * 2;
-
 // A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
 using SharedSums = OuterSums<2, 2>;
 __device__ inline int shared_row() { return warp_index() % 2 * 32; }
@@ -296,48 +294,57 @@ __device__ inline void store_shared(const SharedSums& sums, float (&to)[kWidest]
   }
 }
 
-// Sums over the tokens of a tile's columns: of 16 columns and half of the tokens a warp, rows g and
-// g + 8 of the columns.
-struct ColumnSums {
-  float at[2] = {};
+// Gradients of vectors, sums over tokens: in shared memory, of either half of the block's tokens.
+struct TailVectorSums {
+  float at[kTailVectorCount][2][kWidest];
 
-  template <typename T>
-  __device__ void add(T* tile) {
-    const int first = warp_index() / 4 * (kTailTokens / 2);
-    const uint32_t ones = round_pair<T>(1.f, 1.f);
-    float unused[2] = {};
-#pragma unroll
-    for (int token = first; token < first + kTailTokens / 2; token += kRows) {
-      uint32_t left[4];
-      load_left(left, tile, token, warp_index() % 4 * 2);
-      mma<T>(at[0], unused[0], at[1], unused[1], left, ones, ones);
-    }
-  }
-  // `halves`: 64 floats for each half of the tokens.
-  __device__ void store(float* halves) const {
-    if (lane_index() % 4 != 0) return;
-    float* to = halves + warp_index() / 4 * kWidest + warp_index() % 4 * 16 + lane_index() / 4;
-    to[0] = at[0];
-    to[8] = at[1];
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kTailVectorCount * 2 * kWidest; i += blockDim.x)
+      at[0][0][i] = 0.f;
   }
 };
+
+constexpr int kTailTilesBytes = 2 * kTailTileElements * 2;
+constexpr int kTailBackwardBytes =
+    kTailVectors * 16 + static_cast<int>(sizeof(TailVectors) + sizeof(TailVectorSums));
+
+// Adds a tile's columns: a warp adds up 16 of them, over half of the tokens.
+template <typename T>
+__device__ void add_columns_of(T* tile, float (&sums)[2][kWidest]) {
+  const int half = warp_index() / 4, part = warp_index() % 4 * 2, lane = lane_index();
+  const uint32_t ones = round_pair<T>(1.f, 1.f);
+  float totals[2] = {}, unused[2] = {};
+#pragma unroll
+  for (int i = 0; i < kTailTokens / 2; i += kRows) {
+    uint32_t left[4];
+    load_left(left, tile, half * (kTailTokens / 2) + i, part);
+    mma<T>(totals[0], unused[0], totals[1], unused[1], left, ones, ones);
+  }
+  if (lane % 4 == 0) {
+    float* at = sums[half] + part * 8 + lane / 4;
+    at[0] += totals[0];
+    at[8] += totals[1];
+  }
+}
 
 // A block's backward of the tail. All warps of a block take part in each tile.
 template <typename T>
 class TailBackward {
  public:
-  // Shared memory: the weights, and two tiles of the block's tokens.
+  // Shared memory: the weights, sums, and two tiles of the block's tokens. A barrier has to follow.
   __device__ TailBackward(const TailBackwardParams& p, const Rows& values, const uint4* weights,
-                          const TailVectors& vectors, T* tiles)
+                          const TailVectors& vectors, TailVectorSums& vector_sums, T* tiles)
       : p_(p),
         values_(values),
         weights_(weights),
         vectors_(vectors),
+        vector_sums_(vector_sums),
         lefts_(tiles),
         rights_(tiles + kTailTileElements) {
     proj_.clear();
     mlp_in_.clear();
     mlp_out_.clear();
+    vector_sums_.clear();
   }
 
   // Tokens `first` … of an image, 16 of each warp: `y()` gives the attention's result, and
@@ -385,7 +392,7 @@ class TailBackward {
     keep_operand(rounded_operand<T>(hidden), right);
     __syncthreads();
     add_shared(mlp_out_, lefts_, rights_);
-    mlp_out_bias_.add(lefts_);
+    add_columns_of(lefts_, vector_sums_.at[kMlpOutBias]);
     hidden = times_matrix<T, true>(grad, weights_ + 2 * kMatrixVectors);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
@@ -399,7 +406,7 @@ class TailBackward {
     keep_operand(scaled_rows<T>(sums_of<T>(kept_rows), vectors_), right);
     __syncthreads();
     add_shared(mlp_in_, lefts_, rights_);
-    mlp_in_bias_.add(lefts_);
+    add_columns_of(lefts_, vector_sums_.at[kMlpInBias]);
     Sums<2> grads = times_matrix<T, true>(grad, weights_ + kMatrixVectors);
     __syncthreads();
 
@@ -414,8 +421,8 @@ class TailBackward {
       keep_operand(rounded_operand<T>(product), right);
     }
     __syncthreads();
-    norm_offset_.add(lefts_);
-    norm_gain_.add(rights_);
+    add_columns_of(lefts_, vector_sums_.at[kNormOffset]);
+    add_columns_of(rights_, vector_sums_.at[kNormGain]);
     through_norm(grads, sums_of<T>(kept_rows), rstd);
     add_operand<T>(grads, load_operand<T>(p_.grad, image, first, tokens));
     store_operand(rounded_operand<T>(grads),
@@ -430,7 +437,7 @@ class TailBackward {
     keep_operand(y(), right);
     __syncthreads();
     add_shared(proj_, lefts_, rights_);
-    proj_bias_.add(lefts_);
+    add_columns_of(lefts_, vector_sums_.at[kProjBias]);
     use(times_matrix<T, true>(grad, weights_));
     __syncthreads();
   }
@@ -441,15 +448,9 @@ class TailBackward {
     store_shared(proj_, slot.proj);
     store_shared(mlp_in_, slot.mlp_in);
     store_shared(mlp_out_, slot.mlp_out);
-    auto* halves = reinterpret_cast<float*>(lefts_);
-    const ColumnSums* const columns[5] = {&proj_bias_, &norm_gain_, &norm_offset_, &mlp_in_bias_,
-                                          &mlp_out_bias_};
-#pragma unroll
-    for (int i = 0; i < 5; ++i) columns[i]->store(halves + i * 2 * kWidest);
-    __syncthreads();
-    for (int i = threadIdx.x; i < 5 * kWidest; i += blockDim.x) {
-      const float* at = halves + i / kWidest * 2 * kWidest + i % kWidest;
-      slot.proj_bias[i] = at[0] + at[kWidest];
+    for (int i = threadIdx.x; i < kTailVectorCount * kWidest; i += blockDim.x) {
+      const float (&halves)[2][kWidest] = vector_sums_.at[i / kWidest];
+      slot.vectors[i / kWidest][i % kWidest] = halves[0][i % kWidest] + halves[1][i % kWidest];
     }
   }
 
@@ -486,9 +487,9 @@ class TailBackward {
   const Rows& values_;
   const uint4* weights_;
   const TailVectors& vectors_;
+  TailVectorSums& vector_sums_;
   T *lefts_, *rights_;
   SharedSums proj_, mlp_in_, mlp_out_;
-  ColumnSums proj_bias_, norm_gain_, norm_offset_, mlp_in_bias_, mlp_out_bias_;
 };
 
 constexpr int kTailSumsThreads = 128;

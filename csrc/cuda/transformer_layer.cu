@@ -78,9 +78,10 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
   uint4* weights = dynamic_shared;
   T* tiles = reinterpret_cast<T*>(weights + kTailVectors);
   auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
+  auto& vector_sums = *reinterpret_cast<TailVectorSums*>(&vectors + 1);
   load_tail<T>(weights, vectors, p.backward.tail);
+  TailBackward<T> tail(p.backward, p.values, weights, vectors, vector_sums, tiles);
   __syncthreads();
-  TailBackward<T> tail(p.backward, p.values, weights, vectors, tiles);
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
     tail.tile(
@@ -197,7 +198,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
           grad_y.mutable_data_ptr(),
           {tail(), rows_of<T>(grad), loop.tokens, to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
-                    slots.grid(), kTailWarps * kLanes, kTailForwardBytes + kTailTilesBytes, p);
+                    slots.grid(), kTailWarps * kLanes, kTailBackwardBytes + kTailTilesBytes, p);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);
       in.values = values;
       launch_softmax_backward<T>(
