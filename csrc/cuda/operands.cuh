@@ -305,7 +305,7 @@ __device__ void copy_tile(const Rows& rows, int64_t image, int first, int tokens
     copy_async(part_of(tile, row, part),
                static_cast<const T*>(rows.at) + image * rows.batch_stride +
                    token * rows.token_stride + part * 8,
-               token < tokens);
+               row < tokens - first);
   }
   commit_copies();
 }

@@ -43,6 +43,13 @@ class PartMemory {
   Parts parts_;
 };
 
+// Two numbers rounded, or what rounding leaves of them.
+template <typename T>
+__device__ uint32_t part_of_pair(const float* pair, bool remainder) {
+  return remainder ? round_pair<T>(remainder_of<T>(pair[0]), remainder_of<T>(pair[1]))
+                   : round_pair<T>(pair[0], pair[1]);
+}
+
 // w in its two parts, features by embed, as one matrix: rows rounded, then their remainders.
 template <typename T>
 __device__ void load_features(uint4* to, const float* w) {
@@ -52,9 +59,7 @@ __device__ void load_features(uint4* to, const float* w) {
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float x = from[2 * j], y = from[2 * j + 1];
-      pairs[j] = row < kFeatures ? round_pair<T>(x, y)
-                                 : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
+      pairs[j] = part_of_pair<T>(from + 2 * j, row >= kFeatures);
     }
     store_in_matrix(to, row, i % 8 / 4, i % 4, pairs);
   }
@@ -112,9 +117,7 @@ __device__ void pack_feature_rows(uint4* to, const float* w) {
     uint32_t pairs[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float x = from[2 * j], y = from[2 * j + 1];
-      pairs[j] = i < kFeatureRowVectors / 2 ? round_pair<T>(x, y)
-                                            : round_pair<T>(remainder_of<T>(x), remainder_of<T>(y));
+      pairs[j] = part_of_pair<T>(from + 2 * j, i >= kFeatureRowVectors / 2);
     }
     to[i] = {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
@@ -139,13 +142,13 @@ struct Chunk {
         end(min(begin + chunks.chunk, chunks.tokens)) {}
 };
 
-// Equal shares for blocks that take `at_once` tokens at a time, one block per multiprocessor: the
-// number of shares per image with which the last block ends earliest.
+// Equal shares for blocks that take `at_once` tokens at a time, a multiple of which each share is,
+// with one block per multiprocessor: the number of shares with which the last block ends earliest.
 inline Chunks make_block_chunks(int64_t images, int64_t tokens, int at_once,
                                 const DeviceScope& device) {
   const int64_t steps = divide_up(tokens, at_once);
   const auto time = [&](int64_t chunks) {
-    return divide_up(images * chunks, device.multiprocessors()) * (divide_up(steps, chunks));
+    return divide_up(images * chunks, device.multiprocessors()) * divide_up(steps, chunks);
   };
   int64_t best = 1;
   for (int64_t chunks = 2; chunks <= steps; ++chunks) {
@@ -202,13 +205,13 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
 #pragma unroll
   for (int i = 0; i < 4; ++i) maximum[i / 2][i % 2] = -INFINITY;
 
-  Operand<2> upcoming = load_operand<T>(p.keys, image, begin, tokens);
+  Operand<2> next_keys = load_operand<T>(p.keys, image, begin, tokens);
   copy_tile(p.values, image, begin, tokens, tiles);
 #pragma unroll 1
   for (int at = begin, turn = 0; at < end; at += kRows, turn ^= 1) {
     T* values = tiles + turn * kRows * kEmbed;
-    const Operand<2> keys = limited<T>(upcoming);
-    upcoming = load_operand<T>(p.keys, image, at + kRows, tokens);
+    const Operand<2> keys = limited<T>(next_keys);
+    next_keys = load_operand<T>(p.keys, image, at + kRows, tokens);
     float half[2];
     half_squares<T>(keys, half);
     // The other tile has been read by all lanes.
@@ -583,23 +586,18 @@ class QueriesBackward {
   // with the gradient of what `y()` returns. Tokens beyond the image's last are zeros.
   template <typename Gradient>
   __device__ void operator()(Gradient gradient) {
-    const int tokens = p_.chunks.tokens;
     for (int64_t part = blockIdx.x; part < p_.chunks.count(); part += gridDim.x) {
       const Chunk chunk(p_.chunks, part);
       load_means(chunk.image);
       __syncthreads();
       sums_.clear();
       of_normalizer_[threadIdx.x] = 0.f;
-      // A warp's tokens; without any, some beyond the image's last.
-      const auto first_of = [&](int at) {
-        const int own = at + warp_index() * kRows;
-        return own < chunk.end ? own : tokens;
-      };
       // Loaded a tile ahead, because the tile begins with them.
-      Operand<2> upcoming = load_queries(chunk.image, first_of(chunk.begin));
+      const int own = warp_index() * kRows;
+      Operand<2> upcoming = load_queries(chunk.image, chunk.begin + own);
 #pragma unroll 1
       for (int at = chunk.begin; at < chunk.end; at += kBlockTokens) {
-        const int first = first_of(at);
+        const int first = at + own;
         const QueryFeatures of_queries = features_of<T>(limited<T>(upcoming), w_, p_.log_eps,
                                                         p_.means.logs + chunk.image * kFeatures);
         gradient(
@@ -609,12 +607,11 @@ class QueriesBackward {
             },
             [&](const Sums<2>& grad_y) {
               const Operand<2> grad = use(chunk.image, first, of_queries, grad_y);
-              upcoming = load_queries(chunk.image, first_of(at + kBlockTokens));
+              upcoming = load_queries(chunk.image, first + kBlockTokens);
               add(grad, of_queries.features);
             });
       }
       store(part);
-      __syncthreads();
     }
   }
 
@@ -666,13 +663,12 @@ class QueriesBackward {
     of_normalizer_[threadIdx.x] += sum_of_columns(of_normalizer);
     const float factor[2] = {of_divisor[0] * of_queries.slope[0],
                              of_divisor[1] * of_queries.slope[1]};
-    const Sums<2> grad_queries = through_features<T>(
-        rounded_operand<T>(log_gradients), w_, limited<T>(load_queries(image, first)), factor);
+    const Sums<2> grad_queries = through_features<T>(rounded_operand<T>(log_gradients), w_,
+                                                     load_queries(image, first), factor);
     const int tokens = p_.chunks.tokens;
     store_operand(rounded_operand<T>(grad_queries),
                   static_cast<T*>(p_.grad_queries) + (image * tokens + first) * p_.grad_stride,
                   p_.grad_stride, tokens - first);
-
     return grad;
   }
 
@@ -692,7 +688,6 @@ class QueriesBackward {
   __device__ static int column() { return warp_index() / 2 * 16; }
 
   __device__ void store(int64_t part) const {
-    __syncthreads();
     if (threadIdx.x < kFeatures) {
       const int feature = threadIdx.x, lane = feature % 8 * 4 + feature / 8;
       float total = 0.f;

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.test_performer_attention import arguments, assert_parity
 from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs
+from tests.simt.mutations import build_mutated, differs, multiprocessors
 from tests.simt.test_soft_split import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
@@ -53,28 +53,20 @@ def test_an_image_does_not_touch_another():
 
 
 PERFORMER, ATTENTION, OPERANDS = "performer.cuh", "performer_attention.cu", "operands.cuh"
+ROWS = "rows.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     # The sums over keys.
-    "keys-not-limited": (
-        PERFORMER,
-        "limited<T>(load_operand<T>(p.keys, image, at, tokens))",
-        "load_operand<T>(p.keys, image, at, tokens)",
-    ),
+    "keys-not-limited": (PERFORMER, "limited<T>(next_keys)", "next_keys"),
     "w-before-it-is-there": (
         PERFORMER,
-        "__syncthreads();\n  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + "
-        "warp_index();\n  const Chunks& chunks = p.chunks;\n  if (part >= chunks.images * "
-        "chunks.chunks) return;\n  const int64_t image = part / chunks.chunks;\n  const int first "
-        "= static_cast<int>(part - image * chunks.chunks) * chunks.chunk;\n  const int tokens = "
-        "chunks.tokens;\n  T* values",
+        "__syncthreads();\n  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps",
         "",
     ),
-    "second-part-of-w-left-out": (
-        PERFORMER,
-        "round_pair<T>(remainder_of<T>(x), remainder_of<T>(y))",
-        "0u",
-    ),
+    "second-part-of-w-left-out": (PERFORMER, "i >= kFeatureRowVectors / 2", "false"),
+    "values-before-they-are-there": (PERFORMER, "wait_for_copies<1>();", ""),
+    "values-of-the-tile-before": (PERFORMER, "tiles + (turn ^ 1) * kRows * kEmbed", "tiles"),
+    "values-beyond-the-last": (OPERANDS, "row < tokens - first", "true"),
     "tokens-beyond-the-last-count": (PERFORMER, "at + token < tokens", "true"),
     "half-square-of-another-token": (PERFORMER, "halves + token", "halves + (token ^ 2)"),
     "half-of-the-square-missing": (PERFORMER, "sums[1] += pair.y * pair.y;", ""),
@@ -112,12 +104,17 @@ SLIPS = {
         "load_operand<T>(p.queries, image, first, tokens)",
     ),
     "w-before-it-is-there-for-queries": (ATTENTION, "__syncthreads();", ""),
-    "second-part-of-w-left-out-for-queries": (
-        PERFORMER,
-        "part == 0 ? x : remainder_of<T>(x)",
-        "part == 0 ? x : 0.f",
+    "second-part-of-w-left-out-for-queries": (PERFORMER, "row >= kFeatures", "false"),
+    "second-part-of-w-not-added": (
+        OPERANDS,
+        "sums.at[tile / 4 % kGroups]",
+        "sums.at[tile / 4 % 1]",
     ),
-    "means-of-the-first-image": (ATTENTION, "p.means.as_is + image * kMeanVectors", "p.means.as_is"),
+    "means-of-the-first-image": (
+        ATTENTION,
+        "p.means.as_is + image * kMeanVectors",
+        "p.means.as_is",
+    ),
     "log-of-another-key": (
         PERFORMER,
         "logs_of_keys + lane_index() % 4 * 8",
@@ -131,25 +128,21 @@ SLIPS = {
         "",
     ),
     # Gradient of queries.
-    "queries-not-limited-backward": (
+    "queries-not-limited-backward": (PERFORMER, "limited<T>(upcoming)", "upcoming"),
+    "queries-of-the-same-tile-again": (PERFORMER, "first + kBlockTokens", "first"),
+    "w-and-means-before-they-are-there": (PERFORMER, "__syncthreads();\n      sums_.clear();", ""),
+    "means-of-the-first-image-backward": (
         PERFORMER,
-        "limited<T>(load_operand<T>(p.queries, image, at, tokens))",
-        "load_operand<T>(p.queries, image, at, tokens)",
+        "p_.means.transposed + image * kMeanVectors",
+        "p_.means.transposed",
     ),
-    "w-before-it-is-there-for-gradients": (
-        PERFORMER,
-        "__syncthreads();\n  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps + "
-        "warp_index();\n  const Chunks& chunks = p.chunks;\n  if (part >= chunks.images * "
-        "chunks.chunks) return;\n  const int64_t image = part / chunks.chunks;\n  const int first "
-        "= static_cast<int>(part - image * chunks.chunks) * chunks.chunk;\n  const int tokens = "
-        "chunks.tokens;\n  T* features",
-        "",
-    ),
-    "divisor-of-one-lane": (PERFORMER, "of_divisor[i] = sum_of_row(of_divisor[i]);", ""),
-    "slope-forgotten": (PERFORMER, "of_divisor[0] * attended.slope[0]", "of_divisor[0]"),
+    "parts-of-the-means-swapped-backward": (PERFORMER, "block / 2 * kFeatures", "0"),
+    "divisor-of-one-lane": (PERFORMER, "sum_of_row(of_divisor[i])", "of_divisor[i]"),
+    "divisor-not-divided": (PERFORMER, "of_queries.inverse[i]", "1.f"),
+    "slope-forgotten": (PERFORMER, "of_divisor[0] * of_queries.slope[0]", "of_divisor[0]"),
     "slope-of-the-lower-rows-forgotten": (
         PERFORMER,
-        "of_divisor[1] * attended.slope[1]",
+        "of_divisor[1] * of_queries.slope[1]",
         "of_divisor[1]",
     ),
     "normalizer-misses-odd-features": (
@@ -157,11 +150,20 @@ SLIPS = {
         "of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];",
         "",
     ),
-    "normalizer-of-one-lane": (
+    "normalizer-of-half-the-rows": (ROWS, "upper ? sums[i] : sums[i + count]", "0.f"),
+    "normalizer-of-another-feature": (
         PERFORMER,
-        "total += __shfl_xor_sync(kAllLanes, total, distance);",
+        "feature % 8 * 4 + feature / 8",
+        "feature / 8 * 8 + feature % 8",
+    ),
+    "normalizer-of-the-part-before": (PERFORMER, "of_normalizer_[threadIdx.x] = 0.f;", ""),
+    "sums-of-the-part-before": (PERFORMER, "sums_.clear();", ""),
+    "tiles-overwritten": (
+        PERFORMER,
+        "__syncthreads();\n    const int row = warp_index() * kRows * kEmbed;",
         "",
     ),
+    "tiles-before-they-are-there": (PERFORMER, "__syncthreads();\n    multiply_tiles", ""),
     "no-gradient-through-the-square": (PERFORMER, "to[0] += pair.x * factor[half];", ""),
     "gradient-beyond-the-limit": (PERFORMER, "stop_at_limit<T>(result, z);", ""),
     # Gradients of keys and values.
@@ -192,11 +194,6 @@ SLIPS = {
         "p.maximum + sum_column(0)",
     ),
     # Operands.
-    "elements-apart-swapped": (
-        OPERANDS,
-        "bits[2 * i * rows.element_stride]",
-        "bits[(2 * i + 1) * rows.element_stride]",
-    ),
     "tile-left-out": (OPERANDS, "first < all", "first < all - (first > 8)"),
     "tile-of-the-first-image": (
         OPERANDS,
@@ -232,12 +229,14 @@ def results(ops, dtype):
             continue
         (k, q, v), w = arguments((*sizes, *SIZES), rms, dtype, "cpu")
         k[0, 0] *= 50
-        # Both ways to load: whole vectors, and elements that lie apart.
+        # Rows that are loaded as they are, and rows that are copied first.
         k, v = (tensor.mT.contiguous().mT if sizes[0] == 2 else tensor for tensor in (k, v))
-        y, *sums = ops.performer_attention(k, q, v, w, eps)
-        yield from (y, *sums)
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        yield from ops.performer_attention_backward(grad, k, q, v, w, *sums, eps)
+        # A block of the queries' backward takes several parts of several tiles.
+        with multiprocessors(1):
+            y, *sums = ops.performer_attention(k, q, v, w, eps)
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            grads = ops.performer_attention_backward(grad, k, q, v, w, *sums, eps)
+        yield from (y, *sums, *grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -107,18 +107,11 @@ SLIPS = {
         "normalized.at[group][i / 8][i % 8] + offset[i % 8]",
     ),
     "tail-of-half-the-distribution": (TAIL, "x < 0.f ? beyond : 1.f - beyond", "1.f - beyond"),
-    "matrix-transposed": (
-        TAIL,
-        "transposed ? r * kWidest + column : column * kWidest + r",
-        "transposed ? column * kWidest + r : r * kWidest + column",
-    ),
+    "row-of-a-matrix-not-dealt": (OPERANDS, "dealt(row)", "row"),
+    "matrix-not-swizzled": (OPERANDS, "(group * 4 + i) ^ (at % 8)", "group * 4 + i"),
+    "matrix-not-transposed": (OPERANDS, "j * 2 + lane / 16", "j * 2 + 1 - lane / 16"),
+    "step-of-a-matrix-twice": (OPERANDS, "i / 2 * 4 + lane / 8", "lane / 8"),
     # The tail backward.
-    "weights-before-they-are-there-backward": (LAYER, "__syncthreads();\n  tail_backward_of", ""),
-    "warp-without-a-tile-adds": (
-        OPERANDS,
-        "first + warp_index() < all",
-        "first + warp_index() < all + warps",
-    ),
     "rows-of-the-block-above": (
         OPERANDS,
         "group * 2 + column / kGroup",
@@ -137,12 +130,12 @@ SLIPS = {
     ),
     "skip-forgotten-backward": (
         TAIL,
-        "add_operand<T>(normalized, load_operand<T>(values, image, first, tokens));",
+        "add_operand<T>(normalized, skip);",
         "",
     ),
     "gradient-of-the-skip-forgotten": (
         TAIL,
-        "add_operand<T>(grads, load_operand<T>(p.grad, image, first, tokens));",
+        "add_operand<T>(grads, load_operand<T>(p_.grad, image, first, tokens));",
         "",
     ),
     "slope-without-the-density": (TAIL, "fmaf(value, normal.y, normal.x)", "normal.x"),
@@ -151,24 +144,27 @@ SLIPS = {
     "operands-overwritten": (TAIL, "__syncthreads();\n\n    // mlp_in:", ""),
     "operands-before-they-are-there-2": (TAIL, "__syncthreads();\n    add_shared(mlp_in", ""),
     "operands-overwritten-2": (TAIL, "__syncthreads();\n\n    // The norm:", ""),
-    "columns-before-they-are-there": (TAIL, "__syncthreads();\n    norm_offset.add", ""),
+    "columns-before-they-are-there": (
+        TAIL,
+        "__syncthreads();\n    add_columns_of(lefts_, vector_sums_.at[kNormOffset])",
+        "",
+    ),
     "columns-overwritten": (
         TAIL,
         "__syncthreads();\n    keep_operand(grad, left);\n    keep_operand(y",
         "",
     ),
     "operands-before-they-are-there-3": (TAIL, "__syncthreads();\n    add_shared(proj", ""),
-    "operands-overwritten-3": (TAIL, "__syncthreads();\n  });\n\n  TailGradients& slot", ""),
-    "halves-before-they-are-there": (
+    "operands-overwritten-3": (TAIL, "__syncthreads();\n  }\n\n  // The sums over all tiles", ""),
+    "half-of-the-tokens-missing": (
         TAIL,
-        "__syncthreads();\n  for (int i = threadIdx.x; i < 5 * kWidest",
-        "",
+        "halves[0][i % kWidest] + halves[1][i % kWidest]",
+        "halves[0][i % kWidest]",
     ),
-    "half-of-the-tokens-missing": (TAIL, "at[0] + at[kWidest]", "at[0]"),
     "columns-of-another-warp": (
         TAIL,
-        "warp_index() / 4 * (kTailTokens / 2)",
-        "warp_index() % 2 * (kTailTokens / 2)",
+        "half * (kTailTokens / 2) + i",
+        "i",
     ),
     "tokens-of-a-fragment-swapped": (
         OPERANDS,

@@ -102,8 +102,8 @@ LAYER, SOFTMAX, TAIL = "transformer_layer.cu", "softmax.cuh", "tail.cuh"
 # what the layer shares, are in the tests of performer_layer and token_attention.
 SLIPS = {
     "weights-of-another-map": (
-        LAYER,
-        "pack_linear<T>(weights + kWideTileVectors, p.tail.mlp_in, false);",
+        "tail.cuh",
+        "load_weight<T>(weights + kMatrixVectors, tail.mlp_in);",
         "",
     ),
     "attended-not-stored": (LAYER, "rows.store(p.attended, block.embed, block);", ""),
