@@ -26,7 +26,13 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 # Operations for which CUDA C++ comes before Triton in half types. This follows from predicted times;
 # nothing has been measured on a GPU.
 PREDICTED_FIRST = ("cuda", "triton", "reference")
-PREDICTED = ("soft_split_linear", "performer_attention", "performer_layer", "transformer_layer")
+PREDICTED = (
+    "soft_split_linear",
+    "performer_attention",
+    "token_attention",
+    "performer_layer",
+    "transformer_layer",
+)
 
 # Triton's interpreter runs its kernels on CPU tensors, for tests and debugging.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

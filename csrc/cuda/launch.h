@@ -91,21 +91,7 @@ class DeviceScope {
   cudaStream_t stream_ = nullptr;
 };
 
-// Calls `run` with a zero of the type that the kernels have for a tensor's elements.
-template <typename Run>
-void with_element_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
-  using torch::headeronly::ScalarType;
-  switch (type) {
-    case ScalarType::Float: return run(float());
-    case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
-    case ScalarType::Half: return run(torch::headeronly::Half());
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(type));
-  }
-}
-
-// The same for the kernels of half types only.
+// Calls `run` with a zero of the half type that the kernels have for a tensor's elements.
 template <typename Run>
 void with_half_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
   using torch::headeronly::ScalarType;

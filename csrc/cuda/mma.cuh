@@ -1,8 +1,4 @@
-// Matrix products of a warp.
-//
-// Half types go to the matrix unit. float32 stays on the ordinary one: three TF32 products would be
-// faster, but the errors that they add are those of hardware which no test here has seen. Both
-// leave their sums in the same lanes, so that what follows a product is written once.
+// What products of a warp share: who holds which sums, operands in shared memory, rows of eight.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -49,8 +45,7 @@ struct Sums {
 __device__ inline int sum_row(int half) { return lane_index() / 4 + 8 * half; }
 __device__ inline int sum_column(int group) { return group * kGroup + lane_index() % 4 * 8; }
 
-// Sums of a product of two matrices that both lie in shared memory, a row per token: (Aᵀ·B),
-// 16·kTall rows by 8·kWide columns.
+// Sums of a product as the matrix unit leaves them: 16·kTall rows by 8·kWide columns.
 template <int kTall, int kWide>
 struct OuterSums {
   float at[kTall][kWide][2][2];
@@ -67,60 +62,6 @@ struct OuterSums {
   __device__ static int column(int wide) { return wide * 8 + lane_index() % 4 * 2; }
 };
 
-// sums += Aᵀ·B over `tokens` tokens, a multiple of 16.
-template <int kTall, int kWide, typename T>
-__device__ void multiply_tokens(OuterSums<kTall, kWide>& sums, const T* a, int a_pitch, const T* b,
-                                int b_pitch, int tokens) {
-  const int lane = lane_index();
-  if constexpr (std::is_same_v<T, float>) {
-    OuterSums<kTall, kWide> part;
-    part.clear();
-#pragma unroll 2
-    for (int k = 0; k < tokens; ++k) {
-      float left[kTall][2];
-#pragma unroll
-      for (int i = 0; i < 2 * kTall; ++i) left[i / 2][i % 2] = a[k * a_pitch + i * 8 + lane / 4];
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-        const auto right = *reinterpret_cast<const float2*>(b + k * b_pitch + j * 8 + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 2 * kTall; ++i) {
-          part.at[i / 2][j][i % 2][0] += left[i / 2][i % 2] * right.x;
-          part.at[i / 2][j][i % 2][1] += left[i / 2][i % 2] * right.y;
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * kTall * kWide; ++i) {
-      sums.at[i / 4 / kWide][i / 4 % kWide][i / 2 % 2][i % 2] +=
-          part.at[i / 4 / kWide][i / 4 % kWide][i / 2 % 2][i % 2];
-    }
-  } else {
-    static_assert(kWide % 2 == 0);
-#pragma unroll 1
-    for (int k = 0; k < tokens; k += 16) {
-      uint32_t left[kTall][4];
-#pragma unroll
-      for (int i = 0; i < kTall; ++i) {
-        load_matrices_transposed(
-            left[i], a + (k + lane % 8 + lane / 16 * 8) * a_pitch + i * 16 + lane / 8 % 2 * 8);
-      }
-#pragma unroll
-      for (int j = 0; j < kWide; j += 2) {
-        uint32_t right[4];
-        load_matrices_transposed(right, b + (k + lane % 16) * b_pitch + j * 8 + lane / 16 * 8);
-#pragma unroll
-        for (int i = 0; i < kTall; ++i) {
-          auto& d = sums.at[i][j];
-          auto& e = sums.at[i][j + 1];
-          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[i], right[0], right[1]);
-          mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[i], right[2], right[3]);
-        }
-      }
-    }
-  }
-}
-
 template <typename T>
 __device__ Vec<T> rounded(const float* from) {
   Vec<T> vector;
@@ -130,13 +71,14 @@ __device__ Vec<T> rounded(const float* from) {
 }
 
 // wgmma's descriptor of a right operand: rows of 64 elements of 16 bits in shared memory that begin
-// at a multiple of 1024, the eight 16-byte parts of row i at their index ^ i % 8. To it can be
-// added the distance to where the rows, or columns, of the next 16 terms of the sums begin.
-constexpr uint64_t kOperandRows = 16 * 128 / 16, kOperandColumns = 16 * 2 / 16;
-__device__ inline uint64_t operand_at(const void* rows) {
-  constexpr uint64_t kToNextEightRows = 8 * 128 / 16, kSwizzledOver128Bytes = 1;
-  return shared_address(rows) / 16 | kToNextEightRows << 16 | kToNextEightRows << 32 |
-         kSwizzledOver128Bytes << 62;
+// at a multiple of 1024, the eight 16-byte parts of row i at their index ^ i % 8. The operand may
+// begin so many parts behind `rows`, at a multiple of eight rows or within the first row.
+__device__ inline uint64_t operand_at(const void* rows, int parts = 0) {
+  constexpr uint32_t kToNextEightRows = 8 * 128 / 16, kSwizzledOver128Bytes = 1;
+  // In halves: what is added to the lower one stays in it.
+  const uint32_t lower = (shared_address(rows) / 16 | kToNextEightRows << 16) + parts;
+  const uint32_t upper = kToNextEightRows | kSwizzledOver128Bytes << 30;
+  return uint64_t(upper) << 32 | lower;
 }
 
 // Eight adjacent elements from memory, zero beyond `count`; `vectors`: they are aligned.

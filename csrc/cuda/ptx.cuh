@@ -117,28 +117,47 @@ __device__ void keep_in_loop(uint32_t (&left)[kGroups][kCount][4], int iteration
   for (int i = 0; i < kGroups; ++i) keep_in_loop(left[i], iteration);
 }
 
+// A warpgroup's sums of 16 rows a warp and 64 columns, in PTX and as operands.
 #define T2T_SUMS(j) "+f"(d[j][0][0]), "+f"(d[j][0][1]), "+f"(d[j][1][0]), "+f"(d[j][1][1])
-#define T2T_WGMMA(type)                                                                            \
+#define T2T_WGMMA(type, left, right, add, flags, ...)                                              \
   asm volatile(                                                                                    \
-      "{ .reg .pred add; setp.ne.b32 add, %37, 0; "                                                \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                  \
+      "{ .reg .pred add; setp.ne.b32 add, " add                                                    \
+      ", 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                             \
       " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"   \
-      "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38; }"                \
+      "%24,%25,%26,%27,%28,%29,%30,%31}, " left ", " right ", add, 1, 1, " flags "; }"             \
       : T2T_SUMS(0), T2T_SUMS(1), T2T_SUMS(2), T2T_SUMS(3), T2T_SUMS(4), T2T_SUMS(5), T2T_SUMS(6), \
         T2T_SUMS(7)                                                                                \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)))
+      : __VA_ARGS__)
+#define T2T_LEFT_IN_REGISTERS(type)                                                          \
+  T2T_WGMMA(type, "{%32,%33,%34,%35}", "%36", "%37", "%38", "r"(a[0]), "r"(a[1]), "r"(a[2]), \
+            "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(kTransposed)))
+#define T2T_LEFT_IN_MEMORY(type) \
+  T2T_WGMMA(type, "%32", "%33", "%34", "0, 0", "l"(a), "l"(b), "r"(int(add)))
 
 // Starts d += A·B, or d = A·B if not `add`, of 16 rows a warp and 64 columns; `b` describes the
 // right operand (see operand_at), one of whose rows holds a column of B, or a row if kTransposed.
 template <typename T, bool kTransposed>
 __device__ void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
-    T2T_WGMMA("bf16");
+    T2T_LEFT_IN_REGISTERS("bf16");
   } else {
     static_assert(std::is_same_v<T, torch::headeronly::Half>);
-    T2T_WGMMA("f16");
+    T2T_LEFT_IN_REGISTERS("f16");
   }
 }
+
+// The same of a left operand in shared memory that lies like a right one: 64 rows, one of A each.
+template <typename T>
+__device__ void multiply_async(float (&d)[8][2][2], uint64_t a, uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+    T2T_LEFT_IN_MEMORY("bf16");
+  } else {
+    static_assert(std::is_same_v<T, torch::headeronly::Half>);
+    T2T_LEFT_IN_MEMORY("f16");
+  }
+}
+#undef T2T_LEFT_IN_MEMORY
+#undef T2T_LEFT_IN_REGISTERS
 #undef T2T_WGMMA
 #undef T2T_SUMS
 

@@ -1,4 +1,5 @@
-// Softmax attention on tiles of tokens, no T×T matrix in memory: one pass forward, two backward.
+// Softmax attention of half types and 64 elements on tiles of 64 tokens, no T×T matrix in memory:
+// one pass forward, two backward.
 //
 // With t = scale·q·k, m its maximum and Z = Σ_s e^(t_s − m) of a query: p_s = e^(t_s − m) / Z and
 // y = Σ_s p_s v_s. Backward, with d = dy·y and g_s = p_s (dy·v_s − d): dv_s = Σ p_s dy,
@@ -6,14 +7,14 @@
 // A warp owns the 16 rows that it writes, queries forward and for dq, keys for dk and dv, and its
 // block walks over all other rows in tiles of shared memory. Every sum has one order; no atomics.
 //
-// Half types multiply on the matrix unit: own rows stay in registers as left operands, and so do
-// the weights p and g, whose sums lie in the lanes where the next product wants its left operand.
-// On Hopper four warps multiply together, so that a tile is read once for 64 rows instead of 16;
-// each lane holds what it would hold on its warp's own.
+// The weights p and g stay in registers: their sums lie in the lanes where the next product wants
+// its left operand. Powers are of two: p_s = 2^(q·k_s·c − l) with c = scale·log₂e and, for each
+// query, l = m·log₂e + log₂Z, one fused multiply-add.
+// On Hopper four warps multiply together, by own rows and tiles in shared memory; elsewhere a
+// warp's own rows are in registers. Each lane holds the same sums.
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "launch.h"
 #include "mma.cuh"
@@ -21,67 +22,34 @@
 
 namespace t2t {
 
-constexpr int kTilesOfEight = kWidest / 8;
+constexpr int kTile = 64;
+// Warps that multiply together, and whose own rows are a tile, too.
+constexpr int kTogether = kTile / kRows;
+constexpr int kGroupThreads = kTogether * kLanes;
+// Columns of scores that the backward weighs at a time: elsewhere than on Hopper, what there are
+// registers for.
+constexpr int kSlice = kHasWarpgroups ? kTile : 16;
+constexpr int kForwardWarps = 8, kQueriesWarps = 8, kKeysWarps = 12;
+// Pairs of tiles in shared memory: one in use, the next one, and one that is being fetched.
+constexpr int kStages = 3;
+// Of a multiprocessor: nvcc needs more than the registers of two blocks where a warp keeps its
+// rows.
+constexpr int kForwardBlocks = kHasWarpgroups ? 2 : 1;
 
-template <typename T>
-constexpr bool kExact = std::is_same_v<T, float>;
-// Whether warps multiply by group, and how many therefore stay together.
-template <typename T>
-constexpr bool kByWarpgroup = kHasWarpgroups && !kExact<T>;
-template <typename T>
-constexpr int kTogether = kByWarpgroup<T> ? 4 : 1;
-// Rows of a tile, and those that the backward weighs at a time: what three blocks of a half type
-// have registers for, but by warpgroup what a product is fast with, and registers for two. Of
-// float32 two blocks fit in shared memory.
-template <typename T>
-constexpr int kTile = kExact<T> ? 32 : 64;
-template <typename T>
-constexpr int kSlice = kExact<T>         ? 32
-                       : kByWarpgroup<T> ? 64
-                                         : 16;
-template <typename T>
-constexpr int kBackwardBlocks = kExact<T> || kByWarpgroup<T> ? 2 : 3;
-// From a row of shared memory to the next, of tokens and of float32's weights. Rows are padded, but
-// wgmma wants them swizzled.
-template <typename T>
-constexpr int kPitch = kByWarpgroup<T> ? kWidest : padded_row<T>(kWidest);
-constexpr int kWeightsPitch = padded_row<float>(kRows);
+// Sums of a warp's 16 rows and 64 columns, and scores of as many as a slice has.
+using RowSums = OuterSums<1, kWidest / 8>;
+using SliceScores = OuterSums<1, kSlice / 8>;
 
-// Where an element lies in rows of tokens.
-template <typename T>
-__device__ int place(int row, int column) {
-  return row * kPitch<T> + (kByWarpgroup<T> ? column ^ row % 8 * 8 : column);
-}
+// Of warps that multiply together. Read from one lane, so that the compiler knows it to be the same
+// in all lanes of a warp.
+__device__ inline int group_index() { return __shfl_sync(kAllLanes, warp_index() / kTogether, 0); }
 
-// Forward, a block owns 128 rows of one matrix: 128 operations a byte that it reads from the L2
-// cache, with 64 rows half of that. Backward it owns 64 of two.
-constexpr int kForwardWarps = 8, kBackwardWarps = 4, kOwnRows = 128;
-
-// Shared memory: two pairs of tiles that take turns; the block's own rows; float32's weights on the
-// way to a product. Half types' own rows lie in the second pair until they are in registers.
-template <typename T>
-__device__ T* tile_at(int turn, int which) {
-  return reinterpret_cast<T*>(dynamic_shared) + (2 * turn + which) * kTile<T> * kPitch<T>;
-}
-template <typename T>
-__device__ T* own_rows() {
-  static_assert(kExact<T> || kOwnRows == 2 * kTile<T>);
-  return tile_at<T>(kExact<T> ? 2 : 1, 0);
-}
-__device__ inline float* weights_of_warp() {
-  return own_rows<float>() + kOwnRows * kPitch<float> + warp_index() * kTile<float> * kWeightsPitch;
-}
-// The host's part does not know the device's pitch; no row takes more than a padded one.
-template <typename T>
-constexpr size_t shared_bytes(int warps) {
-  const int elements = (4 * kTile<T> + (kExact<T> ? kOwnRows : 0)) * padded_row<T>(kWidest) +
-                       (kExact<T> ? warps * kTile<T> * kWeightsPitch : 0);
-  return elements * sizeof(T);
-}
+// Where an element lies in rows of tokens: as wgmma wants them (see operand_at).
+__device__ inline int place(int row, int column) { return row * kWidest + (column ^ row % 8 * 8); }
 
 struct SoftmaxInputs {
   Rows queries, keys, values;
-  int tokens, embed;
+  int tokens;
   float scale;
 
   __host__ __device__ int blocks_per_image(int warps) const {
@@ -89,17 +57,48 @@ struct SoftmaxInputs {
   }
 };
 
-// Which rows of which image a block and its warps own, and how it fetches rows of that image.
-template <typename T, int kWarps>
+// A thread's share in bringing rows of 64 elements to shared memory: 16 bytes of every kStep-th
+// one, zeros beyond the last token.
+template <typename T, int kStep>
+struct RowsLoader {
+  static_assert(kStep % 8 == 0, "a thread's rows are swizzled alike");
+  const T* from;
+  int64_t step;
+  int row, to;  // the next one to load; where in a tile
+
+  // `thread` of those that share the work.
+  __device__ RowsLoader(const Rows& rows, int64_t image, int begin, int thread)
+      : step(kStep * rows.token_stride), row(begin + thread / 8) {
+    const int column = thread % 8 * 8;
+    from = static_cast<const T*>(rows.at) + image * rows.batch_stride + row * rows.token_stride +
+           column;
+    to = place(thread / 8, column);
+  }
+  // Starts to bring the next kCount rows.
+  template <int kCount>
+  __device__ void load(T* tile, int tokens) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kStep) {
+      copy_async(tile + to + i * kWidest, from, row + i < tokens);
+      from += step;
+    }
+    row += kCount;
+  }
+};
+
+// Which rows of which image a block and its warps own, and how it fetches rows of that image. In
+// shared memory are its own rows of `kMatrices` and pairs of tiles that take turns.
+template <typename T, int kWarps, int kMatrices>
 struct Block {
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kOwned = kWarps * kRows;
-  int tokens, embed;
+  static constexpr int kSharedBytes =
+      (kMatrices * kOwned + 2 * kStages * kTile) * kWidest * static_cast<int>(sizeof(T));
+  int tokens;
   int image, first_of_block, first;
 
   __device__ explicit Block(const SoftmaxInputs& in)
       : tokens(in.tokens),
-        embed(in.embed),
         image(blockIdx.x / in.blocks_per_image(kWarps)),
         first_of_block(blockIdx.x % in.blocks_per_image(kWarps) * kOwned),
         first(first_of_block + warp_index() * kRows) {}
@@ -107,209 +106,143 @@ struct Block {
   // A row of the image among those of all images.
   __device__ int64_t row(int of_image) const { return int64_t(image) * tokens + of_image; }
 
-  // Starts to bring kCount rows into shared memory, zero beyond `tokens` and `embed`. A thread
-  // keeps to its column.
-  template <int kCount>
-  __device__ void load(const Rows& rows, int begin, T* to) const {
-    const bool vectors = rows.vectors && embed % Vec<T>::size == 0;
-    const int at_once = vectors ? Vec<T>::size : 1;
-    const int column = threadIdx.x * at_once % kWidest;
-    const int top = threadIdx.x * at_once / kWidest;
-    const int count = column < embed ? tokens - begin - top : 0;
-    const T* from = static_cast<const T*>(rows.at) + image * rows.batch_stride +
-                    (begin + top) * rows.token_stride + column * rows.element_stride;
-    if (vectors) {
-      constexpr int kStep = kThreads * Vec<T>::size / kWidest;
-      static_assert(kStep % 8 == 0, "a thread's rows are swizzled alike");
-      to += place<T>(top, column);
-#pragma unroll
-      for (int i = 0; i < kCount; i += kStep) {
-        copy_async(to + i * kPitch<T>, from, i < count);
-        from += kStep * rows.token_stride;
-      }
-    } else {
-      constexpr int kStep = kThreads / kWidest;
-#pragma unroll 2
-      for (int i = 0; i < kCount; i += kStep) {
-        to[place<T>(top + i, column)] = i < count ? *from : static_cast<T>(0.f);
-        from += kStep * rows.token_stride;
-      }
-    }
+  __device__ static T* own_rows(int which) {
+    return reinterpret_cast<T*>(dynamic_shared) + which * kOwned * kWidest;
+  }
+  __device__ static T* own_of_warp(int which) {
+    return own_rows(which) + warp_index() * kRows * kWidest;
+  }
+  __device__ static T* tile_at(int stage, int which) {
+    return own_rows(kMatrices) + (2 * stage + which) * kTile * kWidest;
   }
 
   __device__ void load_own(const Rows& rows, int which) const {
-    load<kOwned>(rows, first_of_block, own_rows<T>() + which * kOwned * kPitch<T>);
+    RowsLoader<T, kThreads / 8>(rows, image, first_of_block, threadIdx.x)
+        .template load<kOwned>(own_rows(which), tokens);
   }
-  __device__ static const T* own_of_warp(int which) {
-    return own_rows<T>() + (which * kOwned + warp_index() * kRows) * kPitch<T>;
+  // A loader of pairs of tiles: the first four warps bring the left one, the next four the right
+  // one; others have no share in it.
+  __device__ RowsLoader<T, kGroupThreads / 8> tiles_loader(const Rows& left,
+                                                           const Rows& right) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    return RowsLoader<T, kGroupThreads / 8>(group_index() == 0 ? left : right, image, 0, thread);
+  }
+  __device__ void load_tiles(RowsLoader<T, kGroupThreads / 8>& loader, int stage) const {
+    const int which = group_index();
+    if (which < 2) loader.template load<kTile>(tile_at(stage, which), tokens);
   }
 
-  __device__ void load_tiles(const Rows& left, const Rows& right, int begin, int turn) const {
-    load<kTile<T>>(left, begin, tile_at<T>(turn, 0));
-    load<kTile<T>>(right, begin, tile_at<T>(turn, 1));
-  }
-
-  __device__ static void wait_for_tiles() {
+  __device__ static void wait_for_rows() {
     commit_copies();
     wait_for_copies<0>();
-    if constexpr (kByWarpgroup<T>) show_to_products();
+    if constexpr (kHasWarpgroups) show_to_products();
     __syncthreads();
   }
 
-  // `use(begin, turn)` for all tiles in order, the first of which is there; the next one is fetched
-  // meanwhile. Warps that have no rows, nor one that they multiply with, only help to fetch.
-  template <typename Load, typename Use>
+  // `use(begin, stage, next, turn)` for all tiles in order, the first of which is there; so is the
+  // next one, perhaps beyond the last token, and the one after it is fetched meanwhile. `turn` goes
+  // through 0 … kTurns − 1 and is known to the compiler. Warps that have no rows, nor one that they
+  // multiply with, only help to fetch.
+  template <int kTurns, typename Load, typename Use>
   __device__ void walk(Load load, Use use) const {
-    const int first_together = warp_index() / kTogether<T> * kTogether<T>;
-    const bool has_rows = first_of_block + first_together * kRows < tokens;
+    const bool has_rows = first_of_block + group_index() * kTile < tokens;
+    load(kTile, 1);
+    int stage = 0;
 #pragma unroll 1
-    for (int begin = 0, turn = 0; begin < tokens; begin += kTile<T>, turn ^= 1) {
-      wait_for_tiles();
-      if (begin + kTile<T> < tokens) load(begin + kTile<T>, turn ^ 1);
-      if (has_rows) use(begin, turn);
+    for (int first_of_turns = 0; first_of_turns < tokens; first_of_turns += kTurns * kTile) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int begin = first_of_turns + turn * kTile;
+        if (begin >= tokens) break;
+        const int next = stage == kStages - 1 ? 0 : stage + 1;
+        wait_for_rows();
+        load(begin + 2 * kTile, next == kStages - 1 ? 0 : next + 1);
+        if (has_rows) use(begin, stage, next, turn);
+        stage = next;
+      }
     }
-    __syncthreads();
+    wait_for_rows();
   }
 };
 
-// A warp's own rows as left operand: in registers, or for float32 where they are.
+// A warp's own rows as left operand: on Hopper those of its group in shared memory.
 template <typename T>
 struct Left {
+  const T* rows;
   uint32_t at[kWidest / 16][4];
 
-  __device__ explicit Left(const T* rows) {
+  __device__ explicit Left(const T* own_rows) : rows(own_rows + group_index() * kTile * kWidest) {
+    if constexpr (!kHasWarpgroups) {
+      const T* of_warp = own_rows + warp_index() * kRows * kWidest;
 #pragma unroll
-    for (int k = 0; k < kWidest / 16; ++k) {
-      load_matrices(at[k], rows + place<T>(lane_index() % 16, k * 16 + lane_index() / 16 * 8));
+      for (int k = 0; k < kWidest / 16; ++k) {
+        load_matrices(at[k], of_warp + place(lane_index() % 16, k * 16 + lane_index() / 16 * 8));
+      }
     }
   }
-  // Must be called in each iteration of a loop that multiplies by these rows.
-  __device__ void keep_in_loop(int iteration) {
-    if constexpr (kByWarpgroup<T>) t2t::keep_in_loop(at, iteration);
-  }
-};
-template <>
-struct Left<float> {
-  const float* rows;
-
-  __device__ explicit Left(const float* rows) : rows(rows) {}
-  __device__ void keep_in_loop(int) {}
 };
 
-// A·Bᵀ of a warp's own rows and rows of a tile.
+// sums = A·Bᵀ of a warp's own rows and rows of a tile, in steps of 16 terms; on Hopper not before
+// they are waited for.
+constexpr int kSteps = kWidest / 16;
 template <int kWide, typename T>
-__device__ OuterSums<1, kWide> multiply_rows(const Left<T>& left, const T* tile) {
-  OuterSums<1, kWide> sums;
-  if constexpr (kByWarpgroup<T>) {
-    const uint64_t right = operand_at(tile);
-    start_products();
-#pragma unroll
-    for (int k = 0; k < kWidest / 16; ++k) {
-      multiply_async<T, false>(sums.at[0], left.at[k], right + k * kOperandColumns, k > 0);
-    }
-    commit_products();
-    wait_for_products(sums.at[0]);
-  } else if constexpr (kExact<T>) {
-    sums.clear();
-    const float* top = left.rows + sums.row(0, 0) * kPitch<T>;
-    const float* bottom = left.rows + sums.row(0, 1) * kPitch<T>;
-#pragma unroll 2
-    for (int k = 0; k < kWidest; k += 4) {
-      const auto upper = *reinterpret_cast<const Vec<float>*>(top + k);
-      const auto lower = *reinterpret_cast<const Vec<float>*>(bottom + k);
-#pragma unroll
-      for (int i = 0; i < 2 * kWide; ++i) {
-        const auto right = *reinterpret_cast<const Vec<float>*>(
-            tile + (sums.column(i / 2) + i % 2) * kPitch<T> + k);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums.at[0][i / 2][0][i % 2] += upper.at[e] * right.at[e];
-          sums.at[0][i / 2][1][i % 2] += lower.at[e] * right.at[e];
-        }
-      }
-    }
+__device__ void start_scores(OuterSums<1, kWide>& sums, const Left<T>& left, const T* rows,
+                             int step) {
+  if constexpr (kHasWarpgroups) {
+    multiply_async<T>(sums.at[0], operand_at(left.rows, step * 2), operand_at(rows, step * 2),
+                      step > 0);
   } else {
-    sums.clear();
-    const int lane = lane_index();
-    const T* row = tile + place<T>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+    if (step == 0) sums.clear();
+    const int row = lane_index() % 8 + lane_index() / 16 * 8, column = lane_index() / 8 % 2 * 8;
 #pragma unroll
-    for (int k = 0; k < kWidest / 16; ++k) {
-#pragma unroll
-      for (int j = 0; j < kWide; j += 2) {
-        uint32_t right[4];
-        load_matrices(right, row + j * 8 * kPitch<T> + k * 16);
-        auto& d = sums.at[0][j];
-        auto& e = sums.at[0][j + 1];
-        mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left.at[k], right[0], right[1]);
-        mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left.at[k], right[2], right[3]);
-      }
+    for (int j = 0; j < kWide; j += 2) {
+      uint32_t right[4];
+      load_matrices(right, rows + j * 8 * kWidest + place(row, step * 16 + column));
+      auto& d = sums.at[0][j];
+      auto& e = sums.at[0][j + 1];
+      mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left.at[step], right[0], right[1]);
+      mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left.at[step], right[2], right[3]);
     }
   }
-  return sums;
+}
+template <int kWide, typename T>
+__device__ void start_scores(OuterSums<1, kWide>& sums, const Left<T>& left, const T* rows) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) start_scores(sums, left, rows, step);
 }
 
-// Two adjacent elements of an operand, rounded.
+// sums += A·B of a warp's weights of 16 rows of a tile, from row `first` on, and these; likewise.
 template <typename T>
-__device__ uint32_t pair_of(const float (&pair)[2]) {
-  struct alignas(4) {
-    T at[2];
-  } rounded = {{static_cast<T>(pair[0]), static_cast<T>(pair[1])}};
-  return reinterpret_cast<const uint32_t&>(rounded);
-}
-
-// sums += A·B of weights and the rows of a tile that they weigh.
-template <int kWide, typename T>
-__device__ void add_weighted(OuterSums<1, kTilesOfEight>& sums, const OuterSums<1, kWide>& weights,
-                             const T* tile) {
-  if constexpr (kExact<T>) {
-    float* transposed = weights_of_warp();
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4 * kWide; ++i) {
-      transposed[(weights.column(i / 4) + i % 2) * kWeightsPitch + weights.row(0, i / 2 % 2)] =
-          weights.at[0][i / 4][i / 2 % 2][i % 2];
-    }
-    __syncwarp();
-    multiply_tokens(sums, transposed, kWeightsPitch, tile, kPitch<T>, 8 * kWide);
+__device__ void start_weighted(RowSums& sums, uint32_t (&weights)[4], const T* rows, int first) {
+  if constexpr (kHasWarpgroups) {
+    start_products(weights);
+    multiply_async<T, true>(sums.at[0], weights, operand_at(rows, first * 8), true);
   } else {
-    uint32_t left[kWide / 2][4];
+    const int row = lane_index() % 16, column = lane_index() / 16 * 8;
 #pragma unroll
-    for (int i = 0; i < 2 * kWide; ++i) {
-      left[i / 4][i % 4] = pair_of<T>(weights.at[0][i / 2][i % 2]);
-    }
-    if constexpr (kByWarpgroup<T>) {
-      const uint64_t right = operand_at(tile);
-      start_products(sums.at[0], left);
-#pragma unroll
-      for (int k = 0; k < kWide / 2; ++k) {
-        multiply_async<T, true>(sums.at[0], left[k], right + k * kOperandRows, true);
-      }
-      commit_products();
-      wait_for_products(sums.at[0]);
-    } else {
-      const T* row = tile + place<T>(lane_index() % 16, lane_index() / 16 * 8);
-#pragma unroll
-      for (int k = 0; k < kWide / 2; ++k) {
-#pragma unroll
-        for (int j = 0; j < kTilesOfEight; j += 2) {
-          uint32_t right[4];
-          load_matrices_transposed(right, row + k * 16 * kPitch<T> + j * 8);
-          auto& d = sums.at[0][j];
-          auto& e = sums.at[0][j + 1];
-          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[k], right[0], right[1]);
-          mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[k], right[2], right[3]);
-        }
-      }
+    for (int j = 0; j < kWidest / 8; j += 2) {
+      uint32_t right[4];
+      load_matrices_transposed(right, rows + first * kWidest + place(row, j * 8 + column));
+      auto& d = sums.at[0][j];
+      auto& e = sums.at[0][j + 1];
+      mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], weights, right[0], right[1]);
+      mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], weights, right[2], right[3]);
     }
   }
 }
 
-// t. Kernels must agree on it to the last bit, so that e^0 is 1 where one key takes all: as a fused
-// multiply-add with what follows it would not be rounded.
-__device__ inline float score(float product, float scale) { return __fmul_rn(product, scale); }
-
-__device__ inline float probability(float product, float scale, float maximum, float logarithm) {
-  return fast_exp2((score(product, scale) - maximum) * kLog2E - logarithm);
+// Comes between other uses of sums and products that add to them.
+template <typename... Sums>
+__device__ void release(Sums&... sums) {
+  if constexpr (kHasWarpgroups) start_products(sums.at[0]...);
+}
+// Until all that was started is done, of which `sums` are the results.
+template <typename... Sums>
+__device__ void finish(Sums&... sums) {
+  if constexpr (kHasWarpgroups) {
+    commit_products();
+    wait_for_products(sums.at[0]...);
+  }
 }
 
 // Sums of own rows to memory, through shared memory so that lanes store adjacent elements. The
@@ -317,10 +250,10 @@ __device__ inline float probability(float product, float scale, float maximum, f
 struct StagedRows {
   float* rows = reinterpret_cast<float*>(dynamic_shared) + warp_index() * kTileFloats;
 
-  __device__ StagedRows(const OuterSums<1, kTilesOfEight>& sums, const float (&factor)[2]) {
+  __device__ StagedRows(const RowSums& sums, const float (&factor)[2]) {
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 2 * kTilesOfEight; ++i) {
+    for (int i = 0; i < kWidest / 4; ++i) {
       const float (&pair)[2] = sums.at[0][i / 2][i % 2];
       *reinterpret_cast<float2*>(rows + sums.row(0, i % 2) * kTilePitch + sums.column(i / 2)) = {
           pair[0] * factor[i % 2], pair[1] * factor[i % 2]};
@@ -328,82 +261,120 @@ struct StagedRows {
     __syncwarp();
   }
 
-  // To the block's image in (images, tokens, embed), or on top of what is there; from a token to
-  // the next are `stride` elements.
+  // To the block's image in (images, tokens, 64), or on top of what is there; from a token to the
+  // next are `stride` elements.
   template <typename T, typename BlockOfRows>
   __device__ void store(T* to, int stride, const BlockOfRows& block, bool on_top = false) const {
-    const bool vectors = block.embed % Vec<T>::size == 0;
     to += block.row(block.first) * stride;
 #pragma unroll 2
-    for (int i = lane_index(); i < kRows * kTilesOfEight; i += kLanes) {
-      const int row = i / kTilesOfEight, column = i % kTilesOfEight * 8;
+    for (int i = lane_index(); i < kRows * kWidest / 8; i += kLanes) {
+      const int row = i / (kWidest / 8), column = i % (kWidest / 8) * 8;
       if (block.first + row >= block.tokens) break;
       float values[8];
       load_eight(values, rows + row * kTilePitch + column, 8, true);
       T* at = to + row * stride + column;
       if (on_top) {
         float below[8];
-        load_eight(below, at, block.embed - column, vectors);
+        load_eight(below, at, 8, true);
 #pragma unroll
         for (int e = 0; e < 8; ++e) values[e] += below[e];
       }
-      store_eight(at, values, block.embed - column, vectors);
+      store_eight(at, values, 8, true);
     }
   }
 };
 
+// c. In place of 0 a number so small that no power differs from 1: an infinite product, where there
+// is no key, then has the weight 0.
+__device__ inline float factor_of(float scale) {
+  return (scale == 0.f ? 0x1p-126f : scale) * kLog2E;
+}
+
+template <typename T>
+using ForwardBlock = Block<T, kForwardWarps, 1>;
+
 // Attends for the block's queries: y of a warp's own ones is staged, their maxima and normalisers
 // go to memory.
 template <typename T>
-__device__ StagedRows attend(const SoftmaxInputs& in, const Block<T, kForwardWarps>& block,
+__device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& block,
                              float* to_maximum, float* to_normalizer) {
-  constexpr int kWide = kTile<T> / 8;
-  const auto load = [&](int begin, int turn) { block.load_tiles(in.keys, in.values, begin, turn); };
+  auto loader = block.tiles_loader(in.keys, in.values);
+  const auto load = [&](int, int stage) { block.load_tiles(loader, stage); };
   block.load_own(in.queries, 0);
   load(0, 0);
-  block.wait_for_tiles();
-  Left<T> queries(block.own_of_warp(0));
-
-  OuterSums<1, kTilesOfEight> y;
-  y.clear();
-  float maximum[2] = {-INFINITY, -INFINITY}, normalizer[2] = {};
-  block.walk(load, [&](int begin, int turn) {
-    queries.keep_in_loop(begin);
-    auto weights = multiply_rows<kWide>(queries, tile_at<T>(turn, 0));
-    auto& w = weights.at[0];
-#pragma unroll
-    for (int i = 0; i < 4 * kWide; ++i) {
-      float& t = w[i / 4][i / 2 % 2][i % 2];
-      t = score(t, in.scale);
+  block.wait_for_rows();
+  // The largest score is that of the largest product if the scale is positive.
+  const float scale = fabsf(in.scale), factor = factor_of(scale);
+  if (in.scale < 0.f) {
+    auto* pairs = reinterpret_cast<uint32_t*>(block.own_rows(0));
+    for (int i = threadIdx.x; i < block.kOwned * kWidest / 2; i += block.kThreads) {
+      pairs[i] ^= 0x80008000u;
     }
-    if (block.tokens - begin < kTile<T>) {
+    block.wait_for_rows();
+  }
+  const Left<T> queries(block.own_rows(0));
+
+  RowSums y;
+  y.clear();
+  float maximum[2] = {-INFINITY, -INFINITY}, shift[2] = {}, normalizer[2] = {};
+  RowSums both[2];
+  if constexpr (kHasWarpgroups) {
+    release();
+    start_scores(both[0], queries, block.tile_at(0, 0));
+    finish(both[0]);
+  }
+  block.template walk<2>(load, [&](int begin, int stage, int next, int turn) {
+    RowSums& scores = both[turn];
+    if constexpr (!kHasWarpgroups) start_scores(scores, queries, block.tile_at(stage, 0));
+    auto& s = scores.at[0];
+    if (block.tokens - begin < kTile) {
 #pragma unroll
-      for (int i = 0; i < 4 * kWide; ++i) {
-        const int key = begin + weights.column(i / 4) + i % 2;
-        if (key >= block.tokens) w[i / 4][i / 2 % 2][i % 2] = -INFINITY;
+      for (int i = 0; i < kTile / 2; ++i) {
+        const int key = begin + scores.column(i / 4) + i % 2;
+        if (key >= block.tokens) s[i / 4][i / 2 % 2][i % 2] = -INFINITY;
       }
     }
+    float larger[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float larger = maximum[half];
+      larger[half] = maximum[half];
 #pragma unroll
-      for (int i = 0; i < 2 * kWide; ++i) larger = fmaxf(larger, w[i / 2][half][i % 2]);
-      larger = largest_of_row(larger);
-      // While all scores are −infinity, all weights are zero.
-      const float shift = larger == -INFINITY ? 0.f : larger;
-      const float shrink = fast_exp2((maximum[half] - shift) * kLog2E);
-      maximum[half] = larger;
-      normalizer[half] *= shrink;
+      for (int i = 0; i < kTile / 4; ++i) larger[half] = fmaxf(larger[half], s[i / 2][half][i % 2]);
+      larger[half] = largest_of_row(larger[half]);
+    }
+    if (__any_sync(kAllLanes, larger[0] > maximum[0] || larger[1] > maximum[1])) {
 #pragma unroll
-      for (int i = 0; i < 2 * kTilesOfEight; ++i) y.at[0][i / 2][half][i % 2] *= shrink;
+      for (int half = 0; half < 2; ++half) {
+        // While all scores are −infinity, all weights are zero.
+        const float before = shift[half];
+        shift[half] = larger[half] == -INFINITY ? 0.f : larger[half] * factor;
+        const float shrink = maximum[half] == -INFINITY ? 0.f : fast_exp2(before - shift[half]);
+        maximum[half] = larger[half];
+        normalizer[half] *= shrink;
 #pragma unroll
-      for (int i = 0; i < 2 * kWide; ++i) {
-        float& t = w[i / 2][half][i % 2];
-        t = fast_exp2((t - shift) * kLog2E);
-        normalizer[half] += t;
+        for (int i = 0; i < kWidest / 4; ++i) y.at[0][i / 2][half][i % 2] *= shrink;
       }
     }
-    add_weighted(y, weights, tile_at<T>(turn, 1));
+    release(y);
+#pragma unroll
+    for (int key = 0; key < kTile; key += 16) {
+      if constexpr (kHasWarpgroups) {
+        start_scores(both[1 - turn], queries, block.tile_at(next, 0), key / 16);
+      }
+      uint32_t weights[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float (&pair)[2] = s[key / 8 + i / 2][i % 2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          pair[e] = fast_exp2(fmaf(pair[e], factor, -shift[i % 2]));
+          normalizer[i % 2] += pair[e];
+        }
+        weights[i] = round_pair<T>(pair[0], pair[1]);
+      }
+      start_weighted(y, weights, block.tile_at(stage, 1), key);
+    }
+    finish(y, both[1 - turn]);
   });
 
   float inverse[2];
@@ -413,78 +384,121 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const Block<T, kForwardWar
     inverse[half] = 1.f / normalizer[half];
     const int row = y.row(0, half);
     if (lane_index() % 4 == 0 && block.first + row < block.tokens) {
-      to_maximum[block.row(block.first + row)] = maximum[half];
+      to_maximum[block.row(block.first + row)] = maximum[half] * scale;
       to_normalizer[block.row(block.first + row)] = normalizer[half];
     }
   }
   return StagedRows(y, inverse);
 }
 
+template <typename T>
+using QueriesBlock = Block<T, kQueriesWarps, 2>;
+template <typename T>
+using KeysBlock = Block<T, kKeysWarps, 2>;
+
+// l and d of a query, for the keys.
+struct alignas(8) Shifts {
+  float logarithm, delta;
+};
+// In memory an image has those of all rows of its blocks.
+__host__ __device__ inline int64_t shifts_of_image(int64_t tokens) {
+  constexpr int64_t kOwned = kQueriesWarps * kRows;
+  return (tokens + kOwned - 1) / kOwned * kOwned;
+}
+inline torch::stable::Tensor new_shifts(const torch::stable::Tensor& like, int64_t images,
+                                        int64_t tokens) {
+  return new_floats(like, 2 * images * shifts_of_image(tokens));
+}
+inline Shifts* shifts_of(const torch::stable::Tensor& tensor) {
+  return static_cast<Shifts*>(tensor.mutable_data_ptr());
+}
+
 struct SoftmaxBackwardParams {
   SoftmaxInputs in;
   Rows grads;
   const float *attended, *maximum, *normalizer;
-  float *delta, *logarithm;  // d and log₂ Z of each query, for the keys
+  Shifts* shifts;
   void *grad_queries, *grad_keys, *grad_values;
   int grad_stride;  // of the three, from a token to the next
   bool on_top;      // the gradient of the values is added to what is there
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
+__global__ void __launch_bounds__(kQueriesWarps* kLanes, 2)
     softmax_queries_backward_kernel(const SoftmaxBackwardParams p) {
-  constexpr int kWide = kSlice<T> / 8;
-  const Block<T, kBackwardWarps> block(p.in);
-  const auto load = [&](int begin, int turn) {
-    block.load_tiles(p.in.keys, p.in.values, begin, turn);
-  };
+  const QueriesBlock<T> block(p.in);
+  auto loader = block.tiles_loader(p.in.keys, p.in.values);
+  const auto load = [&](int, int stage) { block.load_tiles(loader, stage); };
   block.load_own(p.in.queries, 0);
   block.load_own(p.grads, 1);
   load(0, 0);
-  block.wait_for_tiles();
-  Left<T> queries(block.own_of_warp(0)), grads(block.own_of_warp(1));
+  block.wait_for_rows();
+  const Left<T> queries(block.own_rows(0)), grads(block.own_rows(1));
 
-  OuterSums<1, kTilesOfEight> grad_queries;
+  RowSums grad_queries;
   grad_queries.clear();
-  float delta[2] = {}, maximum[2] = {}, logarithm[2] = {};
+  Shifts shifts[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = grad_queries.row(0, half);
     const bool inside = block.first + row < block.tokens;
+    float delta = 0.f, logarithm = INFINITY;
     if (inside) {
-      const float* attended = p.attended + block.row(block.first + row) * block.embed;
-      for (int e = lane_index() % 4; e < block.embed; e += 4) {
-        delta[half] += static_cast<float>(block.own_of_warp(1)[place<T>(row, e)]) * attended[e];
+      const int64_t query = block.row(block.first + row);
+#pragma unroll
+      for (int column = lane_index() % 4 * 8; column < kWidest; column += 32) {
+        float attended[8], grad[8];
+        load_eight(attended, p.attended + query * kWidest + column, 8, true);
+        load_eight(grad, block.own_of_warp(1) + place(row, column), 8, true);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) delta += grad[e] * attended[e];
       }
-      maximum[half] = p.maximum[block.row(block.first + row)];
-      logarithm[half] = log2f(p.normalizer[block.row(block.first + row)]);
+      logarithm = fmaf(p.maximum[query], kLog2E, log2f(p.normalizer[query]));
     }
-    delta[half] = sum_of_row(delta[half]);
-    if (inside && lane_index() % 4 == 0) {
-      p.delta[block.row(block.first + row)] = delta[half];
-      p.logarithm[block.row(block.first + row)] = logarithm[half];
+    shifts[half] = {logarithm, sum_of_row(delta)};
+    if (lane_index() % 4 == 0) {
+      p.shifts[block.image * shifts_of_image(block.tokens) + block.first + row] = shifts[half];
     }
   }
 
-  block.walk(load, [&](int begin, int turn) {
-    queries.keep_in_loop(begin);
-    grads.keep_in_loop(begin);
+  const float factor = factor_of(p.in.scale), nothing = copysignf(INFINITY, -factor);
+  block.template walk<1>(load, [&](int begin, int stage, int, int) {
 #pragma unroll 1
-    for (int slice = 0; slice < kTile<T>; slice += kSlice<T>) {
-      const T* keys = tile_at<T>(turn, 0) + slice * kPitch<T>;
-      const T* values = tile_at<T>(turn, 1) + slice * kPitch<T>;
-      auto weights = multiply_rows<kWide>(queries, keys);
-      const auto of_weights = multiply_rows<kWide>(grads, values);
+    for (int slice = 0; slice < kTile; slice += kSlice) {
+      const T* keys = block.tile_at(stage, 0) + slice * kWidest;
+      const T* values = block.tile_at(stage, 1) + slice * kWidest;
+      SliceScores scores, of_weights;
+      release();
+      start_scores(scores, queries, keys);
+      start_scores(of_weights, grads, values);
+      finish(scores, of_weights);
+      auto& s = scores.at[0];
+      // Where there is no key, the score 0 may be far above the maximum.
+      if (block.tokens - begin < kTile) {
 #pragma unroll
-      for (int i = 0; i < 4 * kWide; ++i) {
-        const int half = i / 2 % 2, key = begin + slice + weights.column(i / 4) + i % 2;
-        float& weight = weights.at[0][i / 4][half][i % 2];
-        weight = probability(weight, p.in.scale, maximum[half], logarithm[half]) *
-                 (of_weights.at[0][i / 4][half][i % 2] - delta[half]);
-        // Where there is no key, the score 0 may be far above the maximum.
-        if (key >= block.tokens) weight = 0.f;
+        for (int i = 0; i < kSlice / 2; ++i) {
+          const int key = begin + slice + scores.column(i / 4) + i % 2;
+          if (key >= block.tokens) s[i / 4][i / 2 % 2][i % 2] = nothing;
+        }
       }
-      add_weighted(grad_queries, weights, keys);
+#pragma unroll
+      for (int key = 0; key < kSlice; key += 16) {
+        uint32_t weights[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto& [logarithm, delta] = shifts[i % 2];
+          float pair[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float product = s[key / 8 + i / 2][i % 2][e];
+            pair[e] = fast_exp2(fmaf(product, factor, -logarithm)) *
+                      (of_weights.at[0][key / 8 + i / 2][i % 2][e] - delta);
+          }
+          weights[i] = round_pair<T>(pair[0], pair[1]);
+        }
+        start_weighted(grad_queries, weights, keys, key);
+      }
+      finish(grad_queries);
     }
   });
   StagedRows(grad_queries, {p.in.scale, p.in.scale})
@@ -492,56 +506,67 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
+__global__ void __launch_bounds__(kKeysWarps* kLanes, 1)
     softmax_keys_backward_kernel(const SoftmaxBackwardParams p) {
-  constexpr int kWide = kSlice<T> / 8;
+  const KeysBlock<T> block(p.in);
   // Of a tile's queries.
-  __shared__ float maximum[2][kTile<T>], logarithm[2][kTile<T>], delta[2][kTile<T>];
-  const Block<T, kBackwardWarps> block(p.in);
-  const auto load = [&](int begin, int turn) {
-    block.load_tiles(p.in.queries, p.grads, begin, turn);
-    const int i = threadIdx.x;
-    if (i < kTile<T>) {
-      const int64_t query = block.row(begin + i);
-      const bool inside = begin + i < block.tokens;
-      // Whose maximum is infinite attends to nothing.
-      maximum[turn][i] = inside ? p.maximum[query] : INFINITY;
-      logarithm[turn][i] = inside ? p.logarithm[query] : 0.f;
-      delta[turn][i] = inside ? p.delta[query] : 0.f;
+  __shared__ Shifts shifts[kStages][kTile];
+  auto loader = block.tiles_loader(p.in.queries, p.grads);
+  const int64_t rows_of_image = shifts_of_image(block.tokens);
+  const auto load = [&](int begin, int stage) {
+    block.load_tiles(loader, stage);
+    // By a warp that has no share in the tiles.
+    if (warp_index() == 2 * kTogether) {
+      const int64_t query = begin + lane_index() * 2;
+      copy_async(&shifts[stage][lane_index() * 2], p.shifts + block.image * rows_of_image + query,
+                 query < rows_of_image);
     }
   };
   block.load_own(p.in.keys, 0);
   block.load_own(p.in.values, 1);
   load(0, 0);
-  block.wait_for_tiles();
-  Left<T> keys(block.own_of_warp(0)), values(block.own_of_warp(1));
+  block.wait_for_rows();
+  const Left<T> keys(block.own_rows(0)), values(block.own_rows(1));
 
-  OuterSums<1, kTilesOfEight> grad_keys, grad_values;
+  RowSums grad_keys, grad_values;
   grad_keys.clear();
   grad_values.clear();
-  block.walk(load, [&](int begin, int turn) {
-    keys.keep_in_loop(begin);
-    values.keep_in_loop(begin);
+  const float factor = factor_of(p.in.scale);
+  block.template walk<1>(load, [&](int, int stage, int, int) {
 #pragma unroll 1
-    for (int slice = 0; slice < kTile<T>; slice += kSlice<T>) {
-      const T* queries = tile_at<T>(turn, 0) + slice * kPitch<T>;
-      const T* grads = tile_at<T>(turn, 1) + slice * kPitch<T>;
-      auto weights = multiply_rows<kWide>(keys, queries);
+    for (int slice = 0; slice < kTile; slice += kSlice) {
+      const T* queries = block.tile_at(stage, 0) + slice * kWidest;
+      const T* grads = block.tile_at(stage, 1) + slice * kWidest;
+      SliceScores scores, of_weights;
+      release();
+      start_scores(scores, keys, queries);
+      start_scores(of_weights, values, grads);
+      finish(scores, of_weights);
+      release(grad_keys, grad_values);
 #pragma unroll
-      for (int i = 0; i < 4 * kWide; ++i) {
-        const int query = slice + weights.column(i / 4) + i % 2;
-        float& weight = weights.at[0][i / 4][i / 2 % 2][i % 2];
-        weight = probability(weight, p.in.scale, maximum[turn][query], logarithm[turn][query]);
-      }
-      add_weighted(grad_values, weights, grads);
-      const auto of_weights = multiply_rows<kWide>(values, grads);
+      for (int query = 0; query < kSlice; query += 16) {
+        uint32_t weights[4], gradients[4];
 #pragma unroll
-      for (int i = 0; i < 4 * kWide; ++i) {
-        const int query = slice + weights.column(i / 4) + i % 2;
-        weights.at[0][i / 4][i / 2 % 2][i % 2] *=
-            of_weights.at[0][i / 4][i / 2 % 2][i % 2] - delta[turn][query];
+        for (int j = 0; j < 2; ++j) {
+          const int wide = query / 8 + j;
+          // Of both of a lane's columns.
+          const auto both =
+              *reinterpret_cast<const float4*>(&shifts[stage][slice + scores.column(wide)]);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float (&product)[2] = scores.at[0][wide][half];
+            const float (&slope)[2] = of_weights.at[0][wide][half];
+            const float weight[2] = {fast_exp2(fmaf(product[0], factor, -both.x)),
+                                     fast_exp2(fmaf(product[1], factor, -both.z))};
+            weights[2 * j + half] = round_pair<T>(weight[0], weight[1]);
+            gradients[2 * j + half] =
+                round_pair<T>(weight[0] * (slope[0] - both.y), weight[1] * (slope[1] - both.w));
+          }
+        }
+        start_weighted(grad_values, weights, grads, query);
+        start_weighted(grad_keys, gradients, queries, query);
       }
-      add_weighted(grad_keys, weights, queries);
+      finish(grad_keys, grad_values);
     }
   });
   StagedRows(grad_keys, {p.in.scale, p.in.scale})
@@ -550,32 +575,29 @@ __global__ void __launch_bounds__(kBackwardWarps* kLanes, kBackwardBlocks<T>)
       .store(static_cast<T*>(p.grad_values), p.grad_stride, block, p.on_top);
 }
 
+// Of tensors of vector_rows.
 template <typename T>
 SoftmaxInputs softmax_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                              const torch::stable::Tensor& v, double scale) {
-  return {rows_of<T>(q),
-          rows_of<T>(k),
-          rows_of<T>(v),
-          static_cast<int>(v.size(1)),
-          static_cast<int>(v.size(2)),
+  return {rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), static_cast<int>(v.size(1)),
           static_cast<float>(scale)};
 }
 
-template <typename T, int kWarpsOfBlock, typename Params>
+template <typename BlockOfRows, typename Params>
 void launch_softmax(const DeviceScope& device, const char* name, void (*kernel)(Params),
                     int64_t images, const Params& params, size_t further_bytes = 0) {
-  const int64_t blocks = images * params.in.blocks_per_image(kWarpsOfBlock);
-  device.launch(name, kernel, dim3(static_cast<unsigned>(blocks)), kWarpsOfBlock * kLanes,
-                shared_bytes<T>(kWarpsOfBlock) + further_bytes, params);
+  const int64_t blocks = images * params.in.blocks_per_image(BlockOfRows::kThreads / kLanes);
+  device.launch(name, kernel, dim3(grid_size(blocks)), BlockOfRows::kThreads,
+                BlockOfRows::kSharedBytes + further_bytes, params);
 }
 
 template <typename T>
 void launch_softmax_backward(const DeviceScope& device, int64_t images,
                              const SoftmaxBackwardParams& params) {
-  launch_softmax<T, kBackwardWarps>(device, "softmax_queries_backward",
-                                    softmax_queries_backward_kernel<T>, images, params);
-  launch_softmax<T, kBackwardWarps>(device, "softmax_keys_backward",
-                                    softmax_keys_backward_kernel<T>, images, params);
+  launch_softmax<QueriesBlock<T>>(device, "softmax_queries_backward",
+                                  softmax_queries_backward_kernel<T>, images, params);
+  launch_softmax<KeysBlock<T>>(device, "softmax_keys_backward", softmax_keys_backward_kernel<T>,
+                               images, params);
 }
 
 }  // namespace t2t

@@ -42,18 +42,16 @@ struct AttendParams {
 
 constexpr size_t kTailForwardBytes = kTailVectors * sizeof(uint4) + sizeof(TailVectors);
 
-// Half types get along with the 128 registers of two blocks a multiprocessor; nvcc finds that by
-// itself, and where it is told it spills on 10.0, unless it multiplies by warpgroup.
 template <typename T>
-__global__ void __launch_bounds__(kForwardWarps* kLanes, kByWarpgroup<T> ? 2 : 0)
+__global__ void __launch_bounds__(kForwardWarps* kLanes, kForwardBlocks)
     layer_attend_kernel(const AttendParams p) {
   auto* weights = reinterpret_cast<uint4*>(reinterpret_cast<char*>(dynamic_shared) + p.weights);
   auto& vectors = *reinterpret_cast<TailVectors*>(weights + kTailVectors);
   // The attention's first barrier is the weights', too.
   load_tail<T>(weights, vectors, p.tail);
-  const Block<T, kForwardWarps> block(p.in);
+  const ForwardBlock<T> block(p.in);
   const StagedRows rows = attend<T>(p.in, block, p.maximum, p.normalizer);
-  rows.store(p.attended, block.embed, block);
+  rows.store(p.attended, kWidest, block);
   Sums<2> y;
   take_sums(rows.rows, y);
   const int64_t first_token = block.row(block.first);
@@ -138,7 +136,7 @@ Results transformer_layer(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tens
                {q, k, v});
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const size_t weights = shared_bytes<T>(kForwardWarps);
+    constexpr size_t weights = ForwardBlock<T>::kSharedBytes;
     const AttendParams p = {softmax_inputs<T>(q, k, v, scale),
                             tail(),
                             out.mutable_data_ptr(),
@@ -146,8 +144,8 @@ Results transformer_layer(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tens
                             floats_of(maximum),
                             floats_of(normalizer),
                             weights};
-    launch_softmax<T, kForwardWarps>(device, "transformer_layer_attend", layer_attend_kernel<T>,
-                                     images, p, kTailForwardBytes);
+    launch_softmax<ForwardBlock<T>>(device, "transformer_layer_attend", layer_attend_kernel<T>,
+                                    images, p, kTailForwardBytes);
   });
   return {out, q, k, attended, maximum, normalizer};
 }
@@ -187,8 +185,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
       maximum = torch::stable::contiguous(maximum);
       normalizer = torch::stable::contiguous(normalizer);
       const Tensor grad_y = torch::stable::new_empty(x, {images, tokens, kEmbed});
-      const Tensor delta = new_floats(x, images * tokens);
-      const Tensor logarithm = new_floats(x, images * tokens);
+      const Tensor shifts = new_shifts(x, images, tokens);
       T* to = static_cast<T*>(grad_qkv.mutable_data_ptr());
       const Rows values = section_of<T>(qkv, kValue, kEmbed);
       const TailParams p = {
@@ -199,13 +196,15 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
           {tail(), rows_of<T>(grad), loop.tokens, to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
                     slots.grid(), kTailWarps * kLanes, kTailBackwardBytes + kTailTilesBytes, p);
+      q = vector_rows<T>(q);
+      k = vector_rows<T>(k);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);
       in.values = values;
       launch_softmax_backward<T>(
           device, images,
           {in, rows_of<T>(grad_y), floats_of(attended), floats_of(maximum), floats_of(normalizer),
-           floats_of(delta), floats_of(logarithm), to + kQuery * kEmbed, to + kKey * kEmbed,
-           to + kValue * kEmbed, static_cast<int>(3 * kEmbed), true});
+           shifts_of(shifts), to + kQuery * kEmbed, to + kKey * kEmbed, to + kValue * kEmbed,
+           static_cast<int>(3 * kEmbed), true});
     }
     grads = slots.finish<T>(x, device);
   });

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from t2t_kernels import flops
-from t2t_kernels.backends import register_operation
+from t2t_kernels.backends import HALF_DTYPES, register_operation
 from t2t_kernels.library import declare, no_second_derivative
 
 
@@ -53,7 +53,8 @@ def _backward_flops(grad, q, k, v, *_) -> int:
 TOKEN_ATTENTION = register_operation(
     "token_attention",
     kernels=("cpu", "triton", "cuda"),
-    sizes={"triton": {"E": range(129)}, "cuda": {"E": range(65)}},
+    sizes={"triton": {"E": range(129)}, "cuda": {"E": range(64, 65)}},
+    dtypes={"cuda": HALF_DTYPES},
 )
 
 declare(

@@ -53,7 +53,9 @@ def parity_of_every_operation() -> None:
             eps = 0.1 if case == "one-token" else 1e-8
             test_performer_attention.assert_parity(*tensors, eps, "cpu")
         for case in test_token_attention.CASES:
-            tensors = test_token_attention.arguments(case, 1.0, dtype, "cpu")
+            tensors = test_token_attention.arguments(
+                test_token_attention.CASES[case], 1.0, dtype, "cpu"
+            )
             test_token_attention.assert_parity(tensors, 0.1, "cpu")
         for case in ("odd", "narrow", "layer1"):
             tensors, split = test_performer_layer.arguments(case, dtype, "cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2t_kernels import token_attention
+from t2t_kernels import BackendUnavailable, token_attention
 from t2t_kernels.backends import OPERATIONS
 from t2t_kernels.library import operators
 from tests.kernels.meters import work
@@ -12,29 +12,44 @@ from tests.parity import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 
-# B, T, E.
+# B, T, E; E = 64, the models' size, is all that some kernels take.
 CASES = {
     "usual": (2, 130, 64),
     "narrow": (1, 31, 32),
     "wide": (1, 37, 128),
     "odd": (2, 70, 6),
-    "chunks": (1, 1030, 16),
-    "one-token": (3, 1, 16),
-    "empty-batch": (0, 9, 16),
+    "chunks": (1, 1030, 64),
+    "one-token": (3, 1, 64),
+    "empty-batch": (0, 9, 64),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of a property: a size that needs padding, and the models' size in half types.
+KINDS = {
+    "odd-float32": (torch.float32, 6),
+    "models-bfloat16": (torch.bfloat16, 64),
+    "models-float16": (torch.float16, 64),
+}
+OPERATION = OPERATIONS["token_attention"]
 
 
 @pytest.fixture
 def fused(backend):
-    if backend not in OPERATIONS["token_attention"].kernels:
+    if backend not in OPERATION.kernels:
         pytest.skip(f"no {backend} kernel yet")
 
 
-def arguments(case, rms, dtype, device):
+@pytest.fixture(params=KINDS)
+def kind(request, skip_unless_taken):
+    """A dtype and E that the backend's kernel takes."""
+    dtype, embed = KINDS[request.param]
+    skip_unless_taken("token_attention", dtype, E=embed)
+    return dtype, embed
+
+
+def arguments(sizes, rms, dtype, device):
     """q and k of the given rms, so that the scores' is rms² · √E · scale."""
-    torch.manual_seed(len(case))
-    return [(torch.randn(CASES[case]) * scale).to(device, dtype) for scale in (rms, rms, 1.0)]
+    torch.manual_seed(sizes[1])
+    return [(torch.randn(sizes) * scale).to(device, dtype) for scale in (rms, rms, 1.0)]
 
 
 def gradients(tensors, scale, backend, dtype):
@@ -62,25 +77,27 @@ def assert_parity(tensors, scale, backend):
 @pytest.mark.parametrize("case", CASES)
 def test_parity(backend, device, case, dtype, skip_unless_taken):
     skip_unless_taken("token_attention", dtype, E=CASES[case][2])
-    assert_parity(arguments(case, 1.0, dtype, device), 147**-0.5, backend)
+    assert_parity(arguments(CASES[case], 1.0, dtype, device), 147**-0.5, backend)
 
 
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_large_scores(backend, device, dtype, scale):
+def test_large_scores(backend, device, dtype, scale, skip_unless_taken):
     """Scores of rms 64 · 8: nearly one key a query, nothing overflows."""
-    assert_parity(arguments("usual", 8.0, dtype, device), scale, backend)
+    skip_unless_taken("token_attention", dtype, E=64)
+    assert_parity(arguments(CASES["usual"], 8.0, dtype, device), scale, backend)
 
 
-def test_nearly_equal_keys(backend, device):
+def test_nearly_equal_keys(backend, device, skip_unless_taken):
     """Attention that is uniform but for roundings: nothing is lost where it cancels."""
-    q, k, v = arguments("usual", 1.0, torch.float32, device)
+    skip_unless_taken("token_attention", torch.float32, E=64)
+    q, k, v = arguments(CASES["usual"], 1.0, torch.float32, device)
     assert_parity([q, k * 1e-3 + 3, v], 64**-0.5, backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_finite_for_large_finite_inputs(backend, device, dtype):
-    q, k, v = arguments("odd", 200.0, dtype, device)
+def test_finite_for_large_finite_inputs(backend, device, kind):
+    dtype, embed = kind
+    q, k, v = arguments((2, 70, embed), 200.0, dtype, device)
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     y = token_attention(*leaves, scale=1.0, backend=backend)
     assert y.isfinite().all()
@@ -88,29 +105,59 @@ def test_finite_for_large_finite_inputs(backend, device, dtype):
         assert grad.isfinite().all(), f"gradient of {what}"
 
 
-def test_views(backend, device):
-    """q, k and v as a linear layer's chunks, the gradient as a sum's."""
-    qkv = torch.randn(2, 20, 48, device=device, requires_grad=True)
-
-    def grad(backend):
-        y = token_attention(*qkv.chunk(3, -1), scale=0.3, backend=backend)
-        return torch.autograd.grad(y.sum(), qkv)[0]
-
-    torch.testing.assert_close(grad(backend), grad("reference"), rtol=1e-4, atol=1e-5)
-
-
-def test_transposed_and_misaligned_views(backend, device):
-    storage = torch.randn(3 * 2 * 20 * 16 + 1, device=device)[1:]
-    q, k, v = storage.view(3, 2, 16, 20).transpose(2, 3).unbind()
-    ours = token_attention(q, k, v, scale=0.3, backend=backend)
-    plain = token_attention(q, k, v, scale=0.3, backend="reference")
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+# Of (B, T, 3E) elements: a linear layer's chunks, columns as rows, rows off 16-byte boundaries.
+VIEWS = {
+    "chunks": lambda qkv: qkv.chunk(3, -1),
+    "transposed": lambda qkv: [x.reshape(2, -1, 20).mT for x in qkv.chunk(3, -1)],
+    "misaligned": lambda qkv: [
+        torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in qkv.chunk(3, -1)
+    ],
+}
 
 
-def test_deterministic(backend, device):
-    tensors = arguments("usual", 1.0, torch.float32, device)
-    first, second = (gradients(tensors, 0.1, backend, torch.float32) for _ in range(2))
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(backend, device, kind, view):
+    """The gradient is a sum's."""
+    dtype, embed = kind
+    torch.manual_seed(4)
+    qkv = torch.randn(2, 20, 3 * embed, device=device).to(dtype)
+
+    def results(backend, dtype):
+        leaf = qkv.to(dtype).requires_grad_()
+        y = token_attention(*VIEWS[view](leaf), scale=0.3, backend=backend)
+        return y, torch.autograd.grad(y.sum(), leaf)[0]
+
+    exact = results("reference", torch.float64)
+    for ours, plain, expected in zip(
+        results(backend, dtype), results("reference", dtype), exact, strict=True
+    ):
+        assert_as_accurate(ours, plain, expected)
+
+
+def test_deterministic(backend, device, kind):
+    dtype, embed = kind
+    tensors = arguments((2, 130, embed), 1.0, dtype, device)
+    first, second = (gradients(tensors, 0.1, backend, dtype) for _ in range(2))
     assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+# Backend, dtype, E, and what is said.
+REFUSED = [
+    ("triton", torch.float32, 130, "takes E up to 128, got 130"),
+    ("cuda", torch.bfloat16, 65, "takes E = 64, got 65"),
+    ("cuda", torch.float16, 63, "takes E = 64, got 63"),
+    ("cuda", torch.float32, 64, "takes float16 and bfloat16, got float32"),
+]
+
+
+def test_limits(backend, device):
+    refused = [case for case in REFUSED if case[0] == backend]
+    if not refused:
+        pytest.skip("its kernel takes every call")
+    for _, dtype, embed, reason in refused:
+        q = torch.randn(1, 3, embed, device=device).to(dtype)
+        with pytest.raises(BackendUnavailable, match=reason):
+            token_attention(q, q, q, scale=1.0, backend=backend)
 
 
 def test_launches_and_allocations(backend, device):
@@ -120,7 +167,7 @@ def test_launches_and_allocations(backend, device):
     torch.use_deterministic_algorithms(False)  # whose poisoning would count
     from t2t_kernels.token_attention import triton as kernels
 
-    tensors = arguments("usual", 1.0, torch.bfloat16, device)
+    tensors = arguments(CASES["usual"], 1.0, torch.bfloat16, device)
     with work() as forward:
         y, *saved = kernels.token_attention(*tensors, 0.1)
     assert len(forward.launched) == 1, forward.launched
@@ -133,18 +180,21 @@ def test_launches_and_allocations(backend, device):
 
 
 def test_autocast(backend, device):
-    q, k, v = (tensor.requires_grad_() for tensor in arguments("odd", 1.0, torch.float32, device))
+    tensors = arguments(CASES["usual"], 1.0, torch.float32, device)
+    q, k, v = (tensor.requires_grad_() for tensor in tensors)
     with torch.autocast(device.type, torch.bfloat16):
         y = token_attention(q, k, v, scale=0.4, backend=backend)
     assert y.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(y.float().sum(), v)
     assert grad.dtype == torch.float32
-    plain = token_attention(q, k, v, scale=0.4, backend=backend)
+    plain = token_attention(q, k, v, scale=0.4, backend="reference")
     torch.testing.assert_close(y.float(), plain, rtol=0.1, atol=0.1)
 
 
-def test_opcheck_and_compile(backend, device):
-    leaves = [tensor.requires_grad_() for tensor in arguments("narrow", 1.0, torch.float32, device)]
+def test_opcheck_and_compile(backend, device, kind):
+    dtype, embed = kind
+    tensors = arguments((1, 31, embed), 1.0, dtype, device)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operators(backend).token_attention, (*leaves, 0.2), test_utils=tests)
 
@@ -158,8 +208,10 @@ def test_opcheck_and_compile(backend, device):
     )
 
 
-def test_no_second_derivative(backend, device):
-    q, k, v = (tensor.requires_grad_() for tensor in arguments("odd", 1.0, torch.float32, device))
+def test_no_second_derivative(backend, device, kind):
+    dtype, embed = kind
+    tensors = arguments((2, 70, embed), 1.0, dtype, device)
+    q, k, v = (tensor.requires_grad_() for tensor in tensors)
     y = token_attention(q, k, v, scale=0.4, backend=backend)
     (grad,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):

@@ -106,7 +106,7 @@ SLIPS = {
         "load_weight<T>(weights + kMatrixVectors, tail.mlp_in);",
         "",
     ),
-    "attended-not-stored": (LAYER, "rows.store(p.attended, block.embed, block);", ""),
+    "attended-not-stored": (LAYER, "rows.store(p.attended, kWidest, block);", ""),
     "values-of-another-image": (
         LAYER,
         "load_operand<T>(p.in.values, block.image, block.first, block.tokens)",

@@ -129,6 +129,37 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   return own.taken;
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  struct Operands {
+    T given, taken;
+    int from;
+  } own = {value, value, from};
+  simt::together(
+      [](void* const* lanes) {
+        for (int i = 0; i < 32; ++i) {
+          auto* lane = static_cast<Operands*>(lanes[i]);
+          lane->taken = static_cast<Operands*>(lanes[lane->from])->given;
+        }
+      },
+      &own);
+  return own.taken;
+}
+
+inline bool __any_sync(unsigned, bool value) {
+  struct Operands {
+    bool given, taken;
+  } own = {value, false};
+  simt::together(
+      [](void* const* lanes) {
+        bool any = false;
+        for (int i = 0; i < 32; ++i) any |= static_cast<Operands*>(lanes[i])->given;
+        for (int i = 0; i < 32; ++i) static_cast<Operands*>(lanes[i])->taken = any;
+      },
+      &own);
+  return own.taken;
+}
+
 template <typename... Params, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Arguments&... arguments) {

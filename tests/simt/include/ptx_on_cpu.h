@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <array>
 #include <cstring>
 
 namespace t2t {
@@ -108,9 +109,10 @@ void wait_for_copies() {
 inline void show_to_products() { simt::show_to_products(); }
 
 // Element (k, n) of a right operand in the canonical layout with rows of 128 bytes: 64 elements
-// along k, or along n if transposed, eight such rows, and so on across them.
+// along k, or along n if transposed, eight such rows, and so on across them. A left operand's
+// element (n, k) lies in the same place.
 template <typename T>
-float right_element(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n) {
+float element_in_memory(uint64_t descriptor, bool transposed, uint32_t k, uint32_t n) {
   const auto bytes = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) * 16; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
   if (descriptor >> 62 != 1) simt::fail("a matrix is not swizzled over 128 bytes");
@@ -134,13 +136,34 @@ template <typename... Registers>
 void start_products(Registers&...) {
   simt::start_products();
 }
+// Starts d (+)= A·B, of which `left(half, k)` gives A's elements of the thread's sums.
+template <typename T, bool kTransposed, typename Left>
+void multiply_from(float (&d)[8][2][2], Left left, uint64_t b, bool add) {
+  const int first_column = threadIdx.x % 4 * 2;
+  simt::multiply_later(&d[0][0][0], [=](float* sums) {
+    float rows[2][16];
+    for (int i = 0; i < 32; ++i) rows[i / 16][i % 16] = left(i / 16, i % 16);
+    for (int i = 0; i < 16; ++i) {
+      float sum[2] = {};
+      for (int k = 0; k < 16; ++k) {
+        const int column = i / 2 * 8 + first_column + i % 2;
+        const float right = element_in_memory<T>(b, kTransposed, k, column);
+        for (int half = 0; half < 2; ++half) sum[half] += rows[half][k] * right;
+      }
+      for (int half = 0; half < 2; ++half) {
+        float& total = sums[i / 2 * 4 + half * 2 + i % 2];
+        total = add ? total + sum[half] : sum[half];
+      }
+    }
+  });
+}
 template <typename T, bool kTransposed>
 void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, bool add) {
   struct Operands {
     const uint32_t* a;
     uint64_t b;
     bool add;
-    float rows[2][16];  // of the left operand, those of the thread's sums
+    std::array<float, 32> rows;  // of the left operand, 16 elements of each of the thread's sums'
   } own = {a, b, add, {}};
   simt::together(
       [](void* const* threads) {
@@ -151,25 +174,34 @@ void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint64_t b, boo
           }
           for (int k = 0; k < 32; ++k) {
             const auto& from = of(i / 4 * 4 + k / 2 % 4);
-            of(i).rows[k / 16][k % 16] = element_of<T>(from.a[k / 8 % 2 * 2 + k / 16], k % 2);
+            of(i).rows[k] = element_of<T>(from.a[k / 8 % 2 * 2 + k / 16], k % 2);
           }
         }
       },
       &own, 128);
-  const int first_column = threadIdx.x % 4 * 2;
-  simt::multiply_later(&d[0][0][0], [=](float* sums) {
-    for (int i = 0; i < 16; ++i) {
-      float sum[2] = {};
-      for (int k = 0; k < 16; ++k) {
-        const float right = right_element<T>(b, kTransposed, k, i / 2 * 8 + first_column + i % 2);
-        for (int half = 0; half < 2; ++half) sum[half] += own.rows[half][k] * right;
-      }
-      for (int half = 0; half < 2; ++half) {
-        float& total = sums[i / 2 * 4 + half * 2 + i % 2];
-        total = add ? total + sum[half] : sum[half];
-      }
-    }
-  });
+  multiply_from<T, kTransposed>(
+      d, [rows = own.rows](int half, int k) { return rows[half * 16 + k]; }, b, add);
+}
+template <typename T>
+void multiply_async(float (&d)[8][2][2], uint64_t a, uint64_t b, bool add) {
+  struct Operands {
+    uint64_t a, b;
+    bool add;
+  } own = {a, b, add};
+  simt::together(
+      [](void* const* threads) {
+        const auto of = [&](int i) { return *static_cast<const Operands*>(threads[i]); };
+        for (int i = 0; i < 128; ++i) {
+          if (of(i).a != of(0).a || of(i).b != of(0).b || of(i).add != of(0).add) {
+            simt::fail("warps of a group multiply different matrices");
+          }
+        }
+      },
+      &own, 128);
+  const int first_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  multiply_from<T, false>(
+      d, [=](int half, int k) { return element_in_memory<T>(a, false, k, first_row + 8 * half); },
+      b, add);
 }
 inline void commit_products() { simt::commit_products(); }
 template <typename... Sums>
