@@ -15,12 +15,17 @@
 
 namespace t2t {
 
-constexpr int kGradientWarps = 12;
+constexpr int kGradientWarps = 3 * kWarpgroup;
 constexpr int kGradientTokens = kGradientWarps * 8;
+// Their gradients pass through a ring of buffers of half as many.
+constexpr int kGradientHalf = kGradientTokens / 2, kGradientBuffers = 3;
 constexpr int kGradientColumns = kProjectGroups * kGroup;
 constexpr int kGradientPitch = padded_row<uint16_t>(kGradientColumns);
-// Of a block: a third of its elements, and a quarter of its columns, are a warp's.
-constexpr int kTapsOfBlock = 3;
+constexpr int kGradientBuffer = kGradientHalf * kGradientPitch;
+// Elements of a block: three tiles of 64, whose rows are tokens.
+constexpr int kTapsOfBlock = 3, kPatchTile = kGradientTokens * kWidest;
+constexpr int kWeightGradientBytes =
+    2 * (kTapsOfBlock * kPatchTile + kGradientBuffers * kGradientBuffer);
 
 struct WeightGradientParams {
   PatchMap map;
@@ -30,57 +35,55 @@ struct WeightGradientParams {
   float* slots;  // (blockIdx.x, 1 + elements in blocks, outputs in blocks); Σ dy first
 };
 
-// From one row of elements to the next of a tile of `elements`, such that neither 4-byte columns
-// nor 16-byte rows meet in a bank.
-__host__ __device__ constexpr int patch_pitch(int elements) {
-  return elements / 2 % 8 == 4 ? elements : elements + 8;
+// Eight elements of a token of a tile, as a warpgroup's product takes them (see operand_at).
+template <typename T>
+__device__ T* patch_part(T* tiles, int token, int part) {
+  return tiles + part / 8 * kPatchTile + token * kWidest + (part % 8 ^ token % 8) * 8;
 }
 
-// What a lane gathers of one token, row g of eight, and leaves normalised in shared memory. In rows
-// order all of a patch; in taps order three taps.
+// What a lane gathers of one token, row g of eight, and leaves normalised in shared memory: a third
+// of the block's elements, which are all of a patch in rows order, three taps in taps order.
 template <typename T, int kPatchRows, bool kVectors>
 struct TokenElements {
   static constexpr bool kTaps = kPatchRows == 0;
   // Half of the largest patch, by blockIdx.y: the sums of all of it would not fit in registers.
   static constexpr bool kSplit = kPatchRows == kMostRows / 2;
   static constexpr int kElements = kTaps ? kTapsOfBlock * kTapChannels : kPatchRows * kRowColumns;
-  static constexpr int kPairs = kTaps ? kTapsOfBlock * 8 : kPatchRows;
+  static constexpr int kPairs = kTaps ? 8 : (kPatchRows + 2) / 3;
   uint32_t pairs[kPairs];
 
-  // `first_piece` of the taps order's pieces of 64 elements.
-  __device__ void load(const PatchMap& p, const Corners& corners, int first_piece) {
+  __device__ void load(const PatchMap& p, const Corners& corners, int third) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) pairs[i] = 0;
     const int t = lane_index() % 4;
+    // Only the first of the two rows of a lane's corners is used.
     const T* x = static_cast<const T*>(p.x) + corners.offset[0];
     if constexpr (kTaps) {
       const int channels = p.elements / (p.kernel * p.kernel);
+      const int element = (blockIdx.y * kTapsOfBlock + third) * kTapChannels;
+      const int tap = element / channels;
+      const int row = tap / p.kernel, column = tap - row * p.kernel;
+      if (element >= p.elements || !corners.has_row(p, 0, row) ||
+          !corners.has_column(p, 0, column)) {
+        return;
+      }
+      const T* from = x + row * p.row_stride + column * p.column_stride +
+                      (element - tap * channels + t * 8) * p.channel_stride;
 #pragma unroll
-      for (int i = 0; i < kTapsOfBlock; ++i) {
-        const int element = (first_piece + i) * kTapChannels, tap = element / channels;
-        const int row = tap / p.kernel, column = tap - row * p.kernel;
-        if (element >= p.elements || !corners.has_row(p, 0, row) ||
-            !corners.has_column(p, 0, column)) {
-          continue;
-        }
-        const T* from = x + row * p.row_stride + column * p.column_stride +
-                        (element - tap * channels + t * 8) * p.channel_stride;
+      for (int j = 0; j < 2; ++j) {
+        uint32_t* to = pairs + j * 4;
+        if constexpr (kVectors) {
+          const uint4 vector = *reinterpret_cast<const uint4*>(from + j * kGroup);
+          to[0] = vector.x;
+          to[1] = vector.y;
+          to[2] = vector.z;
+          to[3] = vector.w;
+        } else {
+          const auto* bits = reinterpret_cast<const uint16_t*>(from);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          uint32_t* to = pairs + i * 8 + j * 4;
-          if constexpr (kVectors) {
-            const uint4 vector = *reinterpret_cast<const uint4*>(from + j * kGroup);
-            to[0] = vector.x;
-            to[1] = vector.y;
-            to[2] = vector.z;
-            to[3] = vector.w;
-          } else {
-            const auto* bits = reinterpret_cast<const uint16_t*>(from);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int64_t at = (j * kGroup + 2 * e) * p.channel_stride;
-              to[e] = bits[at] | uint32_t(bits[at + p.channel_stride]) << 16;
-            }
+          for (int e = 0; e < 4; ++e) {
+            const int64_t at = (j * kGroup + 2 * e) * p.channel_stride;
+            to[e] = bits[at] | uint32_t(bits[at + p.channel_stride]) << 16;
           }
         }
       }
@@ -89,152 +92,209 @@ struct TokenElements {
       const T* from = x + column * p.column_stride;
       const bool first = corners.has_column(p, 0, column) && column < p.kernel;
       const bool second = corners.has_column(p, 0, column + 1) && column + 1 < p.kernel;
-      const int first_row = kSplit ? blockIdx.y * kPatchRows : 0;
 #pragma unroll
-      for (int row = 0; row < kPatchRows; ++row) {
-        const T* at = from + p.row_offset[first_row + row];
-        const bool exists =
-            first_row + row < p.rows && corners.has_row(p, 0, p.row_of_kernel[first_row + row]);
+      for (int i = 0; i < kPairs; ++i) {
+        const int of_block = third * kPairs + i;
+        if (of_block >= kPatchRows) break;
+        const int row = of_block + (kSplit ? blockIdx.y * kPatchRows : 0);
+        const T* at = from + p.row_offset[row];
+        const bool exists = row < p.rows && corners.has_row(p, 0, p.row_of_kernel[row]);
         if constexpr (kVectors) {
-          if (exists && first) pairs[row] = *reinterpret_cast<const uint32_t*>(at);
+          if (exists && first) pairs[i] = *reinterpret_cast<const uint32_t*>(at);
         } else {
           const auto* bits = reinterpret_cast<const uint16_t*>(at);
-          if (exists && first) pairs[row] = bits[0];
-          if (exists && second) pairs[row] |= uint32_t(bits[p.column_stride]) << 16;
+          if (exists && first) pairs[i] = bits[0];
+          if (exists && second) pairs[i] |= uint32_t(bits[p.column_stride]) << 16;
         }
       }
     }
   }
 
   // Places beyond the kernel may hold anything finite: nobody reads what becomes of them.
-  __device__ void keep(const PatchMap& p, float mean, float rstd, bool normalized, T* row) {
+  __device__ void keep(const PatchMap& p, const float2& moments, bool normalized, int third,
+                       T* tiles, int token) {
     const int t = lane_index() % 4;
+    const uint32_t within =
+        kTaps ? 0xFFFFFFFFu
+              : (2 * t < p.kernel ? 0xFFFFu : 0) | (2 * t + 1 < p.kernel ? 0xFFFF0000u : 0);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      pairs[i] &= within;
+      if (normalized) pairs[i] = normalized_pair<T>(pairs[i], moments.x, moments.y);
+    }
     if constexpr (kTaps) {
 #pragma unroll
-      for (int i = 0; i < 2 * kTapsOfBlock; ++i) {
-        uint32_t* from = pairs + 4 * i;
-#pragma unroll
-        for (int e = 0; e < 4 && normalized; ++e) {
-          from[e] = normalized_pair<T>(from[e], mean, rstd);
-        }
-        *reinterpret_cast<uint4*>(row + i * kGroup + t * 8) = {from[0], from[1], from[2], from[3]};
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t* from = pairs + 4 * j;
+        *reinterpret_cast<uint4*>(patch_part(tiles, token, third * 8 + j * 4 + t)) = {
+            from[0], from[1], from[2], from[3]};
       }
     } else {
-      const uint32_t within =
-          (2 * t < p.kernel ? 0xFFFFu : 0) | (2 * t + 1 < p.kernel ? 0xFFFF0000u : 0);
 #pragma unroll
-      for (int i = 0; i < kPatchRows; ++i) {
-        uint32_t pair = pairs[i] & within;
-        if (normalized) pair = normalized_pair<T>(pair, mean, rstd);
-        *reinterpret_cast<uint32_t*>(row + i * kRowColumns + 2 * t) = pair;
+      for (int i = 0; i < kPairs; ++i) {
+        const int of_block = third * kPairs + i;
+        if (of_block >= kPatchRows) break;
+        *reinterpret_cast<uint32_t*>(patch_part(tiles, token, of_block) + 2 * t) = pairs[i];
       }
     }
   }
 };
 
+// A warp has 48 outputs by 64 elements; where warpgroups multiply, 16 by all of the block's. While
+// a tile is multiplied, the gradients of the next are copied and, where registers do, its patches
+// gathered.
 template <typename T, int kPatchRows, bool kVectors>
 __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
     weight_gradient_kernel(const WeightGradientParams p) {
   using Elements = TokenElements<T, kPatchRows, kVectors>;
-  constexpr int kPitch = patch_pitch(Elements::kElements);
-  constexpr int kWide = Elements::kElements / 24;  // tiles of eight elements a warp
-  static_assert(Elements::kElements % 24 == 0 || Elements::kElements == 64 ||
-                Elements::kElements == 112);
-  constexpr int kWideTiles = Elements::kElements % 24 == 0 ? kWide : kWide + 1;
+  constexpr int kTall = kHasWarpgroups ? 1 : 3, kWide = kHasWarpgroups ? 3 : 1;
+  constexpr bool kAhead = kVectors && kHasWarpgroups;
   T* patches = reinterpret_cast<T*>(dynamic_shared);
-  T* grads = patches + kGradientTokens * kPitch;
-  const int first_piece = blockIdx.y * kTapsOfBlock;
+  T* buffers = patches + kTapsOfBlock * kPatchTile;
   const int first_output = blockIdx.z * kGradientColumns;
-  const int tall = warp_index() / 3 * 48, wide = warp_index() % 3 * (kWideTiles * 8);
+  const int tall = kHasWarpgroups ? warp_index() * 16 : warp_index() / 3 * 48;
+  const int wide = kHasWarpgroups ? 0 : warp_index() % 3 * kWidest;
   const int lane = lane_index(), row = warp_index() * 8 + lane / 4;
   const bool normalized = p.moments != nullptr;
 
-  float sums[3][kWideTiles][2][2] = {};
-  float bias[3][2] = {};
-  Elements elements;
-  // Only the first of the two rows of a lane's corners is used.
+  float sums[kTall][kWide][8][2][2] = {};
+  // Of 16 of the warp's outputs.
+  float bias[2] = {};
+  const int of_bias = kHasWarpgroups ? 0 : warp_index() % 3;
+  // All thirds where they are gathered ahead, else one after the other.
+  Elements elements[kAhead ? 3 : 1];
+  float2 moments;
+  const auto load_moments = [&](int token) {
+    moments = {0.f, 1.f};
+    if (normalized && token < p.map.token_count) moments = p.moments[token];
+  };
   const auto load = [&](int first_token) {
-    elements.load(p.map, Corners(p.map, first_token + warp_index() * 8), first_piece);
+    const Corners corners(p.map, first_token + warp_index() * 8);
+    load_moments(first_token + row);
+#pragma unroll
+    for (int third = 0; third < 3; ++third) elements[third].load(p.map, corners, third);
+  };
+  int next_buffer = 0, buffer = 0;
+  const auto start_loading = [&](int first) {
+    constexpr int kVectorsOfRow = kGradientColumns / 8;
+    constexpr int kRowsAtOnce = kGradientWarps * kLanes / kVectorsOfRow;
+    static_assert(kGradientHalf % kRowsAtOnce == 0);
+    const int of = threadIdx.x / kVectorsOfRow, column = threadIdx.x % kVectorsOfRow * 8;
+    const auto* grad = static_cast<const T*>(p.grad);
+    const T* from = grad + int64_t(first + of) * p.outputs + first_output + column;
+    T* to = buffers + next_buffer * kGradientBuffer + of * kGradientPitch + column;
+#pragma unroll(kHasWarpgroups ? kGradientHalf / kRowsAtOnce : 1)
+    for (int i = 0; i < kGradientHalf; i += kRowsAtOnce) {
+      const bool exists = first + of + i < p.map.token_count && first_output + column < p.outputs;
+      copy_async(to + i * kGradientPitch, exists ? from + int64_t(i) * p.outputs : grad, exists);
+    }
+    commit_copies();
+    next_buffer = next_buffer + 1 < kGradientBuffers ? next_buffer + 1 : 0;
+  };
+  const auto load_outputs = [&](uint32_t (&left)[4], const T* grads, int token, int output) {
+    load_matrices_transposed(left, grads + (token + lane % 8 + lane / 16 * 8) * kGradientPitch +
+                                       output + lane / 8 % 2 * 8);
+  };
+  const auto add_bias = [&](const uint32_t (&left)[4]) {
+    const uint32_t ones = round_pair<T>(1.f, 1.f);
+    float unused[2] = {};
+    mma<T>(bias[0], unused[0], bias[1], unused[1], left, ones, ones);
   };
   const int step = gridDim.x * kGradientTokens;
   int first_token = blockIdx.x * kGradientTokens;
-  // Ahead of its turn where registers do.
-  constexpr bool kAhead = kVectors && !Elements::kTaps;
-  if (kAhead && first_token < p.map.token_count) load(first_token);
+  start_loading(first_token);
+  start_loading(first_token + kGradientHalf);
+  if constexpr (kAhead) load(first_token);
 #pragma unroll 1
   for (; first_token < p.map.token_count; first_token += step) {
-    constexpr int kVectorsOfRow = kGradientColumns / 8;
-    for (int i = threadIdx.x; i < kGradientTokens * kVectorsOfRow; i += kGradientWarps * kLanes) {
-      const int of = i / kVectorsOfRow, column = i % kVectorsOfRow * 8;
-      const int64_t token = first_token + of;
-      const bool exists = token < p.map.token_count && first_output + column < p.outputs;
-      const T* grad = static_cast<const T*>(p.grad);
-      copy_async(grads + of * kGradientPitch + column,
-                 exists ? grad + token * p.outputs + first_output + column : grad, exists);
-    }
-    commit_copies();
-    if (!kAhead) load(first_token);
-    float2 moments = {0.f, 1.f};
-    if (normalized && first_token + row < p.map.token_count) moments = p.moments[first_token + row];
-    elements.keep(p.map, moments.x, moments.y, normalized, patches + row * kPitch);
-    wait_for_copies<0>();
-    __syncthreads();
-    if (kAhead && first_token + step < p.map.token_count) load(first_token + step);
-
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int third = 0; third < 3; ++third) {
+        elements[third].keep(p.map, moments, normalized, third, patches, row);
+      }
+    } else {
+      const Corners corners(p.map, first_token + warp_index() * 8);
+      load_moments(first_token + row);
 #pragma unroll 1
-    for (int k = 0; k < kGradientTokens; k += 16) {
-      uint32_t left[3][4];
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        load_matrices_transposed(left[i], grads + (k + lane % 8 + lane / 16 * 8) * kGradientPitch +
-                                              tall + i * 16 + lane / 8 % 2 * 8);
+      for (int third = 0; third < 3; ++third) {
+        elements[0].load(p.map, corners, third);
+        elements[0].keep(p.map, moments, normalized, third, patches, row);
       }
-      if (blockIdx.y == 0 && wide == 0) {
-        const uint32_t ones = round_pair<T>(1.f, 1.f);
-        float unused[2] = {};
+    }
+    if constexpr (kHasWarpgroups) show_to_products();
+#pragma unroll 1
+    for (int half = 0; half < kGradientTokens; half += kGradientHalf) {
+      wait_for_copies<1>();
+      // The half is there for all warps, and the one before it has been multiplied by all.
+      __syncthreads();
+      start_loading(first_token + step + half);
+      if constexpr (kAhead) {
+        if (half == 0) load(first_token + step);
+      }
+      const T* grads = buffers + buffer * kGradientBuffer;
+      buffer = buffer + 1 < kGradientBuffers ? buffer + 1 : 0;
+      if constexpr (kHasWarpgroups) {
+        constexpr int kSteps = kGradientHalf / 16;
+        uint32_t left[kSteps][4];
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          mma<T>(bias[i][0], unused[0], bias[i][1], unused[1], left[i], ones, ones);
+        for (int k = 0; k < kSteps; ++k) load_outputs(left[k], grads, k * 16, tall);
+#pragma unroll
+        for (int k = 0; k < kSteps && blockIdx.y == 0; ++k) add_bias(left[k]);
+        start_products(sums, left);
+#pragma unroll
+        for (int i = 0; i < kWide * kSteps; ++i) {
+          const T* right = patches + i % kWide * kPatchTile + (half + i / kWide * 16) * kWidest;
+          multiply_async<T, true>(sums[0][i % kWide], left[i / kWide], operand_at(right), true);
         }
-      }
+        commit_products();
+        wait_for_products(sums);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < kGradientHalf; k += 16) {
+          uint32_t left[kTall][4];
 #pragma unroll
-      for (int j = 0; j < kWideTiles; j += 2) {
-        uint32_t right[4];
-        // An odd last tile takes its neighbour's columns along, within the row or its padding.
-        const int second = j + 1 < kWideTiles ? 8 : 0;
-        load_matrices_transposed(
-            right, patches + (k + lane % 16) * kPitch + wide + j * 8 + lane / 16 * second);
+          for (int i = 0; i < kTall; ++i) load_outputs(left[i], grads, k, tall + i * 16);
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          auto& d = sums[i][j];
-          mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[i], right[0], right[1]);
-          if (j + 1 < kWideTiles) {
-            auto& e = sums[i][j + 1 < kWideTiles ? j + 1 : j];
-            mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[i], right[2], right[3]);
+          for (int i = 0; i < kTall; ++i) {
+            if (blockIdx.y == 0 && i == of_bias) add_bias(left[i]);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) {
+            uint32_t right[4];
+            load_matrices_transposed(
+                right, patch_part(patches, half + k + lane % 16, wide / 8 + j + lane / 16));
+#pragma unroll
+            for (int i = 0; i < kTall; ++i) {
+              auto& d = sums[i][0][j];
+              auto& e = sums[i][0][j + 1];
+              mma<T>(d[0][0], d[0][1], d[1][0], d[1][1], left[i], right[0], right[1]);
+              mma<T>(e[0][0], e[0][1], e[1][0], e[1][1], left[i], right[2], right[3]);
+            }
           }
         }
       }
     }
-    // The tiles have been multiplied by all warps.
+    // The patches have been multiplied by all warps.
     __syncthreads();
   }
+  wait_for_copies<0>();
 
   // (elements, outputs): a lane has two elements of each of two outputs.
   const int64_t columns = int64_t(gridDim.z) * kGradientColumns;
   const int64_t rows = 1 + int64_t(gridDim.y) * Elements::kElements;
   float* slot = p.slots + blockIdx.x * rows * columns + first_output + tall;
 #pragma unroll
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < 2 * kTall; ++i) {
     const int output = i / 2 * 16 + i % 2 * 8 + lane / 4;
-    if (blockIdx.y == 0 && wide == 0 && lane % 4 == 0) slot[output] = bias[i / 2][i % 2];
+    if (blockIdx.y == 0 && i / 2 == of_bias && lane % 4 == 0) slot[output] = bias[i % 2];
 #pragma unroll
-    for (int j = 0; j < kWideTiles; ++j) {
+    for (int j = 0; j < 8 * kWide; ++j) {
       const int element = wide + j * 8 + lane % 4 * 2;
       if (element >= Elements::kElements) continue;
       float* to =
           slot + (1 + int64_t(blockIdx.y) * Elements::kElements + element) * columns + output;
-      to[0] = sums[i / 2][j][i % 2][0];
-      to[columns] = sums[i / 2][j][i % 2][1];
+      to[0] = sums[i / 2][j / 8][j % 8][i % 2][0];
+      to[columns] = sums[i / 2][j / 8][j % 8][i % 2][1];
     }
   }
 }
@@ -330,8 +390,8 @@ void weight_gradients(const Geometry& map, const torch::stable::Tensor& x,
   p.outputs = s.outputs;
   const bool taps = source.taps;
   const int pieces = map.token_width() / kTapChannels;
-  const int compiled = compiled_rows(p.map.rows);
-  const int rows = compiled == kMostRows ? kMostRows / 2 : compiled;
+  // Of an image all of a patch with up to 21 rows, else halves of 14.
+  const int rows = p.map.rows <= 21 ? 21 : kMostRows / 2;
   const int elements = taps ? kTapsOfBlock * kTapChannels : rows * kRowColumns;
   const int64_t wide = taps ? divide_up(pieces, kTapsOfBlock) : divide_up(p.map.rows, rows);
   const int64_t tall = divide_up(p.outputs, kGradientColumns);
@@ -344,16 +404,13 @@ void weight_gradients(const Geometry& map, const torch::stable::Tensor& x,
   p.slots = floats_of(memory);
   const auto launch = [&](void (*kernel)(WeightGradientParams)) {
     if (slots == 0) return;
-    const int bytes = kGradientTokens * (patch_pitch(elements) + kGradientPitch) * 2;
     device.launch("soft_split_linear_weight_gradient", kernel,
                   dim3(grid_size(slots), static_cast<unsigned>(wide), static_cast<unsigned>(tall)),
-                  kGradientWarps * kLanes, bytes, p);
+                  kGradientWarps * kLanes, kWeightGradientBytes, p);
   };
   const bool vectors = source.vectors;
   if (taps) {
     launch(vectors ? weight_gradient_kernel<T, 0, true> : weight_gradient_kernel<T, 0, false>);
-  } else if (rows == 8) {
-    launch(vectors ? weight_gradient_kernel<T, 8, true> : weight_gradient_kernel<T, 8, false>);
   } else if (rows == 21) {
     launch(vectors ? weight_gradient_kernel<T, 21, true> : weight_gradient_kernel<T, 21, false>);
   } else {

@@ -147,10 +147,22 @@ LAYER_SLIPS = {
     ),
     "products-of-gradients-not-committed": (
         GRADIENT,
-        "commit_products();\n        wait_for_products",
+        "commit_products();\n        wait_for_products(products)",
         "",
     ),
     "products-of-gradients-not-awaited": (GRADIENT, "wait_for_products(products);", ""),
+    "patches-of-tokens-not-shown": (
+        GRADIENT,
+        "if constexpr (kHasWarpgroups) show_to_products();\n#pragma",
+        "",
+    ),
+    "gradients-of-tokens-not-fenced": (GRADIENT, "start_products(sums, left);", ""),
+    "products-of-tokens-not-committed": (
+        GRADIENT,
+        "commit_products();\n        wait_for_products(sums)",
+        "",
+    ),
+    "products-of-tokens-not-awaited": (GRADIENT, "wait_for_products(sums);", ""),
     "operand-of-a-matrix-not-fenced": (OPERANDS, "start_products(wide, operand.at);", ""),
     "products-of-a-matrix-not-committed": (OPERANDS, "commit_products();", ""),
     "products-of-a-matrix-not-awaited": (OPERANDS, "wait_for_products(wide, operand.at);", ""),

@@ -117,6 +117,7 @@ WARPGROUP = [
     "softmax_keys_backward",
     "project_rows",
     "project_taps",
+    "weight_gradient",
     "map_gradient",
     "attend",
     "tail_backward",
