@@ -1,4 +1,4 @@
-"""A run: the trainer assembled from a configuration and a folder, and its log begun."""
+"""A run from start to end: builds the trainer from a configuration and a folder, and trains."""
 
 from dataclasses import asdict
 
@@ -23,12 +23,17 @@ def train(
 ) -> None:
     """Train to the last epoch of ``config``, writing only into ``folder``.
 
-    It is the first of ``runs`` that will take about as long.
+    Args:
+        config: The configuration as given; it is fitted to the data.
+        folder: The run's folder.
+        world: This process among those of the run.
+        signals: Entered.
+        runs: The number of runs of about this length, with this one; the log estimates their time.
 
     Raises:
-        InputError: the run cannot begin; nothing is written.
-        Stopped: a signal asked it to stop.
-        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
+        InputError: The run cannot start; nothing is written.
+        Stopped: A signal asked it to stop.
+        RunError: Losses stay non-finite, or the disk is full; the last checkpoint is intact.
     """
     with folder:
         with assemble(config, folder, world, signals) as trainer:
@@ -37,9 +42,9 @@ def train(
 
 
 def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signals) -> Trainer:
-    """The trainer of a new or resumed run, which holds its folder and has begun its log.
+    """Build the trainer of a new or resumed run, claim its folder and write the first log lines.
 
-    Nothing is written before all of it is known to work.
+    Nothing is written before everything has been checked.
     """
     world.on_main(folder.check)
     world.on_main(lambda: check_trackers(config.tensorboard, config.wandb))
@@ -65,9 +70,8 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
         trainer.restore(resumed, folder.state_path)
         check_left(trainer, resumed["config"])
 
-    owner = checkpointer.identity()
-    trainer.best, lost = world.on_main(lambda: folder.claim(owner, resumed, about))
-    world.on_main(lambda: folder.record_start(owner, trainer))
+    trainer.best, lost = world.on_main(lambda: folder.claim(checkpointer, resumed))
+    world.on_main(lambda: folder.record_start(trainer))
     for line in (*opening_lines(trainer), *changes):
         world.say(line)
     for reason in folder.damaged:
@@ -85,9 +89,10 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
 
 
 def check_left(trainer: Trainer, before: dict) -> None:
-    """Refuse to resume a run for fewer epochs than it has done, or with changes but no epoch left.
+    """Check that a resumed run, whose configuration was ``before``, has epochs left to train.
 
-    ``before`` is its configuration.
+    Raises:
+        InputError: It has done more than ``epochs``, or the last one and options have changed.
     """
     config, epochs, epochs_done = trainer.config, trainer.epochs, trainer.epochs_done
     if epochs_done > epochs:

@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, how to resume it, its lock and its record."""
+"""The folder of a run: which run it belongs to, how to resume it, its lock and its record."""
 
 import contextlib
 import fcntl
@@ -41,6 +41,7 @@ from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.environment import describe_device, git_commit, versions
 
 if TYPE_CHECKING:
+    from t2tvit.training.checkpointing.checkpointer import Checkpointer
     from t2tvit.training.trainer import Trainer
 
 LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its lock until they end
@@ -48,15 +49,15 @@ LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its loc
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the training state that it resumes from, if any; a context manager.
+    """Where a run writes, and the training state that it resumes from; a context manager.
 
     Attributes:
-        output: the folder.
-        resume: what ``--resume`` said.
-        state_path: the file of the state to resume from.
-        damaged: why newer states cannot be read.
-        before: the :func:`listing` of ``output``.
-        lock: held from :meth:`claim` to the end of the context.
+        output: The folder.
+        resume: The value of ``--resume``.
+        state_path: The file of the state to resume from; None for a new run.
+        damaged: Why newer states cannot be read.
+        before: The :func:`listing` of ``output`` when it was examined.
+        lock: Held from :meth:`claim` to the end of the context.
     """
 
     output: Path
@@ -73,7 +74,7 @@ class RunFolder:
         """What ``--output`` and ``--resume`` mean.
 
         Raises:
-            InputError: they mean no folder, or no state that can be read.
+            InputError: There is no folder to write to, or no state that can be read.
         """
         source = None if resume in (None, "auto") else Path(resume)
         if source is not None:
@@ -106,7 +107,7 @@ class RunFolder:
 
     @property
     def owner(self) -> dict | None:
-        """The :meth:`.Checkpointer.identity` that the folder of the state to resume has, if any."""
+        """The :meth:`.Checkpointer.identity` in the folder of the state to resume, if any."""
         return read_record(self.state_path.parent).get("identity")
 
     def read(self) -> dict | None:
@@ -124,9 +125,14 @@ class RunFolder:
     def choose_config(self, name: str | None, overrides: dict) -> RunConfig:
         """The configuration of a new or resumed run.
 
-        A resumed run may change the keys in MAY_CHANGE, and those in REMEDIES that ``overrides`` sets.
-        Without ``name``, it keeps its own configuration. A new run without ``name`` uses the packaged
-        ``digits`` if its data are the digits or not given.
+        Args:
+            name: A YAML file or packaged configuration. Without it, a resumed run keeps its own, and
+                a new run uses ``digits`` if the data is digits or not given, else the defaults.
+            overrides: The keys that options set.
+
+        Raises:
+            InputError: The configuration is invalid, or changes a key that a resumed run cannot
+                change: all but MAY_CHANGE, and REMEDIES if they are in ``overrides``.
         """
         if self.state_path is None:
             if name is None and self.resume == "auto":  # interrupted before its first checkpoint
@@ -159,9 +165,9 @@ class RunFolder:
         return config
 
     def _started_with(self, before: dict) -> dict:
-        """The keys that the last start in ``output`` changed, and the state's config ``before`` lacks.
+        """The keys that the last start in ``output`` changed since ``before``, the state's config.
 
-        None if the state is of another run, which :func:`check_owner` reports.
+        Empty if the state belongs to another run, which :meth:`check_owner` reports.
         """
         record = read_record(self.output)
         if record.get("beginning") is not None:
@@ -172,7 +178,7 @@ class RunFolder:
         return {key: config[key] for key in ("epochs", *REMEDIES) if key in config}
 
     def check(self) -> None:
-        """Refuse an output folder that holds anything but the run to resume."""
+        """Raise an InputError if the output folder contains anything but the run to resume."""
         output = self.output
         try:
             if not output.exists() or all(path.match(WRITING) for path in output.iterdir()):
@@ -202,7 +208,7 @@ class RunFolder:
     def described_images(
         self, splits: tuple[Split, Split], resumed: dict | None
     ) -> dict[str, dict]:
-        """:func:`described` images; an InputError if they are not those of the run to resume."""
+        """The :func:`described` images; raises an InputError if the run to resume had others."""
         images = described(splits)
         if resumed is not None:
             before = resumed.get("images") or (self.owner or {}).get("images")
@@ -210,22 +216,21 @@ class RunFolder:
         return images
 
     def claim(
-        self, owner: dict, resumed: dict | None, about: Weights
+        self, checkpointer: "Checkpointer", resumed: dict | None
     ) -> tuple[int, list[str]]:
-        """Make and lock the output folder, and fit what it holds to the state to resume.
+        """Create and lock the output folder, and fit its files to the state to resume.
 
-        Until the start is complete, RUN_FILE says how to repeat it.
+        Until :meth:`record_start`, RUN_FILE says how to repeat the start.
 
         Args:
-            owner: the run's :meth:`.Checkpointer.identity`.
-            resumed: what :meth:`read` returned.
-            about: the weights' description, but for epoch and top-1.
+            checkpointer: The run's.
+            resumed: What :meth:`read` returned.
 
         Returns:
-            The epoch whose weights are in BEST_FILE, 0 if there are none, and lines on what was set
-            aside.
+            The epoch that the weights in BEST_FILE are from, 0 if there are none, and log lines on
+            files that were set aside.
         """
-        output = self.output
+        output, about = self.output, checkpointer.about
         if self.moves:  # read before anything is written
             copied = fitting(self.state_path, resumed, about, moves=True)
         try:
@@ -239,15 +244,15 @@ class RunFolder:
         for leftover in output.glob(WRITING):  # of a run that was killed
             leftover.unlink()
         if self.state_path is None or self.moves:
-            self._record_beginning(owner)
+            self._record_beginning(checkpointer.identity())
         if resumed is None:
             return 0, []
         best, lines = self._fit(resumed, about, copied if self.moves else None)
-        remove_oldest(output, owner["config"]["keep_checkpoints"])
+        remove_oldest(output, checkpointer.config.keep_checkpoints)
         return best, lines
 
     def _record_beginning(self, owner: dict) -> None:
-        """Let RUN_FILE say how to repeat a start that is not complete yet."""
+        """Write to RUN_FILE how to repeat a start that is interrupted."""
         source = self.state_path.parent.resolve() / self.state_path.name if self.moves else None
         state = None if source is None else str(source)
         beginning = {"state": state, "config": owner["config"]}
@@ -258,7 +263,7 @@ class RunFolder:
     def _fit(
         self, resumed: dict, about: Weights, copied: Fitting | None
     ) -> tuple[int, list[str]]:
-        """Fit the folder to the state ``resumed``, with what is ``copied`` of another folder."""
+        """Fit the folder to the state ``resumed``; ``copied`` are files of the folder it came from."""
         output = self.output
         state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])
         if copied is not None:
@@ -271,10 +276,10 @@ class RunFolder:
         replace_files(output, fits.files)
         return fits.best, lines
 
-    def record_start(self, owner: dict, trainer: "Trainer") -> None:
-        """Write the configuration, the circumstances, and the metrics of the epochs done."""
-        world = trainer.world
-        write_atomically(self.output / CONFIG_FILE, trainer.checkpointer.config.to_yaml())
+    def record_start(self, trainer: "Trainer") -> None:
+        """Write the configuration, the record of this start, and the metrics of the epochs done."""
+        world, checkpointer = trainer.world, trainer.checkpointer
+        write_atomically(self.output / CONFIG_FILE, checkpointer.config.to_yaml())
         path = self.output / RUN_FILE
         record = read_record(self.output)
         if not record and os.path.lexists(path):
@@ -291,8 +296,8 @@ class RunFolder:
             "git_commit": git_commit(),
         }
         record = {
-            "class_names": owner["class_names"],
-            "identity": owner,
+            "class_names": checkpointer.about.class_names,
+            "identity": checkpointer.identity(),
             "starts": [*record.get("starts", []), start],
         }
         write_metrics(self.output / METRICS_FILE, trainer.history)
@@ -301,7 +306,7 @@ class RunFolder:
 
 
 def listing(output: Path) -> tuple:
-    """What changes in a folder whenever a run starts or saves there: its states and RUN_FILE."""
+    """The states and RUN_FILE of a folder, which change whenever a run starts or saves there."""
     try:
         record = read_bytes(output / RUN_FILE)
     except OSError:
@@ -317,10 +322,10 @@ def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the folder for this process; file systems that lock no folders go without.
+    """Lock the folder for this process, if its file system supports that.
 
     Raises:
-        InputError: another process holds it.
+        InputError: Another process holds the lock.
     """
     folder = os.open(output, os.O_RDONLY)
     try:
