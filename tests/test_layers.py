@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "t2tvit"
-# From the top: a layer imports itself and the ones below it. What is not listed is between
-# commands and training, or used by all.
+# From the top: a layer imports itself and the ones below it. Other modules are between commands and
+# training, or below all.
 LAYERS = ("t2tvit.commands", "t2tvit.training", "t2tvit.data")
 MOST_ARGUMENTS = 6
 TREES = {
@@ -50,6 +50,14 @@ def test_no_layer_imports_one_above_it(number):
         (name, each) for name in modules for each in IMPORTS[name] if each.startswith(above)
     }
     assert modules and not wrong
+
+
+def test_training_imports_no_module_that_uses_it():
+    """Not even if no two modules import each other."""
+    training = {name for name in IMPORTS if name.startswith("t2tvit.training")}
+    users = {name for name in IMPORTS if IMPORTS[name] & training} - training
+    wrong = {(name, each) for name in training for each in IMPORTS[name] & users}
+    assert users and not wrong
 
 
 @pytest.mark.parametrize("layer", LAYERS)
