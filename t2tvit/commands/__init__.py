@@ -1,6 +1,6 @@
-"""The commands of ``t2tvit``: a file for each, with its options, its help and what it runs.
+"""The commands of ``t2tvit``, one module each: HELP, EPILOG, ``add_options`` and ``run``.
 
-A file imports what it runs only when it runs, so that ``--help`` needs no extra package.
+A module imports the trainer and the like inside ``run``, so that ``--help`` needs no extra package.
 """
 
 COMMANDS = (

@@ -18,7 +18,7 @@ examples:
   t2tvit compare t2t_vit_7 vit_s_16 timm:resnet18 --data cifar10 --img-size 32 --output runs/cifar10
   t2tvit compare --config mine.yaml --seeds 0 1 2 3 4 --epochs 100 --output runs/mine
 """
-# What each model of a comparison has of its own.
+# Keys that a comparison sets for each model or run.
 OWN_KEYS = ("model", "model_args", "seed", "initial_checkpoint")
 
 

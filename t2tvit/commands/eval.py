@@ -4,7 +4,7 @@ import argparse
 import time
 from dataclasses import asdict
 
-from t2tvit.commands.options import INFERENCE_KEYS, add_keys, add_weights, described
+from t2tvit.commands.options import INFERENCE_KEYS, add_keys, add_weights, chosen_weights
 from t2tvit.errors import InputError
 
 HELP = "measure trained weights on held-out images"
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     device, failure = vars(arguments).get("device", "auto"), None
     try:
-        path, config, about = described(arguments)
+        path, config, about = chosen_weights(arguments)
         device = config.device
     except InputError as error:
         failure = error

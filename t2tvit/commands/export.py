@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from t2tvit.commands.options import PREPARED_KEYS, add_keys, add_weights, described, given
+from t2tvit.commands.options import PREPARED_KEYS, add_keys, add_weights, chosen_weights, given
 
 HELP = "write a trained model for other tools"
 EPILOG = """
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     kernels = given(arguments).get("fused_kernels", "reference")
     for name in arguments.format:
         check_format(name, arguments.dtype, kernels)
-    path, config, about = described(arguments)
+    path, config, about = chosen_weights(arguments)
     config = replace(config, fused_kernels=kernels, amp="none")
     with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)

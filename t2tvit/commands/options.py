@@ -1,4 +1,4 @@
-"""Options that several commands have: the keys of a configuration, and which weights to use."""
+"""Options that several commands share: configuration keys, and which weights to use."""
 
 import argparse
 from collections.abc import Iterable
@@ -119,11 +119,11 @@ def add_weights(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def described(arguments: argparse.Namespace) -> "tuple[Path, RunConfig, Weights | None]":
-    """The weights that are asked for, how to use them, and what they say of themselves.
+def chosen_weights(arguments: argparse.Namespace) -> "tuple[Path, RunConfig, Weights | None]":
+    """The file that --run or --checkpoint means, its configuration and its own description.
 
     Raises:
-        InputError: there are none, or they do not fit the other options.
+        InputError: The file is missing or damaged, or does not fit the other options.
     """
     from t2tvit.training.inference import describe_checkpoint, weights_of
 

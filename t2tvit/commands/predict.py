@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from t2tvit.commands.options import INFERENCE_KEYS, add_keys, add_weights, described
+from t2tvit.commands.options import INFERENCE_KEYS, add_keys, add_weights, chosen_weights
 from t2tvit.errors import InputError
 
 HELP = "classify images, or a sample of held-out ones"
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option}: got {getattr(arguments, name)}, expected at least 1")
     plot = None if arguments.plot is None else figure_file(arguments.plot, "--plot")
-    path, config, about = described(arguments)
+    path, config, about = chosen_weights(arguments)
     with distributed.joined(config.device) as world:
         trained = load_trained(path, config, about, world)
         if not world.is_main:

@@ -1,4 +1,4 @@
-"""``t2tvit train``: a run, from its options to its end."""
+"""``t2tvit train``: trains a model, or resumes a run."""
 
 import argparse
 import shlex
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def how_to_resume(output: Path, kept: str) -> str:
-    """What is ``kept`` of a run that was ended in ``output``, and how to resume it."""
+    """A message that says what is ``kept`` of the stopped run in ``output`` and how to resume it."""
     from t2tvit.training.checkpointing.run_folder import read_record
     from t2tvit.training.checkpointing.states import states_in
 

@@ -2,10 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from t2tvit.commands.options import PREPARED_KEYS, add_keys, add_weights, described, given
+from t2tvit.commands.options import PREPARED_KEYS, add_keys, add_weights, chosen_weights, given
 from t2tvit.errors import InputError
 from t2tvit.models.timm_models import TIMM
+
+if TYPE_CHECKING:
+    from t2tvit.training.distributed import World
+    from t2tvit.visualization.subject import Subject
 
 HELP = "show what a model's layers make of images"
 EPILOG = """
@@ -62,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         show(subject, arguments.images, arguments.output, arguments.channels, world)
 
 
-def subject_of(arguments: argparse.Namespace, options: dict, world):
-    """The model that the options mean."""
+def subject_of(arguments: argparse.Namespace, options: dict, world: "World") -> "Subject":
+    """The model to visualize, as the arguments and the configuration keys in ``options`` say."""
     from t2tvit.training.config import resolve
     from t2tvit.visualization.subject import new_subject, timm_subject, trained_subject
 
@@ -78,7 +83,7 @@ def subject_of(arguments: argparse.Namespace, options: dict, world):
         raise InputError(f"--pretrained: only a model of timm has such weights; give {TIMM}NAME")
     if arguments.run is not None or arguments.checkpoint is not None:
         held_out = arguments.run is not None and not arguments.images
-        return trained_subject(*described(arguments), world, held_out)
+        return trained_subject(*chosen_weights(arguments), world, held_out)
     if "model" in options or arguments.config is not None:
         return new_subject(resolve(arguments.config, options))
     raise InputError("what to visualize? give --run, --checkpoint or --model")
