@@ -1,7 +1,7 @@
 """The command line: ``t2tvit COMMAND``.
 
-Each command is a file of :mod:`t2tvit.commands`; this one has what they share: parsing, errors and
-exit statuses.
+Each command is a module in :mod:`t2tvit.commands`. This module parses the command line and turns errors
+into messages and exit statuses.
 """
 
 import argparse
@@ -154,7 +154,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all :data:`~t2tvit.commands.COMMANDS`; what it parses says what to ``run``."""
+    """The parser of all :data:`~t2tvit.commands.COMMANDS`.
+
+    What it parses has the command's function in ``execute`` and its parser in ``parser``.
+    """
     parser = Parser(
         prog="t2tvit",
         description="Tokens-to-Token Vision Transformers on fused kernels.",

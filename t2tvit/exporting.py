@@ -214,13 +214,13 @@ def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) ->
     """The model of ``path`` at the configured image size and in ``dtype``.
 
     Args:
-        trained: the model, whose size and dtype are changed.
-        path: for messages.
-        about: what the weights say of themselves, if anything.
-        dtype: one of DTYPES.
+        trained: The model; its size and dtype are changed in place.
+        path: The file it was loaded from, for messages.
+        about: The weights' own description, if any.
+        dtype: One of DTYPES.
 
     Raises:
-        InputError: it is no model of this package.
+        InputError: The model is not one of this package.
     """
     config = trained.config
     if not isinstance(trained.model, T2TBackbone):

@@ -1,4 +1,4 @@
-"""Classes of image files, folders and lists, or of held-out images, with their probabilities."""
+"""Classifies image files, folders and lists, or held-out images."""
 
 import random
 import sys
@@ -32,13 +32,13 @@ SECONDS_BETWEEN_BARS = 30
 
 @dataclass(frozen=True)
 class Output:
-    """What of the predictions is printed and drawn.
+    """How predictions are printed and drawn.
 
     Attributes:
-        top_k: classes to name for each image.
-        json: whether as JSON lines instead of a table.
-        plot: the file of the picture; None: none.
-        images: the most images to draw.
+        top_k: Classes to name for each image.
+        json: Whether to print JSON lines instead of a table.
+        plot: The file to draw to; None to draw nothing.
+        images: The maximum number of images to draw.
     """
 
     top_k: int
@@ -53,14 +53,14 @@ def predict(
     """Classify the images of ``source``, and print (and draw) the result.
 
     Args:
-        trained: on the device that computes.
-        source: the images.
-        names: of the classes; without, they are numbered.
-        output: what is wanted of the result.
-        title: of the picture, if the source has none.
+        trained: The model, on its device.
+        source: The images.
+        names: The classes; None to number them.
+        output: How to print and draw the result.
+        title: The plot's title if the source has no summary.
 
     Raises:
-        InputError: images cannot be read; all others are classified before.
+        InputError: Some images cannot be read; it is raised after all others are classified.
     """
     titles = [printable(title) for title in source.titles]
     width = max(map(columns, titles))

@@ -38,7 +38,7 @@ def built(config: RunConfig, world: World) -> tuple[torch.nn.Module, int]:
 
 
 def train_all(comparison: Comparison, output: Path, world: World) -> None:
-    """Train every model with every seed, going on where a run was interrupted.
+    """Train every model with every seed; interrupted runs are resumed.
 
     Raises:
         Stopped: by a signal; what was done is kept.

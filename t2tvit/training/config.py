@@ -1,6 +1,7 @@
 """The one schema of a run: keys, defaults, bounds, help; YAML and the command line fill it.
 
-Each component of the trainer has its part of the keys, and of what follows from them.
+The keys are grouped into one dataclass per component of the trainer; its properties derive values from
+them.
 
 Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML file, the command
 line.
@@ -55,8 +56,8 @@ def key(
 ):
     """A key of the schema: its default, help, and what values it takes beyond its type.
 
-    ``bounds`` are the least and the largest number, None for no largest. ``bare`` is what its
-    option means without a value.
+    ``bounds`` are the smallest and the largest number allowed, None for no upper bound. ``bare`` is
+    the value of the option without an argument.
     """
     metadata = {
         "help": help,
@@ -72,7 +73,7 @@ def key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the images are and how they become inputs."""
+    """Where the images come from and how they become inputs."""
 
     data: str = key(
         "digits",
@@ -131,7 +132,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """How training images are changed anew in each epoch."""
+    """Random changes of training images and targets."""
 
     crop_scale: tuple[float, float] = key(
         (0.08, 1.0), "area of a random crop, least and most", bounds=(0, 1)
@@ -180,13 +181,13 @@ class AugmentationConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others of their batch, in pairs."""
+        """Whether mixup or cutmix is on, which needs an even number of images."""
         return bool(self.mixup or self.cutmix)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model and the weights that it starts from."""
+    """The model, its initial weights and its kernels."""
 
     model: str = key("t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
     model_args: dict = key(
@@ -218,7 +219,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An update: its images, learning rates, precision, and what happens if it fails."""
+    """An update: optimiser, learning rates, batch, precision, and skipping if it fails."""
 
     optimizer: str = key(
         "adamw",
@@ -279,7 +280,7 @@ class OptimizerConfig:
 
     @property
     def lr_factor(self) -> float:
-        """What every learning rate is multiplied with; 1 without ``auto_lr``."""
+        """The factor of every learning rate; 1 without ``auto_lr``."""
         if not self.auto_lr:
             return 1.0
         ratio = self.batch_size / self.lr_batch_size
@@ -300,7 +301,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What makes training faster or smaller without changing what it computes."""
+    """Options that save time or memory without changing what is computed, and profiling."""
 
     accumulate: int = key(
         1,
@@ -371,7 +372,7 @@ class AverageConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run keeps and reports, and where it computes."""
+    """What a run saves and reports, its seed and its device."""
 
     checkpoint_minutes: float = key(
         10.0,
@@ -397,7 +398,7 @@ class OutputConfig:
     )
 
 
-# By the titles of their groups of options, in the order of the keys.
+# The parts of a RunConfig by the titles of their groups in --help, in the order of the keys.
 PARTS = {
     "data": DataConfig,
     "augmentation": AugmentationConfig,
@@ -410,7 +411,7 @@ PARTS = {
 }
 
 
-# A dataclass has the keys of its last base first.
+# A dataclass lists the fields of its last base first.
 @dataclass(frozen=True)
 class RunConfig(
     OutputConfig,
@@ -422,9 +423,10 @@ class RunConfig(
     AugmentationConfig,
     DataConfig,
 ):
-    """All that decides what a run computes. Every key is also a command-line option.
+    """Everything that decides what a run computes. Every key is also a command-line option.
 
-    It is made of the PARTS: what needs one of them takes that one, which a RunConfig is.
+    It inherits from every part, so a function that needs one part, such as an
+    :class:`OptimizerConfig`, accepts a RunConfig.
     """
 
     def __post_init__(self):
@@ -441,7 +443,7 @@ class RunConfig(
             part.check(self)
 
     def create_args(self, num_classes: int, channels: int) -> dict:
-        """The arguments of ``create_model`` that rebuild the model, for data of so many classes."""
+        """The arguments of ``create_model``; the data's ``num_classes`` count if no key sets them."""
         return {
             "img_size": list(self.size),
             "num_classes": self.num_classes or num_classes,
@@ -452,10 +454,10 @@ class RunConfig(
     def batch_per_process(self, processes: int) -> int:
         """Images of one process per update: its share of ``batch_size``, rounded down.
 
-        Mixup and cutmix need an even number.
+        With mixup or cutmix, it is rounded down to an even number.
 
         Raises:
-            InputError: nothing is left.
+            InputError: The share is zero.
         """
         images = self.batch_size // processes
         if self.mixes:
@@ -468,7 +470,10 @@ class RunConfig(
         return images
 
     def fitted(self, images: int) -> tuple["RunConfig", list[str]]:
-        """For so few training images or epochs, with a line for each key that changes."""
+        """The configuration for so many training images, and a log line for each key that changes.
+
+        A batch is at most all images, and the warm-up is shorter than the run.
+        """
         config, lines = self, []
         if self.batch_size > images:
             batch = images - images % 2 if self.mixes else images

@@ -40,7 +40,7 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, on rank 0 only; what ``text`` has of newlines and the like is escaped."""
+        """Print a line, on rank 0 only; newlines and the like in ``text`` are escaped."""
         if self.is_main:
             print(printable(text), flush=True)
 
@@ -71,7 +71,7 @@ class World:
         return values
 
     def check_same(self, values: dict[str, object]) -> None:
-        """Raise an InputError on every rank unless all have the same ``values``, by what they are."""
+        """Raise an InputError on every rank unless all have the same ``values``, a dict by name."""
         every = self.gather(values)
         for rank, (name, value) in itertools.product(range(self.size), values.items()):
             own, first = every[rank][name], every[0][name]

@@ -1,4 +1,4 @@
-"""What a run computes with: versions, the commit of the source, the device."""
+"""What a run records about where it computes: versions, source commit, device."""
 
 import importlib.metadata
 import platform

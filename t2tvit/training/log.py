@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The log lines of a run."""
 
 import os
 import shlex
@@ -43,7 +43,7 @@ MUCH_WAITING = 0.2  # share of the time
 
 
 def opening_lines(trainer: "Trainer") -> Iterator[str]:
-    """What the log begins with: what is trained, on what, and who computes it."""
+    """The first lines of the log: versions, device, data, model, batch and backends."""
     config, data, world = trainer.config, trainer.data, trainer.world
     height, width = config.size
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -81,7 +81,7 @@ def opening_lines(trainer: "Trainer") -> Iterator[str]:
 
 
 def change_lines(trainer: "Trainer", before: dict) -> Iterator[str]:
-    """What is other than in the configuration ``before`` of the run to resume."""
+    """The changes from ``before``, the configuration of the run to resume."""
     config = trainer.config
     is_amid_stream = is_stream(trainer.data.split) and trainer.step > 0
     if is_amid_stream and before["workers"] != config.workers:
@@ -97,7 +97,7 @@ def change_lines(trainer: "Trainer", before: dict) -> Iterator[str]:
 
 
 def loader_line(metrics: dict, workers: int) -> str:
-    """How fast the loader is, and what to do where the training waits for it."""
+    """The throughput of the loader, and what to do if training waits for it."""
     wait = metrics["loader_wait"]
     hint = ""
     if wait > MUCH_WAITING:
@@ -115,7 +115,7 @@ def loader_line(metrics: dict, workers: int) -> str:
 def closing_lines(
     history: list[dict], best_epoch: int, epochs: int, output: Path
 ) -> Iterator[str]:
-    """How a finished run ended, and what lies where; BEST_FILE is of ``best_epoch``."""
+    """The result of a finished run and its files; BEST_FILE is from ``best_epoch``."""
     best = history[best_epoch - 1]
     time = timedelta(seconds=round(sum(metrics["seconds"] for metrics in history)))
     yield (

@@ -1,4 +1,4 @@
-"""Models as a run needs them: built from a configuration, proved to run, described in its log."""
+"""The model of a run: built from a configuration, checked to work, described in the log."""
 
 import copy
 from collections.abc import Iterator
@@ -24,13 +24,13 @@ from t2tvit.training.distributed import World
 def trainable_model(
     config: RunConfig, split: Split, world: World, begins: bool
 ) -> tuple[nn.Module, dict]:
-    """The model of a run on ``split``, proved to run, and the arguments that rebuild it.
+    """The model of a run on ``split``, checked to work, and the arguments that rebuild it.
 
-    If the run ``begins``, it starts from the weights of ``initial_checkpoint``.
+    A run that ``begins`` starts from ``initial_checkpoint``; a resumed one does not read it.
 
     Raises:
-        BackendUnavailable: the named backend cannot run this model here.
-        InputError: the model does not fit the data or the other options.
+        BackendUnavailable: The named backend cannot run this model here.
+        InputError: The model does not fit the data or the other options.
     """
     args = config.create_args(len(split.class_names), split.channels)
     model = build_model(config.model, args, config.fused_kernels)
@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None
 
 
 def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
-    """Load the weights of ``path``; a head of other classes than ``class_names`` starts afresh."""
+    """Load the weights of ``path``; a head for other classes than ``class_names`` is initialised."""
     if not path.exists():
         raise InputError(
             f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"

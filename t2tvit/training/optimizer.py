@@ -14,7 +14,7 @@ from t2tvit.training.checkpointing.states import is_number
 from t2tvit.training.config import OptimizerConfig, RunConfig
 
 SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
-# Moments of optimisers that have their parameter's shape.
+# State of optimisers that has the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 FUSED = ("adam", "adamw")  # of torch, in one kernel for all parameters
 
@@ -72,7 +72,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, updates_per_epoch: int
 ) -> tuple[Scheduler, int]:
-    """The schedule of the learning rate, and the number of epochs with the cool-down."""
+    """The learning rate's schedule, and the number of epochs, cool-down included."""
     return create_scheduler_v2(
         optimizer,
         num_epochs=config.epochs,
@@ -86,11 +86,11 @@ def build_scheduler(
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict]) -> None:
-    """Raise a ValueError unless a state that was loaded fits the parameters and their groups.
+    """Raise a ValueError unless the loaded state fits the parameters and their groups.
 
     Args:
-        optimizer: with the loaded state.
-        before: its groups before, which tell which options are numbers.
+        optimizer: The optimiser with the loaded state.
+        before: Its groups before loading: options that were numbers must still be numbers.
     """
     for parameter, state in optimizer.state.items():
         for name in MOMENTS:

@@ -246,7 +246,7 @@ def open_splits(
 
 
 def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> Data:
-    """This rank's share of ``splits``, which :func:`open_splits` has opened.
+    """This rank's share of ``splits``, the result of :func:`open_splits`.
 
     Raises:
         InputError: the data cannot be read, or does not fit the configuration.
@@ -309,7 +309,7 @@ def check_held_out(split: Split, world: World) -> None:
 
 
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
-    """Shuffled batches of :func:`batch_per_process` images; call :func:`begin_epoch` first.
+    """Shuffled batches of this rank's share of images; call :func:`begin_epoch` first.
 
     The ranks' batches together are those of a single process with the same seed.
     """
@@ -366,7 +366,7 @@ def is_stream(split: Split) -> bool:
 
 
 def workers_for(split: Split, workers: int) -> int:
-    """``workers``, but no more than there are CPUs; of a stream they decide the order."""
+    """``workers``, but at most one per CPU, except for a stream, whose order depends on them."""
     return workers if is_stream(split) else min(workers, available_cpus())
 
 

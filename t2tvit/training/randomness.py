@@ -1,4 +1,4 @@
-"""The generators that a process draws from: seeded, kept, and set aside for a moment."""
+"""The random generators of a process: seeding, saving and restoring them."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, also while it waits for data that do not come."""
+"""Signals that ask a run to stop, also while it waits for data."""
 
 import contextlib
 import multiprocessing

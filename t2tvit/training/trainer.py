@@ -35,30 +35,36 @@ from t2tvit.training.trackers import Trackers
 
 CURVES_EVERY = 60  # seconds
 EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
+# What PyTorch raises for a state whose tensors or options do not fit; they have no narrower base.
+MISFITS = (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 class Trainer:
-    """A run in progress; a context manager that closes it.
+    """Owns the model, optimiser, data and progress of a run; a context manager that closes it.
 
-    The schedule follows from ``updates`` alone. ``step`` batches of the epoch at hand are done;
-    ``loss_sum`` over their ``images`` is this rank's, as is ``unreadable``, what is wrong with
-    images; all else is the same on every rank.
+    The ranks have the same values, except for ``loss_sum``, ``images`` and ``unreadable``.
 
     Args:
-        config: of the run, fitted to its data.
-        world: this process among those of the run.
-        data: this rank's share.
-        model: on this rank's device, ready to train.
-        checkpointer: writes to the run's folder; without one nothing is kept, and :meth:`fit`
-            cannot be called.
+        config: The run's configuration, fitted to its data.
+        world: This process among those of the run.
+        data: This rank's share of the images.
+        model: The model, on this rank's device and ready to train.
+        checkpointer: Writes to the run's folder. :meth:`fit` needs one; :meth:`train_epoch` and
+            :meth:`evaluate` work without.
 
     Attributes:
-        epochs: of the whole run, with the cool-down.
-        best: the epoch whose weights BEST_FILE has; 0: none.
-        skipped: the epoch's updates that were not made.
-        diverging: whether the last update was not made, for another reason than a loss scale that
-            is too large.
-        history: the metrics of each epoch.
+        epochs: Epochs of the whole run, cool-down included.
+        updates: Updates so far. The learning rate depends on this number alone.
+        epochs_done: Completed epochs.
+        step: Batches of the current epoch that are done.
+        loss_sum: Sum of the losses of this rank's ``images`` in the current epoch.
+        unreadable: Why images of this rank could not be read, one message per image.
+        skipped: Skipped updates of the current epoch.
+        skipped_in_a_row: Skipped updates since the last one that was made.
+        diverging: Whether the last update was skipped for a reason other than a loss scale that is
+            too large.
+        best: The epoch that the weights in BEST_FILE are from; 0 if there is none.
+        history: The metrics of each completed epoch.
     """
 
     def __init__(
@@ -79,15 +85,16 @@ class Trainer:
             self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
             speed_up(self.ema.module, config)  # a copy is not compiled
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
-        self.network = model  # wrapped if many ranks train it
+        self.network = model  # what is trained: the model, wrapped if there are several ranks
         if world.size > 1:
             self.network = DistributedDataParallel(
                 model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-        self.mix, self.loss_function = None, LabelSmoothingCrossEntropy(config.smoothing)
-        if config.mixes:
+        if not config.mixes:
+            self.mix, self.loss_function = None, LabelSmoothingCrossEntropy(config.smoothing)
+        else:
             self.loss_function = SoftTargetCrossEntropy()
             self.mix = Mixup(
                 mixup_alpha=config.mixup,
@@ -120,20 +127,21 @@ class Trainer:
     # A run
 
     def fit(self, runs: int = 1) -> None:
-        """Train, evaluate and keep each epoch that is left.
+        """Train, evaluate and save each remaining epoch.
 
-        It is the first of ``runs`` that will take about as long.
+        Args:
+            runs: The number of runs of about this length, with this one; the log estimates their time.
 
         Raises:
             Stopped: a signal asked the run to stop.
             NonFiniteLoss, OneRankError: see :meth:`train_epoch`.
         """
         config, output = self.config, self.checkpointer.output
-        left = self.epochs - self.epochs_done
+        epochs_left = self.epochs - self.epochs_done
         evaluation = EVALUATION_COST * self.data.held_out_images / config.batch_size
-        updates = left * (len(self.data.train) + evaluation) - self.step
+        updates = epochs_left * (len(self.data.train) + evaluation) - self.step
         self.profiler = Profiler(output, config.profile, self.world)
-        self.forecast = Forecast(updates, f"{left} epochs", runs, self.world)
+        self.forecast = Forecast(updates, f"{epochs_left} epochs", runs, self.world)
         self.trackers = Trackers(output, config, self.epochs_done, self.world)
         started, drawn, before = time.perf_counter(), time.perf_counter(), self.epochs_done
         is_loader_told = False
@@ -147,8 +155,9 @@ class Trainer:
                     draw_curves(self.history, output / CURVES_FILE)
                     drawn = time.perf_counter()
             done = self.epochs_done
-            left = (time.perf_counter() - started) / (done - before) * (self.epochs - done)
-            self.world.say(epoch_line(metrics, self.epochs, left) + ("  best" if is_best else ""))
+            seconds = (time.perf_counter() - started) / (done - before) * (self.epochs - done)
+            line = epoch_line(metrics, self.epochs, seconds)
+            self.world.say(line + ("  best" if is_best else ""))
             if not is_loader_told and metrics["loader_images_per_second"]:
                 self.world.say(loader_line(metrics, self.data.train.num_workers))
                 is_loader_told = True
@@ -156,17 +165,17 @@ class Trainer:
             draw_curves(self.history, output / CURVES_FILE)
 
     def close(self, failed: bool = False) -> None:
-        """End what accompanies the training; ``failed`` says whether an error ended it."""
+        """Close the trackers and the profiler; ``failed`` says whether an error ended the run."""
         if self.trackers is not None:
             self.trackers.close(failed)
         if self.profiler is not None and not failed:
             self.profiler.close()
 
     def report(self) -> None:
-        """Say how the finished run went.
+        """Log the results of the finished run.
 
         Raises:
-            RunError: it ended with a model that has diverged.
+            RunError: The model has diverged.
         """
         remedies = "resume with a lower --lr, with --clip-grad, or with --amp bfloat16 or none"
         if not math.isfinite(self.history[-1]["eval_loss"]):
@@ -187,7 +196,7 @@ class Trainer:
     # An epoch
 
     def one_epoch(self) -> dict:
-        """Train and evaluate once; the metrics that METRICS_FILE gets."""
+        """Train and evaluate once; returns the epoch's row of METRICS_FILE."""
         epoch, started = self.epochs_done + 1, time.perf_counter()
         try:
             metrics = self.train_epoch()
@@ -202,15 +211,14 @@ class Trainer:
         return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
     def train_epoch(self) -> dict[str, float]:
-        """Train to the end of the epoch, from its step ``step`` on.
+        """Train from ``step`` to the end of the epoch.
 
         Returns:
-            ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second`` that
-            their workers could deliver, by the time that each image took them, and ``loader_wait``,
-            the share of the time for which the training waited for them; ``memory_mib``, the most
-            that rank 0 has used so far; ``lr`` of the last update,
-            ``skipped_updates``, for which the loss or gradient was not finite, and
-            ``unreadable_images``, found so far.
+            ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second``,
+            the throughput that the loader processes could reach; ``loader_wait``, the share of the
+            time that training waited for them; ``memory_mib``, the peak memory of rank 0 so far;
+            ``lr`` of the last update; ``skipped_updates``, whose loss or gradient was not finite;
+            and ``unreadable_images``, the number found so far.
 
         Raises:
             NonFiniteLoss: more than ``max_skipped`` updates in a row had to be skipped.
@@ -242,7 +250,7 @@ class Trainer:
         )
 
     def _end_epoch(self, metrics: dict) -> bool:
-        """Count the epoch at hand as done, and keep it; whether it is the best so far."""
+        """Save the epoch that has just ended; returns whether it is the best so far."""
         self.epochs_done += 1
         self.step, self.loss_sum, self.images, self.skipped = 0, 0.0, 0, 0
         self.history.append(metrics)
@@ -254,13 +262,13 @@ class Trainer:
         best = self.history[self.best - 1]["top1"] if self.best else -math.inf
         is_best = is_finite and metrics["top1"] >= best
         self.best = self.epochs_done if is_best else self.best
-        # First the state, as the weights of a finished epoch can be read from it.
+        # The state first: if the process ends in between, the weights can be taken from it.
         self.checkpointer.after_epoch(self)
         self.checkpointer.keep_weights(self, is_best)
         return is_best
 
     def _awaited(self, items: Iterator) -> Iterator:
-        """``items``; waiting for one does not hold up a signal, and a profile names the time."""
+        """``items``; a signal interrupts the wait for one, and profiles show the wait by name."""
         while True:
             waiting = contextlib.nullcontext()
             if self.checkpointer is not None:
@@ -274,16 +282,16 @@ class Trainer:
 
     @record_function("augment")
     def _inputs(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """A batch's images and targets on this rank's device, erased and mixed."""
+        """A batch's augmented images and its targets, on this rank's device."""
         images = self.data.augment(sample.image)
         targets = sample.label.to(self.world.device, non_blocking=True)
         return (images, targets) if self.mix is None else self.mix(images, targets)
 
     def _note_unreadable(self, problems: list[str]) -> None:
-        """Name the images that could not be read, each once.
+        """Log images that could not be read, each of them once.
 
         Raises:
-            OneRankError: more than ``max_unreadable`` have been found on this rank.
+            OneRankError: This rank has found more than ``max_unreadable``.
         """
         for problem in filter(None, problems):
             if problem in self.unreadable:
@@ -298,14 +306,14 @@ class Trainer:
             print(printable(line), flush=True)
 
     def _after_step(self) -> None:
-        for companion in (self.forecast, self.profiler):
-            if companion is not None:
-                companion.after_step()
+        for component in (self.forecast, self.profiler):
+            if component is not None:
+                component.after_step()
         if self.checkpointer is not None:
             self.checkpointer.after_step(self)
 
     def _progress_line(self, clock: LoaderClock) -> str:
-        """How the epoch at hand goes."""
+        """Loss, throughput and memory of the current epoch so far."""
         rate = (self.images - clock.images_before) * self.world.size / clock.seconds
         mean = float(self.loss_sum) / max(self.images, 1)
         wait = clock.waited / clock.seconds
@@ -341,7 +349,7 @@ class Trainer:
             names: of the images, for messages.
 
         Raises:
-            NonFiniteLoss: it is one skipped update too many.
+            NonFiniteLoss: Too many updates have been skipped.
         """
         self.scheduler.step_update(self.updates)
         generators = rng_state(self.world.device)
@@ -361,10 +369,10 @@ class Trainer:
         self.step += 1
 
     def accumulate(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Put the gradients of the mean loss in place, from ``config.accumulate`` pieces of the batch.
+        """Compute the gradients of the mean loss, from ``config.accumulate`` pieces of the batch.
 
         Returns:
-            The mean loss of this rank's images; the gradients are those of all ranks.
+            The mean loss of this rank's images. The gradients are averaged over all ranks.
         """
         self.optimizer.zero_grad()
         count, device = self.config.accumulate, self.world.device
@@ -373,7 +381,7 @@ class Trainer:
         )
         total = torch.zeros((), device=device)
         for number, (part, wanted) in enumerate(pieces, start=1):
-            # The ranks share their gradients once, with the last piece's.
+            # The ranks exchange gradients once, after the last piece.
             alone = self.world.size > 1 and number < len(pieces)
             with self.network.no_sync() if alone else contextlib.nullcontext():
                 try:
@@ -389,16 +397,17 @@ class Trainer:
                         "--model"
                     ) from None
                 with record_function("backward"):
-                    # A loss that is not finite on one rank so reaches the gradients of all.
+                    # Makes the gradients of every rank non-finite if the loss of one rank is.
                     self.scaler.scale(loss * (1 + 0 * loss.detach())).backward()
             total += loss.detach()
         return total
 
     @record_function("optimiser")
     def update(self) -> bool:
-        """Optimiser step and average; False, and no step, if a gradient is not finite.
+        """Step the optimiser and update the average, unless a gradient is not finite.
 
-        Every rank returns the same.
+        Returns:
+            Whether the step was made; the same on every rank.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [value for value in self.model.parameters() if value.grad is not None]
@@ -414,17 +423,17 @@ class Trainer:
         return is_finite
 
     def _report_skipped(self, loss: float, batch: dict) -> None:
-        """Count the skipped update of ``batch`` and say whose it was.
+        """Count the skipped update and log the ranks and images of its ``batch``.
 
         Raises:
-            NonFiniteLoss: it is one too many.
+            NonFiniteLoss: Too many updates have been skipped.
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
         where = f"step {self.step + 1} of epoch {self.epochs_done + 1}"
         ranks = self.world.gather((loss, batch["names"]))
         bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
-        # A loss scale that is too large is found so, and is no fault of the batch.
+        # With a finite loss and a scaler, the loss scale was too large, which is no divergence.
         self.diverging = bool(bad) or not self.scaler.is_enabled()
         what = "the loss is not finite" if bad else "the gradient is not finite"
         whose = "; ".join(
@@ -445,7 +454,7 @@ class Trainer:
     # The state
 
     def state_dict(self) -> dict:
-        """What every rank has in common; a state file has the ranks' own besides it."""
+        """The state that all ranks share; a state file also has what differs between ranks."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -460,24 +469,24 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a :meth:`state_dict` that a file has kept."""
+        """Continue from a :meth:`state_dict`, perhaps read from a file."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        # Parameters are numbered, and JSON's keys are text.
+        # JSON turns the parameters' numbers into text.
         moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
-        if state["scaler"]:  # empty if the run did not scale its loss before
+        if state["scaler"]:  # empty if the loss was not scaled
             self.scaler.load_state_dict(state["scaler"])
         self.updates, self.epochs_done = state["updates"], state["epochs_done"]
         self.step, self.history = state["step"], state["history"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
     def restore(self, content: dict, path: Path) -> None:
-        """Continue from the ``content`` of the state file ``path``, with its generators.
+        """Continue from the ``content`` of the state file ``path``, random generators included.
 
         Raises:
-            InputError: the state is not of this model, optimiser and data.
+            InputError: The state does not fit the model, optimiser or data.
         """
         groups = [dict(group) for group in self.optimizer.param_groups]
         steps = len(self.data.train)
@@ -489,15 +498,15 @@ class Trainer:
                 raise ValueError(f"it has done {self.step} of the {steps} updates of an epoch")
         except torch.OutOfMemoryError:
             raise
-        # What PyTorch raises for tensors and options that do not fit has no narrower base.
-        except (
-            *(AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError),
-        ) as error:
+        except MISFITS as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"training state {path} does not fit the run: {reason}") from None
 
     def _restore_ranks(self, ranks: list[dict]) -> None:
-        """Take what is this rank's own; on another number of ranks the sums, with new generators."""
+        """Restore what differs between ranks.
+
+        If their number has changed, rank 0 takes the sums and every generator is seeded again.
+        """
         world = self.world
         if len(ranks) == world.size:
             own = ranks[world.rank]

@@ -1,4 +1,4 @@
-"""A model to visualise, with what it needs to be shown, from a checkpoint, a name or timm."""
+"""The model that ``t2tvit visualize`` shows, from a checkpoint, a name or timm, and its images."""
 
 import sys
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ HELD_OUT_IMAGES, MOST_IMAGES = 4, 16
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with what it needs to be shown: its title, preprocessing, classes.
+    """A model to visualize, with its title, preprocessing and classes.
 
-    ``held_out`` has images to show if the user names none.
+    ``held_out`` has the images to show if none are given.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Subject:
 def trained_subject(
     path: Path, config: RunConfig, about: Weights | None, world: World, shows_held_out: bool
 ) -> Subject:
-    """The model of a checkpoint, perhaps with held-out images of its data."""
+    """The model of a checkpoint; with ``shows_held_out``, also held-out images of its data."""
     trained = load_trained(path, config, about, world)
     names = names_of(trained.class_names, trained.model.num_classes)
     known, held_out = (values[: trained.channels] for values in IMAGENET_STATISTICS), None
@@ -107,7 +107,7 @@ def timm_subject(options: dict, checkpoint: Path | None, pretrained: bool) -> Su
 def show(
     subject: Subject, images: Sequence[Path], folder: Path, channels: int, world: World
 ) -> None:
-    """Write the page of a model and ``images``, or of the ones that :func:`open_images` takes."""
+    """Write the page of a model and ``images``; without any, :func:`open_images` chooses them."""
     pictures = open_images(images, subject)
     transform = eval_transform(subject.config)
     pixels = torch.stack([transform(picture) for _, picture in pictures])

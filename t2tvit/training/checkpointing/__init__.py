@@ -1,4 +1,4 @@
-"""What a run must not lose: its state, its weights, and which run a folder holds."""
+"""The files of a run: training states, weights, and the record of which run a folder holds."""
 
 from t2tvit.training.checkpointing.checkpointer import Checkpointer
 from t2tvit.training.checkpointing.file_names import BEST_FILE, LAST_FILE, METRICS_FILE

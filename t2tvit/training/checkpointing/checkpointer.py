@@ -1,4 +1,4 @@
-"""When a run's state and weights reach the disk, and in which files."""
+"""When a run saves its state and weights, and in which files."""
 
 import contextlib
 import math
@@ -36,19 +36,19 @@ ASK_EVERY = 0.5
 
 
 class Checkpointer:
-    """Writes a run's state into ``output``; all ranks agree on when to save.
+    """Writes a run's states and weights into ``output``; all ranks agree on when.
 
-    No state is saved while updates are skipped: the states from before are the ones to resume from.
-
-    Its methods take the trainer, whose state they write.
+    No state is saved while updates are skipped, so that a run never resumes from a diverging model.
+    The methods take the trainer whose state they write.
 
     Args:
-        output: the run's folder.
-        config: ``checkpoint_minutes`` and ``keep_checkpoints`` are followed, all is stored.
-        about: what files of weights say of themselves; epoch and top-1 are filled in.
-        images: what describes them, see :func:`.identity.described`; stored.
-        world: every rank calls the same methods in the same order.
-        signals: entered.
+        output: The run's folder.
+        config: The configuration as given. All of it is stored; ``checkpoint_minutes`` and
+            ``keep_checkpoints`` say when to save and how many states to keep.
+        about: The description in files of weights, without epoch and top-1.
+        images: The description of the images, see :func:`.identity.described`; stored.
+        world: Every rank calls the same methods in the same order.
+        signals: Entered.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Checkpointer:
         self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
 
     def identity(self) -> dict:
-        """What RUN_FILE keeps of the run that a folder belongs to."""
+        """The description of the run in RUN_FILE: configuration, classes and images."""
         return {
             "config": asdict(self.config),
             "class_names": self.about.class_names,
@@ -96,8 +96,10 @@ class Checkpointer:
             self.save(trainer)
 
     def after_epoch(self, trainer: "Trainer") -> None:
-        """Save the state, in place of the one before the evaluation; while updates are skipped,
-        after the next one that is not."""
+        """Save the state, in place of the one from before the evaluation.
+
+        If the last update was skipped, the state is saved after the next one that is made.
+        """
         if not self._save_if_sound(trainer):
             self.saved = -math.inf
 
@@ -110,7 +112,7 @@ class Checkpointer:
             self.world.on_main(lambda: save_weights(*weights))
 
     def keep_batch(self, trainer: "Trainer", batch: dict) -> None:
-        """Write this rank's batch, whose loss is not finite, with the weights that it met."""
+        """Write this rank's ``batch``, whose loss is not finite, and the weights that it met."""
         path = self.output / NOT_FINITE_FILES.replace("*", str(self.world.rank))
         write_state(path, batch | {"model": trainer.model.state_dict()})
 
@@ -122,8 +124,10 @@ class Checkpointer:
             self.save(trainer, passes=minutes < self.config.checkpoint_minutes)
 
     def until_stopped(self, batches: Iterator) -> Iterator:
-        """``batches``, until any rank has been asked to stop; then :meth:`after_evaluation` ends
-        the run on all, whose numbers of batches differ."""
+        """``batches``, until any rank has been asked to stop.
+
+        The ranks may stop at different batches; :meth:`after_evaluation` then ends the run on all.
+        """
         while not self.is_stopping:
             try:
                 with self.signals.waiting(PATIENCE_ALONE):
@@ -138,7 +142,7 @@ class Checkpointer:
             self._ask()
 
     def after_evaluation(self) -> None:
-        """End the run if any rank has been asked to stop; the state from before is on the disk.
+        """End the run if any rank has been asked to stop; the last state is already saved.
 
         Raises:
             Stopped: on every rank.
@@ -149,7 +153,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def waiting(self, trainer: "Trainer") -> Iterator[None]:
-        """Waiting for the next training batch does not hold up a signal.
+        """Inside, a signal interrupts the wait for the next training batch.
 
         Raises:
             Stopped: this process is alone, and has saved its state.
@@ -172,7 +176,7 @@ class Checkpointer:
     def save(self, trainer: "Trainer", passes: bool = False) -> None:
         """Write the state as the newest file and remove the oldest beyond ``keep_checkpoints``.
 
-        A state that ``passes`` is not counted, and the next one replaces it.
+        If it ``passes``, it is not counted, and the next state replaces it.
         """
         ranks = self.world.gather(
             {
@@ -187,7 +191,7 @@ class Checkpointer:
         self.newest = self._path(trainer)
 
     def _save_if_sound(self, trainer: "Trainer") -> bool:
-        """Save the state, unless updates are being skipped; whether it has been saved."""
+        """Save the state unless the last update was skipped; returns whether it was saved."""
         if trainer.skipped_in_a_row:
             self.world.say(
                 f"warning   no training state is saved now, as the last {trainer.skipped_in_a_row} "

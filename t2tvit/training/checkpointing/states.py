@@ -1,4 +1,4 @@
-"""Files of training states: their names, form and content, and which of them can be trusted."""
+"""Files of training states: names, format, and checks of their content."""
 
 from collections.abc import Callable
 from pathlib import Path

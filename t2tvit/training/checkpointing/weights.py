@@ -1,4 +1,4 @@
-"""Files of weights that say what they are."""
+"""Files of weights that describe their model."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
