@@ -58,6 +58,8 @@ class Instruction:
             width = 2 if ".64" in operand else 1
         elif "WIDE" in self.suffixes and position < 2:  # of a product only the addend is as wide
             width = 1
+        elif self.name == "HMMA" and position == 1:  # its right operand: 16 rows of 8 columns
+            width = 2
         else:  # a stored value is as wide as the opcode says
             width = self._result_width()
         return set().union(*(registers(r, width) for r in re.findall(r"\bR\d+", operand)))

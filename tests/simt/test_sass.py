@@ -30,6 +30,13 @@ def test_factors_of_a_wide_product_are_not_wide():
     assert "touches R56" in faults(touching)[0]
 
 
+def test_right_operand_of_a_warp_s_product_is_half_as_wide():
+    line = "IADD3 R4, R4, 0x1, RZ"
+    assert faults(CORRECT.replace(line, "HMMA.16816.F32 R16, R20, R54, R16")) == []
+    touching = faults(CORRECT.replace(line, "HMMA.16816.F32 R16, R20, R55, R16"))
+    assert "touches R56" in touching[0]
+
+
 @pytest.mark.parametrize(
     ("line", "planted", "expected"),
     [
