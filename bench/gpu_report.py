@@ -230,7 +230,8 @@ def in_turn(chosen: list[Part]) -> list[tuple[list[Part], int]]:
     """The parts that run together, in order, and the seconds that those after them need at least."""
     groups = []
     for timed, group in itertools.groupby(chosen, key=lambda part: part.timed):
-        groups += [[part] for part in group] if timed else [list(group)]
+        together = list(group)
+        groups += [[part] for part in together] if timed else [together]
     least = [max(part.least for part in group) for group in groups]
     return [(group, sum(least[i + 1 :])) for i, group in enumerate(groups)]
 

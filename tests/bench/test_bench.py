@@ -310,7 +310,7 @@ def test_a_row_has_its_figures(sabotaged_run):
         # pytest-benchmark's own statistics are of the same runs, taken in turns.
         assert low <= info["median_seconds"] <= high
         assert info["median_seconds"] == pytest.approx(row["stats"]["median"])
-        assert 0 <= info["tflops"] and 0 < info["gb_per_second"]
+        assert info["tflops"] >= 0 and info["gb_per_second"] > 0
         assert info["ceiling_tflops"] > 0 and info["ceiling_gb_per_second"] > 0
         if info["op"] == "performer_module":
             batches, mib = zip(*info["memory_mib_by_batch"], strict=True)

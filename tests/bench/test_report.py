@@ -123,9 +123,9 @@ def test_a_run_of_some_rows_leaves_the_others(result, tmp_path, monkeypatch):
     assert report.newest() == [later]
     # Rows of plain PyTorch alone have no table.
     assert [path for path, *_ in report.shown()] == [second, first]
-    readme = report.updated(f"head\n{report.BEGIN}\n{report.END}\ntail\n")
-    assert readme.count(layer["name"]) == 1 and "3.00× (2.85–3.15)" in readme
-    assert "`t2t_vit_7-224-B4-bf16-training-fused`" in readme
+    page = report.updated(f"head\n{report.BEGIN}\n{report.END}\ntail\n", report.summary)
+    assert page.count(layer["name"]) == 1 and "3.00× (2.85–3.15)" in page
+    assert "`t2t_vit_7-224-B4-bf16-training-fused`" in page
 
 
 @pytest.mark.parametrize("device", ["A GPU", "a $GPU$ with a long name " * 9])
@@ -144,9 +144,25 @@ def test_the_text_of_plots_does_not_overlap(plot, device, result):
             assert not any("mathdefault" in text.get_text() for text in texts(figure))
 
 
-def test_readme_tables_are_those_generated_from_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    assert report.updated(readme) == readme, "run python -m bench.report"
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_generated_from_the_committed_results(page):
+    text = page.read_text()
+    assert report.updated(text, report.PAGES[page]) == text, "run python -m bench.report"
+
+
+def test_readme_table_shows_the_largest_batch_beside_plain_pytorch(result):
+    assert report.headlines(result, {row["name"] for row in result["rows"]}) == ""
+    for batch in (4, 16, 8):
+        name = f"performer_module-224-B{batch}-fp32-full"
+        sizes = {"op": "performer_module", "dtype": "fp32", "shape": [batch, 3, 224, 224]}
+        result["rows"] += [
+            row(name, "reference", **sizes | {"saved_mib_per_image": 9.0}),
+            row(name, "fused", batch / 10, **sizes),
+        ]
+    lines = report.headlines(result, {row["name"] for row in result["rows"]}).splitlines()
+    assert lines[0] == "**A processor, 2 threads**, torch 2.11, 2026-01-02, 224×224:"
+    assert lines[-1].endswith("| fp32 | 16 | 1.60× | 4.0 | 9.0 |") and len(lines) == 5
+    assert report.headlines(result, set()) == ""
 
 
 @pytest.mark.parametrize(
@@ -319,7 +335,7 @@ def test_the_parts_share_the_budget(tmp_path, monkeypatch):
     assert all(part.least <= part.seconds for group, _ in turns for part in group)
     assert turns[-1][1] == 0
     # Whatever a part takes, those after it have what they need at least.
-    assert [part.name for part in turns[2][0]][0].startswith("parity")
+    assert turns[2][0][0].name.startswith("parity")
     assert turns[2][1] == sum(max(part.least for part in group) for group, _ in turns[3:])
 
 
