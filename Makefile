@@ -1,6 +1,7 @@
 # make demo   set up, train on real handwritten digits, show what was learned
 # make test   set up, run all tests
 # Both need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+# make lint   set up, check Python with ruff and C++ and CUDA with clang-format
 # make gpu-report   build, check and measure the kernels on a GPU, with a Python that has torch and the
 #                   packages of pyproject.toml's [dev]; nothing is downloaded. OUT_DIR=, PYTHON=, FULL=1
 
@@ -11,7 +12,7 @@ DEMO := runs/demo
 # What the kernels are compiled from: a change of any of these compiles them again.
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test test-abi bench gpu-report clean
+.PHONY: demo test lint test-abi bench gpu-report clean
 
 $(VENV)/ready: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -33,6 +34,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
 # pip install . as a user runs it: built in isolation with the newest torch, then tested with the oldest
 # torch and Triton that are supported. Triton's interpreter is slow: of its tests, those that depend on

@@ -348,7 +348,7 @@ def explain(
     """
     device, named = torch.device(device), requested(backend)
     if sizes is None:
-        sizes = dict.fromkeys(OPERATIONS, {})
+        sizes = {name: {} for name in OPERATIONS}
     choices: dict[str, Choice] = {}
     waiting = list(sizes.items())
     while waiting:

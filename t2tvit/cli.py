@@ -126,10 +126,10 @@ def complain(error: Exception) -> None:
     """One line on standard error; what every process meets, only the first of each node says."""
     rank = os.environ.get("RANK", "0")
     of_one_rank = getattr(error, "of_one_rank", False)
-    if sys.stderr is None or os.environ.get("LOCAL_RANK", "0") != "0" and not of_one_rank:
+    if sys.stderr is None or (os.environ.get("LOCAL_RANK", "0") != "0" and not of_one_rank):
         return
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    where = f" (process {rank})" if rank != "0" or of_one_rank and not is_alone else ""
+    where = f" (process {rank})" if rank != "0" or (of_one_rank and not is_alone) else ""
     with contextlib.suppress(OSError):  # nothing more can be said
         line = printable(" ".join(str(error).split()))
         print(f"t2tvit: error{where}: {line}", file=sys.stderr, flush=True)

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs matplotlib", exc_type=ImportError)
 
-from matplotlib.figure import Figure  # noqa: E402
-from PIL import Image  # noqa: E402
+from matplotlib.figure import Figure
+from PIL import Image
 
-from t2tvit.charts import (  # noqa: E402
+from t2tvit.charts import (
     Prediction,
     curves,
     draw_curves,
@@ -20,9 +20,9 @@ from t2tvit.charts import (  # noqa: E402
     grid,
     thumbnail,
 )
-from t2tvit.errors import InputError  # noqa: E402
-from t2tvit.figures import drawable, figure_file, fitted, literal_text, shortened  # noqa: E402
-from tests.layout import HOSTILE, check_layout, drawn, texts  # noqa: E402
+from t2tvit.errors import InputError
+from t2tvit.figures import drawable, figure_file, fitted, literal_text, shortened
+from tests.layout import HOSTILE, check_layout, drawn, texts
 
 RANDOM = np.random.default_rng(0)
 

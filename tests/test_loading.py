@@ -13,10 +13,10 @@ from t2tvit.errors import InputError
 
 pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from t2tvit.cli import main  # noqa: E402
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, weights  # noqa: E402
+from t2tvit.cli import main
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, weights
 
 IMAGE = Image.effect_noise((60, 50), 90).convert("RGB")
 

@@ -1,5 +1,6 @@
 """setup.py keeps the CPU kernels if the CUDA library does not compile."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -55,3 +56,20 @@ def test_failed_cuda_build_is_an_error_if_asked_for(command, monkeypatch):
     monkeypatch.setenv("T2T_WITH_CUDA", "1")
     with pytest.raises(SystemExit, match="did not compile.*T2T_WITH_CUDA=0"):
         command.build_extensions()
+
+
+def test_linters_are_the_same_in_every_place():
+    pinned = r"\b(ruff|clang-format)==([\d.]+)"
+    extra, hooks = (
+        dict(re.findall(pinned, (SETUP.parent / name).read_text()))
+        for name in ("pyproject.toml", ".pre-commit-config.yaml")
+    )
+    assert extra == hooks and set(extra) == {"ruff", "clang-format"}
+
+
+@pytest.mark.parametrize("package", ["t2tvit", "t2t_kernels"])
+def test_type_information_is_installed(package):
+    assert (SETUP.parent / package / "py.typed").exists()
+    patterns = Distribution({"package_data": {}})
+    patterns.parse_config_files([str(SETUP.parent / "pyproject.toml")])
+    assert "py.typed" in patterns.package_data[package]

@@ -59,4 +59,4 @@ def _is_plain(value: object, most: int) -> bool:
         return value.replace("_", "").isalnum() and len(value) < 50
     if isinstance(value, Sequence):
         return len(value) <= 100 and all(_is_plain(item, most) for item in value)
-    return value is None or isinstance(value, (int, float)) and abs(value) <= most
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= most)

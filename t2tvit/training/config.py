@@ -655,7 +655,7 @@ def check_bounds(value: object, bounds: tuple[float, float | None], source: str)
     """Raise an InputError unless a number, or each of several, is within ``bounds``."""
     least, most = bounds
     for number in value if isinstance(value, tuple) else (value,):
-        if number < least or most is not None and number > most:
+        if number < least or (most is not None and number > most):
             expected = f"at least {least:.10g}"
             if most is not None:
                 expected += f" and at most {most:.10g}"
@@ -674,7 +674,7 @@ def _as(kind, value):
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise TypeError
         number = kind(value)
-        if isinstance(value, float) and number != value or not math.isfinite(number):
+        if (isinstance(value, float) and number != value) or not math.isfinite(number):
             raise ValueError
         return number
     if kind is str or kind is dict:

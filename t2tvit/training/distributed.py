@@ -73,7 +73,7 @@ class World:
     def check_same(self, values: dict[str, object]) -> None:
         """Raise an InputError on every rank unless all have the same ``values``, a dict by name."""
         every = self.gather(values)
-        for rank, (name, value) in itertools.product(range(self.size), values.items()):
+        for rank, name in itertools.product(range(self.size), values):
             own, first = every[rank][name], every[0][name]
             if own != first:
                 raise InputError(
@@ -263,7 +263,7 @@ def explained(error: Exception) -> Exception:
             f"the GPU's memory is full; lower --batch-size, raise --accumulate, or use "
             f"--grad-checkpointing ({text})"
         )
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY in text:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY in text):
         return RunError(
             f"memory is full; lower --batch-size, --img-size or --workers ({text[-200:]})"
         )

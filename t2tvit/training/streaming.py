@@ -88,7 +88,8 @@ class TrainingStream(IterableDataset):
                 shares(self.split.images, shards, reader, readers)
             )
             empty = True
-            for empty, sample in zip(itertools.repeat(False), samples):
+            for sample in samples:
+                empty = False
                 yield number, sample
             if empty:
                 raise InputError(f"data: no images for reader {reader + 1} of {readers}")

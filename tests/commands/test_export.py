@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
-import t2tvit  # noqa: E402
-from t2tvit import exporting  # noqa: E402
-from t2tvit.training.checkpointing import read_about  # noqa: E402
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+import t2tvit
+from t2tvit import exporting
+from t2tvit.training.checkpointing import read_about
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from t2tvit.cli import main  # noqa: E402
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
-from tests.layout import HOSTILE  # noqa: E402
+from t2tvit.cli import main
+from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights
+from tests.layout import HOSTILE
 
 
 @pytest.fixture

@@ -138,9 +138,9 @@ def test_bad_input(case, autocast):
     call, error, message = CASES[case]
     if autocast:
         message = message.replace("torch.float32", "torch.bfloat16")
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with pytest.raises(error, match=message):
-            call()
+    context = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with context, pytest.raises(error, match=message):
+        call()
 
 
 @pytest.mark.parametrize("case", ["rank", "integers", "too-small", "stride-zero"])

@@ -67,7 +67,8 @@ def gradients(tensors, split, backend, dtype, layout=contiguous):
     torch.manual_seed(0)
     grad = torch.randn(y.shape, device=y.device).to(tensors[0].dtype).to(dtype)
     asked = [leaf for leaf in leaves if leaf is not None]
-    return {"y": y, **dict(zip("x weight bias gain offset".split(), torch.autograd.grad(y, asked, grad)))}
+    names = ("x", "weight", "bias", "gain", "offset")
+    return {"y": y, **dict(zip(names, torch.autograd.grad(y, asked, grad)))}
 
 
 def assert_parity(tensors, split, backend, layout=contiguous):

@@ -209,7 +209,7 @@ def folder(tmp_path):
     """train/ and val/ of two classes; pictures of various sizes and modes."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
-        for index, name in enumerate(("ant", "bee")):
+        for name in ("ant", "bee"):
             place = tmp_path / split / name
             place.mkdir(parents=True)
             for number, shape in enumerate([(40, 30, 3), (30, 40), (36, 36, 4)]):

@@ -268,7 +268,7 @@ def test_a_label_outside_the_classes_is_no_unreadable_image(shards, tmp_path, wo
 
 def test_held_out_labels_are_those_of_the_training_shards(tmp_path):
     for split, labels in (("train", "0120"), ("val", "013")):
-        files = [(f"{i}.{s}", c) for i, l in enumerate(labels) for s, c in (("png", picture()), ("cls", l.encode()))]
+        files = [(f"{i}.{s}", c) for i, k in enumerate(labels) for s, c in (("png", picture()), ("cls", k.encode()))]
         write_shard(tmp_path / f"{split}-0.tar", files)
     config = replace(CONFIG, data=f"webdataset:{tmp_path}", num_classes=None)
     with pytest.raises(LabelError, match="val-0.tar/2 has the label 3, but there are 3 classes"):

@@ -139,7 +139,7 @@ def are_tensors(value: object) -> bool:
 
 
 IMAGES = {name: {"images": is_count, "digest": is_text} for name in ("train", "val")}
-METRICS = {name: is_number for name in ("epoch", "train_loss", "eval_loss", "top1", "seconds")}
+METRICS = dict.fromkeys(("epoch", "train_loss", "eval_loss", "top1", "seconds"), is_number)
 # What must be there: dicts with these keys, lists of the one item, values that pass the function.
 STATE = {
     "state": {
