@@ -18,7 +18,7 @@ namespace t2t {
 constexpr int kWidest = 64;
 constexpr int kWidestGroups = kWidest / kGroup;
 using Wide = Sums<kWidestGroups>;
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Of a warp's tiles in shared memory.
 constexpr int kTilePitch = padded_row<float>(kWidest);
 constexpr int kTileFloats = kRows * kTilePitch;

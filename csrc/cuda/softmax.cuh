@@ -303,15 +303,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
   block.load_own(in.queries, 0);
   load(0, 0);
   block.wait_for_rows();
-  // The largest score is that of the largest product if the scale is positive.
-  const float scale = fabsf(in.scale), factor = factor_of(scale);
-  if (in.scale < 0.f) {
-    auto* pairs = reinterpret_cast<uint32_t*>(block.own_rows(0));
-    for (int i = threadIdx.x; i < block.kOwned * kWidest / 2; i += block.kThreads) {
-      pairs[i] ^= 0x80008000u;
-    }
-    block.wait_for_rows();
-  }
+  const float factor = in.scale * kLog2E;
   const Left<T> queries(block.own_rows(0));
 
   RowSums y;
@@ -327,6 +319,12 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
     RowSums& scores = both[turn];
     if constexpr (!kHasWarpgroups) start_scores(scores, queries, block.tile_at(stage, 0));
     auto& s = scores.at[0];
+    // Rounded before the largest one is subtracted, so that 2^0 is 1 where one key takes all.
+#pragma unroll
+    for (int i = 0; i < kTile / 2; ++i) {
+      float& score = s[i / 4][i / 2 % 2][i % 2];
+      score = __fmul_rn(score, factor);
+    }
     if (block.tokens - begin < kTile) {
 #pragma unroll
       for (int i = 0; i < kTile / 2; ++i) {
@@ -347,7 +345,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
       for (int half = 0; half < 2; ++half) {
         // While all scores are −infinity, all weights are zero.
         const float before = shift[half];
-        shift[half] = larger[half] == -INFINITY ? 0.f : larger[half] * factor;
+        shift[half] = larger[half] == -INFINITY ? 0.f : larger[half];
         const float shrink = maximum[half] == -INFINITY ? 0.f : fast_exp2(before - shift[half]);
         maximum[half] = larger[half];
         normalizer[half] *= shrink;
@@ -367,7 +365,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
         float (&pair)[2] = s[key / 8 + i / 2][i % 2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          pair[e] = fast_exp2(fmaf(pair[e], factor, -shift[i % 2]));
+          pair[e] = fast_exp2(pair[e] - shift[i % 2]);
           normalizer[i % 2] += pair[e];
         }
         weights[i] = round_pair<T>(pair[0], pair[1]);
@@ -384,7 +382,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
     inverse[half] = 1.f / normalizer[half];
     const int row = y.row(0, half);
     if (lane_index() % 4 == 0 && block.first + row < block.tokens) {
-      to_maximum[block.row(block.first + row)] = maximum[half] * scale;
+      to_maximum[block.row(block.first + row)] = maximum[half] * kLn2;
       to_normalizer[block.row(block.first + row)] = normalizer[half];
     }
   }
