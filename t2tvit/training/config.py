@@ -150,7 +150,7 @@ class AugmentationConfig:
     )
     repeated_augmentation: int = key(
         1,
-        "how often an image stands in the batches of an update, each time augmented anew; an epoch "
+        "how often an image occurs in the batches of an update, each time augmented anew; an epoch "
         "then sees that part of the images",
         bounds=(1, 1000),
     )
@@ -585,7 +585,7 @@ def load_yaml(text: str) -> object:
             for key, _ in node.value:
                 name = str(key.value)
                 if name in seen:
-                    problem = f"the key {name!r} stands twice"
+                    problem = f"the key {name!r} appears twice"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(name)
             return super().construct_mapping(node, deep)
@@ -624,7 +624,7 @@ def convert(name: str, value: object, source: str) -> object:
     """``value``, from YAML or from the command line, as the schema's type for ``name``.
 
     Raises:
-        InputError: it is of the wrong type or out of bounds; ``source`` says where it stands.
+        InputError: it is of the wrong type or out of bounds; ``source`` names its place in the message.
     """
     hint, rules = HINTS[name], KEYS[name].metadata
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -69,7 +69,7 @@ class TransformedImages(Dataset):
 
 
 class TrainingImages(TransformedImages):
-    """The same; for an image that cannot be read the next one stands.
+    """The same, but the next image replaces one that cannot be read.
 
     The ``n``-th repetition of image ``i`` is at ``n * len(self) + i``.
     """

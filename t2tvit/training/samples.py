@@ -11,7 +11,7 @@ class Sample(NamedTuple):
     Attributes:
         image: uint8 (C, H, W).
         label: class index.
-        problem: why the image could not be read, where another stands for it; else empty.
+        problem: why the image could not be read and another replaces it; else empty.
         name: the image's index, or its place in a shard.
         seconds: what reading and augmenting it took.
     """

@@ -36,9 +36,9 @@ class Stopped(Exception):
 
 
 class Blocked(BaseException):
-    """A signal has come, and what the process waits for does not.
+    """Interrupts a wait after a signal.
 
-    Not an Exception, or the code that it interrupts would take it for an error of its own.
+    It is no Exception, so that the interrupted code does not handle it as one of its errors.
     """
 
 
@@ -62,10 +62,10 @@ class Signals:
 
     @contextlib.contextmanager
     def waiting(self, patience: float) -> Iterator[None]:
-        """What may wait for ever, such as for a file that hangs.
+        """Encloses code that may wait forever, for instance for a file that hangs.
 
         Raises:
-            Blocked: it still waits, ``patience`` seconds after a signal.
+            Blocked: It still waits ``patience`` seconds after a signal.
         """
         self.patience = patience
         if self.received is not None:
@@ -93,11 +93,11 @@ class Signals:
 
 @contextlib.contextmanager
 def obeying(signals: Signals, world: World) -> Iterator[None]:
-    """What waits for data inside does not hold up a signal.
+    """Inside, a signal interrupts waiting for data.
 
     Raises:
-        Stopped: this process is alone; nothing is saved.
-        RunError: others wait for this process, so that no state can be saved.
+        Stopped: This process is alone; nothing is saved.
+        RunError: Others wait for this process, so no state can be saved.
     """
     try:
         with signals.waiting(PATIENCE_ALONE if world.size == 1 else PATIENCE_OF_MANY):

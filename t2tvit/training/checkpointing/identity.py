@@ -1,4 +1,4 @@
-"""Which run a training state is of, and whether its data is still the data it was trained on."""
+"""Checks that a training state belongs to a run, and that the data has not changed."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -57,14 +57,12 @@ def is_identity(value: object) -> bool:
 
 
 def check_owner(path: Path, state: dict, owner: dict | None) -> None:
-    """Refuse the training state of another run than ``owner``.
+    """Check that a training state belongs to ``owner``, its folder's :meth:`.Checkpointer.identity`.
 
-    That is the folder's :meth:`.Checkpointer.identity`.
-
-    States of the earlier format do not describe their ``images``; the rest is compared.
+    States of the earlier format do not describe their ``images``; for them, the rest is compared.
 
     Raises:
-        InputError: they differ.
+        InputError: It belongs to another run.
     """
     if owner is None:
         return
@@ -89,7 +87,7 @@ def check_data(
     state: dict,
     before: dict | None,
 ) -> None:
-    """Refuse data other than that of the training ``state`` in the file ``path``.
+    """Check that the data is that of the training ``state`` in the file ``path``.
 
     Args:
         class_names: those of the data now, in order.
