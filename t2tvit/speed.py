@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import timm.optim
 import torch
@@ -55,21 +55,13 @@ def compare_with_reference(
         for name in against
     }
 
-    height, width = config.size
-    options = "".join(f" {name}={value}" for name, value in config.model_args.items())
-    print(
-        f"{config.model}{options}, {channels} × {height} × {width}, batch {config.batch_size}, "
-        f"amp {config.amp}, {describe_device(world.device)}"
-    )
-    print(f"fused means --fused-kernels={config.fused_kernels}:")
-    for line in backend_lines(fused, config, world.device):
+    for line in heading(config, channels, fused, world.device):
         print(line)
-    images = torch.randn(config.batch_size, channels, height, width, device=world.device)
+    images = torch.randn(config.batch_size, channels, *config.size, device=world.device)
     labels = torch.randint(fused.num_classes, (config.batch_size,), device=world.device)
     check_parity(fused, reference, images, config)
     models = {"reference": reference, "fused": fused} | rivals
-    dtype = config.dtype
-    ceiling = matmul_ceiling(world.device, dtype)
+    ceiling = matmul_ceiling(world.device, config.dtype)
     rows = []
     for name, make in (("training", training_step), ("inference", inference_step)):
         steps = {key: make(model, images, labels, config) for key, model in models.items()}
@@ -101,8 +93,22 @@ def compare_with_reference(
     )
     print(
         "MFU: the products of the plain model, in its time, over what a large product reaches "
-        f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(dtype).removeprefix('torch.')}"
+        f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(config.dtype).removeprefix('torch.')}"
     )
+
+
+def heading(
+    config: RunConfig, channels: int, fused: nn.Module, device: torch.device
+) -> Iterator[str]:
+    """What is measured, and which backend serves each operation of the fused model."""
+    height, width = config.size
+    options = "".join(f" {name}={value}" for name, value in config.model_args.items())
+    yield (
+        f"{config.model}{options}, {channels} × {height} × {width}, batch {config.batch_size}, "
+        f"amp {config.amp}, {describe_device(device)}"
+    )
+    yield f"fused means --fused-kernels={config.fused_kernels}:"
+    yield from backend_lines(fused, config, device)
 
 
 def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
