@@ -228,7 +228,7 @@ def headlines(result: dict, names: set[str]) -> str:
                     f"{memory(beside):.1f}" if beside else "–",
                 )
             )
-    head = ("", "dtype", "batch", "speed-up over plain PyTorch", what, "the same, plain PyTorch")
+    head = ("", "dtype", "batch", "speed-up over plain PyTorch", what, "with plain PyTorch")
     table = markdown(head, lines)
     torch = result["versions"]["torch"]
     return (
