@@ -79,8 +79,12 @@ __device__ Sums<2> times_features(const Operand<1>& rows, const uint4* parts) {
   return times_matrix<T, true>(twice, parts);
 }
 
+// Loaded rows of a loop's iteration. float16 needs no limit, but registers of its own for products.
 template <typename T>
-__device__ Operand<2> limited(Operand<2> operand) {
+__device__ Operand<2> limited(Operand<2> operand, int iteration) {
+  if constexpr (kHasWarpgroups && std::is_same_v<T, torch::headeronly::Half>) {
+    keep_in_loop(operand.at, iteration);
+  }
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     uint32_t& pair = operand.pair(i / 8, i / 4 % 2, i % 4);
@@ -210,7 +214,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
 #pragma unroll 1
   for (int at = begin, turn = 0; at < end; at += kRows, turn ^= 1) {
     T* values = tiles + turn * kRows * kEmbed;
-    const Operand<2> keys = limited<T>(next_keys);
+    const Operand<2> keys = limited<T>(next_keys, at);
     next_keys = load_operand<T>(p.keys, image, at + kRows, tokens);
     float half[2];
     half_squares<T>(keys, half);
@@ -598,7 +602,7 @@ class QueriesBackward {
 #pragma unroll 1
       for (int at = chunk.begin; at < chunk.end; at += kBlockTokens) {
         const int first = at + own;
-        const QueryFeatures of_queries = features_of<T>(limited<T>(upcoming), w_, p_.log_eps,
+        const QueryFeatures of_queries = features_of<T>(limited<T>(upcoming, first), w_, p_.log_eps,
                                                         p_.means.logs + chunk.image * kFeatures);
         gradient(
             chunk.image, first,
@@ -748,7 +752,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
   __syncthreads();
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
-    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, first, tokens));
+    const Operand<2> keys = limited<T>(load_operand<T>(p.keys, image, first, tokens), first);
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     float half[2], column[8];
     half_squares<T>(keys, half);

@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kQueriesBlocks)
   p.loop([&](int64_t image, int first) {
     const int tokens = p.loop.tokens;
     const QueryFeatures queries =
-        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), dynamic_shared,
-                       p.log_eps, p.means.logs + image * kFeatures);
+        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens), first),
+                       dynamic_shared, p.log_eps, p.means.logs + image * kFeatures);
     store_operand(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                   static_cast<T*>(p.y) + (image * tokens + first) * kEmbed, kEmbed, tokens - first);
   });

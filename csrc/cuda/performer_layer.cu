@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, kAttendBlocks)
     const int tokens = p.loop.tokens;
     const Operand<2> values = load_operand<T>(p.values, image, first, tokens);
     const QueryFeatures queries =
-        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens)), w, p.log_eps,
-                       p.means.logs + image * kFeatures);
+        features_of<T>(limited<T>(load_operand<T>(p.queries, image, first, tokens), first), w,
+                       p.log_eps, p.means.logs + image * kFeatures);
     const int64_t first_token = image * tokens + first;
     const Sums<2> out = tail_of<T>(attended<T>(queries, p.means.as_is + image * kMeanVectors),
                                    values, weights, vectors, p.tail.dropout, first_token);

@@ -57,7 +57,7 @@ ROWS = "rows.cuh"
 # A statement that a slip drops, or an expression and what a slip would make of it.
 SLIPS = {
     # The sums over keys.
-    "keys-not-limited": (PERFORMER, "limited<T>(next_keys)", "next_keys"),
+    "keys-not-limited": (PERFORMER, "limited<T>(next_keys, at)", "next_keys"),
     "w-before-it-is-there": (
         PERFORMER,
         "__syncthreads();\n  const int64_t part = int64_t(blockIdx.x) * kAttentionWarps",
@@ -100,7 +100,7 @@ SLIPS = {
     # Queries.
     "queries-not-limited": (
         ATTENTION,
-        "limited<T>(load_operand<T>(p.queries, image, first, tokens))",
+        "limited<T>(load_operand<T>(p.queries, image, first, tokens), first)",
         "load_operand<T>(p.queries, image, first, tokens)",
     ),
     "w-before-it-is-there-for-queries": (ATTENTION, "__syncthreads();", ""),
@@ -128,7 +128,7 @@ SLIPS = {
         "",
     ),
     # Gradient of queries.
-    "queries-not-limited-backward": (PERFORMER, "limited<T>(upcoming)", "upcoming"),
+    "queries-not-limited-backward": (PERFORMER, "limited<T>(upcoming, first)", "upcoming"),
     "queries-of-the-same-tile-again": (PERFORMER, "first + kBlockTokens", "first"),
     "w-and-means-before-they-are-there": (PERFORMER, "__syncthreads();\n      sums_.clear();", ""),
     "means-of-the-first-image-backward": (
@@ -169,7 +169,7 @@ SLIPS = {
     # Gradients of keys and values.
     "keys-not-limited-backward": (
         PERFORMER,
-        "limited<T>(load_operand<T>(p.keys, image, first, tokens))",
+        "limited<T>(load_operand<T>(p.keys, image, first, tokens), first)",
         "load_operand<T>(p.keys, image, first, tokens)",
     ),
     "w-before-it-is-there-for-keys": (
