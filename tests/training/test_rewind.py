@@ -130,7 +130,7 @@ def test_best_weights_that_are_lost_give_way_to_the_best_that_are_left(
     check(place, 4, best=4)
     log = capsys.readouterr().out
     assert "weights   best.safetensors: epoch 4; those of epoch 2 are lost" in log
-    assert "finished 4 epochs in 0:0" in log and "best top-1 40.00% in epoch 4" in log
+    assert "finished 4 epochs in 0:00:0" in log and "best top-1 40.00% in epoch 4" in log
     assert main(["train", "--output", str(place), "--resume", "auto", "--epochs", "6"]) == 0
     check(place, 6)
 
