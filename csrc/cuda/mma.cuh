@@ -81,26 +81,21 @@ __device__ inline uint64_t operand_at(const void* rows, int parts = 0) {
   return uint64_t(upper) << 32 | lower;
 }
 
-// Eight adjacent elements from memory, zero beyond `count`; `vectors`: they are aligned.
+// Eight adjacent elements from memory, at a multiple of 16 bytes.
 template <typename T>
-__device__ void load_eight(float (&to)[8], const T* from, int count, bool vectors) {
-  if (vectors && count >= 8) {
+__device__ void load_eight(float (&to)[8], const T* from) {
 #pragma unroll
-    for (int i = 0; i < 8; i += Vec<T>::size) {
-      const auto vector = *reinterpret_cast<const Vec<T>*>(from + i);
+  for (int i = 0; i < 8; i += Vec<T>::size) {
+    const auto vector = *reinterpret_cast<const Vec<T>*>(from + i);
 #pragma unroll
-      for (int e = 0; e < Vec<T>::size; ++e) to[i + e] = static_cast<float>(vector.at[e]);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) to[e] = e < count ? static_cast<float>(from[e]) : 0.f;
+    for (int e = 0; e < Vec<T>::size; ++e) to[i + e] = static_cast<float>(vector.at[e]);
   }
 }
 
-// The opposite, rounded, and to global memory only: see store_vector.
+// The opposite, rounded, the first `count` of them, and to global memory only: see store_vector.
 template <typename T>
-__device__ void store_eight(T* to, const float (&from)[8], int count, bool vectors) {
-  if (vectors && count >= 8) {
+__device__ void store_eight(T* to, const float (&from)[8], int count) {
+  if (count >= 8) {
 #pragma unroll
     for (int i = 0; i < 8; i += Vec<T>::size) store_vector(to + i, rounded<T>(from + i));
   } else {

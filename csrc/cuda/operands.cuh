@@ -279,6 +279,11 @@ __device__ void store_operand(const Operand<2>& operand, T* to, int64_t token_st
   }
 }
 
+// A backward's block, whose warps multiply tiles of all its tokens together.
+constexpr int kBlockWarps = 8;
+constexpr int kBlockTokens = kBlockWarps * kRows;
+constexpr int kTokenTileElements = kBlockTokens * kWidest;
+
 // Tokens in shared memory, 64 elements each: rows of 128 bytes whose eight 16-byte parts lie such
 // that neither what a warp keeps of eight rows nor a column of parts meets in a bank.
 template <typename T>

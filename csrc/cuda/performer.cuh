@@ -428,7 +428,7 @@ __device__ QueryFeatures features_of(const Operand<2>& queries, const uint4* w, 
   half_squares<T>(queries, half);
   Sums<1> logs = times_embed<T>(queries, w);
   float of_keys[8];
-  load_eight(of_keys, logs_of_keys + lane_index() % 4 * 8, 8, true);
+  load_eight(of_keys, logs_of_keys + lane_index() % 4 * 8);
   float top[2] = {half[0] + log_eps, half[1] + log_eps};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -563,9 +563,6 @@ struct QueriesBackwardParams {
   int64_t grad_stride;  // from a token to the next
 };
 
-constexpr int kBlockWarps = 8;
-constexpr int kBlockTokens = kBlockWarps * kRows;
-constexpr int kTokenTileElements = kBlockTokens * kEmbed;
 // w, the means, two tiles of the block's tokens, and each warp's sums for Z.
 constexpr int kQueriesBackwardBytes =
     2 * kMatrixVectors * 16 + 2 * kTokenTileElements * 2 + kBlockWarps * kFeatures * 4;
@@ -757,7 +754,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
     float half[2], column[8];
     half_squares<T>(keys, half);
     Sums<1> logs = times_embed<T>(keys, w), log_gradients;
-    load_eight(column, p.maximum + image * kFeatures + sum_column(0), 8, true);
+    load_eight(column, p.maximum + image * kFeatures + sum_column(0));
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       float& log = logs.at[0][i / 8][i % 8];
@@ -766,7 +763,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
     const Operand<1> features = rounded_operand<T>(logs);
     log_gradients.clear();
     multiply_parts<T>(log_gradients, values, p.grads.transposed + image * kMeanVectors);
-    load_eight(column, p.grads.logs + image * kFeatures + sum_column(0), 8, true);
+    load_eight(column, p.grads.logs + image * kFeatures + sum_column(0));
     float factor[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -839,7 +836,8 @@ struct PerformerPasses {
             parts.chunks(),    parts.parts(),      grad_queries, grad_stride};
   }
 
-  // Gradients of k and v from parts of those of the sums; `skip` is added to that of v.
+  // Gradients of k and v, from the parts of the gradients of the sums. `skip` is added to the
+  // gradient of v.
   void keys_backward(const Rows& keys, const Rows& values, const Rows& skip,
                      const torch::stable::Tensor& like, const Parts& saved, const QueryParts& parts,
                      void* grad_keys, void* grad_values, int64_t grad_stride) const {

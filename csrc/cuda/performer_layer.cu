@@ -77,9 +77,8 @@ struct BackwardParams {
 constexpr int kBackwardBytes = kQueriesBackwardBytes + kTailBackwardBytes;
 
 template <typename T>
-__global__ void __launch_bounds__(kTailWarps* kLanes, 1)
+__global__ void __launch_bounds__(kBlockWarps* kLanes, 1)
     layer_backward_kernel(const BackwardParams p) {
-  static_assert(kTailWarps == kBlockWarps, "the tail's tiles are those of the queries' backward");
   uint4* weights = dynamic_shared + kQueriesBackwardBytes / 16;
   auto& vectors = *reinterpret_cast<TailVectors*>(weights + kTailVectors);
   auto& vector_sums = *reinterpret_cast<TailVectorSums*>(&vectors + 1);
@@ -187,7 +186,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
                                 {tail(), rows_of<T>(grad), static_cast<int>(tokens),
                                  to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("performer_layer_backward", layer_backward_kernel<T>, slots.grid(),
-                    kTailWarps * kLanes, kBackwardBytes, p);
+                    kBlockWarps * kLanes, kBackwardBytes, p);
       passes.keys_backward(section_of<T>(kqv, kKey, kEmbed), values,
                            section_of<T>(grad_kqv, kValue, kEmbed), x, saved, parts,
                            to + kKey * kEmbed, to + kValue * kEmbed, 3 * kEmbed);

@@ -121,7 +121,7 @@ __device__ void store_projected(const ProjectionParams& p, int first_token, int 
     if (column >= p.outputs) continue;
     T* y = static_cast<T*>(p.y[of_block / kWidest]) + before + of_block % kWidest;
     float constants[8];
-    load_eight(constants, p.constants + column, 8, true);
+    load_eight(constants, p.constants + column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t token = first_token + sum_row(half);

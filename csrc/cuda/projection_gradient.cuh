@@ -448,10 +448,10 @@ __global__ void __launch_bounds__(kScalarWarps* kLanes)
   for (int column = lane_index() % 4 * 8; column < p.outputs && token < p.tokens;
        column += kGroup) {
     float grad[8], y[8], constants[8], sums[8];
-    load_eight(grad, static_cast<const T*>(p.grad) + token * p.outputs + column, 8, true);
-    load_eight(y, static_cast<const T*>(p.y) + token * p.outputs + column, 8, true);
-    load_eight(constants, p.constants + column, 8, true);
-    load_eight(sums, p.row_sums + column, 8, true);
+    load_eight(grad, static_cast<const T*>(p.grad) + token * p.outputs + column);
+    load_eight(y, static_cast<const T*>(p.y) + token * p.outputs + column);
+    load_eight(constants, p.constants + column);
+    load_eight(sums, p.row_sums + column);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       mean += grad[e] * sums[e];
@@ -760,7 +760,7 @@ __global__ void __launch_bounds__(kMapWarps* kLanes, 1)
       }
       T* at = static_cast<T*>(p.grad_x) + to[half] + channel * p.grad_x_strides[1];
       if (p.grad_x_vectors) {
-        store_eight(at, sums, map.channels - channel, true);
+        store_eight(at, sums, map.channels - channel);
       } else {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {

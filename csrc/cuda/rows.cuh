@@ -103,7 +103,7 @@ __device__ void take_sums(const T* tile, Wide& to) {
 #pragma unroll
   for (int i = 0; i < 2 * kWidestGroups; ++i) {
     const T* row = tile + sum_row(i % 2) * padded_row<T>(kWidest);
-    load_eight(to.at[i / 2][i % 2], row + sum_column(i / 2), 8, true);
+    load_eight(to.at[i / 2][i % 2], row + sum_column(i / 2));
   }
 }
 

@@ -271,15 +271,15 @@ struct StagedRows {
       const int row = i / (kWidest / 8), column = i % (kWidest / 8) * 8;
       if (block.first + row >= block.tokens) break;
       float values[8];
-      load_eight(values, rows + row * kTilePitch + column, 8, true);
+      load_eight(values, rows + row * kTilePitch + column);
       T* at = to + row * stride + column;
       if (on_top) {
         float below[8];
-        load_eight(below, at, 8, true);
+        load_eight(below, at);
 #pragma unroll
         for (int e = 0; e < 8; ++e) values[e] += below[e];
       }
-      store_eight(at, values, 8, true);
+      store_eight(at, values, 8);
     }
   }
 };
@@ -446,8 +446,8 @@ __global__ void __launch_bounds__(kQueriesWarps* kLanes, 2)
 #pragma unroll
       for (int column = lane_index() % 4 * 8; column < kWidest; column += 32) {
         float attended[8], grad[8];
-        load_eight(attended, p.attended + query * kWidest + column, 8, true);
-        load_eight(grad, block.own_of_warp(1) + place(row, column), 8, true);
+        load_eight(attended, p.attended + query * kWidest + column);
+        load_eight(grad, block.own_of_warp(1) + place(row, column));
 #pragma unroll
         for (int e = 0; e < 8; ++e) delta += grad[e] * attended[e];
       }

@@ -116,7 +116,7 @@ __device__ inline void add_columns(Sums<2>& sums, const float* vector) {
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
     float addends[8];
-    load_eight(addends, vector + sum_column(group), 8, true);
+    load_eight(addends, vector + sum_column(group));
 #pragma unroll
     for (int i = 0; i < 16; ++i) sums.at[group][i / 8][i % 8] += addends[i % 8];
   }
@@ -191,8 +191,8 @@ __device__ Operand<2> scaled_rows(const Sums<2>& normalized, const TailVectors& 
 #pragma unroll
   for (int group = 0; group < 2; ++group) {
     float gain[8], offset[8];
-    load_eight(gain, vectors.norm_gain + sum_column(group), 8, true);
-    load_eight(offset, vectors.norm_offset + sum_column(group), 8, true);
+    load_eight(gain, vectors.norm_gain + sum_column(group));
+    load_eight(offset, vectors.norm_offset + sum_column(group));
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       scaled.at[group][i / 8][i % 8] =
@@ -273,9 +273,6 @@ struct TailBackwardParams {
   TailGradients* slots;  // of each block
 };
 
-constexpr int kTailWarps = 8;
-constexpr int kTailTokens = kTailWarps * kRows;
-constexpr int kTailTileElements = kTailTokens * kWidest;
 // A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
 using SharedSums = OuterSums<2, 2>;
 __device__ inline int shared_row() { return warp_index() % 2 * 32; }
@@ -283,7 +280,7 @@ __device__ inline int shared_column() { return warp_index() / 2 * 16; }
 
 template <typename T>
 __device__ void add_shared(SharedSums& sums, T* left, T* right) {
-  multiply_tiles(sums, left, shared_row() / 8, right, shared_column() / 8, kTailTokens);
+  multiply_tiles(sums, left, shared_row() / 8, right, shared_column() / 8, kBlockTokens);
 }
 __device__ inline void store_shared(const SharedSums& sums, float (&to)[kWidest][kWidest]) {
 #pragma unroll
@@ -304,7 +301,7 @@ struct TailVectorSums {
   }
 };
 
-constexpr int kTailTilesBytes = 2 * kTailTileElements * 2;
+constexpr int kTailTilesBytes = 2 * kTokenTileElements * 2;
 constexpr int kTailBackwardBytes =
     kTailVectors * 16 + static_cast<int>(sizeof(TailVectors) + sizeof(TailVectorSums));
 
@@ -315,9 +312,9 @@ __device__ void add_columns_of(T* tile, float (&sums)[2][kWidest]) {
   const uint32_t ones = round_pair<T>(1.f, 1.f);
   float totals[2] = {}, unused[2] = {};
 #pragma unroll
-  for (int i = 0; i < kTailTokens / 2; i += kRows) {
+  for (int i = 0; i < kBlockTokens / 2; i += kRows) {
     uint32_t left[4];
-    load_left(left, tile, half * (kTailTokens / 2) + i, part);
+    load_left(left, tile, half * (kBlockTokens / 2) + i, part);
     mma<T>(totals[0], unused[0], totals[1], unused[1], left, ones, ones);
   }
   if (lane % 4 == 0) {
@@ -340,7 +337,7 @@ class TailBackward {
         vectors_(vectors),
         vector_sums_(vector_sums),
         lefts_(tiles),
-        rights_(tiles + kTailTileElements) {
+        rights_(tiles + kTokenTileElements) {
     proj_.clear();
     mlp_in_.clear();
     mlp_out_.clear();
@@ -463,7 +460,7 @@ class TailBackward {
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
       float gain[8];
-      load_eight(gain, vectors_.norm_gain + sum_column(group), 8, true);
+      load_eight(gain, vectors_.norm_gain + sum_column(group));
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         float& value = grads.at[group][i / 8][i % 8];

@@ -71,11 +71,11 @@ struct TailParams {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTailWarps* kLanes, 1)
+__global__ void __launch_bounds__(kBlockWarps* kLanes, 1)
     transformer_tail_backward_kernel(const TailParams p) {
   uint4* weights = dynamic_shared;
   T* tiles = reinterpret_cast<T*>(weights + kTailVectors);
-  auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTailTileElements);
+  auto& vectors = *reinterpret_cast<TailVectors*>(tiles + 2 * kTokenTileElements);
   auto& vector_sums = *reinterpret_cast<TailVectorSums*>(&vectors + 1);
   load_tail<T>(weights, vectors, p.backward.tail);
   TailBackward<T> tail(p.backward, p.values, weights, vectors, vector_sums, tiles);
@@ -90,9 +90,10 @@ __global__ void __launch_bounds__(kTailWarps* kLanes, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int token = first + sum_row(i % 2);
-            load_eight(y.at[i / 2][i % 2],
-                       p.attended + (image * tokens + token) * kEmbed + sum_column(i / 2),
-                       token < tokens ? 8 : 0, true);
+            if (token < tokens) {
+              load_eight(y.at[i / 2][i % 2],
+                         p.attended + (image * tokens + token) * kEmbed + sum_column(i / 2));
+            }
           }
           return rounded_operand<T>(y);
         },
@@ -178,7 +179,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
   with_half_type(kName, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const TileLoop loop = make_tile_loop(images, tokens);
-    const TailSlots slots(x, grid_of_tiles(loop, kTailWarps, 1, device), device);
+    const TailSlots slots(x, grid_of_tiles(loop, kBlockWarps, 1, device), device);
     if (images > 0) {
       grad = vector_rows<T>(grad);
       attended = torch::stable::contiguous(attended);
@@ -195,7 +196,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
           grad_y.mutable_data_ptr(),
           {tail(), rows_of<T>(grad), loop.tokens, to + kValue * kEmbed, 3 * kEmbed, slots.slots()}};
       device.launch("transformer_layer_tail_backward", transformer_tail_backward_kernel<T>,
-                    slots.grid(), kTailWarps * kLanes, kTailBackwardBytes + kTailTilesBytes, p);
+                    slots.grid(), kBlockWarps * kLanes, kTailBackwardBytes + kTailTilesBytes, p);
       q = vector_rows<T>(q);
       k = vector_rows<T>(k);
       SoftmaxInputs in = softmax_inputs<T>(q, k, q, scale);

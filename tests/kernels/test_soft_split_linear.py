@@ -212,7 +212,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cuda_does_not_take_is_refused_with_the_reason(backend, device, case):
     if backend != "cuda":
-        pytest.skip("the limits are those of CUDA C++")
+        pytest.skip("the listed limits are those of the cuda backend")
     channels, dtype, kernel_size, stride, outputs, reason = REFUSED[case]
     split = (kernel_size, stride, 0)
     x, *rest = arguments((1, channels, 10, 10), split, outputs, True, True, dtype, device)
@@ -220,6 +220,6 @@ def test_what_cuda_does_not_take_is_refused_with_the_reason(backend, device, cas
         soft_split_linear(
             x, *rest, kernel_size=kernel_size, stride=stride, padding=0, backend="cuda"
         )
-    # The operator itself would else read what is not there.
+    # Without this check the operator would read beyond its tensors.
     with pytest.raises(RuntimeError, match="soft_split_linear: (no kernel|expected bfloat16)"):
         operators("cuda").soft_split_linear(x, *rest, *split, 1e-5)

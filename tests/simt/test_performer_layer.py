@@ -163,7 +163,7 @@ SLIPS = {
     ),
     "columns-of-another-warp": (
         TAIL,
-        "half * (kTailTokens / 2) + i",
+        "half * (kBlockTokens / 2) + i",
         "i",
     ),
     "tokens-of-a-fragment-swapped": (

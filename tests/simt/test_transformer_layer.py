@@ -115,7 +115,7 @@ SLIPS = {
     "rows-of-another-image": (LAYER, "block.row(block.first)", "block.first"),
     "weights-before-they-are-there-backward": (LAYER, "__syncthreads();", ""),
     "y-of-another-image": (LAYER, "image * tokens + token", "token"),
-    "y-beyond-the-last-token": (LAYER, "token < tokens ? 8 : 0", "token + 1 < tokens ? 8 : 0"),
+    "y-beyond-the-last-token": (LAYER, "token < tokens", "token + 1 < tokens"),
     "sections-in-one": ("projection.cuh", "p.y[of_block / kWidest]", "p.y[0]"),
     "skip-overwritten": (SOFTMAX, "p.on_top", "false"),
     "gradient-of-another-row": (SOFTMAX, "to + row * stride + column", "to + column"),

@@ -372,7 +372,7 @@ def read_record(output: Path) -> dict:
 
 
 def write_metrics(path: Path, history: list[dict]) -> None:
-    """One JSON object per line and epoch; null for what is not finite, which JSON cannot say."""
+    """One JSON object per line and epoch. A value that is not finite is null, as JSON has no NaN."""
     rows = (
         {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         for metrics in history
