@@ -146,7 +146,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             hint = ""
             if any(extension.name.endswith("_cuda") for extension in self.extensions):
                 hint = " T2T_WITH_CUDA=0 builds without the CUDA kernels."
-            sys.exit(f"t2tvit: the kernels did not compile; see the first error above.{hint}\n{error}")
+            sys.exit(
+                f"t2tvit: the kernels did not compile; see the first error above.{hint}\n{error}"
+            )
         self.extensions = [e for e in self.extensions if e not in self.left_out]
 
     def build_extension(self, extension: Extension) -> None:
@@ -186,7 +188,14 @@ def extensions() -> list[Extension]:
             ("T2T_COMPILER", f'"{cxx_compiler()}"'),
             ("T2T_CUDA_ARCHITECTURES", f'"{architectures}"'),
         ],
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI],
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            "-Wall",
+            *STABLE_ABI,
+        ],
     )
     if not with_cuda:
         return [cpu]

@@ -145,7 +145,11 @@ def every_kernel(result: dict) -> str:
     lines = [f"| module | {' | '.join(TITLES)} |", "|---" * (1 + len(TITLES)) + "|"]
     for module in result["modules"]:
         for row in rows_of(result, module):
-            cells = {**row, "kernel": f"`{row['kernel']}`", "us_per_image": _us(row["us_per_image"])}
+            cells = {
+                **row,
+                "kernel": f"`{row['kernel']}`",
+                "us_per_image": _us(row["us_per_image"]),
+            }
             lines.append(f"| {module} | {' | '.join(map(str, cells.values()))} |")
         forward, full = totals(result, module)
         for name, time in (("forward", forward), ("forward + backward", full)):
@@ -245,9 +249,7 @@ def publish(result: dict) -> Path:
     write_atomically(path, text)
     # A row a line.
     lines = json.dumps(result, ensure_ascii=False, indent=1)
-    lines = re.sub(
-        r"\[([^\[\]{}]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", lines
-    )
+    lines = re.sub(r"\[([^\[\]{}]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", lines)
     write_atomically(path.with_suffix(".json"), lines + "\n")
     replace(ROOT / "docs" / "gpu.md", BEGIN, f"{of}.\n\n{comparison(result)}")
     replace(ROOT / "docs" / "gpu.md", BEGIN_KERNELS, f"{of}.\n\n{kernels(result)}")

@@ -62,9 +62,7 @@ class Operation:
         """Whether the kernel of ``backend`` takes this dtype and these sizes."""
         return self.why_not(backend, dtype, sizes) is None
 
-    def why_not(
-        self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]
-    ) -> str | None:
+    def why_not(self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
         """What the kernel of ``backend`` does not take; None if it takes the call."""
         for name, taken in self.sizes.get(backend, {}).items():
             if name in sizes and sizes[name] not in taken:
@@ -91,9 +89,7 @@ def register_operation(
     dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
     why_not_map: Mapping[str, WhyNotMap] | None = None,
 ) -> Operation:
-    OPERATIONS[name] = Operation(
-        name, kernels, parts, sizes or {}, dtypes or {}, why_not_map or {}
-    )
+    OPERATIONS[name] = Operation(name, kernels, parts, sizes or {}, dtypes or {}, why_not_map or {})
     return OPERATIONS[name]
 
 
@@ -101,7 +97,10 @@ def _load_cpu() -> str | None:
     try:
         importlib.import_module("t2t_kernels._C")  # registers the C++ operators
     except ImportError as error:
-        return why_shadowed() or f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
+        return (
+            why_shadowed()
+            or f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
+        )
     return None
 
 

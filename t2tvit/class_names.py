@@ -31,9 +31,7 @@ def read_names(path: Path, count: int) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--class-names: {path} cannot be read ({error})") from None
     if len(names) != count:
-        raise InputError(
-            f"--class-names: {path} has {len(names)} lines, the model {count} classes"
-        )
+        raise InputError(f"--class-names: {path} has {len(names)} lines, the model {count} classes")
     return names
 
 

@@ -32,7 +32,9 @@ def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
         refuse(options, source)
         model = build_model(about.model, about.create_args, "auto")
         if not isinstance(model, T2TBackbone):
-            raise InputError(f"{path} is of {about.model}; only models of this package are converted")
+            raise InputError(
+                f"{path} is of {about.model}; only models of this package are converted"
+            )
         load_checkpoint(model, path)
         return model, about
     if "model" not in options:

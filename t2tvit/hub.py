@@ -151,9 +151,7 @@ def read(address: str) -> Stored:
     check_described(name, args, space, f"{address}: {CONFIG_FILE}")
     if name not in MODELS | BASELINES:
         raise InputError(f"{address}: {CONFIG_FILE}: {name} is not a model of this package")
-    return Stored(
-        folder / WEIGHTS_FILE, name, args, (height, width), cfg, names
-    )
+    return Stored(folder / WEIGHTS_FILE, name, args, (height, width), cfg, names)
 
 
 def _are_names(value: object, count: object) -> bool:
@@ -165,7 +163,9 @@ def _are_names(value: object, count: object) -> bool:
 
 
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(each, (int, float)) for each in value)
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(each, (int, float)) for each in value
+    )
 
 
 def fetch(address: str) -> Path:
@@ -180,9 +180,7 @@ def fetch(address: str) -> Path:
     repository, _, revision = place.partition("@")
     files = [CONFIG_FILE, WEIGHTS_FILE]
     with _network(address):
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=files)
-        )
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
 
 
 @contextlib.contextmanager

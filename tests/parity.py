@@ -19,7 +19,9 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "
     assert ours.dtype == plain.dtype, f"{what}: dtype {ours.dtype} != {plain.dtype}"
     if ours.numel() == 0:
         return
-    assert torch.isfinite(ours).all(), f"{what}: {(~torch.isfinite(ours)).sum()} elements not finite"
+    assert torch.isfinite(ours).all(), (
+        f"{what}: {(~torch.isfinite(ours)).sum()} elements not finite"
+    )
     exact = exact.double().to(ours.device)
     error = (ours.double() - exact).abs().max().item()
     allowed = 2 * (plain.double().to(ours.device) - exact).abs().max().item()

@@ -46,9 +46,7 @@ def test_no_modules_import_each_other():
 def test_no_layer_imports_one_above_it(number):
     above = LAYERS[:number]
     modules = [name for name in IMPORTS if name.startswith(LAYERS[number])]
-    wrong = {
-        (name, each) for name in modules for each in IMPORTS[name] if each.startswith(above)
-    }
+    wrong = {(name, each) for name in modules for each in IMPORTS[name] if each.startswith(above)}
     assert modules and not wrong
 
 

@@ -41,7 +41,9 @@ def test_every_source(tmp_path):
     check(t2tvit.load(path), tmp_path)
     check(t2tvit.load(str(tmp_path)), tmp_path)
     source = model()
-    source.pretrained_cfg |= {key: CONFIG[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    source.pretrained_cfg |= {
+        key: CONFIG[key] for key in ("mean", "std", "crop_pct", "interpolation")
+    }
     hub.push(source, f"local-dir:{tmp_path}/hub", class_names=CLASS_NAMES)
     check(t2tvit.load(f"local-dir:{tmp_path}/hub", fused_kernels="reference"), tmp_path)
 
@@ -133,5 +135,7 @@ def test_importing_the_package_stays_light():
         "heavy = {'torchvision', 'matplotlib', 'PIL', 'sklearn', 'yaml', 'huggingface_hub'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

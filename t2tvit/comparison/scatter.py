@@ -89,7 +89,10 @@ def plot(rows: list[Measured], label: str, value) -> Figure:
 
 
 def name_points(
-    axes: Axes, names: Sequence[str], xs: Sequence[float], bars: Sequence[tuple[float, float, float]]
+    axes: Axes,
+    names: Sequence[str],
+    xs: Sequence[float],
+    bars: Sequence[tuple[float, float, float]],
 ) -> None:
     """Write each name beside its point, off the other names, points and error bars.
 

@@ -13,9 +13,7 @@ import numpy as np
 HEAD = 2**18  # bytes of a shard; different shards are often of equal size
 
 
-def digest_of_files(
-    root: str, paths: Iterable[str], numbers: Iterable[int], head: int = 0
-) -> str:
+def digest_of_files(root: str, paths: Iterable[str], numbers: Iterable[int], head: int = 0) -> str:
     """SHA-256 of each file's path below ``root``, its size, its number and its first ``head`` bytes.
 
     A number is a label or a count. Only the sizes are read unless ``head`` is given.

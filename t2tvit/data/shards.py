@@ -311,13 +311,17 @@ def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | N
                 files[suffix] = content
             if stem == base:
                 continue
-            whole = any(key in files for key in IMAGE_KEYS) and any(key in files for key in LABEL_KEYS)
+            whole = any(key in files for key in IMAGE_KEYS) and any(
+                key in files for key in LABEL_KEYS
+            )
             if whole and not plain:
                 yield stem, files
             else:
                 others[stem] = dict.fromkeys(files)
         if plain:
-            beside = {f"{stem[len(base) + 1:]}.{key}": None for stem in others for key in others[stem]}
+            beside = {
+                f"{stem[len(base) + 1 :]}.{key}": None for stem in others for key in others[stem]
+            }
             yield base, plain | beside
         else:
             yield from others.items()

@@ -180,9 +180,7 @@ def _digits(split: str, classes: list[int]) -> Split:
         random_state=SPLIT_SEED,
     )
     train_pixels, val_pixels, train_labels, val_labels = parts
-    pixels, labels = (
-        (train_pixels, train_labels) if split == "train" else (val_pixels, val_labels)
-    )
+    pixels, labels = (train_pixels, train_labels) if split == "train" else (val_pixels, val_labels)
     chosen = np.isin(labels, classes)
     images = ArrayImages(pixels[chosen], np.searchsorted(classes, labels[chosen]))
     return Split(images, [str(digit) for digit in classes], *DIGITS_STATISTICS)

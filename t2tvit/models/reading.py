@@ -200,11 +200,15 @@ def _check_zip(path: Path, size: int) -> None:
     if any(name.startswith(("models/", "archive_format", "data/aotinductor")) for name in names):
         raise _is(path, "an exported program, not weights; give the file that it was exported from")
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
-        raise _is(path, "a TorchScript archive, which holds code; give the weights it was made from")
+        raise _is(
+            path, "a TorchScript archive, which holds code; give the weights it was made from"
+        )
     if any(name.endswith(".npy") for name in names):
         raise _is(path, "a NumPy archive; only PyTorch and safetensors files are read")
     if "data.pkl" not in names:
-        raise _is(path, "a zip archive without a PyTorch checkpoint; unpack it, give the file inside")
+        raise _is(
+            path, "a zip archive without a PyTorch checkpoint; unpack it, give the file inside"
+        )
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     expanded = sum(record.file_size for record in records)
     if packed or expanded > size:
@@ -252,7 +256,7 @@ def _read_torch(path: Path) -> object:
             torch.serialization.safe_globals(allowed),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # on protocols and kinds of tensors, which an error names
+            warnings.simplefilter("ignore")  # of pickle protocols and tensor kinds: errors name them
             content = torch.load(file, map_location="cpu", weights_only=True)
     # Damaged files raise many kinds of error: no narrower base exists.
     except Exception as error:
@@ -299,7 +303,9 @@ def _check_tensors(content: object, path: Path) -> None:
         plain = value.layout == torch.strided and not value.is_quantized
         if not plain or value.device.type != "cpu":
             kind = "quantized" if value.is_quantized else f"{value.layout} {value.device}"
-            raise InputError(f"checkpoint: {path} holds tensors that are {kind}, expected plain ones")
+            raise InputError(
+                f"checkpoint: {path} holds tensors that are {kind}, expected plain ones"
+            )
         if value.numel() * value.element_size() > size:
             raise _is(
                 path,

@@ -65,9 +65,7 @@ MODELS: dict[str, ModelConfig] = {
     "t2t_vit_7": _t2t_vit(256, 7, 4, 2, params=4_310_222, gmacs=1.1, top1=71.7),
     "t2t_vit_10": _t2t_vit(256, 10, 4, 2, params=5_889_230, gmacs=1.5, top1=75.2),
     "t2t_vit_12": _t2t_vit(256, 12, 4, 2, params=6_941_902, gmacs=1.8, top1=76.5),
-    "t2t_vit_14": _t2t_vit(
-        384, 14, 6, 3, params=21_545_550, gmacs=4.8, top1=81.5, top1_384=83.3
-    ),
+    "t2t_vit_14": _t2t_vit(384, 14, 6, 3, params=21_545_550, gmacs=4.8, top1=81.5, top1_384=83.3),
     "t2t_vit_19": _t2t_vit(448, 19, 7, 3, params=39_177_422, gmacs=8.5, top1=81.9),
     "t2t_vit_24": _t2t_vit(512, 24, 8, 3, params=64_105_934, gmacs=13.8, top1=82.3),
     # Softmax attention in the T2T module.
@@ -111,7 +109,9 @@ BASELINES: dict[str, ModelConfig] = {
     ),
     "vit_wide": _vit(1024, 4, 16, 3, params=43_997_160),
     "vit_deep_narrow": _vit(384, 16, 6, 3, params=24_405_352),
-    "vit_dense": ModelConfig(T2TDenseVisionTransformer, {"tokens_type": "patch"}, params=23_501_680),
+    "vit_dense": ModelConfig(
+        T2TDenseVisionTransformer, {"tokens_type": "patch"}, params=23_501_680
+    ),
 }
 
 

@@ -163,14 +163,10 @@ class AugmentationConfig:
         "a policy of timm, such as rand-m9-mstd0.5-inc1; none: no policy",
         metavar="POLICY",
     )
-    random_erasing: float = key(
-        0.0, "probability of erasing a rectangle (noise)", bounds=(0, 1)
-    )
+    random_erasing: float = key(0.0, "probability of erasing a rectangle (noise)", bounds=(0, 1))
     mixup: float = key(0.0, "Beta parameter of mixup; 0: off", bounds=(0, None))
     cutmix: float = key(0.0, "Beta parameter of cutmix; 0: off", bounds=(0, None))
-    mixup_switch: float = key(
-        0.5, "with both on, the share of cutmix", bounds=(0, 1)
-    )
+    mixup_switch: float = key(0.5, "with both on, the share of cutmix", bounds=(0, 1))
     smoothing: float = key(0.1, "label smoothing", bounds=(0, 0.99))
 
     def check(self) -> None:
@@ -190,9 +186,7 @@ class ModelConfig:
     """The model, its initial weights and its kernels."""
 
     model: str = key("t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
-    model_args: dict = key(
-        {}, "further arguments of create_model, such as embed_dim=128 depth=4"
-    )
+    model_args: dict = key({}, "further arguments of create_model, such as embed_dim=128 depth=4")
     num_classes: int | None = key(
         None, "outputs of the head; none: the data's", bounds=(1, 1_000_000)
     )
@@ -256,9 +250,7 @@ class OptimizerConfig:
         "(rounded down, with a warning, where their number does not divide it)",
         bounds=(1, None),
     )
-    clip_grad: float | None = key(
-        None, "largest gradient norm; none: off", bounds=(1e-6, None)
-    )
+    clip_grad: float | None = key(None, "largest gradient norm; none: off", bounds=(1e-6, None))
     amp: str = key(
         "bfloat16",
         "autocast dtype; float16 scales the loss",
@@ -390,12 +382,8 @@ class OutputConfig:
         "WANDB_MODE=offline keeps them here); none: off",
         metavar="PROJECT",
     )
-    seed: int = key(
-        0, "of weights, order, augmentation and dropout", bounds=(0, 2**32 - 1)
-    )
-    device: str = key(
-        "auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda")
-    )
+    seed: int = key(0, "of weights, order, augmentation and dropout", bounds=(0, 2**32 - 1))
+    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
 
 # The parts of a RunConfig by the titles of their groups in --help, in the order of the keys.

@@ -112,9 +112,7 @@ def loader_line(metrics: dict, workers: int) -> str:
     )
 
 
-def closing_lines(
-    history: list[dict], best_epoch: int, epochs: int, output: Path
-) -> Iterator[str]:
+def closing_lines(history: list[dict], best_epoch: int, epochs: int, output: Path) -> Iterator[str]:
     """The result of a finished run and its files; BEST_FILE is from ``best_epoch``."""
     best = history[best_epoch - 1]
     time = timedelta(seconds=round(sum(metrics["seconds"] for metrics in history)))

@@ -106,9 +106,7 @@ def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
 
 
 @torch.no_grad()
-def try_forward(
-    model: nn.Module, config: RunConfig, channels: int, device: torch.device
-) -> None:
+def try_forward(model: nn.Module, config: RunConfig, channels: int, device: torch.device) -> None:
     """Run one blank image, so that what cannot work is said before anything is written.
 
     Raises:
@@ -173,9 +171,7 @@ def check_classes(num_classes: int, split: Split) -> None:
         )
 
 
-def backend_lines(
-    model: nn.Module, config: RunConfig, device: torch.device
-) -> Iterator[str]:
+def backend_lines(model: nn.Module, config: RunConfig, device: torch.device) -> Iterator[str]:
     """Which backend serves each operation that ``model`` calls on ``device``, and why."""
     sizes = {}
     for module in model.modules():

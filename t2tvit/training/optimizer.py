@@ -101,4 +101,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, before: list[dict]) -> Non
     for old, new in zip(before, optimizer.param_groups, strict=True):
         for name, value in old.items():
             if is_number(value) and not is_number(new.get(name)):
-                raise ValueError(f"{name} of the optimiser is {new.get(name)!r:.40}, expected a number")
+                raise ValueError(
+                    f"{name} of the optimiser is {new.get(name)!r:.40}, expected a number"
+                )

@@ -51,9 +51,7 @@ class TransformedImages(Dataset):
     number of workers nor an interruption changes it.
     """
 
-    def __init__(
-        self, split: Split, transform, label_map: list[int] | None = None, seed: int = 0
-    ):
+    def __init__(self, split: Split, transform, label_map: list[int] | None = None, seed: int = 0):
         self.images, self.transform, self.label_map = split.images, transform, label_map
         self.seed, self.epoch = seed, 0
 
@@ -229,9 +227,7 @@ class Data:
     skipped: Counter[str]
 
 
-def open_splits(
-    config: RunConfig, class_names: list[str] | None = None
-) -> tuple[Split, Split]:
+def open_splits(config: RunConfig, class_names: list[str] | None = None) -> tuple[Split, Split]:
     """The training and the held-out images of ``config.data``.
 
     ``class_names`` are those of a run to resume, which keeps their order.
@@ -267,9 +263,7 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
         split=split,
         train=train,
         held_out=eval_loader(held_out, config, world),
-        augment=Normalize(
-            mean, std, world.device, config.random_erasing, config.channels_last
-        ),
+        augment=Normalize(mean, std, world.device, config.random_erasing, config.channels_last),
         normalize=Normalize(mean, std, world.device, channels_last=config.channels_last),
         mean=mean,
         std=std,

@@ -61,7 +61,8 @@ class Profiler:
             )
 
     def _write(self, done: profile) -> None:
-        with tempfile.NamedTemporaryFile(suffix=".json.gz") as trace:  # the writer ignores a full disk
+        # The profiler's writer ignores a full disk.
+        with tempfile.NamedTemporaryFile(suffix=".json.gz") as trace:
             done.export_chrome_trace(trace.name)
             write_atomically(self.output / TRACE_FILE, Path(trace.name).read_bytes())
         text = summary(done, self.updates, self.world.device)

@@ -113,7 +113,9 @@ class Forecast:
         self.is_due = False
         each = seconds / timed
         whole = each * self.updates
-        runs = "" if self.runs == 1 else f", {duration(whole * self.runs)} for {self.runs} such runs"
+        runs = (
+            "" if self.runs == 1 else f", {duration(whole * self.runs)} for {self.runs} such runs"
+        )
         self.world.say(
             f"time      about {duration(whole)} for {self.what}{runs} ({each:.2g} s per update)",
         )

@@ -202,9 +202,7 @@ class Trainer:
             metrics = self.train_epoch()
         except NonFiniteLoss as error:
             self.checkpointer.keep_batch(self, error.batch)
-            text = (
-                f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
-            )
+            text = f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
             raise NonFiniteLoss(text, error.batch) from None
         self.checkpointer.before_evaluation(self)
         metrics |= self.evaluate()
@@ -256,9 +254,7 @@ class Trainer:
         self.history.append(metrics)
         is_finite = math.isfinite(metrics["eval_loss"])
         if not is_finite:
-            self.world.say(
-                f"warning   the held-out loss of epoch {self.epochs_done} is not finite"
-            )
+            self.world.say(f"warning   the held-out loss of epoch {self.epochs_done} is not finite")
         best = self.history[self.best - 1]["top1"] if self.best else -math.inf
         is_best = is_finite and metrics["top1"] >= best
         self.best = self.epochs_done if is_best else self.best
@@ -376,9 +372,7 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         count, device = self.config.accumulate, self.world.device
-        pieces = list(
-            zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
-        )
+        pieces = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
         total = torch.zeros((), device=device)
         for number, (part, wanted) in enumerate(pieces, start=1):
             # The ranks exchange gradients once, after the last piece.

@@ -284,9 +284,7 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
         page.text("Not compared with the softmax, because queries or keys are not finite.")
         return
     file = f"features-{name.rpartition('.')[2]}.png"
-    draw.draw_approximation(
-        errors, (features, own.distance), uniform.distance, name, folder / file
-    )
+    draw.draw_approximation(errors, (features, own.distance), uniform.distance, name, folder / file)
     page.pictures((file, "distance from softmax attention by number of random features"))
     page.table(
         ("features", "distance", "relative error of the output", "sum of the weights"),

@@ -163,7 +163,13 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(name, trained, tmp_path
     nameless = tmp_path / "nameless"
     nameless.mkdir()
     save_file(load_file(weights), nameless / "best.safetensors")
-    places = {"nameless": nameless, "tmp": tmp_path, "run": trained, "truncated": truncated, "bare": bare}
+    places = {
+        "nameless": nameless,
+        "tmp": tmp_path,
+        "run": trained,
+        "truncated": truncated,
+        "bare": bare,
+    }
     arguments = [argument.format(**places) for argument in arguments]
     if arguments[:1] == ["train"]:
         arguments += ["--output", str(tmp_path / "output"), "--device", "cpu"]
@@ -215,7 +221,9 @@ def test_models_lists_all_with_their_figures(capsys):
     kernels = ["cpu", "triton", "cuda"]
     figures = ["21,545,550", "4.78", "4.8", "81.5", "83.3"]
     assert row[1:] == ["performer", "384/14/6", *figures, *kernels]
-    assert any(re.match("kernels, cpu: (available$|not available: .*pip install)", line) for line in lines)
+    assert any(
+        re.match("kernels, cpu: (available$|not available: .*pip install)", line) for line in lines
+    )
 
 
 def test_models_takes_names_wildcards_and_those_of_timm(capsys):

@@ -53,7 +53,7 @@ def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
         assert {each["class"] for each in records[0]["predictions"]} == set(NAMES)
         assert len(records) == 4
     else:
-        assert len(lines) == 3 and all(br"two\nlines" in line for line in lines)
+        assert len(lines) == 3 and all(rb"two\nlines" in line for line in lines)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

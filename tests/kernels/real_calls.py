@@ -99,8 +99,12 @@ for _name, _dtype in DTYPES.items():
     CALLS[f"project-{_name}"] = lambda dtype=_dtype: project(dtype)
     for _layer in LAYERS:
         CALLS[f"{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: projection(layer, dtype)
-        CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(layer, dtype)
-        CALLS[f"transformer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: transformer(layer, dtype)
+        CALLS[f"performer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: performer(
+            layer, dtype
+        )
+        CALLS[f"transformer-{_layer}-{_name}"] = lambda layer=_layer, dtype=_dtype: transformer(
+            layer, dtype
+        )
     CALLS[f"attention-wide-{_name}"] = lambda dtype=_dtype: attention(dtype, *WIDE[:2])
     CALLS[f"transformer-wide-{_name}"] = lambda dtype=_dtype: transformer("layer2", dtype, 128, 128)
     CALLS[f"performer-wide-{_name}"] = lambda dtype=_dtype: performer("layer2", dtype, *WIDE)

@@ -143,9 +143,7 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
     }
     assert "triton: its kernel takes E up to 128, got 256" in choices["performer_layer"].reason
     for name, choice in choices.items():
-        served = choose(
-            backends.OPERATIONS[name], torch.device("cuda"), torch.float32, None, LARGE
-        )
+        served = choose(backends.OPERATIONS[name], torch.device("cuda"), torch.float32, None, LARGE)
         assert choice.backend == served
     small = {"transformer_layer": {"E": 64, "M": 64}, "soft_split_linear": {}}
     assert [choice.backend for choice in explain("cuda", sizes=small)] == ["triton", "triton"]

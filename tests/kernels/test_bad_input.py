@@ -28,7 +28,11 @@ CASES = {
     "integers": (lambda: soft_split(X.long(), 3, 2, 1), TypeError, "x: got torch.int64"),
     "complex": (lambda: soft_split(X.cfloat(), 3, 2, 1), TypeError, "x: got torch.complex64"),
     "sparse": (lambda: soft_split(X.to_sparse(), 3, 2, 1), TypeError, "layout torch.sparse_coo"),
-    "too-small": (lambda: soft_split(X[..., :2], 3, 2, 0), ValueError, "a map of 8×2; .* at least 3"),
+    "too-small": (
+        lambda: soft_split(X[..., :2], 3, 2, 0),
+        ValueError,
+        "a map of 8×2; .* at least 3",
+    ),
     "no-channels": (lambda: soft_split(X[:, :0], 3, 2, 1), ValueError, "at least one channel"),
     "kernel-zero": (lambda: soft_split(X, 0, 2, 1), ValueError, "kernel_size: got 0"),
     "kernel-float": (lambda: soft_split(X, 3.0, 2, 1), TypeError, "kernel_size: got 3.0"),

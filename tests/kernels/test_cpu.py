@@ -60,7 +60,9 @@ def parity_of_every_operation() -> None:
         for case in ("odd", "narrow", "layer1"):
             tensors, split = test_performer_layer.arguments(case, dtype, "cpu")
             # With eps one exponent would decide the errors of gradients that it makes tiny.
-            test_performer_layer.assert_parity(tensors, split, "cpu", dropout_p=0.1, seed=9, eps=0.0)
+            test_performer_layer.assert_parity(
+                tensors, split, "cpu", dropout_p=0.1, seed=9, eps=0.0
+            )
             tensors, split = test_transformer_layer.arguments(case, dtype, "cpu")
             test_transformer_layer.assert_parity(tensors, split, "cpu")
 
@@ -176,7 +178,9 @@ def test_parity_over_chunks(layout, monkeypatch):
 def test_patches_with_an_offset():
     """Small contrasts on a large brightness, where Σx² − (Σx)² would lose everything."""
     torch.manual_seed(0)
-    tensors = test_soft_split_linear.arguments((1, 3, 20, 20), SPLIT, 9, True, True, torch.float32, "cpu")
+    tensors = test_soft_split_linear.arguments(
+        (1, 3, 20, 20), SPLIT, 9, True, True, torch.float32, "cpu"
+    )
     tensors[0] = 1000 + 0.01 * tensors[0]
     test_soft_split_linear.assert_parity(tensors, SPLIT, "cpu")
 
@@ -194,7 +198,9 @@ def test_operators_check_what_would_read_out_of_bounds():
     ):
         with pytest.raises(RuntimeError, match="soft_split_linear"):
             ops.soft_split_linear(*arguments)
-    with pytest.raises(RuntimeError, match="soft_split: kernel_size 3, stride 1, padding 2147483645"):
+    with pytest.raises(
+        RuntimeError, match="soft_split: kernel_size 3, stride 1, padding 2147483645"
+    ):
         ops.soft_split(x, 3, 1, 2**31 - 3)
     with pytest.raises(RuntimeError, match="soft_split_linear: kernel_size 4294967296"):
         ops.soft_split_linear(x, weight[:, :0], None, None, None, 2**32, 1, 2**31, 1e-5)

@@ -199,7 +199,12 @@ def test_opcheck_and_compile(backend, device, kind):
     dtype, *sizes = kind
     tensors, w = arguments((1, 31, *sizes), 0.5, dtype, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(
         operators(backend).performer_attention, (*leaves, w, 1e-8), test_utils=tests
     )

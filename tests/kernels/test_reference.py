@@ -149,9 +149,7 @@ def test_performer_in_half_precision_loses_its_roundings_only(dtype):
     w = torch.randn(32, 64)
     ours = performer_attention(k, q, v, w, backend="reference")
     wide = performer_attention(k.double(), q.double(), v.double(), w.double(), backend="reference")
-    torch.testing.assert_close(
-        ours.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-5
-    )
+    torch.testing.assert_close(ours.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_performer_maximum_is_over_tokens_not_within_them():
@@ -211,7 +209,9 @@ def test_gradcheck_of_every_reference():
         ),
         (x, *performer[1:]),
     )
-    transformer = TransformerLayerParams(*(t.requires_grad_() for t in transformer_params(9, embed=3, hidden=2)))
+    transformer = TransformerLayerParams(
+        *(t.requires_grad_() for t in transformer_params(9, embed=3, hidden=2))
+    )
     assert torch.autograd.gradcheck(
         lambda x, *p: transformer_layer(
             x, TransformerLayerParams(*p), **SPLIT, scale=0.3, **reference
@@ -259,7 +259,9 @@ def test_dropout_mask():
     assert not torch.equal(mask, keep_mask(shape, 0.1, 4, 0, "cpu")), "seeds must differ"
     assert not torch.equal(mask, keep_mask(shape, 0.1, 3, 1, "cpu")), "sites must differ"
     assert not torch.equal(mask, keep_mask(shape, 0.1, 3 + 2**40, 0, "cpu")), "all 64 bits count"
-    assert torch.equal(keep_mask(shape, 0.1, 2**64 - 1, 0, "cpu"), keep_mask(shape, 0.1, -1, 0, "cpu"))
+    assert torch.equal(
+        keep_mask(shape, 0.1, 2**64 - 1, 0, "cpu"), keep_mask(shape, 0.1, -1, 0, "cpu")
+    )
     # The mask is a function of the element's index: a longer tensor begins with the same one.
     longer = keep_mask(torch.Size((shape.numel() + 3,)), 0.1, 3, 0, "cpu")
     assert torch.equal(longer[:-3], mask.flatten())
@@ -267,8 +269,11 @@ def test_dropout_mask():
 
 def test_dropout_mask_takes_sixteen_bits_of_a_block():
     """The first element's number is the lower half of the first word, the second one's the upper."""
-    first, second = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8), philox_4x32(
-        tuple(torch.tensor(word) for word in (1, 0, 0, 0)), (torch.tensor(0), torch.tensor(0))
+    first, second = (
+        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        philox_4x32(
+            tuple(torch.tensor(word) for word in (1, 0, 0, 0)), (torch.tensor(0), torch.tensor(0))
+        ),
     )
     numbers = [half for word in (*first, *map(int, second)) for half in (word & 0xFFFF, word >> 16)]
     for threshold in numbers:
@@ -336,8 +341,9 @@ def test_autocast():
 
 def test_layers_compile_without_a_graph_break():
     x = torch.randn(2, 3, 11, 8)
-    performer, transformer = performer_params(27, dtype=torch.float32), transformer_params(
-        27, dtype=torch.float32
+    performer, transformer = (
+        performer_params(27, dtype=torch.float32),
+        transformer_params(27, dtype=torch.float32),
     )
 
     def both(x, seed):

@@ -84,7 +84,10 @@ def assert_parity(tensors, split, backend, layout=contiguous):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *((case, dtype) for case in ("layer1", "layer2", "empty-batch") for dtype in DTYPES[1:])],
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in ("layer1", "layer2", "empty-batch") for dtype in DTYPES[1:]),
+    ],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_parity(backend, device, case, dtype, norm, skip_unless_taken):
@@ -166,7 +169,12 @@ def test_deterministic(backend, device, channels, dtype, skip_unless_taken):
 def test_opcheck(backend, device, kind):
     channels, dtype = kind
     ops = operators(backend)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     for norm in (True, False):
         tensors = arguments((1, channels, 5, 4), (3, 2, 1), 8, norm, True, dtype, device)
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
@@ -203,7 +211,14 @@ REFUSED = {
     "float32": (64, torch.float32, 3, 2, 8, "takes float16 and bfloat16, got float32"),
     "channels": (20, torch.bfloat16, 3, 2, 8, "got 20 channels and kernel_size 3"),
     "rows": (5, torch.float16, 7, 4, 8, "channels × kernel_size up to 28, got 5 channels"),
-    "columns": (1, torch.bfloat16, 9, 4, 8, "kernel_size up to 8 .* got 1 channels and kernel_size 9"),
+    "columns": (
+        1,
+        torch.bfloat16,
+        9,
+        4,
+        8,
+        "kernel_size up to 8 .* got 1 channels and kernel_size 9",
+    ),
     "stride": (64, torch.bfloat16, 3, 9, 8, "takes strides up to 8, got 9"),
     "outputs": (64, torch.bfloat16, 3, 2, 12, "takes a multiple of 8 outputs, got 12"),
 }

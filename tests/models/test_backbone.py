@@ -71,9 +71,7 @@ def test_inductor_agrees_with_eager():
 def test_export_with_any_batch():
     model = small_model().eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(
-        model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},)
-    )
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
     x = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(program.module()(x), model(x))
 

@@ -55,7 +55,11 @@ def test_arguments_that_reach_beyond_the_network(args, monkeypatch):
     "name, args, message",
     [
         ("t2t_vit_7", dict(num_classes=10**9), "the argument 'num_classes' of t2t_vit_7 is 10000"),
-        ("t2t_vit_7", dict(num_classes=10**6), r"of 2\d\d,\d\d\d,\d\d\d numbers.*100,000,000 bytes"),
+        (
+            "t2t_vit_7",
+            dict(num_classes=10**6),
+            r"of 2\d\d,\d\d\d,\d\d\d numbers.*100,000,000 bytes",
+        ),
         ("t2t_vit_7", dict(depth=10**5), "the argument 'depth' of t2t_vit_7 is 100000"),
         ("t2t_vit_dense", dict(stages=[1, 10**5]), "the argument 'stages'"),
         ("t2t_vit_7", dict(img_size=[10**6, 10**6]), "numbers, but its file has"),
@@ -130,7 +134,11 @@ def test_where_weights_came_from_is_not_taken_from_a_file(tmp_path):
     hub.push(model, f"local-dir:{tmp_path}")
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["pretrained_cfg"] |= {"url": "http://localhost/a.pth", "file": "/tmp/a", "mean": [0, 0, 0]}
+    config["pretrained_cfg"] |= {
+        "url": "http://localhost/a.pth",
+        "file": "/tmp/a",
+        "mean": [0, 0, 0],
+    }
     path.write_text(json.dumps(config))
     cfg = hub.load(f"local-dir:{tmp_path}").pretrained_cfg
     assert cfg["mean"] == [0, 0, 0] and not {"url", "file"} & set(cfg)
@@ -172,7 +180,10 @@ def test_metadata_of_a_file_of_weights(tmp_path, change, message):
         (dict(features_only=True), "'features_only' is not one"),
         (dict(scriptable=True), "'scriptable' is not one"),
         (dict(kwargs_filter=["a"]), "'kwargs_filter' is not one"),
-        (dict(layers=[10**8, 1, 1, 1]), r"layers: got \[100000000, 1, 1, 1\], expected at most 1,000"),
+        (
+            dict(layers=[10**8, 1, 1, 1]),
+            r"layers: got \[100000000, 1, 1, 1\], expected at most 1,000",
+        ),
         (dict(layers=[600, 600]), "expected at most 1,000"),
         (dict(num_classes=10**12), "num_classes: got 1000000000000, expected at most 1,000,000"),
     ],
@@ -195,7 +206,11 @@ def test_no_source_reaches_beyond_the_network(args, message, monkeypatch):
     "name, args, message",
     [
         ("t2t_vit_7", dict(depth=10**8), "depth: got 100000000, expected at most 1,000"),
-        ("t2t_vit_dense", dict(stages=[500, 501]), r"stages: got \[500, 501\], expected at most 1,000"),
+        (
+            "t2t_vit_dense",
+            dict(stages=[500, 501]),
+            r"stages: got \[500, 501\], expected at most 1,000",
+        ),
         ("t2t_vit_14", dict(num_classes=10**12), "num_classes: got 1000000000000"),
         ("vit_s_16", dict(embed_dim=999_936, num_heads=1), "its parameters need .* GiB of memory"),
     ],

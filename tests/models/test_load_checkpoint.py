@@ -150,7 +150,9 @@ def test_weights_that_are_not_finite_are_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution", "patch"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_weights_for_grey_images_and_for_colour_see_the_same(tmp_path, tokens_type, channels, caplog):
+def test_weights_for_grey_images_and_for_colour_see_the_same(
+    tmp_path, tokens_type, channels, caplog
+):
     """A grey image, and the colour image of three equal channels."""
     options = dict(tokens_type=tokens_type, fused_kernels="reference")
     source = small_model(1, in_chans=channels, **options).double().eval()
@@ -207,7 +209,10 @@ def test_positions_of_another_size_are_resized(tmp_path, caplog):
 def test_positions_of_a_grid_that_is_not_square(tmp_path):
     source, model = small_model(1, img_size=(32, 96)), small_model(2)
     torch.save(source.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"12 positions .* not a square grid.*--img-size HEIGHT WIDTH.*grid_size=\(h, w\)"):
+    with pytest.raises(
+        InputError,
+        match=r"12 positions .* not a square grid.*--img-size HEIGHT WIDTH.*grid_size=\(h, w\)",
+    ):
         load_checkpoint(model, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"grid_size: got \(3, 5\), but .* has 12 positions"):
         load_checkpoint(model, tmp_path / "a.pth", grid_size=(3, 5))
@@ -278,7 +283,9 @@ def test_a_mismatch_names_the_keys_and_leaves_the_model_alone(tmp_path, changes,
 
 def test_another_architecture_is_a_mismatch(tmp_path):
     torch.save(small_model(1).state_dict(), tmp_path / "a.pth")
-    message = "holds 1 block of width 256 on performer tokens, the model is 1 .* transformer tokens$"
+    message = (
+        "holds 1 block of width 256 on performer tokens, the model is 1 .* transformer tokens$"
+    )
     with pytest.raises(InputError, match=message):
         load_checkpoint(small_model(2, tokens_type="transformer"), tmp_path / "a.pth")
 
@@ -287,10 +294,14 @@ def test_another_architecture_is_a_mismatch(tmp_path):
 def test_a_published_model_is_recognised(tmp_path, name):
     with torch.device("meta"):
         state = create_model(name).state_dict()
-    torch.save({key: torch.zeros(tensor.shape) for key, tensor in state.items()}, tmp_path / "a.pth")
+    torch.save(
+        {key: torch.zeros(tensor.shape) for key, tensor in state.items()}, tmp_path / "a.pth"
+    )
     with pytest.raises(InputError) as caught:
         load_checkpoint(create_model("t2t_vit_14"), tmp_path / "a.pth")
-    assert "the model is t2t_vit_14 (14 blocks of width 384 on performer tokens)" in str(caught.value)
+    assert "the model is t2t_vit_14 (14 blocks of width 384 on performer tokens)" in str(
+        caught.value
+    )
     blocks = {"t2t_vit_19": "19 blocks of width 448", "t2t_vit_t_14": "14 blocks of width 384"}
     assert name == "t2t_vit_dense" or f"holds {name} (" in str(caught.value)
     assert blocks.get(name, "blocks of width") in str(caught.value)
@@ -332,7 +343,9 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     path, proof = tmp_path / "a.pth", tmp_path / "it-ran"
     content = {"state_dict": small_model().state_dict(), "args": Code(proof)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"could run code, so it is not read.*state dict alone") as caught:
+    with pytest.raises(
+        InputError, match=r"could run code, so it is not read.*state dict alone"
+    ) as caught:
         load_checkpoint(small_model(), path)
     assert not proof.exists()
     assert "weights_only" not in str(caught.value), "advice to load unsafely"
@@ -377,7 +390,9 @@ def test_a_small_file_cannot_take_all_time_or_memory(tmp_path):
         load_checkpoint(small_model(), tmp_path / "deep.pth")
     number = (100 * 2**30).to_bytes(5, "little")
     with zipfile.ZipFile(tmp_path / "bytes.pth", "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + number + b"\x85R.")
+        archive.writestr(
+            "a/data.pkl", b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + number + b"\x85R."
+        )
         archive.writestr("a/version", "3\n")
     with pytest.raises(InputError, match="holds a bytearray, .*fill the memory"):
         load_checkpoint(small_model(), tmp_path / "bytes.pth")
@@ -431,9 +446,9 @@ def training_state(path, content):
 
 
 def write(content):
-    return lambda path, state: (path.write_bytes if isinstance(content, bytes) else path.write_text)(
-        content
-    )
+    return lambda path, state: (
+        path.write_bytes if isinstance(content, bytes) else path.write_text
+    )(content)
 
 
 def fifo(path, content):

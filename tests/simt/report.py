@@ -25,7 +25,9 @@ from t2t_kernels.backends import OPERATIONS
 from tests.kernels.test_reference import performer_params, transformer_params
 from tests.simt.build import CUDA_SOURCES, TORCH, build_host_library
 
-NVCC = shutil.which("nvcc") or (cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc"))
+NVCC = shutil.which("nvcc") or (
+    cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc")
+)
 # Per architecture: KiB of shared memory and threads of a multiprocessor. All have 65,536 registers.
 ARCHITECTURES = {"80": (164, 2048), "90a": (228, 2048), "120": (100, 1536)}
 REGISTERS, WARP = 65536, 32

@@ -34,7 +34,11 @@ SLIPS = {
         "2 * kSwizzledOver128Bytes << 30",
     ),
     "rows-at-another-distance": (MATRIX, "uint64_t(upper)", "uint64_t(upper - 32)"),
-    "own-columns-of-another-step": (SOFTMAX, "operand_at(left.rows, step * 2)", "operand_at(left.rows)"),
+    "own-columns-of-another-step": (
+        SOFTMAX,
+        "operand_at(left.rows, step * 2)",
+        "operand_at(left.rows)",
+    ),
     "columns-of-another-step": (SOFTMAX, "operand_at(rows, step * 2)", "operand_at(rows)"),
     "rows-of-another-step": (SOFTMAX, "operand_at(rows, first * 8)", "operand_at(rows)"),
     "rows-of-another-group": (SOFTMAX, "own_rows + group_index() * kTile * kWidest", "own_rows"),

@@ -28,9 +28,7 @@ def compiled(host_cache):
 def kernels(compiled):
     """The PTX of every kernel by name, for Hopper."""
     text = "".join(
-        path.read_text()
-        for folder in compiled.values()
-        for path in folder.glob("*compute_90a.ptx")
+        path.read_text() for folder in compiled.values() for path in folder.glob("*compute_90a.ptx")
     )
     return dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.visible|\.weak|\.entry|\Z)", text, re.DOTALL))
 

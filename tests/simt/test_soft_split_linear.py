@@ -152,7 +152,11 @@ SLIPS = {
     ),
     "pairs-swapped": (PATCHES, "t * 2 + e % 2", "t * 2 + 1 - e % 2"),
     "token-of-another-row": (PATCHES, "in_image - row * p.columns.divisor", "in_image"),
-    "column-of-taps-left-out": (PATCHES, "++column_ == map_.kernel", "(column_ += 2) >= map_.kernel"),
+    "column-of-taps-left-out": (
+        PATCHES,
+        "++column_ == map_.kernel",
+        "(column_ += 2) >= map_.kernel",
+    ),
     "second-channels-of-a-tap-left-out": (PATCHES, "channel_ == channels_", "true"),
     "last-piece-without-moments": (PATCHES, "if (piece + 1 < pieces) loaded", ""),
     "taps-and-channels-swapped": (
@@ -173,7 +177,11 @@ SLIPS = {
         "",
     ),
     "weight-not-waited-for": (PROJECTION, "wait_for_copies<0>();\n  if constexpr", ""),
-    "weight-of-other-threads-not-waited-for": (PROJECTION, "__syncthreads();\n\n  const auto load", ""),
+    "weight-of-other-threads-not-waited-for": (
+        PROJECTION,
+        "__syncthreads();\n\n  const auto load",
+        "",
+    ),
     "moments-of-rows-not-stored": (
         PROJECTION,
         "store_moments<T>(p, token, moments);\n    } else",
@@ -214,7 +222,11 @@ SLIPS = {
     ),
     "gradients-not-waited-for": (GRADIENT, "wait_for_copies<1>();\n      // The half", ""),
     "tiles-not-waited-for": (GRADIENT, "__syncthreads();\n      start_loading(first_token", ""),
-    "tiles-overwritten": (GRADIENT, "__syncthreads();\n  }\n  wait_for_copies<0>();\n\n  // (elements", ""),
+    "tiles-overwritten": (
+        GRADIENT,
+        "__syncthreads();\n  }\n  wait_for_copies<0>();\n\n  // (elements",
+        "",
+    ),
     "rows-of-patches-swapped": (
         GRADIENT,
         "half + k + lane % 16",
@@ -237,7 +249,11 @@ SLIPS = {
     ),
     "bias-of-other-outputs": (GRADIENT, "i == of_bias", "i == 2 - of_bias"),
     "slots-by-four-left-out": (GRADIENT, "sums[j] += from[(i + j) * slot];", ""),
-    "last-slots-left-out": (GRADIENT, "i + j < p.slot_count", "i + j < p.slot_count - (p.slot_count > 1)"),
+    "last-slots-left-out": (
+        GRADIENT,
+        "i + j < p.slot_count",
+        "i + j < p.slot_count - (p.slot_count > 1)",
+    ),
     "offset-not-in-the-weight": (GRADIENT, "gain * sum + offset * bias", "gain * sum"),
     "gradient-of-the-offset-forgotten": (GRADIENT, "grad_offset += weight * bias;", ""),
     "sums-of-warps-not-waited-for": (GRADIENT, "__syncthreads();\n  if (threadIdx.x == 0)", ""),
@@ -249,7 +265,11 @@ SLIPS = {
         "moments.y * (mean - slope * moments.x)",
         "moments.y * mean",
     ),
-    "gain-not-in-the-taps": (GRADIENT, "static_cast<float>(*weight) * gain", "static_cast<float>(*weight)"),
+    "gain-not-in-the-taps": (
+        GRADIENT,
+        "static_cast<float>(*weight) * gain",
+        "static_cast<float>(*weight)",
+    ),
     "taps-not-waited-for": (GRADIENT, "wait_for_copies<0>();\n    if constexpr", ""),
     "taps-of-other-threads-not-waited-for": (
         GRADIENT,
@@ -263,7 +283,11 @@ SLIPS = {
         "stage + 1 < (resident ? steps : kMapStages)",
         "stage + 1 < steps",
     ),
-    "taps-of-another-class": (GRADIENT, "(first_x + map.padding) % map.stride", "first_x % map.stride"),
+    "taps-of-another-class": (
+        GRADIENT,
+        "(first_x + map.padding) % map.stride",
+        "first_x % map.stride",
+    ),
     "token-of-another-tap": (GRADIENT, "at.row - high", "at.row"),
     "token-row-too-far": (GRADIENT, "row >= 0 && row < map.rows", "row >= 0 && row < map.rows - 1"),
     "piece-of-other-outputs": (

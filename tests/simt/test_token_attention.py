@@ -130,7 +130,10 @@ SLIPS = {
     "shrunk-from-nothing": ("maximum[half] == -INFINITY", "false"),
     "weights-of-the-other-rows": ("s[key / 8 + i / 2][i % 2][e]", "s[key / 8 + i / 2][0][e]"),
     "delta-of-one-lane": ("sum_of_row(delta)", "delta"),
-    "keys-beyond-the-last-backward": ("if (key >= block.tokens) s[i / 4][i / 2 % 2][i % 2] = not", ""),
+    "keys-beyond-the-last-backward": (
+        "if (key >= block.tokens) s[i / 4][i / 2 % 2][i % 2] = not",
+        "",
+    ),
     "shift-of-another-image": ("block.image * rows_of_image", "0"),
     "shift-of-another-stage": (
         "&shifts[stage][slice + scores.column(wide)]",

@@ -90,7 +90,9 @@ def chosen(seen: list, count: int) -> list[int]:
     used, left, result = Counter(), list(range(len(seen))), []
     while left and len(result) < count:
         # Of a pair that was taken before, the last one left: from another part of the run.
-        number = min(left, key=lambda each: [used[seen[each]], *(used[part] for part in seen[each])])
+        number = min(
+            left, key=lambda each: [used[seen[each]], *(used[part] for part in seen[each])]
+        )
         if used[seen[number]]:
             number = max(each for each in left if seen[each] == seen[number])
         used.update((seen[number], *seen[number]))

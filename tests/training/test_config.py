@@ -126,7 +126,10 @@ def bomb(level: str, first: str) -> str:
     "text, message",
     [
         (f"mean: {bomb('[*, *, *, *, *, *, *, *]', '[0, 0]')}", "more than 100,000 values"),
-        (f"model_args: {bomb('{<<: [*, *, *, *, *, *, *, *]}', '{a: 1}')}", "more than 100,000 values"),
+        (
+            f"model_args: {bomb('{<<: [*, *, *, *, *, *, *, *]}', '{a: 1}')}",
+            "more than 100,000 values",
+        ),
         ("model_args: &a {b: *a}", "more than 100,000 values"),
         (f"model_args: {'[' * 100_000}", "nested too deeply"),
         ("\n".join(" " * depth + "a:" for depth in range(3000)), "nested too deeply"),
@@ -138,7 +141,10 @@ def bomb(level: str, first: str) -> str:
         (f"epochs: {'9' * 400}", "epochs: got 9999"),
         (f"lr: {'9' * 400}", "lr: got 9999"),
         ("epochs: !!python/object/apply:os.getcwd []", "is not YAML: could not determine"),
-        ("num_classes: 1000000000000", "num_classes: got 1000000000000, expected .* at most 1000000"),
+        (
+            "num_classes: 1000000000000",
+            "num_classes: got 1000000000000, expected .* at most 1000000",
+        ),
         ("img_size: [32, 1000000]", "img_size: got 1000000, expected .* at most 16384"),
         ("workers: 1000000", "workers: got 1000000"),
         ("auto_augment: augmix-w100000000", "timm cannot read the policy"),

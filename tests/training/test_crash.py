@@ -17,9 +17,7 @@ OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")
 def attempts(ranks, signals, output, *options):
     """What each attempt said, and how its processes ended."""
     command = (sys.executable, "-m", "tests.training.killed", str(ranks), signals, str(output))
-    done = subprocess.run(
-        [*command, *OFTEN, *options], capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, *OFTEN, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"end {[0] * ranks}", done.stdout + done.stderr
     return done.stdout

@@ -167,7 +167,12 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
-                *("--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=test"),
+                *(
+                    "--nproc_per_node=1",
+                    "--max_restarts=3",
+                    "--rdzv_backend=c10d",
+                    "--rdzv_id=test",
+                ),
                 *(f"--rdzv_endpoint=127.0.0.1:{port}", "--monitor_interval=0.1"),
                 *(f"--rdzv_conf=is_host={int(node == 0)}", "--local_addr=127.0.0.1"),
                 *("-m", "t2tvit", "train", *options, "--output", str(output)),
@@ -175,7 +180,8 @@ def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_pa
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as docs/training.md says
+            # As docs/training.md says.
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )
         for node in range(2)
     ]

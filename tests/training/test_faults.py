@@ -71,7 +71,9 @@ def test_an_error_before_the_processes_meet_is_told_once(tmp_path):
         assert "".join(errors).startswith(f"t2tvit: error{where}: config "), errors
         assert "".join(errors).count("\n") == 1 and all(codes)
     evaluate = ("eval", "--device", "cpu", "--checkpoint", tmp_path / "damaged.yaml")
-    codes, errors = with_options((*evaluate, "--model", "t2t_vit_7"), (*evaluate, "--model", "none"))
+    codes, errors = with_options(
+        (*evaluate, "--model", "t2t_vit_7"), (*evaluate, "--model", "none")
+    )
     assert "".join(errors).count("\n") == 1 and codes == [2, 2], errors
 
 

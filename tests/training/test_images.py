@@ -57,7 +57,9 @@ def test_sixteen_bit_pgm_and_big_endian_tiff(tmp_path):
     deep = GREY.astype(np.uint16) * 257
     (tmp_path / "deep.pgm").write_bytes(b"P5 30 20 65535\n" + deep.astype(">u2").tobytes())
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "deep.pgm", "L")), GREY)
-    path = saved(tmp_path, Image.frombytes("I;16B", (30, 20), deep.astype(">u2").tobytes()), "b.tif")
+    path = saved(
+        tmp_path, Image.frombytes("I;16B", (30, 20), deep.astype(">u2").tobytes()), "b.tif"
+    )
     np.testing.assert_array_equal(np.asarray(load_image(path, "L")), GREY)
 
 
@@ -65,7 +67,9 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path):
     path = saved(tmp_path, Image.fromarray(GREY.astype(np.float32) / 255), "unit.tif")
     np.testing.assert_array_equal(np.asarray(load_image(path, "L")), GREY)
     path = saved(tmp_path, Image.fromarray(GREY.astype(np.float32)), "large.tif")
-    with pytest.raises(InputError, match="large.tif cannot be read .*floats from 0 to 255, expected"):
+    with pytest.raises(
+        InputError, match="large.tif cannot be read .*floats from 0 to 255, expected"
+    ):
         load_image(path)
     path = saved(tmp_path, Image.fromarray(np.float32([[0, np.nan]])), "nan.tif")
     with pytest.raises(InputError, match="nan.tif cannot be read .*floats"):
@@ -82,7 +86,12 @@ def test_integers_of_unknown_range_are_refused(tmp_path):
     "mode, name",
     [
         *[("1", "image.png"), ("LA", "image.png"), ("RGBA", "image.png"), ("P", "image.png")],
-        *[("CMYK", "image.tif"), ("YCbCr", "image.tif"), ("RGBA", "image.webp"), ("P", "image.gif")],
+        *[
+            ("CMYK", "image.tif"),
+            ("YCbCr", "image.tif"),
+            ("RGBA", "image.webp"),
+            ("P", "image.gif"),
+        ],
         *[("RGB", "image.jp2"), ("RGB", "image.qoi"), ("RGB", "image.bmp"), ("RGB", "image.ppm")],
     ],
 )
@@ -152,7 +161,9 @@ def test_postscript_never_reaches_an_interpreter(tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     Image.new("RGB", (9, 9)).save(path, "EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("was called"))
-    with pytest.raises(InputError, match="image.png cannot be read .not an image in one of the form"):
+    with pytest.raises(
+        InputError, match="image.png cannot be read .not an image in one of the form"
+    ):
         load_image(path)
     with pytest.raises(InputError, match="cannot be read"):
         load_image(io.BytesIO(path.read_bytes()), name="a.tar/0")
@@ -183,7 +194,9 @@ def test_a_large_image_is_read_and_one_that_is_too_large_is_named(tmp_path, monk
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80_000)
     assert load_image(path).size == (300, 300)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
-    with pytest.raises(InputError, match="image.png cannot be read .it has more than 0 million pix"):
+    with pytest.raises(
+        InputError, match="image.png cannot be read .it has more than 0 million pix"
+    ):
         load_image(path)
 
 
@@ -219,7 +232,9 @@ def test_images_of_usual_shapes_are_resized_whole(size, input_size):
 def test_the_middle_of_a_long_image_is_what_its_whole_gives():
     image = Image.effect_noise((2000, 4), 50).convert("RGB")
     config = RunConfig(img_size=32)
-    difference = eval_transform(config)(image).int() - eval_transform(config).transforms[1](image).int()
+    difference = (
+        eval_transform(config)(image).int() - eval_transform(config).transforms[1](image).int()
+    )
     assert difference.abs().max() <= 1
 
 
@@ -233,7 +248,14 @@ def folder(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"not looked into")
-    for name in ("._b.png", ".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/b.png", "@eaDir/b.png"):
+    for name in (
+        "._b.png",
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "__MACOSX/b.png",
+        "@eaDir/b.png",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")

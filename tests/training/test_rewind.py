@@ -67,9 +67,7 @@ def check(output, epochs, best=None):
 @pytest.mark.parametrize(
     "epoch, step, epochs", [(1, 0, 1), (1, 0, 2), (3, 0, 3), (3, 0, 4), (2, 3, 3), (0, 2, 1)]
 )
-def test_after_an_older_state_everything_fits(
-    tmp_path, output, capsys, epoch, step, epochs, moves
-):
+def test_after_an_older_state_everything_fits(tmp_path, output, capsys, epoch, step, epochs, moves):
     before = contents(output)
     state = output / state_name(epoch, step)
     place = tmp_path / "new" if moves else output

@@ -146,7 +146,10 @@ def test_what_cannot_be_read_is_named_and_the_next_stands_for_it(shards, tmp_pat
 
 @pytest.mark.parametrize("label", [b"cat", None])
 def test_a_sample_without_a_number_costs_no_other(shards, tmp_path, label):
-    with tarfile.open(shards / "train-000.tar") as old, tarfile.open(tmp_path / "a.tar", "w") as new:
+    with (
+        tarfile.open(shards / "train-000.tar") as old,
+        tarfile.open(tmp_path / "a.tar", "w") as new,
+    ):
         for member in old:
             content = old.extractfile(member).read()
             if member.name.endswith("0001.cls"):
@@ -196,7 +199,9 @@ def write_shard(path, files, mode="w"):
 
 def samples_of(path, **options):
     return [
-        str(sample) if isinstance(sample, InputError) else (sample.place.split(".tar/")[1], sample.label)
+        str(sample)
+        if isinstance(sample, InputError)
+        else (sample.place.split(".tar/")[1], sample.label)
         for sample in read_shard(path, **options)
     ]
 
@@ -248,7 +253,9 @@ def test_labels(tmp_path, suffix, content, found):
 
 def test_absurd_labels_are_no_number_of_classes(tmp_path):
     write_shard(tmp_path / "train-0.tar", [("0.png", picture()), ("0.cls", b"1000000000")])
-    with pytest.raises(LabelError, match="0 has the label 1000000000, but --num-classes is not given"):
+    with pytest.raises(
+        LabelError, match="0 has the label 1000000000, but --num-classes is not given"
+    ):
         open_split(f"webdataset:{tmp_path}", "train")
 
 
@@ -261,14 +268,20 @@ def test_a_label_outside_the_classes_is_no_unreadable_image(shards, tmp_path, wo
     (tmp_path / "_info.json").write_text(json.dumps({"splits": lengths}))
     split = open_split(f"webdataset:{tmp_path}", "train", num_classes=3)
     loader = train_loader(split, replace(CONFIG, workers=workers), World(0, 1, torch.device("cpu")))
-    with pytest.raises(InputError, match="^data: .* has the label 3, but there are 3 classes") as caught:
+    with pytest.raises(
+        InputError, match="^data: .* has the label 3, but there are 3 classes"
+    ) as caught:
         list(batches(loader))
     assert "\n" not in str(caught.value)
 
 
 def test_held_out_labels_are_those_of_the_training_shards(tmp_path):
     for split, labels in (("train", "0120"), ("val", "013")):
-        files = [(f"{i}.{s}", c) for i, k in enumerate(labels) for s, c in (("png", picture()), ("cls", k.encode()))]
+        files = [
+            (f"{i}.{s}", c)
+            for i, k in enumerate(labels)
+            for s, c in (("png", picture()), ("cls", k.encode()))
+        ]
         write_shard(tmp_path / f"{split}-0.tar", files)
     config = replace(CONFIG, data=f"webdataset:{tmp_path}", num_classes=None)
     with pytest.raises(LabelError, match="val-0.tar/2 has the label 3, but there are 3 classes"):
@@ -366,7 +379,9 @@ def test_lengths_that_are_none_are_said(shards, tmp_path, length):
     (tmp_path / "train-000.tar").write_bytes((shards / "train-000.tar").read_bytes())
     lengths = {"train": {"filenames": ["train-000.tar"], "shard_lengths": [length]}}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": lengths}))
-    with pytest.raises(InputError, match="_info.json has the length .* for train-000.tar, expected a"):
+    with pytest.raises(
+        InputError, match="_info.json has the length .* for train-000.tar, expected a"
+    ):
         open_split(f"webdataset:{tmp_path}", "train", num_classes=4)
 
 

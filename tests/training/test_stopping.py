@@ -84,9 +84,7 @@ class Hang:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_reader_that_hangs_does_not_hold_up_a_signal(
-    tmp_path, capsys, whole, workers
-):
+def test_a_reader_that_hangs_does_not_hold_up_a_signal(tmp_path, capsys, whole, workers):
     """The state of the last update is saved, and the run resumes as if it had not been stopped."""
     output = tmp_path / "run"
     with Hang(pipeline.TrainingImages, 8 * 3 + 3):
@@ -98,9 +96,7 @@ def test_a_reader_that_hangs_does_not_hold_up_a_signal(
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(
-    tmp_path, whole, workers
-):
+def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(tmp_path, whole, workers):
     output = tmp_path / "run"
     with Hang(pipeline.TransformedImages, 9):
         assert train(output, "--workers", workers) == 0
@@ -109,9 +105,7 @@ def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(
     assert_same_end(whole, output)
 
 
-def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(
-    tmp_path, capsys
-):
+def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(tmp_path, capsys):
     with Hang(pipeline.TrainingImages, 0):
         assert train(tmp_path / "run") == 0
     assert "stopped by a signal; training had not begun. Start it again" in capsys.readouterr().out
@@ -119,9 +113,7 @@ def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_a_run_that_is_killed_in_an_evaluation_loses_no_update(
-    tmp_path, monkeypatch, whole, epoch
-):
+def test_a_run_that_is_killed_in_an_evaluation_loses_no_update(tmp_path, monkeypatch, whole, epoch):
     output, evaluate, calls = tmp_path / "run", Trainer.evaluate, []
 
     def killed(trainer):
@@ -169,7 +161,8 @@ sys.exit(main())
 def test_a_run_that_is_killed_while_its_loader_starts_leaves_no_process(tmp_path):
     options = ("train", *TINY, "--workers", "1", "--output", str(tmp_path / "run"))
     command = (sys.executable, "-c", KILLED, *options)
-    done = subprocess.run(command, capture_output=True, timeout=30)  # until all have closed their output
+    # The call returns when all processes have closed their output.
+    done = subprocess.run(command, capture_output=True, timeout=30)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -233,9 +226,7 @@ def test_a_signal_to_one_process_in_an_evaluation_ends_both_together(tmp_path):
     stopped, plain = tmp_path / "stopped", tmp_path / "plain"
 
     def started(*command):
-        done = subprocess.run(
-            [*launch, *command], capture_output=True, text=True, timeout=200
-        )
+        done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -315,7 +306,12 @@ def test_the_other_node_goes_on_after_a_signal_to_one(tmp_path):
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"),
-                *("--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=test"),
+                *(
+                    "--nproc_per_node=1",
+                    "--max_restarts=3",
+                    "--rdzv_backend=c10d",
+                    "--rdzv_id=test",
+                ),
                 *(f"--rdzv_endpoint=127.0.0.1:{port}", "--monitor_interval=0.1"),
                 f"--rdzv_conf=is_host={int(node == 0)},last_call_timeout=5",
                 *("--local_addr=127.0.0.1", "-m", "t2tvit", "train", *options),
@@ -324,7 +320,8 @@ def test_the_other_node_goes_on_after_a_signal_to_one(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # as docs/training.md says
+            # As docs/training.md says.
+            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )
         for node in range(2)
     ]

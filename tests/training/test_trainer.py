@@ -166,7 +166,8 @@ def test_a_skipped_update_leaves_every_buffer(layer):
             outputs = self.head(images.flatten(1)) * (torch.nan if self.fails else 1)
             if isinstance(self.norm, nn.BatchNorm1d):
                 return self.norm(outputs)
-            return self.norm(outputs[..., None].expand(-1, -1, 2) * torch.tensor([1.0, 2.0]))[..., 0]
+            scales = torch.tensor([1.0, 2.0])
+            return self.norm(outputs[..., None].expand(-1, -1, 2) * scales)[..., 0]
 
     trainer = trainer_of(CONFIG, Network())
     trainer.model.fails = False

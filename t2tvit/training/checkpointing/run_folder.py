@@ -184,7 +184,9 @@ class RunFolder:
             if not output.exists() or all(path.match(WRITING) for path in output.iterdir()):
                 return
         except OSError as error:
-            raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+            raise InputError(
+                f"--output {output}: {error.strerror}; choose another folder"
+            ) from None
         if self.resume is None:
             raise InputError(
                 f"--output {output} is not empty; resume its run with --resume auto, or choose "
@@ -215,9 +217,7 @@ class RunFolder:
             check_data(splits[0].class_names, images, self.state_path, resumed, before)
         return images
 
-    def claim(
-        self, checkpointer: "Checkpointer", resumed: dict | None
-    ) -> tuple[int, list[str]]:
+    def claim(self, checkpointer: "Checkpointer", resumed: dict | None) -> tuple[int, list[str]]:
         """Create and lock the output folder, and fit its files to the state to resume.
 
         Until :meth:`record_start`, RUN_FILE says how to repeat the start.
@@ -236,7 +236,9 @@ class RunFolder:
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--output {output}: {error.strerror}; choose another folder") from None
+            raise InputError(
+                f"--output {output}: {error.strerror}; choose another folder"
+            ) from None
         self.lock.enter_context(locked(output))
         self.check()  # another run may have begun there since
         if listing(output) != self.before:
@@ -260,9 +262,7 @@ class RunFolder:
         record |= {"beginning": beginning, "identity": owner}
         write_atomically(self.output / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
-    def _fit(
-        self, resumed: dict, about: Weights, copied: Fitting | None
-    ) -> tuple[int, list[str]]:
+    def _fit(self, resumed: dict, about: Weights, copied: Fitting | None) -> tuple[int, list[str]]:
         """Fit the folder to the state ``resumed``; ``copied`` are files of the folder it came from."""
         output = self.output
         state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])

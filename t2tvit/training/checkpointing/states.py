@@ -44,9 +44,7 @@ def find_state(output: Path) -> tuple[Path | None, list[str]]:
             continue
         return path, damaged
     if damaged:
-        raise InputError(
-            f"every training state in {output} is damaged: {'; '.join(damaged)}"
-        )
+        raise InputError(f"every training state in {output} is damaged: {'; '.join(damaged)}")
     return None, []
 
 
@@ -154,7 +152,9 @@ STATE = {
         "skipped_in_a_row": is_count,
         "history": [METRICS],
     },
-    "ranks": [{"rng": is_mapping, "loss_sum": is_number, "images": is_count, "unreadable": [is_text]}],
+    "ranks": [
+        {"rng": is_mapping, "loss_sum": is_number, "images": is_count, "unreadable": [is_text]}
+    ],
     "config": is_mapping,
     "class_names": [is_text],
 }
