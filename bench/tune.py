@@ -30,9 +30,11 @@ SOFTMAX_CANDIDATES = [
 ]
 # Which operation and pass each pair of the table serves.
 SERVES = {
-    "forward": ("performer_layer", "forward"),
-    "backward": ("performer_layer", "full"),
+    "project": ("performer_layer", "forward"),
+    "weight_gradient": ("performer_layer", "full"),
+    "map_gradient": ("performer_layer", "full"),
     "attention": ("performer_attention", "full"),
+    "tail_backward": ("performer_layer", "full"),
     "softmax": ("transformer_layer", "forward"),
     "softmax_backward": ("token_attention", "full"),
 }

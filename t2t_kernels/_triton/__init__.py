@@ -1,11 +1,15 @@
 """What the Triton kernels share: where they run, how they are launched, the matrix product.
 
-Device functions by subject: ``split`` (patches of a map), ``performer`` (random features and their
-attention), ``attention`` (softmax attention), ``tail`` (projection, skip, MLP, dropout).
+``matrix``: products with a matrix in memory. ``tail``: what follows the attention of a layer. The kernels
+of an operation are in its own folder, and the layers launch those of the operations they consist of.
+
+What is constant over a network (sizes, strides, the geometry of a soft split) is compiled in: kernels
+take it as one hashable ``tl.constexpr`` argument.
 """
 
 import contextlib
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,12 +46,14 @@ class Launch(NamedTuple):
 class Table(NamedTuple):
     """Launch parameters of one architecture; a kernel's pair is for 2-byte types and for float32."""
 
-    # Programs of a backward kernel, each with a slot for its partial sums: about one per
+    # Programs of a kernel that sums gradients of weights, each with a slot for its sums: about one per
     # multiprocessor. The order of the sums, so the last bits of a gradient, depend on it.
     slots: int
-    forward: tuple[Launch, Launch]
-    backward: tuple[Launch, Launch]
+    project: tuple[Launch, Launch]
+    weight_gradient: tuple[Launch, Launch]
+    map_gradient: tuple[Launch, Launch]
     attention: tuple[Launch, Launch]
+    tail_backward: tuple[Launch, Launch]
     softmax: tuple[Launch, Launch]
     softmax_backward: tuple[Launch, Launch]
 
@@ -56,21 +62,23 @@ class Table(NamedTuple):
 TABLES = {
     version: Table(
         slots=slots,
-        forward=(Launch(32, 4, 2), Launch(32, 8, 2)),
-        backward=(Launch(*backward, 1), Launch(16, 8, 1)),
-        attention=(Launch(16, 4, 2), Launch(16, 4, 2)),
+        project=(Launch(64, 4, 1), Launch(32, 4, 1)),
+        weight_gradient=(Launch(64, 4, 1), Launch(32, 4, 1)),
+        map_gradient=(Launch(64, 4, min(2, stages)), Launch(32, 4, min(2, stages))),
+        attention=(Launch(64, 4, 1), Launch(16, 4, 1)),
+        tail_backward=(Launch(64, 4, 1), Launch(16, 4, 1)),
         softmax=(Launch(128, 8, stages, 64), Launch(block_s, 4, 2, 32)),
         softmax_backward=(Launch(64, 4, min(2, stages), block_s), Launch(32, 4, 2, 32)),
     )
-    for version, slots, backward, block_s, stages in (
-        (80, 108, (16, 4), 32, 3),
-        (90, 132, (32, 8), 64, 3 if _ASYNCHRONOUS_COPIES else 1),
-        (120, 170, (32, 8), 32, 3),
+    for version, slots, block_s, stages in (
+        (80, 108, 32, 3),
+        (90, 132, 64, 3 if _ASYNCHRONOUS_COPIES else 1),
+        (120, 170, 32, 3),
     )
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few
 # slots, so that small problems exercise their reuse.
-_INTERPRETER = Table(3, *[(Launch(64, 4, 1),) * 2] * 3, *[(Launch(128, 4, 1, 512),) * 2] * 2)
+_INTERPRETER = Table(3, *[(Launch(64, 4, 1),) * 2] * 5, *[(Launch(128, 4, 1, 512),) * 2] * 2)
 
 
 def table(device: torch.device) -> Table:
@@ -100,9 +108,73 @@ def padded(size: int) -> int:
     return max(SMALLEST_SIDE, triton.next_power_of_2(size))
 
 
-def random_features(w: Tensor) -> Tensor:
-    """Random features as the kernels read them: contiguous, and 4 bytes each at most."""
-    return (w.float() if w.dtype == torch.float64 else w).contiguous()
+@dataclass(frozen=True)
+class Strides:
+    """Of a (batch, tokens, embed) tensor."""
+
+    b: int
+    t: int
+    e: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """E, m and M of an attention or a layer, their padded sides, and where the tail's parameters begin."""
+
+    embed: int
+    features: int = 0
+    hidden: int = 0
+
+    @property
+    def embed_p(self) -> int:
+        return padded(self.embed)
+
+    @property
+    def features_p(self) -> int:
+        return padded(self.features)
+
+    @property
+    def hidden_p(self) -> int:
+        return padded(self.hidden)
+
+    @property
+    def contiguous(self) -> Strides:
+        """Of the rows of a contiguous matrix."""
+        return Strides(0, self.embed, 1)
+
+    # In the order of the layers' parameters: proj, norm, fc1, fc2, each a weight and a bias.
+    @property
+    def proj_bias(self) -> int:
+        return self.embed**2
+
+    @property
+    def norm(self) -> int:
+        return self.proj_bias + self.embed
+
+    @property
+    def fc1(self) -> int:
+        return self.norm + 2 * self.embed
+
+    @property
+    def fc1_bias(self) -> int:
+        return self.fc1 + self.hidden * self.embed
+
+    @property
+    def fc2(self) -> int:
+        return self.fc1_bias + self.hidden
+
+    @property
+    def fc2_bias(self) -> int:
+        return self.fc2 + self.embed * self.hidden
+
+    @property
+    def tail(self) -> int:
+        """Numbers of the tail's parameters."""
+        return self.fc2_bias + self.embed
+
+
+def strides(tensor: Tensor) -> Strides:
+    return Strides(*tensor.stride())
 
 
 def device_guard(tensor: Tensor):
@@ -119,6 +191,44 @@ def check_offsets(name: str, *tensors: Tensor) -> None:
                 f"{name} on the triton backend: a tensor of shape {tuple(tensor.shape)} spans more than "
                 "2^31 elements per image"
             )
+
+
+# Elements of a slot and slots that a program of sum_slots_kernel adds at a time.
+_SUM_ELEMENTS, _SUM_SLOTS = (4096, 4) if INTERPRETED else (128, 16)
+
+
+@triton.jit
+def sum_slots_kernel(
+    p_slots,  # (slots, size) float32
+    p_sums,  # (size,)
+    slots,
+    size,
+    ELEMENTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    o = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    b = tl.zeros([SLOTS, ELEMENTS], tl.float32)
+    for first in range(0, slots, SLOTS):
+        o_slot = first + tl.arange(0, SLOTS)
+        p = p_slots + o_slot.to(tl.int64)[:, None] * size + o[None, :]
+        b += tl.load(p, mask=(o_slot < slots)[:, None] & (o < size)[None, :], other=0.0)
+    tl.store(p_sums + o, rounded(tl.sum(b, 0), p_sums.dtype.element_ty), mask=o < size)
+
+
+def sum_slots(slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows of (slots, size), always in the same order."""
+    size = slots.shape[1]
+    sums = slots.new_empty(size, dtype=dtype)
+    with device_guard(slots):
+        sum_slots_kernel[(triton.cdiv(size, _SUM_ELEMENTS),)](
+            slots, sums, *slots.shape, ELEMENTS=_SUM_ELEMENTS, SLOTS=_SUM_SLOTS, num_warps=4
+        )
+    return sums
+
+
+def slot_count(slots: int, items: int, floats: int) -> int:
+    """Programs that share ``items``, each with ``floats`` sums of its own: 128 MiB in all."""
+    return max(1, min(slots, items, 2**25 // floats))
 
 
 @triton.jit
@@ -147,3 +257,23 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def load_rows(p, i_image, o_t, m_t, S: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr = True):
+    """Rows ``o_t`` of an image's (T, E) matrix in its own dtype, zero beyond it."""
+    o_e = tl.arange(0, D.embed_p)
+    p = p + i_image * S.b + o_t[:, None] * S.t + o_e[None, :] * S.e
+    # Masks that are always true still take registers.
+    if MASKED or D.embed != D.embed_p:
+        return tl.load(p, mask=m_t[:, None] & (o_e < D.embed)[None, :], other=0.0)
+    else:
+        return tl.load(p)
+
+
+@triton.jit
+def store_rows(p, b, i_image, o_t, m_t, S: tl.constexpr, D: tl.constexpr):
+    """Store ``b`` as rows ``o_t`` of an image's (T, E) matrix."""
+    o_e = tl.arange(0, D.embed_p)
+    p = p + i_image * S.b + o_t[:, None] * S.t + o_e[None, :] * S.e
+    tl.store(p, rounded(b, p.dtype.element_ty), mask=m_t[:, None] & (o_e < D.embed)[None, :])

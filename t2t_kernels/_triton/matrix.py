@@ -1,25 +1,26 @@
 """Products of a tile with a matrix in memory, which is loaded as it is needed and in parts.
 
-The matrix may have another dtype than the tile: random features do. Each part is converted to the
-tile's dtype.
+A matrix of which nothing may be lost is held in parts, see ``in_parts``: its values rounded to the tile's
+dtype and, for half types, their remainders. One part follows the other.
 
 A thread has too few registers for more of a product's operands at a time, and a float32 operand, split
 in three, takes the most.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from t2t_kernels._triton import dot
-from t2t_kernels._triton.split import add_to_slot
+from t2t_kernels._triton import device_guard, dot, rounded
 
-# Elements of the dimension summed over, and rows of a result that is added to memory, at a time.
+# Elements of the dimension summed over at a time.
 _PART, _FLOAT32_PART = tl.constexpr(64), tl.constexpr(32)
 
 
 @triton.jit
 def _load_part(p, row: tl.constexpr, column: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-               ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """HEIGHT × WIDTH elements of a contiguous (ROWS, COLUMNS) matrix, zero beyond it."""
     o_r = row + tl.arange(0, HEIGHT)
     o_c = column + tl.arange(0, WIDTH)
@@ -37,43 +38,73 @@ def _column_halves(b):
 
 
 @triton.jit
-def times_matrix(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, first: tl.constexpr = 0):
-    """b·M + acc, M being (ROWS, COLUMNS) at ``p``; b meets its rows from ``first`` on."""
-    PART: tl.constexpr = _FLOAT32_PART if b.dtype == tl.float32 else _PART
+def times_matrix(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr = 1,
+                 first: tl.constexpr = 0, DISTANCE: tl.constexpr = 0):
+    """b·M + acc, M being (ROWS, COLUMNS) at ``p``; b meets its rows from ``first`` on.
+
+    DISTANCE: elements from one part to the next, if the parts have other rows besides.
+    """
     SIZE: tl.constexpr = b.shape[1]
-    if SIZE > PART:
+    if SIZE > (_FLOAT32_PART if b.dtype == tl.float32 else _PART):
         b_left, b_right = _column_halves(b)
-        acc = times_matrix(b_left, p, acc, ROWS, COLUMNS, first)
-        return times_matrix(b_right, p, acc, ROWS, COLUMNS, first + SIZE // 2)
+        acc = times_matrix(b_left, p, acc, ROWS, COLUMNS, PARTS, first, DISTANCE)
+        return times_matrix(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
-        b_part = _load_part(p, first, 0, SIZE, acc.shape[1], ROWS, COLUMNS)
-        return dot(b, b_part.to(b.dtype), acc)
+        for i in tl.static_range(PARTS):
+            b_part = _load_part(p + i * (DISTANCE or ROWS * COLUMNS), first, 0, SIZE, acc.shape[1], ROWS, COLUMNS)
+            acc = dot(b, b_part, acc)
+        return acc
 
 
 @triton.jit
-def times_transposed(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, first: tl.constexpr = 0):
+def times_transposed(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr = 1,
+                     first: tl.constexpr = 0, DISTANCE: tl.constexpr = 0):
     """b·Mᵀ + acc, M being (ROWS, COLUMNS) at ``p``; b meets its columns from ``first`` on."""
-    PART: tl.constexpr = _FLOAT32_PART if b.dtype == tl.float32 else _PART
     SIZE: tl.constexpr = b.shape[1]
-    if SIZE > PART:
+    if SIZE > (_FLOAT32_PART if b.dtype == tl.float32 else _PART):
         b_left, b_right = _column_halves(b)
-        acc = times_transposed(b_left, p, acc, ROWS, COLUMNS, first)
-        return times_transposed(b_right, p, acc, ROWS, COLUMNS, first + SIZE // 2)
+        acc = times_transposed(b_left, p, acc, ROWS, COLUMNS, PARTS, first, DISTANCE)
+        return times_transposed(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
-        b_part = _load_part(p, 0, first, acc.shape[1], SIZE, ROWS, COLUMNS)
-        return dot(b, tl.trans(b_part.to(b.dtype)), acc)
+        for i in tl.static_range(PARTS):
+            b_part = _load_part(p + i * (DISTANCE or ROWS * COLUMNS), 0, first, acc.shape[1], SIZE, ROWS, COLUMNS)
+            acc = dot(b, tl.trans(b_part), acc)
+        return acc
 
 
 @triton.jit
-def add_product(p, b_left, b_right, started):
-    """Add leftᵀ·right to a contiguous matrix at ``p``, which holds nothing until ``started``."""
-    ROWS: tl.constexpr = b_left.shape[1]
-    COLUMNS: tl.constexpr = b_right.shape[1]
-    if ROWS > (_FLOAT32_PART if b_left.dtype == tl.float32 else _PART):
-        b_first, b_second = _column_halves(b_left)
-        add_product(p, b_first, b_right, started)
-        add_product(p + ROWS // 2 * COLUMNS, b_second, b_right, started)
-    else:
-        b = dot(tl.trans(b_left), b_right, tl.zeros([ROWS, COLUMNS], tl.float32))
-        o = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        add_to_slot(p + o, b, started)
+def store_parts(p, b, o, m, size, PARTS: tl.constexpr):
+    """Store float32 ``b`` at ``p + o`` in parts, which are ``size`` apart."""
+    DTYPE: tl.constexpr = p.dtype.element_ty
+    for i in tl.static_range(PARTS):
+        b_part = rounded(b, DTYPE)
+        tl.store(p + i * size + o, b_part, mask=m)
+        b -= b_part.to(tl.float32)
+
+
+@triton.jit
+def parts_kernel(
+    p,  # (size,)
+    p_parts,  # (PARTS, size)
+    size,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    store_parts(p_parts, tl.load(p + o, mask=o < size, other=0.0).to(tl.float32), o, o < size, size, PARTS)
+
+
+def part_count(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.float32 else 2
+
+
+def in_parts(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(PARTS, rows, columns) of ``dtype`` whose sum is ``matrix``, to float32's precision."""
+    # Triton has no float64 on some devices; no caller's matrix needs it.
+    matrix = (matrix.float() if matrix.dtype == torch.float64 else matrix).contiguous()
+    parts = matrix.new_empty((part_count(dtype), *matrix.shape), dtype=dtype)
+    with device_guard(matrix):
+        parts_kernel[(triton.cdiv(matrix.numel(), 1024),)](
+            matrix, parts, matrix.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4
+        )
+    return parts

@@ -2,6 +2,8 @@
 
 a = v + dropout(proj(y)); out = a + dropout(W2·gelu(W1·LN(a) + b1) + b2), a tile of tokens at a time.
 Operands of products are rounded to the map's dtype, as plain PyTorch rounds every intermediate.
+
+The kernels read the eight parameters from one vector, ``pack_tail``, and add their gradients in its order.
 """
 
 from collections.abc import Sequence
@@ -11,39 +13,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2t_kernels._triton import device_guard, load_vector, padded, rounded
-from t2t_kernels._triton.matrix import add_product, times_matrix, times_transposed
-from t2t_kernels._triton.split import add_to_slot
-from t2t_kernels.backends import INTERPRETED
+from t2t_kernels._triton import (
+    Sizes,
+    device_guard,
+    dot,
+    launch,
+    load_rows,
+    load_vector,
+    rounded,
+    slot_count,
+    store_rows,
+    strides,
+    sum_slots,
+    table,
+)
+from t2t_kernels._triton.matrix import times_matrix, times_transposed
+from t2t_kernels.philox import rounded_probability
 
 NORM_EPS = tl.constexpr(1e-5)
 # The dropouts' sites, as in the reference.
-AFTER_PROJ, AFTER_MLP = tl.constexpr(0), tl.constexpr(1)
-# Elements that a program of sum_tail_gradients_kernel adds over the slots.
-SUM_BLOCK = 4096 if INTERPRETED else 256
-
+_AFTER_PROJ, _AFTER_MLP = tl.constexpr(0), tl.constexpr(1)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _RSQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
+def pack_tail(parameters: Sequence[Tensor]) -> tuple[Tensor, Sizes]:
+    """The tail's parameters one after the other, and E and M."""
+    sizes = Sizes(parameters[0].shape[0], hidden=parameters[4].shape[0])
+    return torch.cat([parameter.reshape(-1) for parameter in parameters]), sizes
+
+
+def dropout_numbers(dropout_p: float) -> tuple[int, float]:
+    """The smallest number that keeps an element, and the factor of what is kept."""
+    dropped = rounded_probability(dropout_p)
+    return round(dropped * 2**16), 0.0 if dropped == 1 else 1 / (1 - dropped)
+
+
 @triton.jit
-def kept(p_seed, first_element, site, threshold, scale, EMBED: tl.constexpr, EMBED_P: tl.constexpr,
-         BLOCK_T: tl.constexpr):  # fmt: skip
+def _kept(p_seed, first_element, site: tl.constexpr, threshold, scale, D: tl.constexpr):
     """``scale`` where dropout keeps an element, else 0; rows begin at ``first_element`` (int64)."""
     seed = tl.load(p_seed)
-    if EMBED % 8 == 0:
+    if D.embed % 8 == 0:
         # A block serves eight neighbours.
-        block = (first_element // 8)[:, None] + tl.arange(0, EMBED_P // 8)[None, :]
+        block = (first_element // 8)[:, None] + tl.arange(0, D.embed_p // 8)[None, :]
     else:
-        element = first_element[:, None] + tl.arange(0, EMBED_P)[None, :]
+        element = first_element[:, None] + tl.arange(0, D.embed_p)[None, :]
         block = element // 8
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     zero = low * 0
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + site, zero)
-    if EMBED % 8 == 0:
+    if D.embed % 8 == 0:
         word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        number = tl.reshape(tl.join(word & 0xFFFF, word >> 16), (BLOCK_T, EMBED_P))
+        number = tl.reshape(tl.join(word & 0xFFFF, word >> 16), (low.shape[0], D.embed_p))
     else:
         o = (element % 8).to(tl.int32)
         word = tl.where(o < 2, w0, tl.where(o < 4, w1, tl.where(o < 6, w2, w3)))
@@ -52,210 +74,302 @@ def kept(p_seed, first_element, site, threshold, scale, EMBED: tl.constexpr, EMB
 
 
 @triton.jit
-def tail_forward(
-    b_y,
-    b_v,
-    b_keep,
-    p_proj_weight,
-    p_proj_bias,
-    p_norm_weight,
-    p_norm_bias,
-    p_mlp1_weight,
-    p_mlp1_bias,
-    DTYPE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    EMBED: tl.constexpr,
-    EMBED_P: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """a, LN(a) before its gain and bias, its 1/σ, LN(a), and the MLP's hidden values before GELU."""
-    b_a = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_a = times_transposed(rounded(b_y, DTYPE), p_proj_weight, b_a, EMBED, EMBED)
-    b_a += load_vector(p_proj_bias, EMBED, EMBED_P)[None, :]
-    if HAS_DROPOUT:
+def _attended(b_y, b_v, b_keep, p_tail, D: tl.constexpr):
+    """a from y and v (float32)."""
+    b_a = tl.zeros([b_y.shape[0], D.embed_p], tl.float32)
+    b_a = times_transposed(rounded(b_y, p_tail.dtype.element_ty), p_tail, b_a, D.embed, D.embed)
+    b_a += load_vector(p_tail + D.proj_bias, D.embed, D.embed_p)[None, :]
+    if b_keep is not None:
         b_a *= b_keep
-    b_a += b_v
-    b_n = tl.where((tl.arange(0, EMBED_P) < EMBED)[None, :], b_a - (tl.sum(b_a, 1) / EMBED)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(b_n * b_n, 1) / EMBED + NORM_EPS)
-    b_n = b_n * rstd[:, None]
-    b_z = b_n * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
-    b_z = rounded(b_z + load_vector(p_norm_bias, EMBED, EMBED_P)[None, :], DTYPE)
-    b_h = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_h = times_transposed(b_z, p_mlp1_weight, b_h, HIDDEN, EMBED)
-    b_h += load_vector(p_mlp1_bias, HIDDEN, HIDDEN_P)[None, :]
-    return b_a, b_n, rstd, b_z, b_h
+    return b_a + b_v
 
 
 @triton.jit
-def gelu(b_h):
-    return b_h * (0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF)))
+def _normalized(b_a, D: tl.constexpr):
+    """LN(a) before its gain and bias, and 1/σ."""
+    b_n = b_a - (tl.sum(b_a, 1) / D.embed)[:, None]
+    b_n = tl.where((tl.arange(0, D.embed_p) < D.embed)[None, :], b_n, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(b_n * b_n, 1) / D.embed + NORM_EPS)
+    return b_n * rstd[:, None], rstd
 
 
 @triton.jit
-def tail_output(
-    b_a,
-    b_h,
-    b_keep,
-    p_mlp2_weight,
-    p_mlp2_bias,
-    DTYPE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    EMBED: tl.constexpr,
-    EMBED_P: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    HIDDEN_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    b_o = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_o = times_transposed(rounded(gelu(b_h), DTYPE), p_mlp2_weight, b_o, EMBED, HIDDEN)
-    b_o += load_vector(p_mlp2_bias, EMBED, EMBED_P)[None, :]
-    if HAS_DROPOUT:
-        b_o *= b_keep
+def _hidden(b_n, p_tail, D: tl.constexpr):
+    """The MLP's hidden values before GELU."""
+    b_h = tl.zeros([b_n.shape[0], D.hidden_p], tl.float32)
+    b_h = times_transposed(_gain(b_n, p_tail, D), p_tail + D.fc1, b_h, D.hidden, D.embed)
+    return b_h + load_vector(p_tail + D.fc1_bias, D.hidden, D.hidden_p)[None, :]
+
+
+@triton.jit
+def _gain(b_n, p_tail, D: tl.constexpr):
+    """LN(a)."""
+    b_z = b_n * load_vector(p_tail + D.norm, D.embed, D.embed_p)[None, :]
+    b_z += load_vector(p_tail + D.norm + D.embed, D.embed, D.embed_p)[None, :]
+    return rounded(b_z, p_tail.dtype.element_ty)
+
+
+@triton.jit
+def _normal(b_h, DTYPE: tl.constexpr):
+    """Φ(h) and e^(−h²/2)."""
+    b_exp = tl.exp(-0.5 * b_h * b_h)
+    if DTYPE == tl.float32:
+        return 0.5 + 0.5 * tl.erf(b_h * _SQRT_HALF), b_exp
+    else:
+        # Abramowitz and Stegun 7.1.26: error below 10⁻⁷.
+        b_t = 1.0 / (1.0 + 0.3275911 * _SQRT_HALF * tl.abs(b_h))
+        b = (0.5 * 1.061405429 * b_t - 0.5 * 1.453152027) * b_t + 0.5 * 1.421413741
+        b = ((b * b_t - 0.5 * 0.284496736) * b_t + 0.5 * 0.254829592) * b_t * b_exp
+        return tl.where(b_h > 0, 1.0 - b, b), b_exp
+
+
+@triton.jit
+def tail(b_y, b_v, p_tail, p_seed, element, threshold, scale, D: tl.constexpr):
+    """The layer's result from y and v (float32); ``element``: the first of each row, for dropout."""
+    DTYPE: tl.constexpr = p_tail.dtype.element_ty
+    b_keep = None
+    if p_seed is not None:
+        b_keep = _kept(p_seed, element, _AFTER_PROJ, threshold, scale, D)
+    b_a = _attended(b_y, b_v, b_keep, p_tail, D)
+    b_n, rstd = _normalized(b_a, D)
+    b_h = _hidden(b_n, p_tail, D)
+    b_phi, b_exp = _normal(b_h, DTYPE)
+    b_o = tl.zeros(b_y.shape, tl.float32)
+    b_o = times_transposed(rounded(b_h * b_phi, DTYPE), p_tail + D.fc2, b_o, D.embed, D.hidden)
+    b_o += load_vector(p_tail + D.fc2_bias, D.embed, D.embed_p)[None, :]
+    if p_seed is not None:
+        b_o *= _kept(p_seed, element, _AFTER_MLP, threshold, scale, D)
     return b_a + b_o
 
 
 @triton.jit
-def _add_vector(p, b, started, SIZE: tl.constexpr):
-    add_to_slot(p + tl.arange(0, SIZE), b, started)
+def _ones(ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Ones in the first of 16 columns: the matrix unit sums over the rows of what they are multiplied with."""
+    b = tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :] + tl.zeros([ROWS, 16], tl.float32)
+    return b.to(DTYPE)
 
 
 @triton.jit
-def tail_backward(
-    b_dout,
-    b_y,
-    b_n,
-    rstd,
-    b_z,
-    b_h,
-    b_keep_proj,
-    b_keep_mlp,
-    p_proj_weight,
-    p_norm_weight,
-    p_mlp1_weight,
-    p_mlp2_weight,
-    p_slot,
-    started,
-    DTYPE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    EMBED: tl.constexpr,
-    EMBED_P: tl.constexpr,
+def _store_matrix(p, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    o_r = tl.arange(0, b.shape[0])
+    o_c = tl.arange(0, b.shape[1])
+    m = (o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :]
+    tl.store(p + o_r[:, None] * COLUMNS + o_c[None, :], b, mask=m)
+
+
+@triton.jit
+def _store_vector(p, b, SIZE: tl.constexpr):
+    o = tl.arange(0, b.shape[0])
+    tl.store(p + o, b, mask=o < SIZE)
+
+
+@triton.jit
+def _tile(item, tokens, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Image, tokens and their mask of a tile, and where the image begins in a contiguous (B, T, E) tensor."""
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    i_image = tl.zeros((), tl.int64) + item // tiles
+    o_t = item % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    return i_image, o_t, o_t < tokens, i_image * tokens * D.embed
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def fc2_backward_kernel(
+    p_dout,  # (B, T, E)
+    p_y,  # (B, T, E)
+    p_v,  # (B, T, E)
+    p_tail,  # (D.tail,)
+    p_seed,  # (1,) int64, or None without dropout
+    p_dh,  # (B, T, M)
+    p_slots,  # (slots, D.tail) float32
+    items,
+    tokens,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    DH: tl.constexpr,
     HIDDEN: tl.constexpr,
-    HIDDEN_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    ADD: tl.constexpr,
 ):
-    """Gradients of a (so of v, by the skip) and of y.
-
-    With ADD, also the tile's part in the parameters' gradients, in the slot in the order of
-    ``sum_tail_gradients_kernel``; each as soon as it is known, while its factors are in registers.
-    """
-    PROJ_BIAS: tl.constexpr = EMBED_P * EMBED_P
-    MLP1: tl.constexpr = PROJ_BIAS + 3 * EMBED_P
-    MLP1_BIAS: tl.constexpr = MLP1 + HIDDEN_P * EMBED_P
-    MLP2: tl.constexpr = MLP1_BIAS + HIDDEN_P
-    b_do = b_dout
-    if HAS_DROPOUT:
-        b_do = b_dout * b_keep_mlp
-    if ADD:
-        _add_vector(p_slot + MLP2 + EMBED_P * HIDDEN_P, tl.sum(b_do, 0), started, EMBED_P)
-        add_product(p_slot + MLP2, rounded(b_do, DTYPE), rounded(gelu(b_h), DTYPE), started)
-    b_dh = tl.zeros([BLOCK_T, HIDDEN_P], tl.float32)
-    b_dh = times_matrix(rounded(b_do, DTYPE), p_mlp2_weight, b_dh, EMBED, HIDDEN)
-    b_phi = 0.5 * (1.0 + tl.erf(b_h * _SQRT_HALF))
-    b_dh *= b_phi + b_h * tl.exp(-0.5 * b_h * b_h) * _RSQRT_2PI
-    if ADD:
-        _add_vector(p_slot + MLP1_BIAS, tl.sum(b_dh, 0), started, HIDDEN_P)
-        add_product(p_slot + MLP1, rounded(b_dh, DTYPE), b_z, started)
-    b_dz = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dz = times_matrix(rounded(b_dh, DTYPE), p_mlp1_weight, b_dz, HIDDEN, EMBED)
-    if ADD:
-        _add_vector(p_slot + PROJ_BIAS + EMBED_P, tl.sum(b_dz * b_n, 0), started, EMBED_P)
-        _add_vector(p_slot + PROJ_BIAS + 2 * EMBED_P, tl.sum(b_dz, 0), started, EMBED_P)
-    b_dn = b_dz * load_vector(p_norm_weight, EMBED, EMBED_P)[None, :]
-    mean = tl.sum(b_dn, 1) / EMBED
-    mean_n = tl.sum(b_dn * b_n, 1) / EMBED
-    b_da = b_dn - mean[:, None] - b_n * mean_n[:, None]
-    b_da = tl.where((tl.arange(0, EMBED_P) < EMBED)[None, :], b_dout + b_da * rstd[:, None], 0.0)
-    b_dp = b_da
-    if HAS_DROPOUT:
-        b_dp = b_da * b_keep_proj
-    if ADD:
-        _add_vector(p_slot + PROJ_BIAS, tl.sum(b_dp, 0), started, EMBED_P)
-        add_product(p_slot, rounded(b_dp, DTYPE), rounded(b_y, DTYPE), started)
-    b_dy = tl.zeros([BLOCK_T, EMBED_P], tl.float32)
-    b_dy = times_matrix(rounded(b_dp, DTYPE), p_proj_weight, b_dy, EMBED, EMBED)
-    return b_da, b_dy
+    """Gradients of the hidden values before GELU, and of fc2. HIDDEN: D with M in place of E."""
+    DTYPE: tl.constexpr = p_tail.dtype.element_ty
+    R: tl.constexpr = D.contiguous
+    b_fc2 = tl.zeros([D.embed_p, D.hidden_p], tl.float32)
+    fc2_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
+        b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
+        b_v = load_rows(p_v, i_image, o_t, m_t, V, D).to(tl.float32)
+        b_keep = None
+        if p_seed is not None:
+            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
+        b_a = _attended(b_y, b_v, b_keep, p_tail, D)
+        b_n, rstd = _normalized(b_a, D)
+        b_h = _hidden(b_n, p_tail, D)
+        b_phi, b_exp = _normal(b_h, DTYPE)
+        b_do = load_rows(p_dout + o_image, 0, o_t, m_t, R, D)
+        if p_seed is not None:
+            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_MLP, threshold, scale, D)
+            b_do = rounded(b_do.to(tl.float32) * b_keep, DTYPE)
+        b_fc2 = dot(tl.trans(b_do), rounded(b_h * b_phi, DTYPE), b_fc2)
+        fc2_bias = dot(tl.trans(b_do), _ones(BLOCK_T, DTYPE), fc2_bias)
+        b_dh = tl.zeros([BLOCK_T, D.hidden_p], tl.float32)
+        b_dh = times_matrix(b_do, p_tail + D.fc2, b_dh, D.embed, D.hidden)
+        b_dh *= b_phi + b_h * b_exp * _RSQRT_2PI
+        store_rows(p_dh, b_dh, i_image, o_t, m_t, DH, HIDDEN)
+    p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
+    _store_matrix(p_slot + D.fc2, b_fc2, D.embed, D.hidden)
+    _store_vector(p_slot + D.fc2_bias, tl.sum(fc2_bias, 1), D.embed)
 
 
-def tail_slot_size(embed_p: int, hidden_p: int) -> int:
-    return embed_p * (embed_p + 2 * hidden_p + 4) + hidden_p
-
-
-@triton.jit
-def _store_part(p, b, o, start: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                ROWS_P: tl.constexpr, COLUMNS_P: tl.constexpr):  # fmt: skip
-    local = o - start
-    row = local // COLUMNS_P
-    column = local % COLUMNS_P
-    m = (local >= 0) & (local < ROWS_P * COLUMNS_P) & (row < ROWS) & (column < COLUMNS)
-    tl.store(p + row * COLUMNS + column, rounded(b, p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def sum_tail_gradients_kernel(
-    p_slots,
-    p_proj_weight,
-    p_proj_bias,
-    p_norm_weight,
-    p_norm_bias,
-    p_mlp1_weight,
-    p_mlp1_bias,
-    p_mlp2_weight,
-    p_mlp2_bias,
-    slots,
-    slot_size,
-    EMBED: tl.constexpr,
-    EMBED_P: tl.constexpr,
+@triton.jit(do_not_specialize=["threshold"])
+def fc1_backward_kernel(
+    p_dout,  # (B, T, E)
+    p_dh,  # (B, T, M)
+    p_y,  # (B, T, E)
+    p_v,  # (B, T, E)
+    p_tail,  # (D.tail,)
+    p_seed,  # (1,) int64, or None without dropout
+    p_da,  # (B, T, E)
+    p_dp,  # (B, T, E): behind the dropout, or None without
+    p_slots,  # (slots, D.tail) float32
+    items,
+    tokens,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    DH: tl.constexpr,
+    DA: tl.constexpr,
     HIDDEN: tl.constexpr,
-    HIDDEN_P: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Add the slots one after the other, and tell the parameters' gradients apart."""
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, slots):
-        b += tl.load(p_slots + i * slot_size + o, mask=o < slot_size, other=0.0)
-    PROJ_BIAS: tl.constexpr = EMBED_P * EMBED_P
-    MLP1: tl.constexpr = PROJ_BIAS + 3 * EMBED_P
-    MLP1_BIAS: tl.constexpr = MLP1 + HIDDEN_P * EMBED_P
-    MLP2: tl.constexpr = MLP1_BIAS + HIDDEN_P
-    MLP2_BIAS: tl.constexpr = MLP2 + EMBED_P * HIDDEN_P
-    _store_part(p_proj_weight, b, o, 0, EMBED, EMBED, EMBED_P, EMBED_P)
-    _store_part(p_proj_bias, b, o, PROJ_BIAS, 1, EMBED, 1, EMBED_P)
-    _store_part(p_norm_weight, b, o, PROJ_BIAS + EMBED_P, 1, EMBED, 1, EMBED_P)
-    _store_part(p_norm_bias, b, o, PROJ_BIAS + 2 * EMBED_P, 1, EMBED, 1, EMBED_P)
-    _store_part(p_mlp1_weight, b, o, MLP1, HIDDEN, EMBED, HIDDEN_P, EMBED_P)
-    _store_part(p_mlp1_bias, b, o, MLP1_BIAS, 1, HIDDEN, 1, HIDDEN_P)
-    _store_part(p_mlp2_weight, b, o, MLP2, EMBED, HIDDEN, EMBED_P, HIDDEN_P)
-    _store_part(p_mlp2_bias, b, o, MLP2_BIAS, 1, EMBED, 1, EMBED_P)
+    """Gradients of a, fc1 and norm. HIDDEN: D with M in place of E."""
+    DTYPE: tl.constexpr = p_tail.dtype.element_ty
+    R: tl.constexpr = D.contiguous
+    b_fc1 = tl.zeros([D.hidden_p, D.embed_p], tl.float32)
+    fc1_bias = tl.zeros([D.hidden_p, 16], tl.float32)
+    norm_weight = tl.zeros([D.embed_p, 16], tl.float32)
+    norm_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
+        b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
+        b_v = load_rows(p_v, i_image, o_t, m_t, V, D).to(tl.float32)
+        b_keep = None
+        if p_seed is not None:
+            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
+        b_n, rstd = _normalized(_attended(b_y, b_v, b_keep, p_tail, D), D)
+        b_dh = load_rows(p_dh, i_image, o_t, m_t, DH, HIDDEN)
+        b_fc1 = dot(tl.trans(b_dh), _gain(b_n, p_tail, D), b_fc1)
+        fc1_bias = dot(tl.trans(b_dh), _ones(BLOCK_T, DTYPE), fc1_bias)
+        b_dz = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+        b_dz = times_matrix(b_dh, p_tail + D.fc1, b_dz, D.hidden, D.embed)
+        norm_weight = dot(tl.trans(rounded(b_dz * b_n, DTYPE)), _ones(BLOCK_T, DTYPE), norm_weight)
+        norm_bias = dot(tl.trans(rounded(b_dz, DTYPE)), _ones(BLOCK_T, DTYPE), norm_bias)
+        b_dz *= load_vector(p_tail + D.norm, D.embed, D.embed_p)[None, :]
+        mean = tl.sum(b_dz, 1) / D.embed
+        mean_n = tl.sum(b_dz * b_n, 1) / D.embed
+        b_da = (b_dz - mean[:, None] - b_n * mean_n[:, None]) * rstd[:, None]
+        b_da += load_rows(p_dout + o_image, 0, o_t, m_t, R, D).to(tl.float32)
+        store_rows(p_da, b_da, i_image, o_t, m_t, DA, D)
+        if p_seed is not None:
+            # Computed again: kept, it would spill.
+            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
+            store_rows(p_dp + o_image, b_da * b_keep, 0, o_t, m_t, R, D)
+    p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
+    _store_matrix(p_slot + D.fc1, b_fc1, D.hidden, D.embed)
+    _store_vector(p_slot + D.fc1_bias, tl.sum(fc1_bias, 1), D.hidden)
+    _store_vector(p_slot + D.norm, tl.sum(norm_weight, 1), D.embed)
+    _store_vector(p_slot + D.norm + D.embed, tl.sum(norm_bias, 1), D.embed)
 
 
-def sum_tail_gradients(slots: Tensor, tail: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the tail's parameters, in the order of ``tail``, from the slots."""
-    grads = [torch.empty_like(tensor) for tensor in tail]
-    hidden, embed = tail[4].shape
-    with device_guard(slots):
-        sum_tail_gradients_kernel[(triton.cdiv(slots.shape[1], SUM_BLOCK),)](
-            slots,
-            *grads,
-            *slots.shape,
-            EMBED=embed,
-            EMBED_P=padded(embed),
-            HIDDEN=hidden,
-            HIDDEN_P=padded(hidden),
-            BLOCK=SUM_BLOCK,
-            num_warps=4,
+@triton.jit
+def proj_backward_kernel(
+    p_dp,  # (B, T, E)
+    p_y,  # (B, T, E)
+    p_tail,  # (D.tail,)
+    p_dy,  # (B, T, E)
+    p_slots,  # (slots, D.tail) float32
+    items,
+    tokens,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Gradients of y and proj."""
+    DTYPE: tl.constexpr = p_tail.dtype.element_ty
+    R: tl.constexpr = D.contiguous
+    b_proj = tl.zeros([D.embed_p, D.embed_p], tl.float32)
+    proj_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
+        b_dp = load_rows(p_dp, i_image, o_t, m_t, DP, D)
+        b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
+        b_proj = dot(tl.trans(b_dp), rounded(b_y, DTYPE), b_proj)
+        proj_bias = dot(tl.trans(b_dp), _ones(BLOCK_T, DTYPE), proj_bias)
+        b_dy = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+        store_rows(p_dy + o_image, times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed), 0, o_t, m_t, R, D)
+    p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
+    _store_matrix(p_slot, b_proj, D.embed, D.embed)
+    _store_vector(p_slot + D.proj_bias, tl.sum(proj_bias, 1), D.embed)
+
+
+def tail_backward(
+    grad: Tensor,
+    y: Tensor,
+    v: Tensor,
+    parameters: Sequence[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    da: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
+    """dy and the parameters' gradients; that of a, the skip's part of dv, is written to ``da``."""
+    packed, sizes = pack_tail(parameters)
+    batch, tokens, embed = v.shape
+    dropout, grad = dropout_p > 0, grad.contiguous()
+    dy, dh = v.new_empty(v.shape), v.new_empty((batch, tokens, sizes.hidden))
+    dp = v.new_empty(v.shape) if dropout else da
+    entry = table(v.device)
+    how = launch(entry.tail_backward, v.dtype, embed, sizes.hidden)
+    items = batch * triton.cdiv(tokens, how.block_t)
+    programs = slot_count(entry.slots, items, sizes.tail)
+    slots = v.new_empty((programs, sizes.tail), dtype=torch.float32)
+    numbers = (items, tokens)
+    options = {
+        "D": sizes,
+        "BLOCK_T": how.block_t,
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+        # Left to itself, the assembler spills to fit one block more.
+        "maxnreg": 255,
+    }
+    seed = seed if dropout else None
+    layouts = {"V": strides(v), "DH": strides(dh), "HIDDEN": Sizes(sizes.hidden)}
+    masks = dropout_numbers(dropout_p)
+    with device_guard(v):
+        fc2_backward_kernel[(programs,)](
+            grad, y, v, packed, seed, dh, slots, *numbers, *masks, **layouts, **options
         )
-    return grads
+        fc1_backward_kernel[(programs,)](
+            grad,
+            dh,
+            y,
+            v,
+            packed,
+            seed,
+            da,
+            dp if dropout else None,
+            slots,
+            *numbers,
+            *masks,
+            DA=strides(da),
+            **layouts,
+            **options,
+        )
+        proj_backward_kernel[(programs,)](
+            dp, y, packed, dy, slots, *numbers, DP=strides(dp), **options
+        )
+    grads = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
+    sums = sum_slots(slots, packed.dtype).split([parameter.numel() for parameter in parameters])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(sums, grads, strict=True)])
+    return dy, grads

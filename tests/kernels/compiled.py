@@ -30,13 +30,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
 }
-# float16 differs from bfloat16 in conversions alone; random features of other dtypes and more than 64
-# of them have to compile and to fit, no more.
-TABLED = [
-    call
-    for call in CALLS
-    if not call.endswith("fp16") and not call.startswith("features") and "-largest-" not in call
-]
+# The Performer module and a transformer layer. float16 differs from bfloat16 in conversions alone.
+TABLED = ["performer-layer1-bf16", "performer-layer2-bf16", "project-bf16", "transformer-layer1-bf16"]
 
 
 @contextlib.contextmanager

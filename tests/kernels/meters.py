@@ -12,6 +12,7 @@ class Work(TorchDispatchMode):
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
     VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided", "slice")
+    VIEW += ("split", "split_with_sizes", "unsqueeze")
 
     def __init__(self):
         super().__init__()

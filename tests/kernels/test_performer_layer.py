@@ -33,7 +33,8 @@ CASES = {
     "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 5, 7)),
     "models-odd": ((2, 3, 9, 8), (5, 2, 2), (64, 32, 64)),
     "models-general": ((2, 20, 7, 6), (3, 2, 1), (64, 32, 64)),
-    "one-token": ((2, 3, 5, 5), (7, 4, 2), (64, 32, 64)),
+    # Many images, for the same reason: the result is e⁻⁵⁰, and one exponent's rounding is all of its error.
+    "one-token": ((16, 3, 5, 5), (7, 4, 2), (64, 32, 64)),
     "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (64, 32, 64)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -307,8 +308,8 @@ def test_compile(backend, device, kind):
 
 
 def test_launches_and_allocations(backend, device):
-    """At most 3 launches forward, 6 backward, 5 without the map's gradient; nothing per token but the
-    result and gradients."""
+    """At most 7 launches forward, 19 backward, 17 without the map's gradient; forward, nothing per token but
+    the result and k, q and v, side by side; backward, nothing larger."""
     if backend != "triton":
         pytest.skip("counts Triton's launches")
     torch.use_deterministic_algorithms(False)  # whose poisoning would count
@@ -319,20 +320,19 @@ def test_launches_and_allocations(backend, device):
     seed = torch.tensor([4], device=device)
     with work() as forward:
         y, *sums = kernels.performer_layer(*tensors, seed, *split, 1e-8, 0.1)
-    assert len(forward.launched) <= 3, forward.launched
+    assert len(forward.launched) <= 7, forward.launched
     with work() as backward:
-        grads = kernels.performer_layer_backward(
-            y, *tensors, seed, *sums, *split, 1e-8, 0.1, True
-        )
-    assert len(backward.launched) <= 6, backward.launched
+        kernels.performer_layer_backward(y, *tensors, seed, *sums, *split, 1e-8, 0.1, True)
+    assert len(backward.launched) <= 19, backward.launched
     with work() as without_x:
         kernels.performer_layer_backward(y, *tensors, seed, *sums, *split, 1e-8, 0.1, False)
-    assert len(without_x.launched) <= 5, without_x.launched
+    assert len(without_x.launched) <= 17, without_x.launched
     tokens = y.shape[1]
-    results = {tensor.data_ptr() for tensor in (y, *grads)}
     assert len(forward.allocated) > 4, "the meter sees too little"
-    for tensor in (*forward.allocated, *backward.allocated, *without_x.allocated):
-        assert tensor.data_ptr() in results or tokens not in tensor.shape, tensor.shape
+    per_token = [tensor.shape for tensor in forward.allocated if tokens in tensor.shape]
+    assert sorted(shape[2] for shape in per_token) == [y.shape[2], 3 * y.shape[2]], per_token
+    for tensor in (*backward.allocated, *without_x.allocated):
+        assert tokens not in tensor.shape or tensor.numel() <= 3 * y.numel(), tensor.shape
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.bfloat16, 1.0)])

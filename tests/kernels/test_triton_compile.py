@@ -43,13 +43,32 @@ FEATURES = {
     capability: [f"features-{features}-{dtype}" for features in DTYPES]
     for capability, dtype in zip(CALLS, DTYPES, strict=True)
 }
-# The one kernel of a model known to spill, and its bytes, stores and loads.
-SPILLS = {(90, "performer-layer2-fp32", "performer_layer_bwd_split"): 32}
+# The kernels of a model known to spill, and their bytes, stores and loads.
+SPILLS = {
+    (80, "performer-layer1-bf16", "fc2_backward"): 52,
+    (80, "performer-layer2-bf16", "fc2_backward"): 52,
+    (80, "transformer-layer1-bf16", "fc1_backward"): 88,
+    (80, "transformer-layer1-bf16", "fc2_backward"): 64,
+    (120, "performer-layer1-bf16", "fc1_backward"): 144,
+    (120, "performer-layer1-bf16", "fc2_backward"): 88,
+    (120, "performer-layer1-bf16", "performer_attention_bwd_queries"): 96,
+    (120, "performer-layer1-bf16", "project"): 40,
+    (120, "performer-layer2-bf16", "fc1_backward"): 144,
+    (120, "performer-layer2-bf16", "fc2_backward"): 88,
+    (120, "performer-layer2-bf16", "map_gradient"): 28,
+    (120, "performer-layer2-bf16", "performer_attention_bwd_queries"): 96,
+    (120, "performer-layer2-bf16", "project"): 64,
+    (120, "transformer-layer1-bf16", "fc1_backward"): 144,
+    (120, "transformer-layer1-bf16", "fc2_backward"): 64,
+    (120, "transformer-layer1-bf16", "project"): 40,
+}
 # No kernel at E = 128 may spill more.
 WIDE_SPILLS = 544
 # The most that a kernel of a model, and one at E = 128, may spill: each release of Triton allocates
 # registers in its own way.
-MOST_SPILLS = {"3.6": (152, 688), "3.8": (64, WIDE_SPILLS)}
+MOST_SPILLS = {"3.6": (152, 688), "3.8": (144, WIDE_SPILLS)}
+# Parts of the names of the kernels that multiply no matrices.
+WITHOUT_PRODUCTS = ("fold", "parts", "sum_slots", "combine", "token_scalars")
 CASES = [(capability, call) for capability, calls in CALLS.items() for call in calls]
 
 
@@ -115,8 +134,7 @@ def test_random_features_of_every_dtype_compile(compiled, capability, call):
     names = " ".join(kernels(compiled, capability, call))
     for kernel in ("keys", "queries", "bwd_keys", "bwd_queries"):
         assert f"performer_attention_{kernel}_kernel" in names
-    for kernel in ("keys", "queries", "bwd_tail", "bwd_split"):
-        assert f"performer_layer_{kernel}_kernel" in names
+    assert "performer_layer_attend_kernel" in names and "parts_kernel" in names
 
 
 @pytest.mark.parametrize(("capability", "call"), LARGEST.items())
@@ -141,9 +159,7 @@ def test_fused_kernels(compiled, capability, call):
     for kernel, figures in results.items():
         assert figures["spills"] <= most_spills("-wide-" in call), f"{kernel}: {figures}"
         assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
-        product = kernel.startswith(
-            ("soft_split_linear", "performer", "token_attention", "transformer")
-        )
+        product = not any(name in kernel for name in WITHOUT_PRODUCTS)
         assert bool(figures["matrix"]) == product, f"{kernel}: {figures}"
 
 
@@ -169,8 +185,8 @@ def test_table_has_every_call_and_no_other_spills():
     }
     found = {where: re.search(r"spills (\d+)", cell) for where, cell in table.items()}
     spills = {where: int(match[1]) for where, match in found.items() if match}
-    assert {where: count for where, count in spills.items() if "-wide-" not in where[1]} == SPILLS
-    assert max(spills.values()) <= WIDE_SPILLS
+    assert spills == SPILLS
+    assert max(spills.values()) <= MOST_SPILLS["3.8"][0]
 
 
 @pytest.mark.parametrize(

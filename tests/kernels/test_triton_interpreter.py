@@ -1,4 +1,6 @@
-"""What Triton's compiler refuses must not pass in the interpreter, where the other tests run."""
+"""What Triton's compiler refuses must not pass in the interpreter, where the other tests run; signatures."""
+
+import importlib
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from t2t_kernels._triton import dot
+from t2t_kernels.backends import OPERATIONS
 
 
 @triton.jit
@@ -28,3 +31,11 @@ def test_a_product_refuses_factors_of_different_dtypes(dtype):
     torch.testing.assert_close(result, a @ a)
     with pytest.raises(InterpreterError, match="different dtypes"):
         multiply_kernel[(1,)](a, a.to(dtype), result)
+
+
+@pytest.mark.parametrize("name", [*sorted(OPERATIONS), "_triton", "_triton.matrix", "_triton.tail"])
+def test_kernels_take_at_most_20_arguments(name):
+    module = importlib.import_module(f"t2t_kernels.{name}" + ("" if "_triton" in name else ".triton"))
+    kernels = {key: value for key, value in vars(module).items() if key.endswith("_kernel")}
+    assert kernels
+    assert {key: len(value.arg_names) for key, value in kernels.items() if len(value.arg_names) > 20} == {}
