@@ -76,7 +76,7 @@ def _kept(p_seed, first_element, site: tl.constexpr, threshold, scale, D: tl.con
 @triton.jit
 def _attended(b_y, b_v, b_keep, p_tail, D: tl.constexpr):
     """a from y and v (float32)."""
-    b_a = tl.zeros([b_y.shape[0], D.embed_p], tl.float32)
+    b_a = tl.zeros([b_y.shape[0], tl.constexpr(D.embed_p)], tl.float32)
     b_a = times_transposed(rounded(b_y, p_tail.dtype.element_ty), p_tail, b_a, D.embed, D.embed)
     b_a += load_vector(p_tail + D.proj_bias, D.embed, D.embed_p)[None, :]
     if b_keep is not None:
@@ -96,7 +96,7 @@ def _normalized(b_a, D: tl.constexpr):
 @triton.jit
 def _hidden(b_n, p_tail, D: tl.constexpr):
     """The MLP's hidden values before GELU."""
-    b_h = tl.zeros([b_n.shape[0], D.hidden_p], tl.float32)
+    b_h = tl.zeros([b_n.shape[0], tl.constexpr(D.hidden_p)], tl.float32)
     b_h = times_transposed(_gain(b_n, p_tail, D), p_tail + D.fc1, b_h, D.hidden, D.embed)
     return b_h + load_vector(p_tail + D.fc1_bias, D.hidden, D.hidden_p)[None, :]
 
@@ -194,8 +194,8 @@ def fc2_backward_kernel(
     """Gradients of the hidden values before GELU, and of fc2. HIDDEN: D with M in place of E."""
     DTYPE: tl.constexpr = p_tail.dtype.element_ty
     R: tl.constexpr = D.contiguous
-    b_fc2 = tl.zeros([D.embed_p, D.hidden_p], tl.float32)
-    fc2_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    b_fc2 = tl.zeros([tl.constexpr(D.embed_p), tl.constexpr(D.hidden_p)], tl.float32)
+    fc2_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
         b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
@@ -213,7 +213,7 @@ def fc2_backward_kernel(
             b_do = rounded(b_do.to(tl.float32) * b_keep, DTYPE)
         b_fc2 = dot(tl.trans(b_do), rounded(b_h * b_phi, DTYPE), b_fc2)
         fc2_bias = dot(tl.trans(b_do), _ones(BLOCK_T, DTYPE), fc2_bias)
-        b_dh = tl.zeros([BLOCK_T, D.hidden_p], tl.float32)
+        b_dh = tl.zeros([BLOCK_T, tl.constexpr(D.hidden_p)], tl.float32)
         b_dh = times_matrix(b_do, p_tail + D.fc2, b_dh, D.embed, D.hidden)
         b_dh *= b_phi + b_h * b_exp * _RSQRT_2PI
         store_rows(p_dh, b_dh, i_image, o_t, m_t, DH, HIDDEN)
@@ -247,10 +247,10 @@ def fc1_backward_kernel(
     """Gradients of a, fc1 and norm. HIDDEN: D with M in place of E."""
     DTYPE: tl.constexpr = p_tail.dtype.element_ty
     R: tl.constexpr = D.contiguous
-    b_fc1 = tl.zeros([D.hidden_p, D.embed_p], tl.float32)
-    fc1_bias = tl.zeros([D.hidden_p, 16], tl.float32)
-    norm_weight = tl.zeros([D.embed_p, 16], tl.float32)
-    norm_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    b_fc1 = tl.zeros([tl.constexpr(D.hidden_p), tl.constexpr(D.embed_p)], tl.float32)
+    fc1_bias = tl.zeros([tl.constexpr(D.hidden_p), 16], tl.float32)
+    norm_weight = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
+    norm_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
         b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
@@ -262,7 +262,7 @@ def fc1_backward_kernel(
         b_dh = load_rows(p_dh, i_image, o_t, m_t, DH, HIDDEN)
         b_fc1 = dot(tl.trans(b_dh), _gain(b_n, p_tail, D), b_fc1)
         fc1_bias = dot(tl.trans(b_dh), _ones(BLOCK_T, DTYPE), fc1_bias)
-        b_dz = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+        b_dz = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
         b_dz = times_matrix(b_dh, p_tail + D.fc1, b_dz, D.hidden, D.embed)
         norm_weight = dot(tl.trans(rounded(b_dz * b_n, DTYPE)), _ones(BLOCK_T, DTYPE), norm_weight)
         norm_bias = dot(tl.trans(rounded(b_dz, DTYPE)), _ones(BLOCK_T, DTYPE), norm_bias)
@@ -299,15 +299,15 @@ def proj_backward_kernel(
     """Gradients of y and proj."""
     DTYPE: tl.constexpr = p_tail.dtype.element_ty
     R: tl.constexpr = D.contiguous
-    b_proj = tl.zeros([D.embed_p, D.embed_p], tl.float32)
-    proj_bias = tl.zeros([D.embed_p, 16], tl.float32)
+    b_proj = tl.zeros([tl.constexpr(D.embed_p), tl.constexpr(D.embed_p)], tl.float32)
+    proj_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
         b_dp = load_rows(p_dp, i_image, o_t, m_t, DP, D)
         b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
         b_proj = dot(tl.trans(b_dp), rounded(b_y, DTYPE), b_proj)
         proj_bias = dot(tl.trans(b_dp), _ones(BLOCK_T, DTYPE), proj_bias)
-        b_dy = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+        b_dy = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
         store_rows(p_dy + o_image, times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed), 0, o_t, m_t, R, D)
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
     _store_matrix(p_slot, b_proj, D.embed, D.embed)

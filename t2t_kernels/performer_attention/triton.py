@@ -108,15 +108,15 @@ def performer_attention_keys_kernel(
     i_part = tl.program_id(0).to(tl.int64)
     i_image = i_part // chunks
     start = tl.program_id(0) % chunks * chunk
-    maximum = tl.full([D.features_p], float("-inf"), tl.float32)
-    normalizer = tl.zeros([D.features_p], tl.float32)
-    sums = tl.zeros([D.features_p, D.embed_p], tl.float32)
+    maximum = tl.full([tl.constexpr(D.features_p)], float("-inf"), tl.float32)
+    normalizer = tl.zeros([tl.constexpr(D.features_p)], tl.float32)
+    sums = tl.zeros([tl.constexpr(D.features_p), tl.constexpr(D.embed_p)], tl.float32)
     for first in tl.range(start, tl.minimum(start + chunk, tokens), BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
         b_k, half = _within_range(load_rows(p_k, i_image, o_t, m_t, K, D))
         b_v = load_rows(p_v, i_image, o_t, m_t, V, D)
-        b_log = tl.zeros([BLOCK_T, D.features_p], tl.float32)
+        b_log = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32)
         b_log = times_transposed(b_k, p_w, b_log, D.features, D.embed, PARTS, 0, ALL * D.embed)
         b_log -= half[:, None]
         b_log = tl.where(m_t[:, None], b_log, float("-inf"))
@@ -156,7 +156,7 @@ def performer_attention_combine_kernel(
     m_m = o_m < D.features
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     normalizer = tl.zeros([BLOCK_M], tl.float32)
-    b_sums = tl.zeros([BLOCK_M, D.embed_p], tl.float32)
+    b_sums = tl.zeros([BLOCK_M, tl.constexpr(D.embed_p)], tl.float32)
     for i in range(0, chunks):
         i_part = i_image * chunks + i
         other = tl.load(p_part_maximum + i_part * D.features + o_m, mask=m_m, other=0.0)
@@ -184,7 +184,7 @@ def attend(b_q, p_w, p_maximum, p_normalizer, p_means, log_eps, D: tl.constexpr,
     """y of a tile of queries; also their features f, D, and the derivative of D by |q|²/2."""
     BLOCK_T: tl.constexpr = b_q.shape[0]
     b_q, half = _within_range(b_q)
-    b_log = tl.zeros([BLOCK_T, D.features_p], tl.float32)
+    b_log = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32)
     b_log = times_transposed(b_q, p_w, b_log, D.features, D.embed, PARTS)
     b_log += _load_features(p_maximum, D)[None, :]
     b_log = tl.where((tl.arange(0, D.features_p) < D.features)[None, :], b_log, float("-inf"))
@@ -200,7 +200,7 @@ def attend(b_q, p_w, p_maximum, p_normalizer, p_means, log_eps, D: tl.constexpr,
     if HAS_EPS:
         slope = tl.exp(half + log_eps - top)
         divisor += slope
-    b_n = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+    b_n = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
     b_n = times_matrix(b_f, p_means, b_n, D.features, D.embed, PARTS)
     return b_n / divisor[:, None], b_f, divisor, slope
 
@@ -261,8 +261,8 @@ def performer_attention_bwd_queries_kernel(
     p_maximum += i_image * D.features
     p_normalizer += i_image * D.features
     p_means += i_image * (PARTS * D.features * D.embed)
-    b_dmeans = tl.zeros([D.features_p, D.embed_p], tl.float32)
-    b_e = tl.zeros([D.features_p], tl.float32)
+    b_dmeans = tl.zeros([tl.constexpr(D.features_p), tl.constexpr(D.embed_p)], tl.float32)
+    b_e = tl.zeros([tl.constexpr(D.features_p)], tl.float32)
     for first in tl.range(start, tl.minimum(start + chunk, tokens), BLOCK_T, disable_licm=True):
         o_t = first + tl.arange(0, BLOCK_T)
         m_t = o_t < tokens
@@ -274,7 +274,7 @@ def performer_attention_bwd_queries_kernel(
         d_divisor = -tl.sum(b_dn.to(tl.float32) * b_y, 1)
         b_dmeans = dot(tl.trans(b_f), b_dn, b_dmeans)
         b_e += tl.sum(b_f.to(tl.float32) * d_divisor[:, None], 0)
-        b_df = tl.zeros([BLOCK_T, D.features_p], tl.float32) + d_divisor[:, None]
+        b_df = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32) + d_divisor[:, None]
         b_df = times_transposed(b_dn, p_means, b_df, D.features, D.embed, PARTS)
         b_dlog = rounded(b_f.to(tl.float32) * b_df, b_q.dtype)
         b_q = b_q.to(tl.float32)
@@ -305,7 +305,7 @@ def performer_attention_bwd_combine_kernel(
     m_m = o_m < D.features
     R: tl.constexpr = D.contiguous
     SIZE: tl.constexpr = D.features * (D.embed + 1)
-    b_sums = tl.zeros([BLOCK_M, D.embed_p], tl.float32)
+    b_sums = tl.zeros([BLOCK_M, tl.constexpr(D.embed_p)], tl.float32)
     b_e = tl.zeros([BLOCK_M], tl.float32)
     for i in range(0, chunks):
         p = p_parts + (i_image * chunks + i) * SIZE
@@ -349,17 +349,17 @@ def performer_attention_bwd_keys_kernel(
     b_k = load_rows(p_k, i_image, o_t, m_t, K, D)
     b_v = load_rows(p_v, i_image, o_t, m_t, V, D)
     b_inside, half = _within_range(b_k)
-    b_log = tl.zeros([BLOCK_T, D.features_p], tl.float32)
+    b_log = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32)
     b_log = times_transposed(b_inside, p_w, b_log, D.features, D.embed, PARTS) - half[:, None]
     b_log -= _load_features(p_maximum + i_image * D.features, D)[None, :]
     m = m_t[:, None] & (tl.arange(0, D.features_p) < D.features)[None, :]
     b_phi = rounded(tl.exp(tl.where(m, b_log, float("-inf"))), DTYPE)
-    b_dv = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+    b_dv = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
     if ADD_V:
         b_dv += load_rows(p_dv, i_image, o_t, m_t, DK, D).to(tl.float32)
     b_dv = times_matrix(b_phi, p_d_sums, b_dv, D.features, D.embed, PARTS)
     store_rows(p_dv, b_dv, i_image, o_t, m_t, DK, D)
-    b_dphi = tl.zeros([BLOCK_T, D.features_p], tl.float32)
+    b_dphi = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32)
     b_dphi += _load_features(p_d_normalizer + i_image * D.features, D)[None, :]
     b_dphi = times_transposed(b_v, p_d_sums, b_dphi, D.features, D.embed, PARTS)
     b_dlog = rounded(b_phi.to(tl.float32) * b_dphi, DTYPE)

@@ -374,7 +374,7 @@ def weight_gradient_kernel(
     TILES: tl.constexpr = (S.tokens + BLOCK_T - 1) // BLOCK_T
     i_block = tl.program_id(1)
     o_o = tl.program_id(2) * (S.parts * BLOCK_O) + tl.arange(0, BLOCK_O)
-    b_0 = tl.zeros([S.block_j, BLOCK_O], tl.float32)
+    b_0 = tl.zeros([tl.constexpr(S.block_j), BLOCK_O], tl.float32)
     b_1 = b_0
     b_2 = b_0
     sum_0 = tl.zeros([BLOCK_O], tl.float32)

@@ -46,7 +46,7 @@ def attend_tokens(b_q, p_k, p_v, i_image, tokens, scale, D: tl.constexpr, K: tl.
     factor = tl.maximum(tl.abs(scale) * _LOG2_E, _LEAST_FACTOR)
     maximum = tl.full([BLOCK_T], float("-inf"), tl.float32)
     normalizer = tl.zeros([BLOCK_T], tl.float32)
-    b_y = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+    b_y = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
     for first in range(0, tokens, BLOCK_S):
         o_s = first + tl.arange(0, BLOCK_S)
         m_s = o_s < tokens
@@ -144,7 +144,7 @@ def token_attention_bwd_queries_kernel(
     tl.store(p_scalars + o_row, delta, mask=m_t)
     count = (tl.num_programs(0) // tiles).to(tl.int64) * tokens
     tl.store(p_scalars + count + o_row, logarithm, mask=m_t)
-    b_dq = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+    b_dq = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
     for first in range(0, tokens, BLOCK_S):
         o_s = first + tl.arange(0, BLOCK_S)
         m_s = o_s < tokens
@@ -194,8 +194,8 @@ def token_attention_bwd_keys_kernel(
     p_maximum += i_image * tokens
     p_delta = p_scalars + i_image * tokens
     p_logarithm = p_delta + (tl.num_programs(0) // tiles).to(tl.int64) * tokens
-    b_dk = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
-    b_dv = tl.zeros([BLOCK_T, D.embed_p], tl.float32)
+    b_dk = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
+    b_dv = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
     for first in range(0, tokens, BLOCK_S):
         o_s = first + tl.arange(0, BLOCK_S)
         m_s = o_s < tokens
