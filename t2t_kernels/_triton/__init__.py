@@ -185,7 +185,9 @@ def device_guard(tensor: Tensor):
 def check_offsets(name: str, *tensors: Tensor) -> None:
     """Offsets inside an image are 32 bits wide; those of images are not."""
     for tensor in tensors:
-        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:]))
+        reach = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:])
+        )
         if reach >= 2**31:
             raise ValueError(
                 f"{name} on the triton backend: a tensor of shape {tuple(tensor.shape)} spans more than "

@@ -19,8 +19,15 @@ _PART, _FLOAT32_PART = tl.constexpr(64), tl.constexpr(32)
 
 
 @triton.jit
-def _load_part(p, row: tl.constexpr, column: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _load_part(
+    p,
+    row: tl.constexpr,
+    column: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """HEIGHT × WIDTH elements of a contiguous (ROWS, COLUMNS) matrix, zero beyond it."""
     o_r = row + tl.arange(0, HEIGHT)
     o_c = column + tl.arange(0, WIDTH)
@@ -38,8 +45,16 @@ def _column_halves(b):
 
 
 @triton.jit
-def times_matrix(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr = 1,
-                 first: tl.constexpr = 0, DISTANCE: tl.constexpr = 0):
+def times_matrix(
+    b,
+    p,
+    acc,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+    first: tl.constexpr = 0,
+    DISTANCE: tl.constexpr = 0,
+):
     """b·M + acc, M being (ROWS, COLUMNS) at ``p``; b meets its rows from ``first`` on.
 
     DISTANCE: elements from one part to the next, if the parts have other rows besides.
@@ -51,14 +66,24 @@ def times_matrix(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl
         return times_matrix(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
         for i in tl.static_range(PARTS):
-            b_part = _load_part(p + i * (DISTANCE or ROWS * COLUMNS), first, 0, SIZE, acc.shape[1], ROWS, COLUMNS)
+            b_part = _load_part(
+                p + i * (DISTANCE or ROWS * COLUMNS), first, 0, SIZE, acc.shape[1], ROWS, COLUMNS
+            )
             acc = dot(b, b_part, acc)
         return acc
 
 
 @triton.jit
-def times_transposed(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr = 1,
-                     first: tl.constexpr = 0, DISTANCE: tl.constexpr = 0):
+def times_transposed(
+    b,
+    p,
+    acc,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr = 1,
+    first: tl.constexpr = 0,
+    DISTANCE: tl.constexpr = 0,
+):
     """b·Mᵀ + acc, M being (ROWS, COLUMNS) at ``p``; b meets its columns from ``first`` on."""
     SIZE: tl.constexpr = b.shape[1]
     if SIZE > (_FLOAT32_PART if b.dtype == tl.float32 else _PART):
@@ -67,7 +92,9 @@ def times_transposed(b, p, acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS
         return times_transposed(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
         for i in tl.static_range(PARTS):
-            b_part = _load_part(p + i * (DISTANCE or ROWS * COLUMNS), 0, first, acc.shape[1], SIZE, ROWS, COLUMNS)
+            b_part = _load_part(
+                p + i * (DISTANCE or ROWS * COLUMNS), 0, first, acc.shape[1], SIZE, ROWS, COLUMNS
+            )
             acc = dot(b, tl.trans(b_part), acc)
         return acc
 
@@ -91,7 +118,9 @@ def parts_kernel(
     BLOCK: tl.constexpr,
 ):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    store_parts(p_parts, tl.load(p + o, mask=o < size, other=0.0).to(tl.float32), o, o < size, size, PARTS)
+    store_parts(
+        p_parts, tl.load(p + o, mask=o < size, other=0.0).to(tl.float32), o, o < size, size, PARTS
+    )
 
 
 def part_count(dtype: torch.dtype) -> int:

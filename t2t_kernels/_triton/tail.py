@@ -308,7 +308,9 @@ def proj_backward_kernel(
         b_proj = dot(tl.trans(b_dp), rounded(b_y, DTYPE), b_proj)
         proj_bias = dot(tl.trans(b_dp), _ones(BLOCK_T, DTYPE), proj_bias)
         b_dy = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
-        store_rows(p_dy + o_image, times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed), 0, o_t, m_t, R, D)
+        store_rows(
+            p_dy + o_image, times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed), 0, o_t, m_t, R, D
+        )
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
     _store_matrix(p_slot, b_proj, D.embed, D.embed)
     _store_vector(p_slot + D.proj_bias, tl.sum(proj_bias, 1), D.embed)
@@ -369,7 +371,12 @@ def tail_backward(
         proj_backward_kernel[(programs,)](
             dp, y, packed, dy, slots, *numbers, DP=strides(dp), **options
         )
-    grads = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in parameters]
+    grads = [
+        torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        for parameter in parameters
+    ]
     sums = sum_slots(slots, packed.dtype).split([parameter.numel() for parameter in parameters])
-    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(sums, grads, strict=True)])
+    torch._foreach_copy_(
+        grads, [part.view_as(grad) for part, grad in zip(sums, grads, strict=True)]
+    )
     return dy, grads

@@ -175,12 +175,23 @@ def performer_attention_combine_kernel(
     o_e = tl.arange(0, D.embed_p)
     m = m_m[:, None] & (o_e < D.embed)[None, :]
     p_means += i_image * (PARTS * SIZE)
-    store_parts(p_means, b_sums / normalizer[:, None], o_m[:, None] * D.embed + o_e[None, :], m, SIZE, PARTS)
+    store_parts(
+        p_means, b_sums / normalizer[:, None], o_m[:, None] * D.embed + o_e[None, :], m, SIZE, PARTS
+    )
 
 
 @triton.jit
-def attend(b_q, p_w, p_maximum, p_normalizer, p_means, log_eps, D: tl.constexpr, HAS_EPS: tl.constexpr,
-           PARTS: tl.constexpr):
+def attend(
+    b_q,
+    p_w,
+    p_maximum,
+    p_normalizer,
+    p_means,
+    log_eps,
+    D: tl.constexpr,
+    HAS_EPS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """y of a tile of queries; also their features f, D, and the derivative of D by |q|²/2."""
     BLOCK_T: tl.constexpr = b_q.shape[0]
     b_q, half = _within_range(b_q)
@@ -226,9 +237,17 @@ def performer_attention_queries_kernel(
     i_image = (tl.program_id(0) // tiles).to(tl.int64)
     o_t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     b_q = load_rows(p_q, i_image, o_t, o_t < tokens, Q, D)
-    b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum + i_image * D.features,
-                                      p_normalizer + i_image * D.features, p_means + i_image * (PARTS * D.features * D.embed),
-                                      log_eps, D, HAS_EPS, PARTS)
+    b_y, b_f, divisor, slope = attend(
+        b_q,
+        p_w,
+        p_maximum + i_image * D.features,
+        p_normalizer + i_image * D.features,
+        p_means + i_image * (PARTS * D.features * D.embed),
+        log_eps,
+        D,
+        HAS_EPS,
+        PARTS,
+    )
     store_rows(p_y, b_y, i_image, o_t, o_t < tokens, Y, D)
 
 
@@ -268,8 +287,9 @@ def performer_attention_bwd_queries_kernel(
         m_t = o_t < tokens
         b_q = load_rows(p_q, i_image, o_t, m_t, Q, D)
         b_dy = load_rows(p_dy, i_image, o_t, m_t, DY, D).to(tl.float32)
-        b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum, p_normalizer, p_means, log_eps, D,
-                                          HAS_EPS, PARTS)
+        b_y, b_f, divisor, slope = attend(
+            b_q, p_w, p_maximum, p_normalizer, p_means, log_eps, D, HAS_EPS, PARTS
+        )
         b_dn = rounded(b_dy / divisor[:, None], b_q.dtype)
         d_divisor = -tl.sum(b_dn.to(tl.float32) * b_y, 1)
         b_dmeans = dot(tl.trans(b_f), b_dn, b_dmeans)
@@ -278,7 +298,9 @@ def performer_attention_bwd_queries_kernel(
         b_df = times_transposed(b_dn, p_means, b_df, D.features, D.embed, PARTS)
         b_dlog = rounded(b_f.to(tl.float32) * b_df, b_q.dtype)
         b_q = b_q.to(tl.float32)
-        b_dq = times_matrix(b_dlog, p_w, b_q * (d_divisor * slope)[:, None], D.features, D.embed, PARTS)
+        b_dq = times_matrix(
+            b_dlog, p_w, b_q * (d_divisor * slope)[:, None], D.features, D.embed, PARTS
+        )
         b_dq = tl.where(tl.abs(b_q) <= _LARGEST, b_dq, 0.0)
         store_rows(p_dq, b_dq, i_image, o_t, m_t, DQ, D)
     o_m = tl.arange(0, D.features_p)
@@ -315,8 +337,14 @@ def performer_attention_bwd_combine_kernel(
     o_e = tl.arange(0, D.embed_p)
     m = m_m[:, None] & (o_e < D.embed)[None, :]
     p_d_sums += i_image * (PARTS * D.features * D.embed)
-    store_parts(p_d_sums, b_sums / normalizer[:, None], o_m[:, None] * D.embed + o_e[None, :], m,
-                D.features * D.embed, PARTS)
+    store_parts(
+        p_d_sums,
+        b_sums / normalizer[:, None],
+        o_m[:, None] * D.embed + o_e[None, :],
+        m,
+        D.features * D.embed,
+        PARTS,
+    )
     tl.store(p_d_normalizer + i_image * D.features + o_m, b_e / normalizer, mask=m_m)
 
 

@@ -60,10 +60,17 @@ def performer_layer_attend_kernel(
     m_t = o_t < tokens
     o_image = i_image * tokens * D.embed
     b_q = load_rows(p_kqv + D.embed, i_image, o_t, m_t, KQV, D)
-    b_y, b_f, divisor, slope = attend(b_q, p_w, p_maximum + i_image * D.features,
-                                      p_normalizer + i_image * D.features,
-                                      p_means + i_image * (PARTS * D.features * D.embed), log_eps, D,
-                                      HAS_EPS, PARTS)
+    b_y, b_f, divisor, slope = attend(
+        b_q,
+        p_w,
+        p_maximum + i_image * D.features,
+        p_normalizer + i_image * D.features,
+        p_means + i_image * (PARTS * D.features * D.embed),
+        log_eps,
+        D,
+        HAS_EPS,
+        PARTS,
+    )
     b_v = load_rows(p_kqv + 2 * D.embed, i_image, o_t, m_t, KQV, D).to(tl.float32)
     b_out = tail(b_y, b_v, p_tail, p_seed, o_image + o_t * D.embed, threshold, scale, D)
     store_rows(p_out + o_image, b_out, 0, o_t, m_t, R, D)

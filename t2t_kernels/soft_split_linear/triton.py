@@ -113,7 +113,9 @@ class Split:
         return self.packed_columns // self.block_o // self.parts
 
 
-def split_of(x: Tensor, outputs: int, kernel_size: int, stride: int, padding: int, grad_x=None) -> Split:
+def split_of(
+    x: Tensor, outputs: int, kernel_size: int, stride: int, padding: int, grad_x=None
+) -> Split:
     channels, height, width = x.shape[1:]
     rows, columns = output_size(height, width, kernel_size, stride, padding)
     block_j = 128 // x.element_size()
@@ -259,7 +261,9 @@ def _reference(p_image, o_y, o_x, S: tl.constexpr):
 def _moments(total, squares, eps, S: tl.constexpr):
     """Mean, and 1/√(variance + eps), from the sums of deviations and of their squares."""
     mean = total / S.elements
-    variance = tl.maximum(squares / S.elements - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    variance = tl.maximum(
+        squares / S.elements - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL
+    )
     return mean, 1.0 / tl.sqrt(variance + eps)
 
 
@@ -339,14 +343,19 @@ def project_kernel(
     p_rows = p_y + i_image * (S.tokens * S.outputs) + o_t[:, None] * S.outputs
     _store_outputs(p_rows, b_0, mean, rstd, p_row_sums, p_offset, o_t, o_o, S, EPILOGUE)
     if S.parts > 1:
-        _store_outputs(p_rows, b_1, mean, rstd, p_row_sums, p_offset, o_t, o_o + BLOCK_O, S, EPILOGUE)
+        _store_outputs(
+            p_rows, b_1, mean, rstd, p_row_sums, p_offset, o_t, o_o + BLOCK_O, S, EPILOGUE
+        )
     if S.parts > 2:
-        _store_outputs(p_rows, b_2, mean, rstd, p_row_sums, p_offset, o_t, o_o + 2 * BLOCK_O, S, EPILOGUE)
+        _store_outputs(
+            p_rows, b_2, mean, rstd, p_row_sums, p_offset, o_t, o_o + 2 * BLOCK_O, S, EPILOGUE
+        )
 
 
 @triton.jit
-def _store_outputs(p_rows, b_y, mean, rstd, p_row_sums, p_offset, o_t, o_o, S: tl.constexpr,
-                   EPILOGUE: tl.constexpr):
+def _store_outputs(
+    p_rows, b_y, mean, rstd, p_row_sums, p_offset, o_t, o_o, S: tl.constexpr, EPILOGUE: tl.constexpr
+):
     if EPILOGUE:
         b_offset = tl.load(p_offset + o_o)[None, :]
         b_offset -= (rstd * mean)[:, None] * tl.load(p_row_sums + o_o)[None, :]
@@ -521,8 +530,10 @@ def map_gradient_kernel(
     # The class's first tap, and its first pixel.
     first_ky = tl.program_id(1) // S.stride
     first_kx = tl.program_id(1) % S.stride
-    y = o_p // WIDTH * S.stride + (first_ky + (S.padding // S.stride + 1) * S.stride - S.padding) % S.stride
-    x = o_p % WIDTH * S.stride + (first_kx + (S.padding // S.stride + 1) * S.stride - S.padding) % S.stride
+    # −padding modulo the stride, and positive.
+    LIFT: tl.constexpr = (S.padding // S.stride + 1) * S.stride - S.padding
+    y = o_p // WIDTH * S.stride + (first_ky + LIFT) % S.stride
+    x = o_p % WIDTH * S.stride + (first_kx + LIFT) % S.stride
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = ((y < S.height) & (x < S.width))[:, None] & (o_c < S.channels)[None, :]
     if p_statistics is not None:
@@ -534,7 +545,12 @@ def map_gradient_kernel(
         row = (y + S.padding - ky) // S.stride
         for kx in range(first_kx, S.kernel, S.stride):
             column = (x + S.padding - kx) // S.stride
-            m_t = (y + S.padding >= ky) & (row < S.rows) & (x + S.padding >= kx) & (column < S.columns)
+            m_t = (
+                (y + S.padding >= ky)
+                & (row < S.rows)
+                & (x + S.padding >= kx)
+                & (column < S.columns)
+            )
             token = row * S.columns + column
             if S.flat:
                 o_row = (o_c * S.kernel + ky) * S.kernel_p + kx
@@ -546,7 +562,9 @@ def map_gradient_kernel(
                 m_dy = m_t[:, None]
                 if S.packed_columns != S.outputs:
                     m_dy = m_dy & (o_o < S.outputs)[None, :]
-                b_dy = tl.load(p_dy + token[:, None] * S.outputs + o_o[None, :], mask=m_dy, other=0.0)
+                b_dy = tl.load(
+                    p_dy + token[:, None] * S.outputs + o_o[None, :], mask=m_dy, other=0.0
+                )
                 p_w = p_packed + o_row[None, :] * S.packed_columns + o_o[:, None]
                 if S.channels % BLOCK_C == 0:
                     b_w = tl.load(p_w)
@@ -566,7 +584,8 @@ def map_gradient_kernel(
                 b_tap -= (b_x - mean[:, None]) * second_mean[:, None]
                 b_tap = tl.where(m_t[:, None], b_tap, 0.0)
             b_dx += b_tap
-    o = (y * S.grad_strides[2] + x * S.grad_strides[3])[:, None] + (o_c * S.grad_strides[1])[None, :]
+    o = (y * S.grad_strides[2] + x * S.grad_strides[3])[:, None]
+    o += (o_c * S.grad_strides[1])[None, :]
     tl.store(p_grad_x + i_image * S.grad_strides[0] + o, rounded(b_dx, DTYPE), mask=m)
 
 
@@ -575,7 +594,9 @@ def _options(how, exact: bool) -> dict:
     return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": 255 if exact else None}
 
 
-def _fold(weight: Tensor, bias, norm_weight, norm_bias, split: Split) -> tuple[Tensor, Tensor, Tensor]:
+def _fold(
+    weight: Tensor, bias, norm_weight, norm_bias, split: Split
+) -> tuple[Tensor, Tensor, Tensor]:
     """W∘γ packed (in float32, W), the row sums of W∘γ, and Wβ + b and b."""
     packed = weight.new_empty((split.packed_rows, split.packed_columns))
     row_sums = weight.new_empty(split.packed_columns, dtype=torch.float32)
@@ -597,7 +618,9 @@ def _fold(weight: Tensor, bias, norm_weight, norm_bias, split: Split) -> tuple[T
     return packed, row_sums, offset
 
 
-def _project(x: Tensor, folded: tuple, norm: list, split: Split, eps: float, statistics=None) -> Tensor:
+def _project(
+    x: Tensor, folded: tuple, norm: list, split: Split, eps: float, statistics=None
+) -> Tensor:
     y = x.new_empty((x.shape[0], split.tokens, split.outputs))
     # Without the norm, the loop is products alone and has registers for a deeper pipeline.
     entry = table(x.device)
@@ -642,7 +665,9 @@ def soft_split_linear(
 class Projection:
     """The projection again, for the backward: its result ``y``, and what its gradients are made of."""
 
-    def __init__(self, x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps, need_x):
+    def __init__(
+        self, x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps, need_x
+    ):
         self.grad_x = like_map(x) if need_x else x.new_empty(0)
         self.split = split_of(
             x, weight.shape[0], kernel_size, stride, padding, self.grad_x if need_x else None
@@ -675,7 +700,15 @@ class Projection:
             if self.y is not None:
                 scalars = torch.empty_like(self.statistics)
                 token_scalars_kernel[(triton.cdiv(count, 32),)](
-                    dy, self.y, self.statistics, *vectors, scalars, count, S=split, BLOCK_T=32, num_warps=4
+                    dy,
+                    self.y,
+                    self.statistics,
+                    *vectors,
+                    scalars,
+                    count,
+                    S=split,
+                    BLOCK_T=32,
+                    num_warps=4,
                 )
             map_gradient_kernel[
                 (x.shape[0] * tiles, split.stride**2, triton.cdiv(split.channels, block_c))
@@ -720,7 +753,9 @@ class Projection:
             sums = sum_slots(parts, torch.float32)
             grad_weight = torch.empty_like(weight)
             grad_bias = weight.new_empty(split.outputs)
-            grad_norm = [weight.new_empty(0 if self.y is None else split.elements) for _ in range(2)]
+            grad_norm = [
+                weight.new_empty(0 if self.y is None else split.elements) for _ in range(2)
+            ]
             unfold_kernel[(triton.cdiv(split.packed_rows, _FOLD_COLUMNS),)](
                 sums,
                 weight,

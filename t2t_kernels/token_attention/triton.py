@@ -33,8 +33,19 @@ _LEAST_FACTOR = tl.constexpr(1e-30)
 
 
 @triton.jit
-def attend_tokens(b_q, p_k, p_v, i_image, tokens, scale, D: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                  EVEN: tl.constexpr, BLOCK_S: tl.constexpr):
+def attend_tokens(
+    b_q,
+    p_k,
+    p_v,
+    i_image,
+    tokens,
+    scale,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """y of a tile of queries, the maximum of scale·q·k and Σ_s e^(scale·q·k_s − maximum).
 
     EVEN: BLOCK_S divides the tokens.
@@ -90,7 +101,9 @@ def token_attention_fwd_kernel(
     o_t = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     m_t = o_t < tokens
     b_q = load_rows(p_q, i_image, o_t, m_t, Q, D)
-    b_y, maximum, normalizer = attend_tokens(b_q, p_k, p_v, i_image, tokens, scale, D, K, V, EVEN, BLOCK_S)
+    b_y, maximum, normalizer = attend_tokens(
+        b_q, p_k, p_v, i_image, tokens, scale, D, K, V, EVEN, BLOCK_S
+    )
     store_rows(p_y, b_y, i_image, o_t, m_t, Y, D)
     if p_attended is not None:
         store_rows(p_attended, b_y, i_image, o_t, m_t, Y, D)
@@ -223,9 +236,7 @@ def launch_tiles(pair: tuple[Launch, Launch], v: Tensor) -> tuple[int, dict]:
     tokens, embed = v.shape[1:]
     # Tiles of twice as wide rows have half as many; in float32, held split, a quarter.
     narrower = max(1, padded(embed) // 64) ** (1 + exact)
-    block_t, block_s = (
-        max(SMALLEST_SIDE, side // narrower) for side in (how.block_t, how.block_s)
-    )
+    block_t, block_s = (max(SMALLEST_SIDE, side // narrower) for side in (how.block_t, how.block_s))
     options = {
         "EVEN": tokens % block_s == 0,
         "BLOCK_T": block_t,
@@ -284,7 +295,13 @@ def attention_backward(
     batch, tokens, embed = v.shape
     scalars = maximum.new_empty((2, batch * tokens))
     tiles, options = launch_tiles(table(v.device).softmax_backward, v)
-    options |= {"D": Sizes(embed), "DY": strides(dy), "Q": strides(q), "K": strides(k), "V": strides(v)}
+    options |= {
+        "D": Sizes(embed),
+        "DY": strides(dy),
+        "Q": strides(q),
+        "K": strides(k),
+        "V": strides(v),
+    }
     with device_guard(v):
         token_attention_bwd_queries_kernel[(batch * tiles,)](
             dy,
@@ -302,7 +319,19 @@ def attention_backward(
             **options,
         )
         token_attention_bwd_keys_kernel[(batch * tiles,)](
-            dy, q, k, v, maximum, scalars, dk, dv, tokens, scale, DK=strides(dk), ADD_V=add_v, **options
+            dy,
+            q,
+            k,
+            v,
+            maximum,
+            scalars,
+            dk,
+            dv,
+            tokens,
+            scale,
+            DK=strides(dk),
+            ADD_V=add_v,
+            **options,
         )
 
 

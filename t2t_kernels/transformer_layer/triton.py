@@ -52,8 +52,19 @@ def transformer_layer_attend_kernel(
     store_rows(p_q + o_image, b_q.to(tl.float32), 0, o_t, m_t, R, D)
     b_k = load_rows(p_qkv + D.embed, i_image, o_t, m_t, QKV, D)
     store_rows(p_k + o_image, b_k.to(tl.float32), 0, o_t, m_t, R, D)
-    b_y, maximum, normalizer = attend_tokens(b_q, p_qkv + D.embed, p_qkv + 2 * D.embed, i_image, tokens,
-                                             scale, D, QKV, QKV, EVEN, BLOCK_S)
+    b_y, maximum, normalizer = attend_tokens(
+        b_q,
+        p_qkv + D.embed,
+        p_qkv + 2 * D.embed,
+        i_image,
+        tokens,
+        scale,
+        D,
+        QKV,
+        QKV,
+        EVEN,
+        BLOCK_S,
+    )
     store_rows(p_attended + o_image, b_y, 0, o_t, m_t, R, D)
     tl.store(p_maximum + i_image * tokens + o_t, maximum, mask=m_t)
     tl.store(p_normalizer + i_image * tokens + o_t, normalizer, mask=m_t)

@@ -31,7 +31,12 @@ TYPES = {
     torch.int64: "i64",
 }
 # The Performer module and a transformer layer. float16 differs from bfloat16 in conversions alone.
-TABLED = ["performer-layer1-bf16", "performer-layer2-bf16", "project-bf16", "transformer-layer1-bf16"]
+TABLED = [
+    "performer-layer1-bf16",
+    "performer-layer2-bf16",
+    "project-bf16",
+    "transformer-layer1-bf16",
+]
 
 
 @contextlib.contextmanager
@@ -100,7 +105,10 @@ def _figures(capability, kernel, aligned, signature, constants, options) -> dict
         "asynchronous_copies": "cp.async" in ptx,
         "matrix": sorted({name for name in ("wgmma", "mma.sync") if name in ptx}),
         "widest_store": max(
-            (int(v or 1) * int(bits) for v, bits in re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)),
+            (
+                int(v or 1) * int(bits)
+                for v, bits in re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", ptx)
+            ),
             default=0,
         ),
     }

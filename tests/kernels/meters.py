@@ -11,7 +11,17 @@ class Work(TorchDispatchMode):
     """What runs inside: the kernels and operators that launch something, and the memory allocated."""
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-    VIEW = ("view", "detach", "expand", "alias", "t", "transpose", "_unsafe_view", "as_strided", "slice")
+    VIEW = (
+        "view",
+        "detach",
+        "expand",
+        "alias",
+        "t",
+        "transpose",
+        "_unsafe_view",
+        "as_strided",
+        "slice",
+    )
     VIEW += ("split", "split_with_sizes", "unsqueeze")
 
     def __init__(self):

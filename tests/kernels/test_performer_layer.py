@@ -288,7 +288,12 @@ def test_opcheck(backend, device, kind):
     leaves = [tensors[0].requires_grad_(), tensors[1]]
     leaves += [tensor.requires_grad_() for tensor in tensors[2:]]
     seed = torch.tensor([4], device=device)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(
         operators(backend).performer_layer, (*leaves, seed, *split, 1e-8, 0.1), test_utils=tests
     )

@@ -195,7 +195,12 @@ def test_opcheck_and_compile(backend, device, kind):
     dtype, embed = kind
     tensors = arguments((1, 31, embed), 1.0, dtype, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(operators(backend).token_attention, (*leaves, 0.2), test_utils=tests)
 
     def step(q, k, v):

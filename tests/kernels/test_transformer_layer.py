@@ -227,7 +227,12 @@ def test_limits(backend, device):
 def test_opcheck(backend, device, kind):
     tensors, split = arguments(*kind, device)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     torch.library.opcheck(
         operators(backend).transformer_layer, (*leaves, *split, 0.1), test_utils=tests
     )
@@ -263,7 +268,9 @@ def test_launches_and_allocations(backend, device):
         kernels.transformer_layer_backward(y, *tensors, *saved, *numbers, True)
     assert 6 <= len(backward.launched) <= 15, backward.launched
     tokens, largest = y.shape[1], 3 * y.numel()
-    assert len(forward.allocated) >= 5 and len(backward.allocated) >= 12, "the meter sees too little"
+    assert len(forward.allocated) >= 5 and len(backward.allocated) >= 12, (
+        "the meter sees too little"
+    )
     for tensor in (*forward.allocated, *backward.allocated):
         assert tokens not in tensor.shape or tensor.numel() <= largest, tensor.shape
 

@@ -35,7 +35,11 @@ def test_a_product_refuses_factors_of_different_dtypes(dtype):
 
 @pytest.mark.parametrize("name", [*sorted(OPERATIONS), "_triton", "_triton.matrix", "_triton.tail"])
 def test_kernels_take_at_most_20_arguments(name):
-    module = importlib.import_module(f"t2t_kernels.{name}" + ("" if "_triton" in name else ".triton"))
+    module = importlib.import_module(
+        f"t2t_kernels.{name}" + ("" if "_triton" in name else ".triton")
+    )
     kernels = {key: value for key, value in vars(module).items() if key.endswith("_kernel")}
     assert kernels
-    assert {key: len(value.arg_names) for key, value in kernels.items() if len(value.arg_names) > 20} == {}
+    assert {
+        key: len(value.arg_names) for key, value in kernels.items() if len(value.arg_names) > 20
+    } == {}
