@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 import pytest
 
 from t2t_kernels import backends
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from tests.support.cuda.build import build_host_library
+from tests.support.devices import DEVICE
 
 
 def kernel_backends() -> list:
@@ -30,8 +30,6 @@ def kernel_backends() -> list:
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory):
     """The CUDA source, built for the host and registered for CPU tensors."""
-    from tests.simt.build import build_host_library
-
     torch.ops.load_library(build_host_library(tmp_path_factory.getbasetemp().parent / "simt"))
 
 

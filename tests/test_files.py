@@ -49,7 +49,7 @@ class TestAFullDisk:
     @pytest.fixture
     def source(self, tmp_path):
         pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
-        from tests.commands.tiny import weights
+        from tests.support.commands import weights
 
         return weights(tmp_path, depth=1)
 

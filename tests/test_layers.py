@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "t2tvit"
+TESTS = Path(__file__).parent
+FILES = {path.stem for path in TESTS.rglob("*.py") if path.stem.startswith(("test_", "conftest"))}
+PACKAGE = TESTS.parent / "t2tvit"
 # From the top: a layer imports itself and the ones below it. Other modules are between commands and
 # training, or below all.
 LAYERS = ("t2tvit.commands", "t2tvit.training", "t2tvit.data")
@@ -70,3 +72,17 @@ def test_no_function_takes_many_arguments(layer):
                 if len(names) > MOST_ARGUMENTS:
                     long.append((module, node.name, names))
     assert not long
+
+
+def test_no_test_imports_another():
+    """What several use is in tests/support."""
+    wrong = []
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", ())]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                parts = {part for name in names for part in name.split(".")}
+                wrong += [(path.relative_to(TESTS).as_posix(), each) for each in parts & FILES]
+    assert FILES and not wrong

@@ -16,7 +16,7 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 from PIL import Image
 
 from t2tvit.cli import main
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, weights
+from tests.support.commands import CLASS_NAMES, CONFIG, model, weights
 
 IMAGE = Image.effect_noise((60, 50), 90).convert("RGB")
 

@@ -19,6 +19,7 @@ from bench.measure import bisect, extrapolated, peak_memory
 from bench.registry import LAYERS, Row
 from t2t_kernels.measure import interleave, percentiles, saved_bytes
 from t2t_kernels.soft_split_linear import reference as soft_split_linear_reference
+from tests.support.sabotage import sabotaged
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -112,18 +113,6 @@ def test_flops_per_image_are_the_published_multiply_adds():
 
 
 # Parity
-
-
-def sabotaged(original, where):
-    """``original``, wrong by a hundredth in its result or only in its gradient."""
-
-    def call(x, **options):
-        y = original(x, **options)
-        if options["backend"] == "reference":
-            return y
-        return y * 1.01 if where == "result" else y * 1.01 - 0.01 * y.detach()
-
-    return call
 
 
 @pytest.mark.parametrize("where", ["result", "gradient 0"])
@@ -281,7 +270,7 @@ def sabotaged_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "sabotage.py").write_text(
         "from bench import workloads\n"
-        "from tests.bench.test_bench import sabotaged\n"
+        "from tests.support.sabotage import sabotaged\n"
         "workloads.soft_split = sabotaged(workloads.soft_split, 'result')\n"
     )
     path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -15,7 +15,7 @@ from t2tvit.cli import complain, main, parse
 from t2tvit.errors import InputError, OneRankError
 from t2tvit.models import T2TBackbone
 from t2tvit.training import distributed
-from tests.training.tiny import TINY, metrics_of
+from tests.support.training.tiny import TINY, metrics_of
 
 
 @pytest.fixture(scope="module")

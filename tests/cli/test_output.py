@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from t2tvit.terminal import print_json, printable
-from tests.commands.tiny import weights
-from tests.training.tiny import TINY
+from tests.support.commands import weights
+from tests.support.training.tiny import TINY
 
 ENCODINGS = {
     "ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},

@@ -14,7 +14,7 @@ from t2tvit.errors import InputError
 timm = pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 
 from t2tvit.training.checkpointing import read_about  # noqa: E402
-from tests.commands.tiny import CLASS_NAMES, model, run, weights  # noqa: E402
+from tests.support.commands import CLASS_NAMES, model, run, weights  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

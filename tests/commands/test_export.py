@@ -12,7 +12,7 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 import t2tvit
 from t2tvit import exporting
 from t2tvit.training.checkpointing import read_about
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights
+from tests.support.commands import CLASS_NAMES, CONFIG, model, run, weights
 
 
 @pytest.fixture

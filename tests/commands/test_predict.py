@@ -17,8 +17,8 @@ pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 from PIL import Image
 
 from t2tvit.cli import main
-from tests.commands.tiny import CLASS_NAMES, CONFIG, model, run, weights
-from tests.layout import HOSTILE
+from tests.support.commands import CLASS_NAMES, CONFIG, model, run, weights
+from tests.support.figures import HOSTILE
 
 
 @pytest.fixture

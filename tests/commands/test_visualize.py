@@ -39,8 +39,8 @@ from t2tvit.visualization.record import (  # noqa: E402
     probabilities,
     record,
 )
-from tests.commands.tiny import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
-from tests.layout import HOSTILE, check_layout  # noqa: E402
+from tests.support.commands import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
+from tests.support.figures import HOSTILE, check_layout  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,7 @@ from t2t_kernels import (
     token_attention,
     transformer_layer,
 )
-from tests.kernels.test_reference import performer_params, transformer_params
+from tests.support.kernels.params import performer_params, transformer_params
 
 X = torch.randn(1, 3, 8, 8)
 WEIGHT = torch.randn(4, 27)

@@ -7,16 +7,16 @@ import sys
 import pytest
 import torch
 
-from t2t_kernels import performer_attention, soft_split_linear, token_attention
+import t2t_kernels
 from t2t_kernels.backends import why_unavailable
-from tests.kernels import (
-    test_performer_attention,
-    test_performer_layer,
-    test_soft_split_linear,
-    test_token_attention,
-    test_transformer_layer,
+from tests.support.kernels import (
+    performer_layer,
+    soft_split_linear,
+    token_attention,
+    transformer_layer,
 )
-from tests.kernels.test_reference import performer_params, transformer_params
+from tests.support.kernels.layouts import LAYOUTS
+from tests.support.kernels.params import performer_params, transformer_params
 
 pytestmark = pytest.mark.skipif(
     why_unavailable("cpu") is not None, reason=str(why_unavailable("cpu"))
@@ -26,54 +26,22 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run(code: str, isa: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, isa: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "T2T_CPU_ISA": isa},
     )
 
 
-def parity_of_every_operation() -> None:
-    """Every operation in every dtype, on sizes that fill no vector and on the model's."""
-    for dtype in DTYPES:
-        for case in test_soft_split_linear.CASES:
-            shape, split, outputs = test_soft_split_linear.CASES[case]
-            for norm in (True, False):
-                tensors = test_soft_split_linear.arguments(
-                    shape, split, outputs, norm, True, dtype, "cpu"
-                )
-                for layout in test_soft_split_linear.LAYOUTS:
-                    test_soft_split_linear.assert_parity(tensors, split, "cpu", layout)
-        for case in test_performer_attention.CASES:
-            tensors = test_performer_attention.arguments(
-                test_performer_attention.CASES[case], 0.5, dtype, "cpu"
-            )
-            eps = 0.1 if case == "one-token" else 1e-8
-            test_performer_attention.assert_parity(*tensors, eps, "cpu")
-        for case in test_token_attention.CASES:
-            tensors = test_token_attention.arguments(
-                test_token_attention.CASES[case], 1.0, dtype, "cpu"
-            )
-            test_token_attention.assert_parity(tensors, 0.1, "cpu")
-        for case in ("odd", "narrow", "layer1"):
-            tensors, split = test_performer_layer.arguments(case, dtype, "cpu")
-            # With eps one exponent would decide the errors of gradients that it makes tiny.
-            test_performer_layer.assert_parity(
-                tensors, split, "cpu", dropout_p=0.1, seed=9, eps=0.0
-            )
-            tensors, split = test_transformer_layer.arguments(case, dtype, "cpu")
-            test_transformer_layer.assert_parity(tensors, split, "cpu")
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_parity_in_every_instruction_set(isa):
-    done = run("from t2t_kernels import _C; print(_C.cpu_isa())", isa)
+    done = run("-c", "from t2t_kernels import _C; print(_C.cpu_isa())", isa=isa)
     if done.returncode != 0 and "expected one that this CPU runs" in done.stderr:
         pytest.skip(f"this CPU lacks {isa}")
     assert done.stdout.strip() == isa, done.stderr
-    done = run("from tests.kernels.test_cpu import *; parity_of_every_operation()", isa)
+    done = run("-m", "tests.support.kernels.cpu_parity", isa=isa)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -84,13 +52,13 @@ def test_no_gradient_where_each_query_attends_to_one_key(dtype):
     k, v = torch.randn(2, 2, 40, 64)
     k = 30 * k / k.norm(dim=-1, keepdim=True)
     k, v = k.to(dtype), v.to(dtype)
-    ours = test_token_attention.gradients([k, k, v], 1.0, "cpu", dtype)
+    ours = token_attention.gradients([k, k, v], 1.0, "cpu", dtype)
     assert torch.equal(ours["y"], v)
     assert ours["q"].count_nonzero() == ours["k"].count_nonzero() == 0
 
 
 def test_unknown_instruction_set():
-    done = run("from t2t_kernels import _C; _C.cpu_isa()", "sse9")
+    done = run("-c", "from t2t_kernels import _C; _C.cpu_isa()", isa="sse9")
     assert done.returncode != 0
     assert "T2T_CPU_ISA: got 'sse9', expected one that this CPU runs: " in done.stderr
 
@@ -113,21 +81,19 @@ MAP, SPLIT = (5, 18, 70, 66), (3, 2, 1)
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_soft_split_linear_is_deterministic(dtype):
-    tensors = test_soft_split_linear.arguments(MAP, SPLIT, 20, True, True, dtype, "cpu")
+    tensors = soft_split_linear.arguments(MAP, SPLIT, 20, True, True, dtype, "cpu")
     assert_same_for_any_number_of_threads(
-        lambda: list(test_soft_split_linear.gradients(tensors, SPLIT, "cpu", dtype).values())
+        lambda: list(soft_split_linear.gradients(tensors, SPLIT, "cpu", dtype).values())
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_performer_layer_is_deterministic(dtype, monkeypatch):
-    monkeypatch.setitem(test_performer_layer.CASES, "chunks", (MAP, SPLIT, (16, 8, 16)))
-    tensors, split = test_performer_layer.arguments("chunks", dtype, "cpu")
+    monkeypatch.setitem(performer_layer.CASES, "chunks", (MAP, SPLIT, (16, 8, 16)))
+    tensors, split = performer_layer.arguments("chunks", dtype, "cpu")
     assert_same_for_any_number_of_threads(
         lambda: list(
-            test_performer_layer.gradients(
-                tensors, split, "cpu", dtype, dropout_p=0.1, seed=1
-            ).values()
+            performer_layer.gradients(tensors, split, "cpu", dtype, dropout_p=0.1, seed=1).values()
         )
     )
 
@@ -137,7 +103,7 @@ def test_performer_attention_is_deterministic():
     w = torch.randn(10, 24)
 
     def call():
-        y = performer_attention(k, q, v, w, backend="cpu")
+        y = t2t_kernels.performer_attention(k, q, v, w, backend="cpu")
         return [y.detach(), *torch.autograd.grad(y.square().sum(), (k, q, v))]
 
     assert_same_for_any_number_of_threads(call)
@@ -147,7 +113,7 @@ def test_token_attention_is_deterministic():
     q, k, v = (torch.randn(3, 1100, 24).requires_grad_() for _ in range(3))
 
     def call():
-        y = token_attention(q, k, v, scale=0.2, backend="cpu")
+        y = t2t_kernels.token_attention(q, k, v, scale=0.2, backend="cpu")
         return [y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))]
 
     assert_same_for_any_number_of_threads(call)
@@ -155,34 +121,34 @@ def test_token_attention_is_deterministic():
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_transformer_layer_is_deterministic(dtype, monkeypatch):
-    monkeypatch.setitem(test_transformer_layer.CASES, "chunks", (MAP, SPLIT, (16, 16)))
-    tensors, split = test_transformer_layer.arguments("chunks", dtype, "cpu")
+    monkeypatch.setitem(transformer_layer.CASES, "chunks", (MAP, SPLIT, (16, 16)))
+    tensors, split = transformer_layer.arguments("chunks", dtype, "cpu")
     assert_same_for_any_number_of_threads(
-        lambda: list(test_transformer_layer.gradients(tensors, split, "cpu", dtype).values())
+        lambda: list(transformer_layer.gradients(tensors, split, "cpu", dtype).values())
     )
 
 
-@pytest.mark.parametrize("layout", test_soft_split_linear.LAYOUTS[:2])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_parity_over_chunks(layout, monkeypatch):
     """Tokens of several chunks: bands of the map's gradient overlap, sums are merged."""
-    tensors = test_soft_split_linear.arguments(MAP, (5, 2, 2), 20, True, True, torch.float32, "cpu")
-    test_soft_split_linear.assert_parity(tensors, (5, 2, 2), "cpu", layout)
-    monkeypatch.setitem(test_performer_layer.CASES, "chunks", (MAP, SPLIT, (16, 8, 16)))
-    tensors, split = test_performer_layer.arguments("chunks", torch.float32, "cpu")
-    test_performer_layer.assert_parity(tensors, split, "cpu", layout, dropout_p=0.1, seed=1)
-    monkeypatch.setitem(test_transformer_layer.CASES, "chunks", (MAP, SPLIT, (16, 16)))
-    tensors, split = test_transformer_layer.arguments("chunks", torch.float32, "cpu")
-    test_transformer_layer.assert_parity(tensors, split, "cpu", layout)
+    tensors = soft_split_linear.arguments(MAP, (5, 2, 2), 20, True, True, torch.float32, "cpu")
+    soft_split_linear.assert_parity(tensors, (5, 2, 2), "cpu", layout)
+    monkeypatch.setitem(performer_layer.CASES, "chunks", (MAP, SPLIT, (16, 8, 16)))
+    tensors, split = performer_layer.arguments("chunks", torch.float32, "cpu")
+    performer_layer.assert_parity(tensors, split, "cpu", layout, dropout_p=0.1, seed=1)
+    monkeypatch.setitem(transformer_layer.CASES, "chunks", (MAP, SPLIT, (16, 16)))
+    tensors, split = transformer_layer.arguments("chunks", torch.float32, "cpu")
+    transformer_layer.assert_parity(tensors, split, "cpu", layout)
 
 
 def test_patches_with_an_offset():
     """Small contrasts on a large brightness, where Σx² − (Σx)² would lose everything."""
     torch.manual_seed(0)
-    tensors = test_soft_split_linear.arguments(
+    tensors = soft_split_linear.arguments(
         (1, 3, 20, 20), SPLIT, 9, True, True, torch.float32, "cpu"
     )
     tensors[0] = 1000 + 0.01 * tensors[0]
-    test_soft_split_linear.assert_parity(tensors, SPLIT, "cpu")
+    soft_split_linear.assert_parity(tensors, SPLIT, "cpu")
 
 
 def test_operators_check_what_would_read_out_of_bounds():
@@ -213,7 +179,7 @@ def test_operators_check_what_would_read_out_of_bounds():
         ops.performer_attention(k, k[:, :4], k, torch.randn(3, 6), 1e-8)
     with pytest.raises(RuntimeError, match="token_attention: q"):
         ops.token_attention(k[:, :4], k, k, 1.0)
-    y = soft_split_linear(x, weight, kernel_size=3, stride=2, padding=1, backend="cpu")
+    y = t2t_kernels.soft_split_linear(x, weight, kernel_size=3, stride=2, padding=1, backend="cpu")
     assert y.shape == (1, 16, 4)
 
 

@@ -5,7 +5,9 @@ import torch
 
 from t2t_kernels import soft_split
 from t2t_kernels.library import operators
-from tests.parity import assert_as_accurate
+from tests.support.kernels.layouts import LAYOUTS, channels_last, contiguous
+from tests.support.names import name
+from tests.support.parity import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -21,42 +23,6 @@ CASES = {
     "empty-batch": ((0, 3, 16, 16), (7, 4, 2)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def contiguous(x):
-    return x.contiguous()
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def misaligned(x):
-    """Contiguous, but one element off any vector boundary."""
-    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
-    view = flat[1:].view(x.shape)
-    return view.copy_(x)
-
-
-def sliced(x):
-    """Every second column and channel of a larger map."""
-    batch, channels, height, width = x.shape
-    wide = torch.full(
-        (batch, 2 * channels, height, 2 * width), torch.nan, dtype=x.dtype, device=x.device
-    )
-    wide[:, ::2, :, 1::2] = x
-    return wide[:, ::2, :, 1::2]
-
-
-def transposed(x):
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-LAYOUTS = [contiguous, channels_last, misaligned, sliced, transposed]
-
-
-def name(value):
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.__name__
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)

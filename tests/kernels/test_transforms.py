@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_kernels
 from t2t_kernels import BackendUnavailable
-from tests.kernels.test_reference import performer_params, transformer_params
+from tests.support.kernels.params import performer_params, transformer_params
 
 SPLIT = {"kernel_size": 3, "stride": 2, "padding": 1}
 

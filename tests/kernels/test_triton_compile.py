@@ -85,7 +85,7 @@ def compiled():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     processes = {
         capability: subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.compiled", str(capability)]
+            [sys.executable, "-m", "tests.support.triton.compiled", str(capability)]
             + [f"soft_split-{dtype}" for dtype in DTYPES]
             + [*calls, *FEATURES[capability], *filter(None, [LARGEST.get(capability)])],
             stdout=subprocess.PIPE,
@@ -200,8 +200,8 @@ def test_table_has_every_call_and_no_other_spills():
     [case for case in CASES if case[1] in TABLED],
 )
 def test_table_is_what_the_compiler_reports(compiled, capability, call):
-    """docs/kernels.md; ``python -m tests.kernels.compiled`` prints what belongs there."""
-    from tests.kernels.compiled import cell
+    """docs/kernels.md; ``python -m tests.support.triton.compiled`` prints what belongs there."""
+    from tests.support.triton.compiled import cell
 
     version = re.search(r"Triton (\d+\.\d+)", DOCUMENT.read_text())[1]
     if triton_release() != version:

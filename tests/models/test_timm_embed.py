@@ -9,7 +9,7 @@ from torch import nn
 
 import t2tvit
 from t2tvit.errors import InputError
-from tests.parity import assert_as_accurate
+from tests.support.parity import assert_as_accurate
 
 timm = pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
 optim = pytest.importorskip("timm.optim", exc_type=ImportError)

@@ -8,14 +8,16 @@ import torch
 
 from t2t_kernels import backends, library
 from t2t_kernels.token_attention import ops as contract
-from tests.kernels.test_token_attention import assert_parity
-from tests.simt import test_performer_layer as performer
-from tests.simt import test_soft_split_linear as projection
-from tests.simt import test_token_attention as common
-from tests.simt import test_transformer_layer as layer
-from tests.simt.build import HOPPER, build_host_library
-from tests.simt.mutations import build_mutated, differs
-from tests.simt.test_soft_split import name
+from tests.support.cuda import (
+    performer_layer,
+    soft_split_linear,
+    token_attention,
+    transformer_layer,
+)
+from tests.support.cuda.build import HOPPER, build_host_library
+from tests.support.cuda.mutations import build_mutated, differs
+from tests.support.kernels.token_attention import assert_parity
+from tests.support.names import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend", "hopper")
 
@@ -195,7 +197,7 @@ LAYER_SLIPS = {
 
 
 def projected_results(ops, dtype):
-    return projection.results(ops, dtype, projection.MAPS)
+    return soft_split_linear.results(ops, dtype, soft_split_linear.MAPS)
 
 
 @pytest.fixture(scope="module")
@@ -229,30 +231,35 @@ def hopper(built, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
-@pytest.mark.parametrize("case", common.CASES)
+@pytest.mark.parametrize("case", token_attention.CASES)
 def test_parity(case, dtype):
-    assert_parity(common.arguments(common.CASES[case], 1.0, dtype), 0.2, "cuda")
+    assert_parity(token_attention.arguments(token_attention.CASES[case], 1.0, dtype), 0.2, "cuda")
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_threads(built, seed):
     built[1](ctypes.c_uint64(seed))
-    assert_parity(common.arguments((2, 70, 64), 2.0, torch.bfloat16), -0.3, "cuda")
+    assert_parity(token_attention.arguments((2, 70, 64), 2.0, torch.bfloat16), -0.3, "cuda")
 
 
 def test_scores_of_minus_infinity():
-    common.test_scores_of_minus_infinity(torch.bfloat16)
+    token_attention.assert_scores_may_be_minus_infinity(torch.bfloat16)
 
 
 @pytest.mark.parametrize("which", range(3), ids="qkv")
 def test_nan_goes_where_the_reference_lets_it(which):
-    common.test_nan_goes_where_the_reference_lets_it(torch.bfloat16, which)
+    token_attention.assert_nan_goes_where_the_reference_lets_it(torch.bfloat16, which)
 
 
 RESULTS = dict(
     zip(
         OPERATIONS,
-        (common.results, layer.results, performer.results, projected_results),
+        (
+            token_attention.results,
+            transformer_layer.results,
+            performer_layer.results,
+            projected_results,
+        ),
         strict=True,
     )
 )
@@ -268,16 +275,15 @@ def test_same_sums_as_a_warp_alone(operation):
         assert not differs(RESULTS[operation], dtype, namespace=NAMESPACE)
 
 
-@pytest.mark.parametrize("case", projection.MODELS)
-def test_an_image_does_not_touch_another(cuda_on_host, case, monkeypatch):
-    monkeypatch.setattr(torch.ops, "t2t_cuda", getattr(torch.ops, NAMESPACE))
-    projection.test_an_image_does_not_touch_another(None, case)
+@pytest.mark.parametrize("case", soft_split_linear.MODELS)
+def test_an_image_does_not_touch_another(case):
+    soft_split_linear.assert_an_image_does_not_touch_another(getattr(torch.ops, NAMESPACE), case)
 
 
 @pytest.mark.parametrize("slip", SLIPS)
 def test_slip_is_noticed(built, slip):
     built[0](list(SLIPS).index(slip))
-    assert differs(common.results, torch.bfloat16, namespace=NAMESPACE)
+    assert differs(token_attention.results, torch.bfloat16, namespace=NAMESPACE)
 
 
 @pytest.mark.parametrize("slip", LAYER_SLIPS)
@@ -285,5 +291,5 @@ def test_slip_of_a_layer_is_noticed(built, slip):
     built[0](len(SLIPS) + list(LAYER_SLIPS).index(slip))
     assert any(
         differs(results, torch.bfloat16, namespace=NAMESPACE)
-        for results in (performer.results, projected_results)
+        for results in (performer_layer.results, projected_results)
     )

@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels.test_reference import performer_params, transformer_params
-from tests.simt.build import build_host_library
+from tests.support.cuda.build import build_host_library
+from tests.support.kernels.params import performer_params, transformer_params
 
 # One more than a grid's second and third dimension may have.
 IMAGES = 65536

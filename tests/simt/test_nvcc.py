@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.simt import report, sass
-from tests.simt.build import CUDA_SOURCES
+from tests.support.cuda import report, sass
+from tests.support.cuda.build import CUDA_SOURCES
 
 ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "setup.py"
@@ -184,9 +184,9 @@ def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):
 
 
 def test_table_is_what_the_compiler_reports(compiled, cuda_on_host, host_cache):
-    """In the document; ``python -m tests.simt.report`` prints what belongs there."""
+    """In the document; ``python -m tests.support.cuda.report`` prints what belongs there."""
     document = report.DOCUMENT.read_text()
     version = re.search(r"nvcc (\d+\.\d+)", document)[1]
     if report.release() != version:
         pytest.skip(f"the table is of nvcc {version}, this is {report.release()}")
-    assert report.table(host_cache) in document, "run python -m tests.simt.report"
+    assert report.table(host_cache) in document, "run python -m tests.support.cuda.report"

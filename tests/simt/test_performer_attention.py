@@ -5,10 +5,10 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels.test_performer_attention import arguments, assert_parity
-from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors
-from tests.simt.test_soft_split import name
+from tests.support.cuda.build import build_host_library
+from tests.support.cuda.mutations import build_mutated, differs, multiprocessors
+from tests.support.kernels.performer_attention import arguments, assert_parity
+from tests.support.names import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
 

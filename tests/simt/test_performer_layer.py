@@ -5,24 +5,15 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels import test_performer_layer
-from tests.kernels.test_performer_layer import assert_parity
-from tests.kernels.test_reference import performer_params
-from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors
-from tests.simt.test_soft_split import name
+from tests.support.cuda.build import build_host_library
+from tests.support.cuda.mutations import build_mutated, differs, multiprocessors
+from tests.support.cuda.performer_layer import CASES, arguments, results
+from tests.support.kernels.layouts import channels_last
+from tests.support.kernels.performer_layer import assert_parity
+from tests.support.names import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
 
-# Map, kernel_size, stride, padding, each for a path of the kernels, which take E = 64, m = 32, M = 64.
-CASES = {
-    "map": ((1, 64, 9, 8), (3, 2, 1)),
-    "image": ((2, 3, 22, 18), (7, 4, 2)),
-    "several-tiles-of-a-warp": ((3, 3, 13, 14), (3, 1, 1)),
-    "token-larger-than-shared-memory": ((1, 128, 3, 3), (5, 2, 2)),
-    "one-token": ((5, 3, 2, 2), (3, 2, 1)),
-}
-SIZES = (64, 32, 64)
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -33,24 +24,14 @@ def blocks(request):
         yield
 
 
-def arguments(case, dtype):
-    shape, split = CASES[case]
-    torch.manual_seed(len(case))
-    params = performer_params(shape[1] * split[0] ** 2, *SIZES, dtype=torch.float32)
-    params.w.mul_((SIZES[1] / SIZES[0]) ** 0.5)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    return [tensor.to(dtype) for tensor in (x, *params)], split
-
-
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case, dtype):
     tensors, split = arguments(case, dtype)
-    layout = test_performer_layer.channels_last
     # All that the gradients of a single key and query come from.
     eps = 0.1 if case == "one-token" else 0.0
-    assert_parity(tensors, split, "cuda", layout, dropout_p=0.1, seed=3, eps=eps)
+    assert_parity(tensors, split, "cuda", channels_last, dropout_p=0.1, seed=3, eps=eps)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -199,18 +180,6 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     )
     yield choose
     end()
-
-
-def results(ops, dtype):
-    """Of both operators, on a map that takes every kernel through most of its paths."""
-    tensors, split = arguments("several-tiles-of-a-warp", dtype)
-    seed, numbers = torch.tensor([5]), (*split, 1e-3, 0.25)
-    # Several slots to add.
-    with multiprocessors(3):
-        y, *sums = ops.performer_layer(*tensors, seed, *numbers)
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-        grads = ops.performer_layer_backward(grad, *tensors, seed, *sums, *numbers, True)
-    yield from (y, *sums, *grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

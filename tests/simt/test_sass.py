@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.simt.sass import faults
+from tests.support.cuda.sass import faults
 
 # A loop over two products: of rows in R8 to R11, and of weights in R12 to R15 that add to R56 to R59.
 CORRECT = """

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tests.simt.build import HERE, build_host_library
+from tests.support.cuda.build import SIMT, build_host_library
 
 # In the order of planted.cu.
 FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned", "shared"]
@@ -18,7 +18,7 @@ FAULTS += ["no-warp", "other-matrix", "off-pattern", "overwritten"]
 @pytest.fixture(scope="module")
 def run_planted(host_cache):
     """Runs planted.cu; returns whether every element was right, and the runtime's message."""
-    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run.restype = ctypes.c_char_p
 
     def run(fault: str, blocks: int = 3, threads: int = 48) -> tuple[bool, str]:
@@ -62,7 +62,7 @@ def test_too_many_threads_are_refused(run_planted):
 @pytest.fixture(scope="module")
 def run_warp(host_cache):
     """Runs planted.cu's warp; returns whether every element was right, and the runtime's message."""
-    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run_warp.restype = ctypes.c_char_p
 
     def run(fault: str) -> tuple[bool, str]:
@@ -99,7 +99,7 @@ def test_fault_of_a_warp_is_reported(run_warp, fault, expected):
 @pytest.fixture(scope="module")
 def run_group(host_cache):
     """Runs planted.cu's warpgroup; returns the results, what they should be, the message."""
-    library = ctypes.CDLL(build_host_library(host_cache, [HERE / "planted.cu"]))
+    library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run_group.restype = ctypes.c_char_p
 
     def run(fault: str) -> tuple[torch.Tensor, torch.Tensor, str]:

@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 
 import t2t_kernels  # noqa: F401  declares the operators
-from tests.simt.build import CUDA_SOURCES, build_host_library
-from tests.simt.mutations import build_mutated
+from tests.support.cuda.build import CUDA_SOURCES, build_host_library
+from tests.support.cuda.layouts import (
+    channels_of_a_wider_map,
+    every_other_pixel,
+    inside_nan,
+    misaligned,
+    nchw,
+    nhwc,
+    nhwc_misaligned,
+)
+from tests.support.cuda.mutations import build_mutated
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -47,48 +56,11 @@ def host_library(host_cache):
     return ctypes.CDLL(build_host_library(host_cache))
 
 
-def inside_nan(x, size, stride, offset=0):
-    """``x`` as a view, of the given strides, into memory that is NaN everywhere else."""
-    extent = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    memory = torch.full((max(0, extent) + 16,), torch.nan, dtype=x.dtype)
-    return memory.as_strided(size, stride, offset).copy_(x)
-
-
-def nchw(x):
-    return inside_nan(x, x.shape, x.contiguous().stride(), 8)
-
-
-def nhwc(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def nhwc_misaligned(x):
-    batch, channels, height, width = x.shape
-    stride = (channels * height * width, 1, channels * width, channels)
-    return inside_nan(x, x.shape, stride, 1)
-
-
-def channels_of_a_wider_map(x):
-    batch, channels, height, width = x.shape
-    pixel = channels + 16
-    return inside_nan(x, x.shape, (pixel * height * width, 1, pixel * width, pixel), 8)
-
-
-def every_other_pixel(x):
-    batch, channels, height, width = x.shape
-    stride = (channels * height * width * 4, height * width * 4, width * 4, 2)
-    return inside_nan(x, x.shape, stride, 3)
-
-
 LAYOUTS = [nchw, nhwc, nhwc_misaligned, channels_of_a_wider_map, every_other_pixel]
 
 
 def contiguous(grad):
     return grad.contiguous()
-
-
-def misaligned(grad):
-    return inside_nan(grad, grad.shape, grad.contiguous().stride(), 1)
 
 
 def images_apart(grad):

@@ -5,10 +5,8 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels.test_soft_split_linear import arguments, assert_parity
-from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors
-from tests.simt.test_soft_split import (
+from tests.support.cuda.build import build_host_library
+from tests.support.cuda.layouts import (
     channels_of_a_wider_map,
     every_other_pixel,
     inside_nan,
@@ -16,6 +14,14 @@ from tests.simt.test_soft_split import (
     nhwc,
     nhwc_misaligned,
 )
+from tests.support.cuda.mutations import build_mutated, differs, multiprocessors
+from tests.support.cuda.soft_split_linear import (
+    MAPS,
+    MODELS,
+    assert_an_image_does_not_touch_another,
+    results,
+)
+from tests.support.kernels.soft_split_linear import arguments, assert_parity
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -94,26 +100,9 @@ def test_small_and_large_maps(channels, split, scale):
     assert_parity(tensors, split, "cuda")
 
 
-# Channels, split, outputs.
-MODELS = {"image": (3, (7, 4, 2), 192), "map": (64, (3, 2, 1), 192)}
-
-
 @pytest.mark.parametrize("case", MODELS)
 def test_an_image_does_not_touch_another(cuda_on_host, case):
-    channels, split, outputs = MODELS[case]
-    x, *rest = arguments((3, channels, 14, 14), split, outputs, True, True, torch.bfloat16, "cpu")
-    ops = torch.ops.t2t_cuda
-    grad = torch.randn(ops.soft_split_linear(x, *rest, *split, 1e-5).shape).to(x.dtype)
-    weight, _, *norm = rest
-
-    def results():
-        y = ops.soft_split_linear(x, *rest, *split, 1e-5)
-        grad_x, *_ = ops.soft_split_linear_backward(grad, x, weight, *norm, *split, 1e-5, True)
-        return [tensor[[0, 2]] for tensor in (y, grad_x)]
-
-    alone = results()
-    x[1] = torch.nan
-    assert all(map(torch.equal, alone, results()))
+    assert_an_image_does_not_touch_another(torch.ops.t2t_cuda, case)
 
 
 @pytest.mark.usefixtures("cuda_backend")
@@ -319,31 +308,6 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     )
     yield choose
     end()
-
-
-# Maps that take every kernel through most of its paths, with the multiprocessors that make one block
-# or several of them.
-MAPS = (
-    ((2, 3, 12, 11), (3, 2, 1), 200, nchw, 1),
-    ((3, 3, 16, 14), (7, 2, 2), 64, nchw, 1),
-    ((1, 128, 5, 6), (3, 2, 1), 192, nhwc, 1),
-    ((3, 64, 9, 12), (2, 1, 1), 8, nhwc, 1),
-    ((2, 64, 9, 8), (3, 1, 1), 200, nhwc, 1),
-    ((6, 3, 17, 19), (3, 2, 1), 8, nchw, 9),
-)
-
-
-def results(ops, dtype, maps):
-    """Of both operators."""
-    for shape, split, outputs, layout, count in maps:
-        x, weight, bias, *norm = arguments(shape, split, outputs, True, True, dtype, "cpu")
-        # Moments that are not those of rounding: the elements' mean is not zero.
-        x = layout(x + 1)
-        with multiprocessors(count):
-            y = ops.soft_split_linear(x, weight, bias, *norm, *split, 1e-5)
-            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-            grads = ops.soft_split_linear_backward(grad, x, weight, *norm, *split, 1e-5, True)
-        yield from (y, *grads)
 
 
 def test_no_slip_changes_nothing(mutate):

@@ -5,29 +5,21 @@ import ctypes
 import pytest
 import torch
 
-from t2t_kernels import token_attention
-from tests.kernels.test_token_attention import assert_parity
-from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs
-from tests.simt.test_soft_split import name
+from tests.support.cuda.build import build_host_library
+from tests.support.cuda.mutations import build_mutated, differs
+from tests.support.cuda.token_attention import (
+    CASES,
+    arguments,
+    assert_nan_goes_where_the_reference_lets_it,
+    assert_scores_may_be_minus_infinity,
+    results,
+)
+from tests.support.kernels.token_attention import assert_parity
+from tests.support.names import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
 
 DTYPES = [torch.bfloat16, torch.float16]
-# B, T, E, each for a path of the kernels, which take E = 64.
-CASES = {
-    "warps-without-rows": (2, 65, 64),
-    "several-blocks-of-an-image": (2, 201, 64),
-    "part-of-a-tile": (3, 33, 64),
-    "whole-tiles": (1, 128, 64),
-    "as-many-tiles-as-stages": (1, 190, 64),
-    "one-of-each": (2, 3, 64),
-}
-
-
-def arguments(sizes, rms, dtype):
-    torch.manual_seed(sizes[1])
-    return [(torch.randn(sizes) * scale).to(dtype) for scale in (rms, rms, 1.0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -42,32 +34,15 @@ def test_any_order_of_threads(host_cache, seed):
     assert_parity(arguments((2, 70, 64), 2.0, torch.bfloat16), -0.3, "cuda")
 
 
-def attend(tensors, backend):
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    y = token_attention(*leaves, scale=0.5, backend=backend)
-    return y, *torch.autograd.grad(y.sum(), leaves)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_scores_of_minus_infinity(dtype):
-    """Keys of no weight, of which the first tile has no others, and a query that has no others."""
-    q, k, v = arguments((1, 90, 64), 1.0, dtype)
-    q[:, :, 0] = 1
-    k[:, :70, 0] = -torch.inf
-    q[:, 5] = 0
-    ours, plain = (token_attention(q, k, v, scale=0.5, backend=b) for b in ("cuda", "reference"))
-    assert torch.equal(ours.isnan(), plain.isnan()) and not ours[:, :5].isnan().any()
-    tolerance = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert_scores_may_be_minus_infinity(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("which", range(3), ids="qkv")
 def test_nan_goes_where_the_reference_lets_it(dtype, which):
-    tensors = arguments((2, 70, 64), 1.0, dtype)
-    tensors[which][1, 66, 3] = torch.nan
-    for ours, plain in zip(attend(tensors, "cuda"), attend(tensors, "reference"), strict=True):
-        assert torch.equal(ours.isnan(), plain.isnan())
+    assert_nan_goes_where_the_reference_lets_it(dtype, which)
 
 
 @pytest.mark.parametrize(
@@ -154,27 +129,6 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     )
     yield choose
     end()
-
-
-def beside_nan(tensor):
-    """The same tokens, with a token of NaN after the last one of each image."""
-    images, tokens, embed = tensor.shape
-    wider = tensor.new_full((images, tokens + 1, embed), torch.nan)
-    wider[:, :tokens] = tensor
-    return wider[:, :tokens]
-
-
-def results(ops, dtype):
-    """Of both operators, on tokens that take every kernel through most of its paths."""
-    for sizes, rms, scale in (((2, 201, 64), 2.0, 0.5), ((1, 65, 64), 1.0, -0.3)):
-        q, k, v = (beside_nan(tensor) for tensor in arguments(sizes, rms, dtype))
-        # Far below the score of a key that is not there.
-        q[0, :, 0], k[0, :, 0] = 20, -20 if scale > 0 else 20
-        y, *saved = ops.token_attention(q, k, v, scale)
-        yield from (y, *saved)
-        torch.manual_seed(0)
-        grad = torch.randn(sizes).to(dtype)
-        yield from ops.token_attention_backward(grad, q, k, v, *saved, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -5,24 +5,16 @@ import ctypes
 import pytest
 import torch
 
-from tests.kernels.test_reference import transformer_params
-from tests.kernels.test_soft_split import channels_last
-from tests.kernels.test_transformer_layer import assert_parity
-from tests.simt.build import build_host_library
-from tests.simt.mutations import build_mutated, differs, multiprocessors
-from tests.simt.test_soft_split import name
+from tests.support.cuda.build import build_host_library
+from tests.support.cuda.mutations import build_mutated, differs, multiprocessors
+from tests.support.cuda.transformer_layer import CASES, SIZES, arguments, results
+from tests.support.kernels.layouts import channels_last
+from tests.support.kernels.params import transformer_params
+from tests.support.kernels.transformer_layer import assert_parity
+from tests.support.names import name
 
 pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
 
-# Map, kernel_size, stride, padding, each for a path of the kernels, which take E = M = 64.
-CASES = {
-    "map": ((2, 64, 9, 8), (3, 2, 1)),
-    "image": ((2, 3, 22, 18), (7, 4, 2)),
-    "several-blocks-of-an-image": ((1, 4, 13, 12), (2, 1, 1)),
-    "several-blocks-of-tails": ((3, 3, 10, 11), (3, 1, 1)),
-    "one-token": ((5, 3, 2, 2), (3, 2, 1)),
-}
-SIZES = (64, 64)
 DTYPES = [torch.bfloat16, torch.float16]
 HALF, FLOAT = torch.bfloat16, torch.float32
 
@@ -32,14 +24,6 @@ def blocks(request):
     """One block and its slot, or several, of few tokens."""
     with multiprocessors(request.param):
         yield
-
-
-def arguments(case, dtype):
-    shape, split = CASES[case]
-    torch.manual_seed(len(case))
-    params = transformer_params(shape[1] * split[0] ** 2, *SIZES, dtype=torch.float32)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    return [tensor.to(dtype) for tensor in (x, *params)], split
 
 
 @pytest.mark.usefixtures("blocks")
@@ -133,16 +117,6 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
     )
     yield choose
     end()
-
-
-def results(ops, dtype):
-    """Of both operators, on maps that take every kernel through most of its paths."""
-    for case in ("several-blocks-of-tails", "map"):
-        tensors, split = arguments(case, dtype)
-        y, *saved = ops.transformer_layer(*tensors, *split, 0.3)
-        yield from (y, *saved)
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
-        yield from ops.transformer_layer_backward(grad, *tensors, *saved, *split, 0.3, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

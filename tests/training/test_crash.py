@@ -8,15 +8,22 @@ import sys
 import pytest
 
 from t2tvit.cli import main
-from tests.training.equality import assert_equal, without_times
-from tests.training.tiny import TINY, metrics_of, state_of
+from tests.support.training.equality import assert_equal, without_times
+from tests.support.training.tiny import TINY, metrics_of, state_of
 
 OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")
 
 
 def attempts(ranks, signals, output, *options):
     """What each attempt said, and how its processes ended."""
-    command = (sys.executable, "-m", "tests.training.killed", str(ranks), signals, str(output))
+    command = (
+        sys.executable,
+        "-m",
+        "tests.support.training.killed",
+        str(ranks),
+        signals,
+        str(output),
+    )
     done = subprocess.run([*command, *OFTEN, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"end {[0] * ranks}", done.stdout + done.stderr
@@ -59,7 +66,14 @@ def test_a_run_that_is_killed_or_stopped_at_random_ends_as_if_it_had_not_been(
 
 def kill_and_resume(folder, count, kind):
     """Each kill's operation, and that its run ended as the undisturbed one."""
-    command = (sys.executable, "-m", "tests.training.killed_at", str(folder), str(count), kind)
+    command = (
+        sys.executable,
+        "-m",
+        "tests.support.training.killed_at",
+        str(folder),
+        str(count),
+        kind,
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])

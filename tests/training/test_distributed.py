@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from t2tvit.cli import main
 from t2tvit.training.distributed import torchrun_store
-from tests.training.tiny import HELD_OUT, TINY, metrics_of, state_of
+from tests.support.training.tiny import HELD_OUT, TINY, metrics_of, state_of
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -101,7 +101,14 @@ def test_two_processes_learn_what_one_does_with_the_same_global_batch(tmp_path):
     rate = ("--optimizer", "momentum", "--lr", "0.05", "--min-lr", "0.01")
     options = (*TINY, "--model", "t2t_vit_t_14", *off, *rate, "--epochs", "2")
     assert main(["train", *options, "--output", str(tmp_path / "one")]) == 0
-    command = (sys.executable, "-m", "tests.training.killed", "2", "", str(tmp_path / "two"))
+    command = (
+        sys.executable,
+        "-m",
+        "tests.support.training.killed",
+        "2",
+        "",
+        str(tmp_path / "two"),
+    )
     done = subprocess.run(
         [*command, *options, "--accumulate", "2"], capture_output=True, text=True, timeout=120
     )

@@ -9,7 +9,7 @@ import pytest
 
 from t2tvit.errors import RunError
 from t2tvit.training.distributed import explained
-from tests.training.tiny import TINY
+from tests.support.training.tiny import TINY
 
 OPTIONS = ("train", *TINY, "--epochs", "2", "--workers", "1", "--checkpoint-minutes", "0")
 FAULTS = {
@@ -27,7 +27,7 @@ def alone(fault, ranks, output):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = (sys.executable, "-m", "tests.training.faults", fault, ranks)
+    command = (sys.executable, "-m", "tests.support.training.faults", fault, ranks)
     children = [
         subprocess.Popen(
             [*command, *OPTIONS, "--output", str(output)],
@@ -140,7 +140,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback_and_only_that(tmp_path):
 @pytest.mark.parametrize("fault", ["input_error", "vanished", "worker"])
 def test_under_torchrun_the_cause_is_told_once_as_well(tmp_path, fault):
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    command += ("-m", "tests.training.faults", fault, "1", *OPTIONS)
+    command += ("-m", "tests.support.training.faults", fault, "1", *OPTIONS)
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120
     )

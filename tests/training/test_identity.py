@@ -12,7 +12,7 @@ from PIL import Image
 from t2tvit.cli import main
 from t2tvit.data import open_split
 from t2tvit.training.checkpointing.states import read_state, write_state
-from tests.training.tiny import TINY, metrics_of, newest
+from tests.support.training.tiny import TINY, metrics_of, newest
 
 LITTLE = ("--batch-size", "4", "--num-classes", "2")
 

@@ -9,8 +9,8 @@ from t2tvit.training.checkpointing import RunFolder, read_about
 from t2tvit.training.checkpointing.states import read_state, state_name
 from t2tvit.training.trackers import ID_FILE
 from t2tvit.training.trainer import Trainer
-from tests.training.equality import assert_equal, without_times
-from tests.training.tiny import TINY, metrics_of, newest
+from tests.support.training.equality import assert_equal, without_times
+from tests.support.training.tiny import TINY, metrics_of, newest
 
 TOP1 = [20.0, 50.0, 30.0, 40.0, 60.0, 10.0]  # of each epoch
 one_epoch = Trainer.one_epoch

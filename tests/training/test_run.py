@@ -28,8 +28,8 @@ from t2tvit.training.pipeline import open_data, open_splits
 from t2tvit.training.randomness import rng_state, set_rng_state
 from t2tvit.training.stopping import Signals
 from t2tvit.training.trainer import Trainer
-from tests.training.equality import assert_equal, without_times
-from tests.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
+from tests.support.training.equality import assert_equal, without_times
+from tests.support.training.tiny import HELD_OUT, TINY, metrics_of, newest, state_of
 
 
 def train(output, *options) -> int:

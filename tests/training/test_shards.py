@@ -27,8 +27,8 @@ from t2tvit.training.pipeline import (
     open_splits,
     train_loader,
 )
-from tests.training.equality import assert_equal, without_times
-from tests.training.tiny import TINY, metrics_of, state_of
+from tests.support.training.equality import assert_equal, without_times
+from tests.support.training.tiny import TINY, metrics_of, state_of
 
 pytest.importorskip("webdataset")
 SIZES = {"train": (9, 12, 7, 10, 6), "val": (5, 6)}

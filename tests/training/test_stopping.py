@@ -16,8 +16,8 @@ from t2tvit.cli import main
 from t2tvit.training import pipeline
 from t2tvit.training.checkpointing import Checkpointer
 from t2tvit.training.trainer import Trainer
-from tests.training.equality import assert_equal, without_times
-from tests.training.tiny import TINY, metrics_of, newest, state_of
+from tests.support.training.equality import assert_equal, without_times
+from tests.support.training.tiny import TINY, metrics_of, newest, state_of
 
 PROMPT = 8.0  # seconds, on a busy machine; loader processes that hang took 5 each, readers for ever
 WHILE = 5.0  # seconds, until all that does not hang is done

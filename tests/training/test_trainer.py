@@ -20,7 +20,7 @@ from t2tvit.training.optimizer import build_optimizer, build_scheduler
 from t2tvit.training.pipeline import Normalize, open_data, open_splits
 from t2tvit.training.randomness import seed_everything
 from t2tvit.training.trainer import Trainer
-from tests.training.equality import assert_equal
+from tests.support.training.equality import assert_equal
 
 WORLD = World(0, 1, torch.device("cpu"))
 CONFIG = RunConfig(

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2tvit.cli import main
-from tests.training.tiny import metrics_of
+from tests.support.training.tiny import metrics_of
 
 SHARED = (
     *("--config", "digits", "--num-classes", "none", "--workers", "0", "--warmup-epochs", "0"),

@@ -1,6 +1,6 @@
 """Trains in child processes and ends them at random moments; imports once, then forks.
 
-Usage: python -m tests.training.killed RANKS SIGNALS OUTPUT OPTION...
+Usage: python -m tests.support.training.killed RANKS SIGNALS OUTPUT OPTION...
 SIGNALS end one attempt each: "KILL" all its processes, any other only the last rank's and its
 workers. Prints each attempt's exit statuses; the last is left to finish.
 """
@@ -17,7 +17,7 @@ import torch
 
 from t2tvit.cli import main
 from t2tvit.training import inference, run  # noqa: F401  imported before the fork
-from tests.training.tiny import TINY
+from tests.support.training.tiny import TINY
 
 HANGS = 60.0  # seconds without a new checkpoint
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from tests.simt.build import CUDA_SOURCES, build_host_library
+from tests.support.cuda.build import CUDA_SOURCES, build_host_library
 
 NAMESPACE = "t2t_mutated"
 

@@ -1,4 +1,4 @@
-"""Builds CUDA sources as plain C++ that runs on the CPU; see ``simt.cpp``."""
+"""Builds CUDA sources as plain C++ that runs on the CPU; see ``tests/simt/simt.cpp``."""
 
 import hashlib
 import os
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
-CUDA_SOURCES = HERE.parents[1] / "csrc" / "cuda"
+ROOT = Path(__file__).parents[3]
+# The runtime and the stand-ins for headers of CUDA.
+SIMT = ROOT / "tests" / "simt"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__path__[0])
 
 COMPILER = [
@@ -29,7 +31,7 @@ COMPILER = [
     "-fsanitize=alignment",
     "-DT2T_CUDA_ON_CPU",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    f"-I{HERE / 'include'}",
+    f"-I{SIMT / 'include'}",
     f"-isystem{TORCH / 'include'}",
 ]
 LINKER = ["-shared", f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
@@ -53,7 +55,7 @@ def build_host_library(
     """
     if sources is None:
         sources = sorted(CUDA_SOURCES.glob("*.cu"))
-    folders = {source.parent for source in sources} | {HERE, HERE / "include"}
+    folders = {source.parent for source in sources} | {SIMT, SIMT / "include"}
     digest = hashlib.sha256(repr((COMPILER, options, LINKER, torch.__version__)).encode())
     for path in sorted(path for folder in folders for path in folder.glob("*.[ch]*")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -65,7 +67,7 @@ def build_host_library(
 
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         units = [
-            (source, Path(folder) / f"{source.stem}.o") for source in (*sources, HERE / "simt.cpp")
+            (source, Path(folder) / f"{source.stem}.o") for source in (*sources, SIMT / "simt.cpp")
         ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             command = (*options, "-x", "c++", "-c")

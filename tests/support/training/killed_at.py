@@ -1,6 +1,6 @@
 """Kills tiny runs at file operations, each in a folder of its own, and resumes each with --resume auto.
 
-Usage: python -m tests.training.killed_at FOLDER COUNT KIND
+Usage: python -m tests.support.training.killed_at FOLDER COUNT KIND
 
 KIND is how the run starts: "new", "moved" (from a state of another folder) or "older" (from an older
 state of its own folder). COUNT operations are taken, spread over their kinds and files. The
@@ -22,7 +22,7 @@ import torch
 
 from t2tvit.cli import main
 from t2tvit.training import inference, run  # noqa: F401  imported before the fork
-from tests.training.tiny import TINY
+from tests.support.training.tiny import TINY
 
 OPTIONS = (*TINY, "--epochs", "2", "--checkpoint-minutes", "0", "--keep-checkpoints", "8")
 EVENTS = {"os.rename": "rename", "os.remove": "unlink", "os.mkdir": "mkdir"}

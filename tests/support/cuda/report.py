@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels, and what a multiprocessor can hold of them.
 
-``python -m tests.simt.report`` prints the table of ``DOCUMENT``. Registers and static shared
+``python -m tests.support.cuda.report`` prints the table of ``DOCUMENT``. Registers and static shared
 memory are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
 without running them.
 """
@@ -22,8 +22,8 @@ from torch.utils import cpp_extension
 
 import t2t_kernels  # noqa: F401  declares the operators
 from t2t_kernels.backends import OPERATIONS
-from tests.kernels.test_reference import performer_params, transformer_params
-from tests.simt.build import CUDA_SOURCES, TORCH, build_host_library
+from tests.support.cuda.build import CUDA_SOURCES, TORCH, build_host_library
+from tests.support.kernels.params import performer_params, transformer_params
 
 NVCC = shutil.which("nvcc") or (
     cpp_extension.CUDA_HOME and Path(cpp_extension.CUDA_HOME, "bin/nvcc")
@@ -40,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The models' sizes.
 SIZES = {"E": 64, "m": 32, "M": 64}
 # Where the table is.
-DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "gpu.md"
 
 
 def release() -> str:

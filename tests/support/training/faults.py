@@ -1,6 +1,6 @@
 """``t2tvit`` with a fault in the first update of some ranks.
 
-Usage: python -m tests.training.faults FAULT RANK,... ARGUMENT...
+Usage: python -m tests.support.training.faults FAULT RANK,... ARGUMENT...
 """
 
 import multiprocessing

@@ -1,8 +1,8 @@
 """Compile the Triton kernels ahead of time, as the launchers launch them, for GPUs that are not here.
 
-``python -m tests.kernels.compiled 90 call ...`` calls launchers on tensors without storage at the real
+``python -m tests.support.triton.compiled 90 call ...`` calls launchers on tensors without storage at the real
 shapes (``real_calls``), records the launches, compiles each as the JIT would have and prints what the
-assembler reports, a line of JSON per call. ``python -m tests.kernels.compiled`` does so for the calls in TABLED and every architecture and prints the table of ``docs/kernels.md``, in minutes. It
+assembler reports, a line of JSON per call. ``python -m tests.support.triton.compiled`` does so for the calls in TABLED and every architecture and prints the table of ``docs/kernels.md``, in minutes. It
 needs a process outside of Triton's interpreter.
 """
 
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 import t2t_kernels  # noqa: F401  registers every launcher's operators
 from t2t_kernels import _triton
-from tests.kernels.real_calls import CALLS
+from tests.support.triton.real_calls import CALLS
 
 TYPES = {
     torch.float32: "fp32",

@@ -1,0 +1,7 @@
+"""Names of parameters in the ids of tests."""
+
+import torch
+
+
+def name(value):
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.__name__
