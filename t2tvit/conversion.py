@@ -38,12 +38,12 @@ def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
         load_checkpoint(model, path)
         return model, about
     if "model" not in options:
-        raise InputError(f"{path} does not say what model it is; give --model")
+        raise InputError(f"{path} does not name its model; give --model")
     _, state = read_state_dict(path, warn=False)
     config = resolve(None, sizes(state) | options)
     has_head = any(name.startswith("head.") for name in state)
     if not has_head and "num_classes" in options:
-        raise InputError(f"--num-classes: {path} has no head; leave it out")
+        raise InputError(f"--num-classes: {path} has no head; remove the option")
     classes = 1000 if has_head else 0
     model = build_model(config.model, config.create_args(classes, channels(state)), "auto")
     load_checkpoint(model, path, new_head=False)
@@ -56,7 +56,7 @@ def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
 def refuse(options: dict, source: str) -> None:
     for name in options:
         option = "--" + name.replace("_", "-")
-        raise InputError(f"{option}: {source} says itself what it is; leave it out")
+        raise InputError(f"{option}: {source} itself says what it is; remove the option")
 
 
 def sizes(state: dict) -> dict:

@@ -102,9 +102,9 @@ class Collate:
     "source, options, message",
     [
         ("gone.safetensors", {}, "does not exist"),
-        ("bare.pth", {}, "does not say what model it is; give --model"),
+        ("bare.pth", {}, "does not name its model; give --model"),
         ("bare.pth", dict(model="t2t_vit_8"), "did you mean"),
-        ("best.safetensors", dict(model="t2t_vit_7"), "says itself that it is t2t_vit_7"),
+        ("best.safetensors", dict(model="t2t_vit_7"), "itself says that it is t2t_vit_7"),
         ("best.safetensors", dict(model_args={}), "model_args: accepted only together with model"),
         ("best.safetensors", dict(device="cuda:77"), "device: got 'cuda:77'"),
         ("best.safetensors", dict(device="gpu"), "device: got 'gpu'"),

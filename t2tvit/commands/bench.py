@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.run is not None:
         about = read_about(arguments.run / BEST_FILE)
         if about is None:
-            raise InputError(f"{arguments.run / BEST_FILE} does not say what model it is")
+            raise InputError(f"{arguments.run / BEST_FILE} does not name its model")
         config, num_classes = from_dict(about.config, overrides), about.create_args["num_classes"]
     else:
         config = resolve(

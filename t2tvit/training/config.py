@@ -1,9 +1,9 @@
-"""The one schema of a run: keys, defaults, bounds, help; YAML and the command line fill it.
+"""The schema of a run: keys, defaults, bounds and help, for YAML files and the command line.
 
-The keys are grouped into one dataclass per component of the trainer; its properties derive values from
+The keys are grouped into one dataclass per component of the trainer; properties derive values from
 them.
 
-Precedence, weakest first: the defaults here, the YAML file's ``base``, the YAML file, the command
+Precedence, lowest first: the defaults here, the YAML file's ``base``, the YAML file, the command
 line.
 """
 
@@ -23,19 +23,19 @@ from t2tvit.files import read_text
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 MOST_VALUES = 100_000  # in a YAML file
-WARMUP_SHARE = 5  # of the epochs, where the warm-up would be longer than the run
+WARMUP_SHARE = 5  # one fifth of the epochs, if the warm-up would be longer than the run
 BACKEND_CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 # Modes of torch.compile in which a replay reuses the memory of the gradients (pytorch/pytorch#169545).
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-# The policies that timm reads; it ignores a section without a number, and so a mistyped one.
+# The policies that timm supports. It ignores sections without a number, so it would ignore a typo.
 NUMBER = r"\d+(\.\d*)?"
 POLICY = re.compile(
     rf"rand(-([mn]\d{{1,3}}|p{NUMBER}|mstd{NUMBER}|mmax\d{{1,3}}|inc[01]|t\w*))*"
     rf"|augmix(-([mwd]\d{{1,2}}|a{NUMBER}|b[01]|mstd{NUMBER}))*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})*"
 )
-ADAPTIVE = ("ada", "lamb")  # parts of the names of optimisers that adapt to the gradient's size
-# Arguments of create_model that model_args may not hold, and what sets them.
+ADAPTIVE = ("ada", "lamb")  # in the names of optimisers that adapt to the gradient's size
+# Arguments of create_model that are not allowed in model_args, and the option that sets them.
 ELSEWHERE = {
     "img_size": "--img-size",
     "num_classes": "--num-classes",
@@ -54,10 +54,10 @@ def key(
     metavar: str | None = None,
     bare: object = None,
 ):
-    """A key of the schema: its default, help, and what values it takes beyond its type.
+    """A key of the schema: its default, its help, and restrictions of its value.
 
-    ``bounds`` are the smallest and the largest number allowed, None for no upper bound. ``bare`` is
-    the value of the option without an argument.
+    ``bounds`` are the smallest and the largest allowed number; None means no upper bound. ``bare`` is
+    the value of the option if it is given without an argument.
     """
     metadata = {
         "help": help,
@@ -73,39 +73,43 @@ def key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and how they become inputs."""
+    """The source of the images and their preprocessing."""
 
     data: str = key(
         "digits",
-        "what to train on: digits (1,797 real handwritten digits, built in; digits:01234 for some of "
-        "them), cifar10[:PATH] or cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
+        "training data: digits (1,797 real handwritten digits, built in; digits:01234 for some "
+        "classes), cifar10[:PATH] or cifar100[:PATH] (local files, python or binary version; PATH defaults to ./data), "
         "imagefolder:PATH (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg), webdataset:PATH (a "
-        "folder of tar shards, or their names with {split} in them, streamed), timm:NAME[:PATH] "
-        "(a data set of timm with random access, such as timm:hfds/OWNER/NAME), "
+        "folder of tar shards, or a pattern of their names with {split}), timm:NAME[:PATH] "
+        "(a dataset of timm with random access, such as timm:hfds/OWNER/NAME), "
         "synthetic[:IMAGES] (random images and labels)",
         metavar="SOURCE",
     )
     img_size: int | tuple[int, int] = key(
         224, "side of the square input, or height and width, in pixels", bounds=(16, 16384)
     )
-    workers: int = key(4, "loader processes per rank; 0 loads in the main one", bounds=(0, 1024))
+    workers: int = key(
+        4, "loader processes per rank; 0: load in the main process", bounds=(0, 1024)
+    )
     max_unreadable: int = key(
         10,
-        "training images that may be missing or damaged before the run ends; each is named, and "
-        "the next image replaces it. Held-out images must all be readable",
+        "how many training images may be missing or damaged before the run ends; each is logged and "
+        "replaced by the next image. Held-out images must all be readable",
         bounds=(0, None),
     )
     interpolation: str = key(
-        "bicubic", "how images are resized", choices=("nearest", "bilinear", "bicubic")
+        "bicubic", "interpolation for resizing", choices=("nearest", "bilinear", "bicubic")
     )
     crop_pct: float = key(
-        0.9, "evaluation: share of the resized image that is kept", bounds=(0.05, 1)
+        0.9, "evaluation: side of the centre crop, relative to the resized image", bounds=(0.05, 1)
     )
     mean: tuple[float, ...] | None = key(
-        None, "per channel, of values in [0, 1]; none: the data's own", bounds=(0, 1)
+        None, "mean per channel, of values in [0, 1]; none: that of the data", bounds=(0, 1)
     )
     std: tuple[float, ...] | None = key(
-        None, "per channel, of values in [0, 1]; none: the data's own", bounds=(0.001, None)
+        None,
+        "standard deviation per channel, of values in [0, 1]; none: that of the data",
+        bounds=(0.001, None),
     )
 
     @property
@@ -116,10 +120,10 @@ class DataConfig:
     def statistics(
         self, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel: those configured, else ``mean`` and ``std``.
+        """Mean and standard deviation per channel: the configured ones, else ``mean`` and ``std``.
 
         Raises:
-            InputError: those configured are of another number of channels.
+            InputError: The configured ones have another number of channels.
         """
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -135,49 +139,51 @@ class AugmentationConfig:
     """Random changes of training images and targets."""
 
     crop_scale: tuple[float, float] = key(
-        (0.08, 1.0), "area of a random crop, least and most", bounds=(0, 1)
+        (0.08, 1.0), "area of a random crop, minimum and maximum", bounds=(0, 1)
     )
     crop_ratio: tuple[float, float] = key(
         (0.75, 1.3333),
-        "width / height of a random crop, least and most",
+        "width / height of a random crop, minimum and maximum",
         bounds=(0.1, None),
     )
     crop_padding: int | None = key(
         None,
-        "instead of a crop of random area: resize to the input, pad by so many pixels, crop at "
-        "random; none: off",
+        "instead of a crop of random area: resize to the input size, pad by this many pixels, crop "
+        "at random; none: off",
         bounds=(1, 16384),
     )
     repeated_augmentation: int = key(
         1,
-        "how often an image occurs in the batches of an update, each time augmented anew; an epoch "
-        "then sees that part of the images",
+        "how often an image occurs in an update, each time with new augmentation; an epoch of N "
+        "repetitions covers 1/N of the images",
         bounds=(1, 1000),
     )
-    hflip: float = key(0.5, "probability of mirroring", bounds=(0, 1))
+    hflip: float = key(0.5, "probability of a horizontal flip", bounds=(0, 1))
     color_jitter: float = key(
         0.0, "strength of brightness, contrast and saturation jitter", bounds=(0, None)
     )
     auto_augment: str | None = key(
         None,
-        "a policy of timm, such as rand-m9-mstd0.5-inc1; none: no policy",
+        "a policy of timm, such as rand-m9-mstd0.5-inc1; none: off",
         metavar="POLICY",
     )
-    random_erasing: float = key(0.0, "probability of erasing a rectangle (noise)", bounds=(0, 1))
-    mixup: float = key(0.0, "Beta parameter of mixup; 0: off", bounds=(0, None))
-    cutmix: float = key(0.0, "Beta parameter of cutmix; 0: off", bounds=(0, None))
-    mixup_switch: float = key(0.5, "with both on, the share of cutmix", bounds=(0, 1))
+    random_erasing: float = key(
+        0.0, "probability of replacing a rectangle with noise", bounds=(0, 1)
+    )
+    mixup: float = key(0.0, "alpha of mixup; 0: off", bounds=(0, None))
+    cutmix: float = key(0.0, "alpha of cutmix; 0: off", bounds=(0, None))
+    mixup_switch: float = key(0.5, "probability of cutmix if mixup is on too", bounds=(0, 1))
     smoothing: float = key(0.1, "label smoothing", bounds=(0, 0.99))
 
     def check(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
             least, most = getattr(self, name)
             if least > most:
-                raise InputError(f"{name}: got {least:g} {most:g}, expected least before most")
+                raise InputError(f"{name}: got {least:g} {most:g}, expected the minimum first")
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix is on, which needs an even number of images."""
+        """Whether mixup or cutmix is on; both need an even number of images."""
         return bool(self.mixup or self.cutmix)
 
 
@@ -188,19 +194,19 @@ class ModelConfig:
     model: str = key("t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
     model_args: dict = key({}, "further arguments of create_model, such as embed_dim=128 depth=4")
     num_classes: int | None = key(
-        None, "outputs of the head; none: the data's", bounds=(1, 1_000_000)
+        None, "outputs of the head; none: the classes of the data", bounds=(1, 1_000_000)
     )
-    drop_path: float = key(0.1, "rate of stochastic depth", bounds=(0, 0.99))
+    drop_path: float = key(0.1, "stochastic depth rate", bounds=(0, 0.99))
     initial_checkpoint: str | None = key(
         None,
-        "weights to start from, .safetensors or .pth(.tar); positions are resized, a head of other "
-        "classes starts afresh",
+        "weights to start from, .safetensors or .pth(.tar); position embeddings are resized, and a "
+        "head for other classes is initialised anew",
         metavar="FILE",
     )
     fused_kernels: str = key(
         "auto",
-        "who computes the tokens-to-token module; auto takes the first backend that can, any other "
-        "name is used or refused with the reason",
+        "backend of the tokens-to-token module; auto: the first one that is available. A named "
+        "backend that cannot run is an error",
         choices=BACKEND_CHOICES,
         bare="auto",
     )
@@ -208,12 +214,12 @@ class ModelConfig:
     def check(self) -> None:
         for name, setter in ELSEWHERE.items():
             if name in self.model_args:
-                raise InputError(f"model_args: {name} is set by {setter}; leave it out here")
+                raise InputError(f"model_args: {name} is set by {setter}; remove it here")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An update: optimiser, learning rates, batch, precision, and skipping if it fails."""
+    """An update: optimiser, learning rates, batch, precision, and non-finite losses."""
 
     optimizer: str = key(
         "adamw",
@@ -223,34 +229,34 @@ class OptimizerConfig:
     lr: float = key(1e-3, "peak learning rate, for the global batch", bounds=(0, None))
     auto_lr: bool = key(
         False,
-        "scale every learning rate with the global batch: by batch_size / lr_batch_size, or its "
-        "square root for optimisers that adapt to the gradient's size (ada..., lamb)",
+        "scale all learning rates by batch_size / lr_batch_size, or by its square root for "
+        "optimisers that adapt to the gradient's size (ada..., lamb)",
     )
     lr_batch_size: int = key(
         512, "the global batch that the learning rates are meant for", bounds=(1, None)
     )
     backbone_lr_scale: float = key(
         1.0,
-        "learning rate of all but the head, as a share of lr: small for weights to be kept, 0 "
-        "for a frozen backbone",
+        "learning rate of everything except the head, relative to lr: small for pretrained weights, "
+        "0 for a frozen backbone",
         bounds=(0, None),
     )
     layer_decay: float | None = key(
         None,
-        "learning rate of each layer over that of the next one towards the head; none: off",
+        "learning rate of each layer, relative to that of the next one towards the head; none: off",
         bounds=(0.01, 1),
     )
     weight_decay: float = key(
         0.03, "not applied to biases, 1-D parameters and the class token", bounds=(0, None)
     )
-    momentum: float = key(0.9, "of SGD and the like", bounds=(0, 1))
+    momentum: float = key(0.9, "momentum of SGD and similar optimisers", bounds=(0, 1))
     batch_size: int = key(
         512,
-        "images per update over all ranks together: the recipe stays the same on any GPU count "
-        "(rounded down, with a warning, where their number does not divide it)",
+        "images per update over all ranks, so a recipe is the same on any number of GPUs (rounded "
+        "down, with a warning, if their number does not divide it)",
         bounds=(1, None),
     )
-    clip_grad: float | None = key(None, "largest gradient norm; none: off", bounds=(1e-6, None))
+    clip_grad: float | None = key(None, "maximum gradient norm; none: off", bounds=(1e-6, None))
     amp: str = key(
         "bfloat16",
         "autocast dtype; float16 scales the loss",
@@ -258,15 +264,15 @@ class OptimizerConfig:
     )
     max_skipped: int = key(
         20,
-        "updates in a row that are skipped for a loss or gradient that is not finite, before the "
-        "run ends and keeps the batch",
+        "how many updates in a row are skipped because the loss or gradient is not finite, before "
+        "the run ends and saves the batch",
         bounds=(0, None),
     )
 
     def check(self) -> None:
         if self.layer_decay is not None and self.backbone_lr_scale != 1:
             raise InputError(
-                f"layer_decay: got {self.layer_decay:g} beside backbone_lr_scale "
+                f"layer_decay: got {self.layer_decay:g} together with backbone_lr_scale "
                 f"{self.backbone_lr_scale:g}; use one of them"
             )
 
@@ -293,28 +299,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Options that save time or memory without changing what is computed, and profiling."""
+    """Options that save time or memory without changing the result, and profiling."""
 
     accumulate: int = key(
         1,
-        "pieces in which a process's images of an update go through the model, one after the other "
-        "to save memory; their gradients add up to those of the whole",
+        "number of pieces into which a process's share of a batch is split to save memory; their "
+        "gradients are added up",
         bounds=(1, None),
     )
     compile: str = key(
         "none",
-        "torch.compile of the whole model, by this mode; reduce-overhead replays CUDA graphs and "
-        "helps where the GPU waits for the host",
+        "torch.compile the whole model in this mode; reduce-overhead replays CUDA graphs and helps "
+        "if the GPU waits for the host",
         choices=("none", "default", "reduce-overhead", "max-autotune"),
         bare="default",
     )
     channels_last: bool = key(False, "channels-last memory format of images and weights")
     grad_checkpointing: bool = key(
-        False, "compute the blocks again in the backward pass, to save memory"
+        False, "recompute the blocks in the backward pass, to save memory"
     )
     profile: int = key(
         0,
-        "updates to profile, from the sixth on; writes a trace and a summary; 0: off",
+        "number of updates to profile, from the sixth on; writes a trace and a summary; 0: off",
         bounds=(0, None),
         bare=10,
     )
@@ -323,7 +329,7 @@ class SpeedConfig:
         if self.accumulate > 1 and self.compile in CUDA_GRAPHS:
             raise InputError(
                 f"accumulate: got {self.accumulate} with compile {self.compile}, whose CUDA graphs "
-                "overwrite the gradients of the piece before; use --compile default, or --accumulate 1"
+                "overwrite earlier gradients; use --compile default, or --accumulate 1"
             )
 
 
@@ -333,15 +339,15 @@ class ScheduleConfig:
 
     epochs: int = key(
         300,
-        "epochs of the cosine schedule, warm-up included: all that the run trains, unless "
-        "cooldown_epochs adds some (imagenet/MODEL adds 10)",
+        "epochs of the cosine schedule, including warm-up; cooldown_epochs are added to them "
+        "(10 in imagenet/MODEL)",
         bounds=(1, None),
     )
     warmup_epochs: int = key(10, "epochs of linear warm-up", bounds=(0, None))
     warmup_lr: float = key(1e-6, "learning rate at the first update", bounds=(0, None))
     min_lr: float = key(1e-5, "learning rate at the end", bounds=(0, None))
     cooldown_epochs: int = key(
-        0, "further epochs at min_lr, after those of --epochs", bounds=(0, None)
+        0, "additional epochs at min_lr, after those of --epochs", bounds=(0, None)
     )
 
 
@@ -351,42 +357,44 @@ class AverageConfig:
 
     ema_decay: float | None = key(
         0.99996,
-        "decay of the averaged weights, which are the ones evaluated and kept; none: no average",
+        "decay of the averaged weights, which are evaluated and saved; none: no average",
         bounds=(0, 1),
     )
     ema_warmup_power: float = key(
         0.8,
-        "the decay grows as 1 - (1 + update)^-power up to ema_decay, so that short runs do not "
-        "evaluate their random start",
+        "the decay grows as 1 - (1 + update)^-power up to ema_decay, so that the average of a short "
+        "run does not contain its random initial weights",
         bounds=(0.1, 1),
     )
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What a run saves and reports, its seed and its device."""
+    """Saved states, reports, seed and device of a run."""
 
     checkpoint_minutes: float = key(
         10.0,
-        "the training state is written after each epoch, and when this long has passed since; "
-        "0: after every update",
+        "minutes between training states, which are also written after each epoch; 0: after every "
+        "update",
         bounds=(0, None),
     )
     keep_checkpoints: int = key(
-        2, "training states to keep; a damaged one gives way to the one before", bounds=(1, None)
+        2,
+        "how many training states to keep; if one is damaged, an older one is used",
+        bounds=(1, None),
     )
     tensorboard: bool = key(False, "also write the metrics for TensorBoard")
     wandb: str | None = key(
         None,
         "also send the metrics to this project of Weights & Biases (pip install wandb; "
-        "WANDB_MODE=offline keeps them here); none: off",
+        "WANDB_MODE=offline keeps them local); none: off",
         metavar="PROJECT",
     )
-    seed: int = key(0, "of weights, order, augmentation and dropout", bounds=(0, 2**32 - 1))
-    device: str = key("auto", "auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = key(0, "seed of weights, order, augmentation and dropout", bounds=(0, 2**32 - 1))
+    device: str = key("auto", "auto: CUDA if available", choices=("auto", "cpu", "cuda"))
 
 
-# The parts of a RunConfig by the titles of their groups in --help, in the order of the keys.
+# The parts of a RunConfig by their titles in --help, in the order of the keys.
 PARTS = {
     "data": DataConfig,
     "augmentation": AugmentationConfig,
@@ -411,7 +419,7 @@ class RunConfig(
     AugmentationConfig,
     DataConfig,
 ):
-    """Everything that decides what a run computes. Every key is also a command-line option.
+    """The complete configuration of a run. Every key is also a command-line option.
 
     It inherits from every part, so a function that needs one part, such as an
     :class:`OptimizerConfig`, accepts a RunConfig.
@@ -425,13 +433,13 @@ class RunConfig(
         if self.mixes and self.batch_size % 2:
             raise InputError(
                 f"batch_size: got {self.batch_size}, mixup and cutmix need an even number; change "
-                "it or set both to 0"
+                "it, or set both to 0"
             )
         for part in (AugmentationConfig, OptimizerConfig, SpeedConfig, ModelConfig):
             part.check(self)
 
     def create_args(self, num_classes: int, channels: int) -> dict:
-        """The arguments of ``create_model``; the data's ``num_classes`` count if no key sets them."""
+        """The arguments of ``create_model``; the data's ``num_classes`` are used if no key sets them."""
         return {
             "img_size": list(self.size),
             "num_classes": self.num_classes or num_classes,
@@ -452,15 +460,14 @@ class RunConfig(
             images -= images % 2
         if images == 0:
             raise InputError(
-                f"batch_size: got {self.batch_size} for {processes} processes, which leaves none "
-                "for each; raise it"
+                f"batch_size: got {self.batch_size}, too few for {processes} processes; raise it"
             )
         return images
 
     def fitted(self, images: int) -> tuple["RunConfig", list[str]]:
-        """The configuration for so many training images, and a log line for each key that changes.
+        """The configuration adapted to the number of training images, and a log line per change.
 
-        A batch is at most all images, and the warm-up is shorter than the run.
+        A batch has at most all images, and the warm-up is shorter than the run.
         """
         config, lines = self, []
         if self.batch_size > images:
@@ -499,7 +506,7 @@ def resolve(source: str | Path | None, overrides: dict[str, object]) -> RunConfi
     """The configuration of a YAML file or packaged name (None: the defaults) with overrides.
 
     Raises:
-        InputError: an unknown file or key, a value of the wrong type or out of bounds.
+        InputError: A file or key is unknown, or a value has the wrong type or is out of bounds.
     """
     values = read_yaml(source) if source is not None else {}
     return from_dict(values, overrides, str(source))
@@ -522,14 +529,14 @@ def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored
 
 
 def packaged_names() -> list[str]:
-    """Names that ``--config`` takes besides a path."""
+    """Names that ``--config`` accepts besides a path."""
     return sorted(
         path.relative_to(PACKAGED).with_suffix("").as_posix() for path in PACKAGED.rglob("*.yaml")
     )
 
 
 def read_yaml(source: str | Path, including: tuple[Path, ...] = ()) -> dict[str, object]:
-    """The keys of a YAML file, or packaged config, over those of its ``base``."""
+    """The keys of a YAML file or packaged config, including those of its ``base``."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = PACKAGED / f"{source}.yaml"
@@ -553,17 +560,19 @@ def read_yaml(source: str | Path, including: tuple[Path, ...] = ()) -> dict[str,
     if not isinstance(base, str):
         raise InputError(f"config {path}: base: got {base!r}, expected text")
     if path in including:
-        raise InputError(f"config {path}: its base leads back to itself")
+        raise InputError(
+            f"config {path}: it is its own base, directly or indirectly; remove the cycle"
+        )
     if Path(base).suffix in (".yaml", ".yml"):
         base = path.parent / base
     return read_yaml(base, (*including, path)) | values
 
 
 def load_yaml(text: str) -> object:
-    """``yaml.safe_load``, but a key that is there twice is an error, as YAML has it.
+    """``yaml.safe_load``, but a duplicate key is an error, as the YAML standard says.
 
     Raises:
-        ValueError: the text is not YAML, nested too deeply, or too large with its aliases expanded.
+        ValueError: The text is not YAML, nested too deeply, or too large with its aliases expanded.
     """
     import yaml
 
@@ -585,13 +594,13 @@ def load_yaml(text: str) -> object:
         if node is None:
             return None
         if _expanded(node, {}) > MOST_VALUES:
-            raise ValueError(f"with its aliases it has more than {MOST_VALUES:,} values")
+            raise ValueError(f"with aliases expanded it has more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (AttributeError, KeyError) as error:  # PyYAML's of a tag that does not fit its text
+    except (AttributeError, KeyError) as error:  # from PyYAML, for a tag that does not fit its text
         raise ValueError(f"a value does not fit its tag ({error})") from None
     finally:
         if loader is not None:
@@ -599,9 +608,9 @@ def load_yaml(text: str) -> object:
 
 
 def _expanded(node, known: dict[int, float]) -> float:
-    """The values in a YAML node, those of an alias counted wherever it is used."""
+    """The number of values in a YAML node; an alias counts wherever it is used."""
     if id(node) not in known:
-        known[id(node)] = math.inf  # an alias of what contains it
+        known[id(node)] = math.inf  # for an alias of a node that contains it
         inside = node.value if isinstance(node.value, list) else ()
         parts = itertools.chain(*(each if isinstance(each, tuple) else (each,) for each in inside))
         known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
@@ -609,10 +618,10 @@ def _expanded(node, known: dict[int, float]) -> float:
 
 
 def convert(name: str, value: object, source: str) -> object:
-    """``value``, from YAML or from the command line, as the schema's type for ``name``.
+    """``value`` from YAML or the command line, converted to the schema's type for ``name``.
 
     Raises:
-        InputError: it is of the wrong type or out of bounds; ``source`` names its place in the message.
+        InputError: It has the wrong type or is out of bounds. The message begins with ``source``.
     """
     hint, rules = HINTS[name], KEYS[name].metadata
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -640,7 +649,7 @@ def convert(name: str, value: object, source: str) -> object:
 
 
 def check_bounds(value: object, bounds: tuple[float, float | None], source: str) -> None:
-    """Raise an InputError unless a number, or each of several, is within ``bounds``."""
+    """Raise an InputError unless a number, or each number of a tuple, is within ``bounds``."""
     least, most = bounds
     for number in value if isinstance(value, tuple) else (value,):
         if number < least or (most is not None and number > most):
@@ -656,7 +665,7 @@ def _as(kind, value):
             raise TypeError
         return value
     if kind is float or kind is int:
-        # YAML 1.1 reads 1e-3 as a string, so text that is a number counts as one.
+        # YAML 1.1 reads 1e-3 as a string, so accept text that is a number.
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun says, the few collectives a run needs, who reports errors."""
+"""One process or many: torchrun's variables, collectives, and which process reports an error."""
 
 import contextlib
 import itertools
@@ -19,16 +19,16 @@ from t2t_kernels import BackendUnavailable
 from t2tvit.errors import InputError, OneRankError, RunError, SaidElsewhere
 from t2tvit.terminal import printable
 
-REPORTED = (InputError, RunError, BackendUnavailable)  # with one line, by the command line
-# What PyTorch says if the CPU's memory is full, or the one that loader processes share.
+REPORTED = (InputError, RunError, BackendUnavailable)  # in one line, by the command line
+# PyTorch's messages if the CPU's memory is full, or the memory that loader processes share.
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NO_SHARED_MEMORY = re.compile(r"unable to \w+ .{0,40}</torch_\w+>: [\w ]+")
-PATIENCE = 5.0  # seconds, for another process to say why it ends
+PATIENCE = 5.0  # seconds, for another process to report why it ends
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, and the device it computes on."""
+    """The rank of this process, the number of processes, and the device of this process."""
 
     rank: int
     size: int
@@ -40,7 +40,7 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, on rank 0 only; newlines and the like in ``text`` are escaped."""
+        """Print a line, on rank 0 only; control characters in ``text`` are escaped."""
         if self.is_main:
             print(printable(text), flush=True)
 
@@ -71,14 +71,14 @@ class World:
         return values
 
     def check_same(self, values: dict[str, object]) -> None:
-        """Raise an InputError on every rank unless all have the same ``values``, a dict by name."""
+        """Raise an InputError on every rank unless all ranks have the same ``values`` (name → value)."""
         every = self.gather(values)
         for rank, name in itertools.product(range(self.size), values):
             own, first = every[rank][name], every[0][name]
             if own != first:
                 raise InputError(
                     f"{name}: process {rank} has {str(own)[:200]}, process 0 has {str(first)[:200]}; give "
-                    "every process the same command, with an output on a file system that all share"
+                    "every process the same command, with an output on a shared file system"
                 )
 
     def sum(self, values: Tensor) -> Tensor:
@@ -94,19 +94,19 @@ class World:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every rank rank 0's buffers, such as batch norm's statistics, which are the ones kept."""
+        """Broadcast rank 0's buffers, such as the statistics of batch norm, which are the saved ones."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def attributed(self, error: Exception) -> Exception:
-        """What this process raises for ``error``, so that only one process reports the cause."""
+        """The exception to raise for ``error``, so that only one process reports the cause."""
         if isinstance(error, SaidElsewhere):
             return error
         if is_lost_connection(error):
             return self._lost()
         text = str(error)
-        with contextlib.suppress(RuntimeError):  # the store has gone with its process
+        with contextlib.suppress(RuntimeError):  # the process with the store has ended
             self.store.set("cause", text)
             if self.is_main:
                 self.store.set("cause of main", text)
@@ -119,9 +119,9 @@ class World:
         return error
 
     def _lost(self) -> Exception:
-        """What this process raises when another has ended, perhaps without reporting why."""
-        # A process that is killed closes its connections one by one, and the store's may be the last:
-        # PyTorch logs a traceback if the store is asked in between.
+        """The exception to raise if another process has ended, possibly without reporting why."""
+        # A killed process closes its connections one by one, that of the store perhaps last. PyTorch
+        # logs a traceback if the store is used in between.
         time.sleep(0.3)
         if self._said("cause") is not None:
             return SaidElsewhere(1)
@@ -129,14 +129,14 @@ class World:
             if has_store() and self.store.add("lost", 1) > 1:
                 return SaidElsewhere(1)
         error = RunError(
-            "another process of the run was lost, perhaps killed for lack of memory; the last "
+            "another process of the run was lost, possibly killed for lack of memory; the last "
             "checkpoint is intact"
         )
         error.of_one_rank = True
         return error
 
     def _said(self, key: str) -> str | None:
-        """What a process stores under ``key`` within PATIENCE; None if nothing."""
+        """The value that a process stores under ``key`` within PATIENCE; None if there is none."""
         deadline = time.monotonic() + PATIENCE
         with contextlib.suppress(RuntimeError):
             while has_store() and time.monotonic() < deadline:
@@ -146,7 +146,7 @@ class World:
         return None
 
     def leave(self) -> None:
-        """Let the main process end last if it holds the store, in which the others look for the cause."""
+        """Let the main process end last if it hosts the store, where the others look for the cause."""
         with contextlib.suppress(RuntimeError):
             if not has_store():
                 return
@@ -158,7 +158,7 @@ class World:
 
 
 def start(device: str) -> World:
-    """Join the processes that torchrun started (NCCL on CUDA, else Gloo), or be alone.
+    """Join the processes that torchrun started (NCCL on CUDA, else Gloo), or run alone.
 
     Raises:
         InputError: ``device`` is ``"cuda"`` and there is none, or none for this process.
@@ -172,7 +172,7 @@ def start(device: str) -> World:
     else:
         if local_rank >= count:
             raise OneRankError(
-                f"device: process {local_rank} of this node has no GPU of its own, there are "
+                f"device: process {local_rank} of this node has no GPU of its own, the node has "
                 f"{count}; lower --nproc_per_node or give --device cpu"
             )
         place = torch.device("cuda", local_rank)
@@ -189,17 +189,17 @@ def start(device: str) -> World:
         rank=rank,
         world_size=size,
     )
-    names = [uuid.uuid4().hex]  # the store may have outlived other processes
+    names = [uuid.uuid4().hex]  # the store may contain entries of earlier processes
     dist.broadcast_object_list(names, device=place)
     return World(rank, size, place, dist.PrefixStore(names[0], store))
 
 
 def torchrun_store(rank: int, size: int) -> dist.Store | None:
-    """Where the processes meet, if that is a store of torchrun's own; else None.
+    """The store of the torchrun agent, if the processes can use it; else None.
 
-    It outlives a restart, with the addresses of the dead processes in it, and restarts are counted
-    by each node for itself: on one node the count keeps the attempts apart, on several nothing does
-    (pytorch/pytorch#135712).
+    After a restart, it still contains the addresses of the dead processes. On one node, the restart
+    count separates the attempts. On several nodes nothing does, because each node counts its own
+    restarts (pytorch/pytorch#135712).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -219,12 +219,12 @@ def torchrun_store(rank: int, size: int) -> dist.Store | None:
 def joined(device: str, failure: InputError | None = None) -> Iterator[World]:
     """Join the processes of a run; if an error ends it, exactly one of them reports the cause.
 
-    ``failure`` is what this process met before; it is raised once the others can learn of it.
+    ``failure`` is an earlier error of this process; it is raised once the others can learn of it.
 
     Raises:
-        InputError: see :func:`start`.
-        SaidElsewhere: another process reports the error.
-        RunError: a loader process or another process of the run was lost, or memory ran out.
+        InputError: See :func:`start`.
+        SaidElsewhere: Another process reports the error.
+        RunError: A loader process or another process of the run was lost, or memory ran out.
     """
     if failure is not None and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise failure
@@ -242,7 +242,7 @@ def joined(device: str, failure: InputError | None = None) -> Iterator[World]:
         cause = world.attributed(cause)
         if cause is error and not isinstance(cause, REPORTED):
             raise
-        # What still refers to the process group would keep the others waiting.
+        # References to the process group would keep the others waiting.
         traceback.clear_frames(error.__traceback__)
         stop()
         world.leave()
@@ -252,7 +252,7 @@ def joined(device: str, failure: InputError | None = None) -> Iterator[World]:
 
 
 def explained(error: Exception) -> Exception:
-    """``error``, or a RunError in its place if PyTorch's message does not say what to do."""
+    """``error``, or a RunError that also says what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, REPORTED):
         return error
@@ -274,21 +274,21 @@ def explained(error: Exception) -> Exception:
         )
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return RunError(
-            f"a loader process was lost, perhaps for lack of memory; lower --workers or --batch-size "
+            f"a loader process was lost, possibly for lack of memory; lower --workers or --batch-size "
             f"({text})"
         )
     return error
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed, because another process has ended."""
+    """Whether a collective failed because another process has ended."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 def has_store() -> bool:
-    """Whether the store's process still runs; PyTorch logs noise if a lost store is asked."""
+    """Whether the store's process still runs; PyTorch logs a traceback if a lost store is used."""
     try:
         place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         socket.create_connection(place, timeout=PATIENCE).close()

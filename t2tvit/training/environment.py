@@ -1,4 +1,4 @@
-"""What a run records about where it computes: versions, source commit, device."""
+"""The environment that a run records: versions, source commit, device."""
 
 import importlib.metadata
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "timm", "torchvision", "numpy", "triton")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it computes with."""
+    """Versions of Python, this package and the packages it depends on."""
     found = {"python": platform.python_version(), "t2tvit": __version__}
     for package in PACKAGES:
         try:
@@ -25,11 +25,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the package's source, with "-dirty" where files differ; None outside git."""
+    """The commit of the package's source, with "-dirty" if files differ; None outside git."""
     git = ("git", "-C", str(SOURCE))
     options = {"capture_output": True, "text": True, "check": True}
     try:
-        # A copy that was installed into somebody's checkout has no commit of its own.
+        # A package that is installed inside another checkout has no commit of its own.
         subprocess.run((*git, "ls-files", "--error-unmatch", "__init__.py"), **options)
         describe = (*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
         return subprocess.run(describe, **options).stdout.strip()
@@ -38,7 +38,7 @@ def git_commit() -> str | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """A device for people: the GPU's name, or the CPU and its threads."""
+    """A readable description of a device: the GPU's name, or the CPU and its threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

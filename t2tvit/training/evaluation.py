@@ -13,7 +13,7 @@ from t2tvit.training.distributed import World
 from t2tvit.training.pipeline import Normalize, batches
 from t2tvit.training.progress import Progress
 
-# How often the counts are read from the device: each time waits for all work queued there.
+# Steps between reads of the counts; each read waits for all work queued on the device.
 CHECK_EVERY = 10
 
 
@@ -28,14 +28,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss and accuracy in percent over all ranks, each image counted once.
 
-    An image whose logits are not all finite counts as wrong; the loss is then not finite. With
+    An image with a logit that is not finite counts as wrong, and the loss is then not finite. With
     ``checkpointer``, a signal ends the evaluation on all ranks.
 
     Returns:
-        ``eval_loss``, ``top1``, with five classes or more ``top5``, and ``eval_images``.
+        ``eval_loss``, ``top1``, ``top5`` if there are at least five classes, and ``eval_images``.
 
     Raises:
-        Stopped: on every rank, if ``checkpointer`` knows of a signal on any.
+        Stopped: On every rank, if any rank has received a signal.
     """
     world.share_buffers(model)
     model.eval()

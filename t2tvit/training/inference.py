@@ -1,4 +1,4 @@
-"""Trained weights made ready for use."""
+"""Loading trained models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from t2tvit.training.config import RunConfig, from_dict, resolve
 from t2tvit.training.distributed import World
 from t2tvit.training.model import build_model, check_classes, load_weights, try_forward
 
-# What a checkpoint of our own decides.
+# Keys that our checkpoints set.
 DECIDED_KEYS = ("model", "model_args", "num_classes")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its weights; ``class_names`` is None where the checkpoint does not say them."""
+    """A model with its weights; ``class_names`` is None if the checkpoint does not name them."""
 
     model: nn.Module
     config: RunConfig
@@ -39,10 +39,10 @@ def weights_of(run: Path, which: str, source: str) -> Path:
 def describe_checkpoint(
     path: Path, overrides: dict, config: str | None = None
 ) -> tuple[Path, RunConfig, Weights | None]:
-    """The file of a checkpoint, how to use it, and what it says of itself.
+    """The file of a checkpoint, the configuration for its use, and its own description.
 
-    A checkpoint of our own, and ``local-dir:`` or ``hf-hub:``, say how to build the model and
-    prepare its images; for another, ``overrides`` or the packaged or YAML ``config`` must.
+    Our checkpoints, ``local-dir:`` and ``hf-hub:`` describe the model and the preprocessing of images.
+    For others, ``overrides`` or ``config`` (a packaged name or YAML file) must describe them.
     """
     if hub.is_address(str(path)):
         path, about = described_at(str(path))
@@ -50,18 +50,18 @@ def describe_checkpoint(
         about = read_about(path)
     if about is None:
         if config is None and "model" not in overrides:
-            raise InputError(f"{path} does not say what model it is; give --model or --config")
+            raise InputError(f"{path} does not name its model; give --model or --config")
         return path, resolve(config, overrides), None
     for key in DECIDED_KEYS:
         if key in overrides:
             raise InputError(
-                f"--{key.replace('_', '-')}: {path} says itself that it is {about.model}"
+                f"--{key.replace('_', '-')}: {path} itself says that it is {about.model}; remove the option"
             )
     return path, from_dict(about.config, overrides, str(path)), about
 
 
 def described_at(address: str) -> tuple[Path, Weights]:
-    """The file of the weights at a :mod:`t2tvit.hub` address, and what it says of them."""
+    """The file of the weights at a :mod:`t2tvit.hub` address, and its description of them."""
     stored = hub.read(address)
     args = stored.args
     cfg = pretrained_cfg(stored.name, stored.size, args["num_classes"], args["in_chans"])
@@ -86,7 +86,7 @@ def load_trained(path: Path, config: RunConfig, about: Weights | None, world: Wo
 
 
 def held_out(trained: Trained) -> tuple[Split, list[int] | None]:
-    """The held-out split of the configured data, and its labels' numbers in the model's order."""
+    """The held-out split of the configured data, and the model's number of each label."""
     config = trained.config
     classes = trained.model.num_classes
     split = open_split(config.data, "val", img_size=config.size, num_classes=classes)
@@ -98,15 +98,15 @@ def held_out(trained: Trained) -> tuple[Split, list[int] | None]:
     if trained.class_names is None and len(split.class_names) != classes:
         raise InputError(
             f"data: {config.data} has {len(split.class_names)} classes, the model {classes}, and "
-            "its checkpoint does not name them; give data of the same classes"
+            "its checkpoint does not name them; give data with the same classes"
         )
     if trained.class_names is None or trained.class_names == split.class_names:
         return split, None
     order = {name: index for index, name in enumerate(trained.class_names)}
-    strangers = [name for name in split.class_names if name not in order]
-    if strangers:
+    unknown = [name for name in split.class_names if name not in order]
+    if unknown:
         raise InputError(
             f"data: {config.data} has classes that the model was not trained on: "
-            f"{', '.join(strangers[:5])}"
+            f"{', '.join(unknown[:5])}"
         )
     return split, [order[name] for name in split.class_names]

@@ -73,8 +73,8 @@ def opening_lines(trainer: "Trainer") -> Iterator[str]:
         )
     if batch != config.batch_size:
         yield (
-            f"warning   {world.size} processes cannot share a batch of {config.batch_size}: an "
-            f"update is made from {batch} images, at an unchanged learning rate"
+            f"warning   {world.size} processes cannot divide a batch of {config.batch_size}: each "
+            f"update uses {batch} images, with the same learning rate"
         )
     yield f"backends  --fused-kernels={config.fused_kernels}"
     yield from backend_lines(trainer.model, config, world.device)
@@ -93,7 +93,7 @@ def change_lines(trainer: "Trainer", before: dict) -> Iterator[str]:
         if before[key] != getattr(config, key):
             yield f"{key:<9} {getattr(config, key)} instead of {before[key]}"
     if before["epochs"] != config.epochs:
-        yield f"epochs    {config.epochs} instead of {before['epochs']}: another cosine from here"
+        yield f"epochs    {config.epochs} instead of {before['epochs']}: the cosine schedule changes from here"
 
 
 def loader_line(metrics: dict, workers: int) -> str:
@@ -107,8 +107,8 @@ def loader_line(metrics: dict, workers: int) -> str:
         )
     return (
         f"loader    {workers} workers per process can deliver "
-        f"{metrics['loader_images_per_second']:,.0f} images/s; the training waited for them for "
-        f"{wait:.0%} of its time{hint}"
+        f"{metrics['loader_images_per_second']:,.0f} images/s; training waited for them "
+        f"{wait:.0%} of the time{hint}"
     )
 
 
@@ -128,7 +128,7 @@ def closing_lines(history: list[dict], best_epoch: int, epochs: int, output: Pat
 
 
 def epoch_line(metrics: dict, epochs: int, left: float) -> str:
-    """An epoch's metrics for people, with the seconds that are ``left`` to the end."""
+    """A line with an epoch's metrics and the seconds ``left`` to the end of the run."""
     top5 = f"  top-5 {metrics['top5']:6.2f}%" if "top5" in metrics else ""
     return (
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['train_loss']:.4f}  "

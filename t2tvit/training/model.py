@@ -1,4 +1,4 @@
-"""The model of a run: built from a configuration, checked to work, described in the log."""
+"""The model of a run: building it, checking that it works, describing it in the log."""
 
 import copy
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ from t2tvit.training.distributed import World
 def trainable_model(
     config: RunConfig, split: Split, world: World, begins: bool
 ) -> tuple[nn.Module, dict]:
-    """The model of a run on ``split``, checked to work, and the arguments that rebuild it.
+    """The model of a run on ``split``, checked to work, and the arguments to rebuild it.
 
-    A run that ``begins`` starts from ``initial_checkpoint``; a resumed one does not read it.
+    ``initial_checkpoint`` is read if the run ``begins``, not if it is resumed.
 
     Raises:
         BackendUnavailable: The named backend cannot run this model here.
@@ -45,7 +45,7 @@ def trainable_model(
 
 
 def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
-    """``create_model``, or ``timm:NAME``; any argument that does not fit is reported as the user's."""
+    """Create one of our models or ``timm:NAME``; invalid arguments raise an InputError."""
     try:
         if name.startswith(TIMM):
             return _build_timm_model(name, args, fused_kernels)
@@ -58,11 +58,11 @@ def build_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
-        raise InputError(f"model {name} with {args} needs more memory than there is") from None
+        raise InputError(f"model {name} with {args} needs more memory than is available") from None
 
 
 def check_memory(name: str, args: dict) -> None:
-    """Raise an InputError if the parameters of a model of our own need more memory than there is."""
+    """Raise an InputError if the parameters of one of our models do not fit in memory."""
     with torch.device("meta"):
         model = create_model(name, **args)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -80,10 +80,10 @@ def _build_timm_model(name: str, args: dict, fused_kernels: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None:
-    """Load a checkpoint into :func:`build_model`'s; ``new_head`` as in ``load_checkpoint``.
+    """Load a checkpoint into a model of :func:`build_model`; ``new_head`` as in ``load_checkpoint``.
 
     Raises:
-        InputError: the file is missing or damaged, or holds another model's weights.
+        InputError: The file is missing or damaged, or holds another model's weights.
     """
     if isinstance(model, T2TBackbone):
         load_checkpoint(model, path, new_head=new_head)
@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None
 
 
 def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
-    """Load the weights of ``path``; a head for other classes than ``class_names`` is initialised."""
+    """Load the weights of ``path``; initialise the head anew if its classes are not ``class_names``."""
     if not path.exists():
         raise InputError(
             f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"
@@ -107,11 +107,11 @@ def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
 
 @torch.no_grad()
 def try_forward(model: nn.Module, config: RunConfig, channels: int, device: torch.device) -> None:
-    """Run one blank image, so that what cannot work is said before anything is written.
+    """Run one blank image, so that errors are found before anything is written.
 
     Raises:
-        BackendUnavailable: the named backend cannot run this model here.
-        InputError: the model does not take such an image.
+        BackendUnavailable: The named backend cannot run this model here.
+        InputError: The model does not accept images of this size.
     """
     model.eval()
     try:
@@ -122,10 +122,10 @@ def try_forward(model: nn.Module, config: RunConfig, channels: int, device: torc
 
 
 def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: World) -> None:
-    """If the model gets single images, train on one, which batch norm may not take.
+    """If batches can be single images, try one: batch norm may need more than one.
 
     Raises:
-        InputError: it does not.
+        InputError: The model cannot train on a single image.
     """
     if config.batch_per_process(world.size) // config.accumulate > 1:
         return
@@ -145,10 +145,10 @@ def try_batch_norm(model: nn.Module, config: RunConfig, channels: int, world: Wo
 
 
 def speed_up(model: nn.Module, config: RunConfig) -> None:
-    """Apply ``channels_last``, ``grad_checkpointing`` and ``compile``; state-dict keys stay.
+    """Apply ``channels_last``, ``grad_checkpointing`` and ``compile``; state-dict keys do not change.
 
     Raises:
-        InputError: the model has no gradient checkpointing.
+        InputError: The model has no gradient checkpointing.
     """
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -172,7 +172,7 @@ def check_classes(num_classes: int, split: Split) -> None:
 
 
 def backend_lines(model: nn.Module, config: RunConfig, device: torch.device) -> Iterator[str]:
-    """Which backend serves each operation that ``model`` calls on ``device``, and why."""
+    """The backend of each operation that ``model`` calls on ``device``, and why."""
     sizes = {}
     for module in model.modules():
         if isinstance(module, T2TModule):

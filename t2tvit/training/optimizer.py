@@ -13,17 +13,17 @@ from t2tvit.errors import InputError
 from t2tvit.training.checkpointing.states import is_number
 from t2tvit.training.config import OptimizerConfig, RunConfig
 
-SECOND_ORDER = "adahessian"  # needs gradients of gradients, which no training step here keeps
-# State of optimisers that has the shape of its parameter.
+SECOND_ORDER = "adahessian"  # needs second derivatives, which the trainer does not compute
+# Optimiser state with the shape of its parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-FUSED = ("adam", "adamw")  # of torch, in one kernel for all parameters
+FUSED = ("adam", "adamw")  # fused in torch: one kernel for all parameters
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of timm's factory that ``config`` names.
+    """The optimiser that ``config`` names, from timm's factory.
 
     Raises:
-        InputError: there is none of that name, or it does not take its arguments.
+        InputError: The name is unknown, or the optimiser rejects its arguments.
     """
     known = [name for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
     if config.optimizer not in known:
@@ -45,7 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Trainable parameters by weight decay and ``lr_scale``, which timm's schedules follow."""
+    """Trainable parameters, grouped by weight decay and ``lr_scale``, which timm's schedules use."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     if config.layer_decay is not None:
         return param_groups_layer_decay(
@@ -72,7 +72,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, updates_per_epoch: int
 ) -> tuple[Scheduler, int]:
-    """The learning rate's schedule, and the number of epochs, cool-down included."""
+    """The learning rate schedule, and the number of epochs including cool-down."""
     return create_scheduler_v2(
         optimizer,
         num_epochs=config.epochs,

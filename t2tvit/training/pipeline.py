@@ -39,7 +39,9 @@ from t2tvit.training.randomness import drawing_from
 from t2tvit.training.samples import Sample
 from t2tvit.training.stopping import STOP_SIGNALS, end_loaders
 
-LONGEST = 32  # times the input's shape; what is cut from a longer image is far from the centre crop
+LONGEST = (
+    32  # times the input's aspect ratio; the rest of a longer image is far from the centre crop
+)
 CHECK_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # Linux sends a process this signal when its parent ends
 
@@ -47,8 +49,8 @@ PR_SET_PDEATHSIG = 1  # Linux sends a process this signal when its parent ends
 class TransformedImages(Dataset):
     """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``.
 
-    What ``transform`` draws follows from ``seed``, ``epoch`` and the image alone: neither the
-    number of workers nor an interruption changes it.
+    Random numbers of ``transform`` depend only on ``seed``, ``epoch`` and the image, not on the number
+    of workers or on interruptions.
     """
 
     def __init__(self, split: Split, transform, label_map: list[int] | None = None, seed: int = 0):
@@ -67,9 +69,9 @@ class TransformedImages(Dataset):
 
 
 class TrainingImages(TransformedImages):
-    """The same, but the next image replaces one that cannot be read.
+    """The same, but an image that cannot be read is replaced by the next one.
 
-    The ``n``-th repetition of image ``i`` is at ``n * len(self) + i``.
+    The ``n``-th repetition of image ``i`` is at index ``n * len(self) + i``.
     """
 
     def __getitem__(self, index: int) -> Sample:
@@ -88,10 +90,9 @@ class TrainingImages(TransformedImages):
 
 
 class CentralPart:
-    """The middle of an image that is far longer than an input of ``size`` (height, width).
+    """Crops an image that is far longer than an input of ``size`` (height, width) to its middle.
 
-    The whole of it, resized for the centre crop, could need gigabytes. Other images stay as they
-    are.
+    Resizing the whole image for the centre crop could need gigabytes. Other images are unchanged.
     """
 
     def __init__(self, size: tuple[int, int]):
@@ -103,7 +104,7 @@ class CentralPart:
             LONGEST * image.height * width / height,
             LONGEST * image.width * height / width,
         )
-        # An even number of pixels goes, so that the centre stays.
+        # An even number of pixels is removed, so that the centre is the same.
         surplus = [2 * max(0, int(side - limit) // 2) for side, limit in zip(image.size, limits)]
         if not any(surplus):
             return image
@@ -121,8 +122,8 @@ class EpochSampler(DistributedSampler):
 
 
 class RepeatingSampler(RepeatAugSampler):
-    """The same with each image ``repeats`` times in a row over all ranks, each at an index of
-    its own (see :class:`TrainingImages`)."""
+    """The same, but each image occurs ``repeats`` times in a row over all ranks, each time at an
+    index of its own (see :class:`TrainingImages`)."""
 
     start = 0
 
@@ -141,7 +142,7 @@ class RepeatingSampler(RepeatAugSampler):
 
 
 class Normalize:
-    """uint8 batch (B, C, H, W) → float32 on ``device``, normalised, perhaps with erased parts."""
+    """uint8 batch (B, C, H, W) → float32 on ``device``, normalised, optionally with random erasing."""
 
     def __init__(
         self,
@@ -169,7 +170,7 @@ class Normalize:
 def train_transform(config: RunConfig, mean: tuple[float, ...]):
     """PIL image → augmented uint8 tensor (C, H, W); erasing and normalisation come later.
 
-    ``mean``, per channel, is what a policy of ``auto_augment`` fills the uncovered parts with.
+    ``mean``, per channel, is the fill colour of ``auto_augment`` policies.
     """
     height, width = config.size
     padded = config.crop_padding is not None
@@ -193,7 +194,7 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
         ) from None
     if not padded:
         return transform
-    # Of an image that has the input's size and shape, the random crop takes all.
+    # On an image of the input's size and shape, timm's random crop returns the whole image.
     resize = Resize((height, width), str_to_interp_mode(config.interpolation))
     return Compose([resize, RandomCrop((height, width), padding=config.crop_padding), transform])
 
@@ -211,9 +212,9 @@ def eval_transform(config: RunConfig):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and evaluates on. ``augment`` is ``normalize`` with random erasing.
+    """Training and evaluation data of a run. ``augment`` is ``normalize`` with random erasing.
 
-    ``skipped`` counts, by extension, the files that are not images.
+    ``skipped`` counts files that are not images, by extension.
     """
 
     split: Split
@@ -230,10 +231,10 @@ class Data:
 def open_splits(config: RunConfig, class_names: list[str] | None = None) -> tuple[Split, Split]:
     """The training and the held-out images of ``config.data``.
 
-    ``class_names`` are those of a run to resume, which keeps their order.
+    ``class_names`` are those of the run to resume, which keeps their order.
 
     Raises:
-        InputError: they cannot be read.
+        InputError: The images cannot be read.
     """
     options = {"img_size": config.size, "class_names": class_names}
     train = open_split(config.data, "train", num_classes=config.num_classes, **options)
@@ -245,7 +246,7 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
     """This rank's share of ``splits``, the result of :func:`open_splits`.
 
     Raises:
-        InputError: the data cannot be read, or does not fit the configuration.
+        InputError: The data cannot be read, or does not fit the configuration.
     """
     split, held_out = splits
     mean, std = config.statistics(split.mean, split.std)
@@ -254,7 +255,7 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
         next(iter(train.dataset)) if is_stream(split) else train.dataset[0]
     except InputError:
         raise
-    except Exception as error:  # whatever a policy's operation does not take
+    except Exception as error:  # an operation of the policy can raise anything
         raise InputError(
             f"auto_augment: {config.auto_augment} fails on the images of {config.data} ({error})"
         ) from None
@@ -273,12 +274,12 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
 
 
 def check_held_out(split: Split, world: World) -> None:
-    """Read this rank's held-out images for up to CHECK_SECONDS: first their headers, then all.
+    """Read this rank's held-out images for up to CHECK_SECONDS: first the headers, then the pixels.
 
-    A damaged image then ends most runs before their first epoch, not after it.
+    So most runs with a damaged image end before the first epoch and not after it.
 
     Raises:
-        OneRankError: an image cannot be read, or its label is outside the classes.
+        OneRankError: An image cannot be read, or its label is outside the classes.
     """
     end = time.monotonic() + CHECK_SECONDS
     mine = range(world.rank, len(split.images), world.size)
@@ -303,9 +304,9 @@ def check_held_out(split: Split, world: World) -> None:
 
 
 def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
-    """Shuffled batches of this rank's share of images; call :func:`begin_epoch` first.
+    """Shuffled batches of this rank's share of the images; call :func:`begin_epoch` first.
 
-    The ranks' batches together are those of a single process with the same seed.
+    The batches of all ranks together are those of a single process with the same seed.
     """
     if config.accumulate > config.batch_per_process(world.size):
         raise InputError(
@@ -323,7 +324,10 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         from t2tvit.training.streaming import TrainingStream
 
         if config.repeated_augmentation > 1:
-            raise InputError("repeated_augmentation: a stream of shards has each image once")
+            raise InputError(
+                f"repeated_augmentation: got {config.repeated_augmentation}, but tar shards support "
+                "only 1; remove the option"
+            )
         share = config.batch_per_process(world.size)
         dataset = TrainingStream(split, transform, share, config.seed, world)
         sampler = None
@@ -340,12 +344,12 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         pin_memory=world.device.type == "cuda",
         drop_last=True,
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # or beginning an epoch again would draw from the run's
+        generator=torch.Generator(),  # so that restarting an epoch does not draw from the run's generator
     )
 
 
 def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
-    """Let ``loader`` of :func:`train_loader` go on after ``step`` batches of ``epoch``."""
+    """Let a loader of :func:`train_loader` continue after ``step`` batches of ``epoch``."""
     loader.dataset.epoch = epoch
     if isinstance(loader.dataset, IterableDataset):
         loader.dataset.start = step
@@ -355,12 +359,12 @@ def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
 
 
 def is_stream(split: Split) -> bool:
-    """Whether the images can only be read one after the other."""
+    """Whether the images can only be read sequentially."""
     return hasattr(split.images, "shards")
 
 
 def workers_for(split: Split, workers: int) -> int:
-    """``workers``, but at most one per CPU, except for a stream, whose order depends on them."""
+    """``workers``, but at most one per CPU, except for a stream, whose order depends on the number."""
     return workers if is_stream(split) else min(workers, available_cpus())
 
 
@@ -370,11 +374,11 @@ def available_cpus() -> int:
 
 
 def begin_worker(worker: int) -> None:
-    """Let this loader process ignore the signals to stop, and end with its main process.
+    """Let this loader process ignore signals to stop, and end with its main process.
 
     A signal to the process group is for the main process, which still needs its workers. PyTorch
-    does not notice a main process that was killed while it started them; such workers would keep
-    the lock of the run's folder for ever.
+    does not detect that the main process was killed while it started workers; such workers would
+    hold the lock of the run's folder forever.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -385,7 +389,7 @@ def begin_worker(worker: int) -> None:
             os._exit(1)
 
 
-# Before multiprocessing's own exit, which sends what the workers ignore and waits for ever.
+# Runs before multiprocessing's exit handler, which sends SIGTERM, which workers ignore, and waits forever.
 atexit.register(end_loaders)
 
 
@@ -410,12 +414,12 @@ def eval_loader(
         num_workers=workers_for(split, config.workers),
         pin_memory=world.device.type == "cuda",
         worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # or a repeated evaluation would draw from the run's
+        generator=torch.Generator(),  # so that an evaluation does not draw from the run's generator
     )
 
 
 def batches(loader: DataLoader) -> Iterator[list]:
-    """The loader's batches; an InputError arrives without its worker's traceback."""
+    """The loader's batches; an InputError is raised without its worker's traceback."""
     try:
         yield from loader
     except InputError as error:

@@ -11,19 +11,19 @@ from t2tvit.training.distributed import World
 
 TRACE_FILE = "profile.json.gz"
 SUMMARY_FILE = "profile.txt"
-# The first updates compile, tune and allocate; the profiler's own first ones are slower too.
+# The first updates compile, tune and allocate; the first ones with the profiler are slow too.
 SKIPPED, WARM_UP = 3, 2
 PARTS = ("wait for the loader", "augment", "forward", "backward", "optimiser")
 LINES = 12
 
 
 class Profiler:
-    """Profiles ``updates`` updates of rank 0, once; nothing where ``updates`` is 0.
+    """Profiles ``updates`` updates of rank 0 once; does nothing if ``updates`` is 0.
 
     Args:
-        output: the folder for TRACE_FILE and SUMMARY_FILE.
-        updates: how many to record.
-        world: other ranks do nothing.
+        output: The folder for TRACE_FILE and SUMMARY_FILE.
+        updates: How many to record.
+        world: Other ranks do nothing.
     """
 
     def __init__(self, output: Path, updates: int, world: World):
@@ -43,7 +43,7 @@ class Profiler:
             self.profile.start()
 
     def after_step(self) -> None:
-        """An update is done; after the last one to profile, write and say what was found."""
+        """Count an update; after the last one to profile, write and print the results."""
         if self.left:
             self.left -= 1
             self.profile.step()
@@ -51,13 +51,13 @@ class Profiler:
                 self.profile.stop()
 
     def close(self) -> None:
-        """Say so where the run ended too early to be profiled."""
+        """Warn if the run ended too early to be profiled."""
         if self.left:
             self.profile.on_trace_ready = None
             self.profile.stop()
             self.world.say(
-                f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, the "
-                f"run made {self.left} too few",
+                f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, {self.left} "
+                "more than the run made",
             )
 
     def _write(self, done: profile) -> None:
@@ -73,7 +73,7 @@ class Profiler:
 
 
 def summary(done: profile, updates: int, device: torch.device) -> str:
-    """Where the time of the recorded updates went, on the host by part, on the device by kernel."""
+    """The time of the recorded updates: on the host by part, on the device by kernel."""
     events = done.key_averages()
     host = {event.key: event.cpu_time_total for event in events if event.key in PARTS}
     whole = sum(host.values())

@@ -1,4 +1,4 @@
-"""How a run speaks: a bar on a terminal, plain lines elsewhere, nothing from other ranks."""
+"""Progress of a run on rank 0: a bar on a terminal, else plain lines."""
 
 import resource
 import sys
@@ -11,14 +11,14 @@ from tqdm import tqdm
 from t2tvit.training.distributed import World
 from t2tvit.training.samples import Sample
 
-# Without a terminal, an epoch longer than this says how far it has come.
+# The interval of progress lines without a terminal.
 SECONDS_BETWEEN_LINES = 30
-# The first updates compile, tune and allocate; the next are timed, so many and so long at least.
+# The first updates compile, tune and allocate. At least so many of the next, and so long, are timed.
 NOT_TIMED, LEAST_TIMED, SECONDS_TIMED = 2, 3, 3.0
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that has been in use so far, in MiB: of the GPU, or of this process."""
+    """Peak memory so far in MiB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -26,7 +26,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Progress:
-    """One epoch's steps; None where their number is not known."""
+    """Progress over ``steps`` steps; None if their number is not known."""
 
     def __init__(self, title: str, steps: int | None, world: World):
         self.title, self.steps, self.world = title, steps, world
@@ -47,7 +47,7 @@ class Progress:
         self.bar.close()
 
     def show(self, step: int, text: str) -> None:
-        """``step`` steps are done; ``text`` says how it goes."""
+        """Show that ``step`` steps are done, with ``text``."""
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text)
         now = time.perf_counter()
@@ -59,9 +59,9 @@ class Progress:
 
 
 class LoaderClock:
-    """Measures how long training waits for its loader, and how long the images take to be read.
+    """Measures how long training waits for its loader, and how long workers read images.
 
-    ``images_before`` are the epoch's images of before this process began.
+    ``images_before`` is the number of images of the epoch that were used before this process began.
     """
 
     def __init__(self, images_before: int):
@@ -70,7 +70,7 @@ class LoaderClock:
         self.waited = self.reading = 0.0
 
     def timed(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """``samples``; the time until each of them comes is counted."""
+        """``samples``, with the wait for each of them measured."""
         asked = time.perf_counter()
         for sample in samples:
             self.waited += time.perf_counter() - asked
@@ -80,18 +80,18 @@ class LoaderClock:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Time since the start."""
         return time.perf_counter() - self.started
 
 
 class Forecast:
-    """Says once, after the first updates, how long the run will take.
+    """Prints once, after the first updates, how long the run will take.
 
     Args:
-        updates: how many are left, with the evaluations counted as updates.
-        what: the epochs that they are, in words.
-        runs: how many such runs there are, for instance in a comparison.
-        world: rank 0 speaks.
+        updates: How many are left, with evaluations counted as updates.
+        what: Their description, such as "3 epochs".
+        runs: The number of such runs, for instance in a comparison.
+        world: Rank 0 prints.
     """
 
     def __init__(self, updates: float, what: str, runs: int, world: World):
@@ -100,7 +100,7 @@ class Forecast:
         self.is_due = True
 
     def after_step(self) -> None:
-        """An update is done."""
+        """Count an update."""
         self.done += 1
         if self.done == NOT_TIMED:
             self.started = time.perf_counter()
@@ -122,7 +122,7 @@ class Forecast:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units, such as "2 h 10 min"."""
+    """A duration in its two largest units, such as "2 h 10 min"."""
     seconds = round(seconds)
     for unit, name, smaller, smaller_name in (
         (86400, "d", 3600, "h"),

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-# The other devices are asked only where they are used: asking opens a context on a GPU.
+# The default, because reading the state of a GPU's generator creates a context there.
 CPU = torch.device("cpu")
 
 
 def rng_state(device: torch.device = CPU) -> dict:
-    """The state of every generator that this process, which computes on ``device``, draws from."""
+    """The state of all generators that this process uses; ``device`` is the device it computes on."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def rng_state(device: torch.device = CPU) -> dict:
 
 
 def set_rng_state(state: dict, device: torch.device = CPU) -> None:
-    """Continue the sequences of :func:`rng_state` on ``device``."""
+    """Restore a :func:`rng_state` on ``device``."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -34,7 +34,7 @@ def set_rng_state(state: dict, device: torch.device = CPU) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Start every generator of this process from ``seed``."""
+    """Seed every generator of this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def drawing_from(*entropy: int) -> Iterator[None]:
-    """Draw on the CPU from generators that ``entropy`` seeds; afterwards they are as before."""
+    """A context in which the CPU generators are seeded from ``entropy``; restored afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seeds = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(seeds[0]))

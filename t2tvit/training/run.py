@@ -1,4 +1,4 @@
-"""A run from start to end: builds the trainer from a configuration and a folder, and trains."""
+"""A whole run: builds the trainer from a configuration and a folder, and trains."""
 
 from dataclasses import asdict
 
@@ -24,11 +24,11 @@ def train(
     """Train to the last epoch of ``config``, writing only into ``folder``.
 
     Args:
-        config: The configuration as given; it is fitted to the data.
+        config: The configuration as given, before it is adapted to the data.
         folder: The run's folder.
-        world: This process among those of the run.
-        signals: Entered.
-        runs: The number of runs of about this length, with this one; the log estimates their time.
+        world: The processes of the run.
+        signals: An entered context manager.
+        runs: The number of runs of similar length, including this one; the log estimates their time.
 
     Raises:
         InputError: The run cannot start; nothing is written.
@@ -44,7 +44,7 @@ def train(
 def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signals) -> Trainer:
     """Build the trainer of a new or resumed run, claim its folder and write the first log lines.
 
-    Nothing is written before everything has been checked.
+    Nothing is written until all checks have passed.
     """
     world.on_main(folder.check)
     world.on_main(lambda: check_trackers(config.tensorboard, config.wandb))
@@ -92,17 +92,17 @@ def check_left(trainer: Trainer, before: dict) -> None:
     """Check that a resumed run, whose configuration was ``before``, has epochs left to train.
 
     Raises:
-        InputError: It has done more than ``epochs``, or the last one and options have changed.
+        InputError: It has done more than ``epochs``, or all of them and options have changed.
     """
     config, epochs, epochs_done = trainer.config, trainer.epochs, trainer.epochs_done
     if epochs_done > epochs:
         raise InputError(
-            f"epochs: got {epochs}, cool-down included, but the run to resume has done "
+            f"epochs: got {epochs}, including cool-down, but the run to resume has done "
             f"{epochs_done}; raise --epochs, or resume an older state with --resume FILE"
         )
     for key in sorted(REMEDIES):
         if epochs_done == epochs and before[key] != getattr(config, key):
             raise InputError(
                 f"{key}: got {getattr(config, key)}, but the run to resume has {before[key]} and no "
-                "epoch left to train; raise --epochs, or leave it"
+                "epochs left to train; raise --epochs, or do not change it"
             )

@@ -1,4 +1,4 @@
-"""What a training loader delivers, one at a time or in batches."""
+"""The samples of a training loader, single or in batches."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """A training image; of a batch, each field holds all of its images'.
+    """A training image, or a batch: then each field holds the values of all its images.
 
     Attributes:
         image: uint8 (C, H, W).
         label: class index.
-        problem: why the image could not be read and another replaces it; else empty.
+        problem: why the image could not be read and was replaced; else empty.
         name: the image's index, or its place in a shard.
-        seconds: what reading and augmenting it took.
+        seconds: the time for reading and augmenting it.
     """
 
     image: Tensor

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, also while it waits for data."""
+"""Signals that stop a run, even while it waits for data."""
 
 import contextlib
 import multiprocessing
@@ -9,17 +9,17 @@ from t2tvit.errors import RunError, SaidElsewhere
 from t2tvit.training.distributed import World
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# How long a process that was asked to stop waits for its next batch, in seconds. Alone it loses
-# nothing by not waiting. One of many ends without saving a state, so it waits for a slow loader,
-# but less than the 30 seconds after which torchrun kills it.
+# How long a process that was asked to stop waits for its next batch, in seconds. A single process
+# can save its state without waiting. One of many cannot, so it waits for a slow loader, but less than
+# the 30 seconds after which torchrun kills it.
 PATIENCE_ALONE, PATIENCE_OF_MANY = 0.5, 15.0
 
 
 class Stopped(Exception):
     """A signal asked the run to end.
 
-    ``is_kept``: all that was done is on the disk, not only the state before. ``is_elsewhere``: the
-    signal came to another node of torchrun's, and none to this one.
+    ``is_kept``: the last update is saved, not only an earlier state. ``is_elsewhere``: the signal was
+    sent to another torchrun node, not to this one.
     """
 
     def __init__(self, is_kept: bool, is_elsewhere: bool = False):
@@ -29,7 +29,7 @@ class Stopped(Exception):
     def end_elsewhere(self) -> None:
         """Raise a SaidElsewhere on the nodes without a signal, so that torchrun restarts them.
 
-        With status 0, torchrun would take their part for finished and wait for the other node.
+        With status 0, torchrun would consider them finished and wait for the other node.
         """
         if self.is_elsewhere:
             raise SaidElsewhere(1)
@@ -38,18 +38,18 @@ class Stopped(Exception):
 class Blocked(BaseException):
     """Interrupts a wait after a signal.
 
-    It is no Exception, so that the interrupted code does not handle it as one of its errors.
+    It is not an Exception, so that the interrupted code does not handle it.
     """
 
 
 class Signals:
-    """Remembers, while entered, that SIGTERM, SIGUSR1 or SIGHUP has come; a second one ends the process."""
+    """A context that records SIGTERM, SIGUSR1 and SIGHUP; a second signal ends the process."""
 
     received: int | None = None
-    patience: float | None = None  # seconds, while in `waiting`
+    patience: float | None = None  # seconds, inside `waiting`
 
     def __enter__(self):
-        # A signal that is ignored stays ignored, such as SIGHUP under nohup.
+        # Ignored signals stay ignored, such as SIGHUP under nohup.
         numbers = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
         self.alarm_before = signal.signal(signal.SIGALRM, self._give_up)
@@ -62,10 +62,10 @@ class Signals:
 
     @contextlib.contextmanager
     def waiting(self, patience: float) -> Iterator[None]:
-        """Encloses code that may wait forever, for instance for a file that hangs.
+        """A context for code that may wait forever, for instance for a file that hangs.
 
         Raises:
-            Blocked: It still waits ``patience`` seconds after a signal.
+            Blocked: The code still waits ``patience`` seconds after a signal.
         """
         self.patience = patience
         if self.received is not None:
@@ -93,11 +93,11 @@ class Signals:
 
 @contextlib.contextmanager
 def obeying(signals: Signals, world: World) -> Iterator[None]:
-    """Inside, a signal interrupts waiting for data.
+    """A context in which a signal interrupts waiting for data.
 
     Raises:
-        Stopped: This process is alone; nothing is saved.
-        RunError: Others wait for this process, so no state can be saved.
+        Stopped: There is only this process; nothing is saved.
+        RunError: Other processes wait for this one, so no state can be saved.
     """
     try:
         with signals.waiting(PATIENCE_ALONE if world.size == 1 else PATIENCE_OF_MANY):
@@ -116,7 +116,7 @@ def obeying(signals: Signals, world: World) -> Iterator[None]:
 
 
 def end_loaders() -> None:
-    """End this process's loader processes, which may be blocked and ignore the signals to stop."""
+    """Kill this process's loader processes, which may be blocked and ignore signals to stop."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises for every worker that is killed
     for child in multiprocessing.active_children():
         if child.daemon:

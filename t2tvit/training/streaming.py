@@ -1,7 +1,7 @@
-"""Batches from tar shards: each is read from beginning to end, by one worker of one rank.
+"""Batches from tar shards. Each shard is read sequentially.
 
-What a worker delivers follows from the seed, the epoch, the ranks and the workers, so that an epoch
-can be taken up at any batch.
+The samples of a worker depend only on the seed, the epoch, and the numbers of ranks and workers, so an
+epoch can be resumed at any batch.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from t2tvit.training.distributed import World
 from t2tvit.training.randomness import drawing_from
 from t2tvit.training.samples import Sample
 
-SHUFFLED = 1000  # undecoded images among which a worker draws the next
+SHUFFLED = 1000  # undecoded images in a worker's shuffle buffer
 
 
 def shares(
     images: ShardImages, shards: list[str], reader: int, readers: int
 ) -> Iterator[ShardSample | InputError]:
-    """What ``reader`` of ``readers`` reads: whole shards where there are enough, else every nth
-    image of all; in place of what cannot be read, the error.
+    """The samples of ``reader`` of ``readers``: whole shards if there are enough, else every nth image
+    of all shards. An error stands for what cannot be read.
 
     ``shards`` are those of ``images``, in any order."""
     alone = len(shards) >= readers
@@ -40,17 +40,17 @@ def shares(
 
 
 class TrainingStream(IterableDataset):
-    """Shuffled, augmented samples of this rank; ``epoch`` and ``start`` say where to begin.
+    """Shuffled, augmented samples of this rank, from batch ``start`` of ``epoch``.
 
-    Every rank has the same number of batches. A reader whose shards fall short of its part begins
-    them again, one whose shards hold more leaves the rest out.
+    Every rank has the same number of batches. A reader with too few images starts its shards again; a
+    reader with too many ignores the rest.
 
     Args:
-        split: of :class:`~t2tvit.data.shards.ShardImages`.
+        split: A split of :class:`~t2tvit.data.shards.ShardImages`.
         transform: PIL image → tensor.
-        batch_size: images of this rank per update.
-        seed: of order and augmentation.
-        world: this rank among all.
+        batch_size: Images of this rank per update.
+        seed: Seed of order and augmentation.
+        world: The processes of the run.
     """
 
     def __init__(self, split: Split, transform, batch_size: int, seed: int, world: World):
@@ -65,7 +65,8 @@ class TrainingStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        # The loader asks its workers in turn, from the first on; this one's in the whole epoch:
+        # The loader takes batches from its workers in turn, starting with the first. The turn of this
+        # worker, counted from the start of the epoch:
         turn = (worker + self.start) % workers
         first, end = (
             len(range(turn, step, workers)) * self.batch_size for step in (self.start, self.steps)
@@ -77,7 +78,7 @@ class TrainingStream(IterableDataset):
             ahead.popleft()
 
     def _samples(self, turn: int, workers: int) -> Iterator[tuple[int, ShardSample | InputError]]:
-        """Numbered rounds over this reader's shards, each in another order, without end."""
+        """Endless numbered rounds over this reader's shards, each in another order."""
         reader = self.world.rank * workers + turn
         shards, readers = self.split.images.shards, self.world.size * workers
         order = random.Random(f"{self.seed} {self.epoch}")
@@ -95,9 +96,9 @@ class TrainingStream(IterableDataset):
                 raise InputError(f"data: no images for reader {reader + 1} of {readers}")
 
     def _first_readable(self, ahead: deque, samples: Iterator) -> Sample:
-        """The next readable sample; it replaces unreadable ones and is used again in its own place.
+        """The next readable sample. It replaces unreadable ones and is used again in its own place.
 
-        The position in the epoch then does not depend on which samples can be read.
+        So the position in the epoch does not depend on which samples can be read.
         """
         problem, started = "", time.perf_counter()
         for position in range(len(self.split.images) + 1):
@@ -122,14 +123,14 @@ class TrainingStream(IterableDataset):
 
 
 class EvaluationStream(IterableDataset):
-    """Each image of the split once, over all ranks and workers together."""
+    """Each image of the split once over all ranks and workers."""
 
     def __init__(self, split: Split, transform, label_map: list[int] | None, world: World):
         self.split, self.transform = split, transform
         self.label_map, self.world = label_map, world
 
     def samples(self) -> Iterator[ShardSample]:
-        """This reader's samples, not decoded; an InputError for one that is none."""
+        """This reader's samples, not decoded. Raises an InputError for an invalid one."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         reader = self.world.rank * workers + worker

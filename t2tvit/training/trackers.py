@@ -1,4 +1,4 @@
-"""Where the metrics of each epoch go besides the run's own file: TensorBoard, Weights & Biases."""
+"""Optional reports of the metrics of each epoch: TensorBoard, Weights & Biases."""
 
 import secrets
 from pathlib import Path
@@ -12,7 +12,7 @@ TENSORBOARD_FOLDER, ID_FILE = "tensorboard", "wandb_id.txt"
 
 
 def run_id(output: Path) -> str:
-    """The run's name at Weights & Biases, made at its first start and kept with it."""
+    """The run's id at Weights & Biases, created at its first start and stored in ``output``."""
     path = output / ID_FILE
     if not path.is_file():
         write_atomically(path, secrets.token_hex(8))
@@ -20,7 +20,7 @@ def run_id(output: Path) -> str:
 
 
 def check_trackers(tensorboard: bool, project: str | None) -> None:
-    """Raise an InputError if a tracker that is asked for is not installed."""
+    """Raise an InputError if a requested tracker is not installed."""
     try:
         if tensorboard:
             import torch.utils.tensorboard  # noqa: F401
@@ -34,13 +34,13 @@ def check_trackers(tensorboard: bool, project: str | None) -> None:
 
 
 class Trackers:
-    """What ``config.tensorboard`` and ``config.wandb`` ask for, on rank 0.
+    """The trackers of ``config.tensorboard`` and ``config.wandb``, on rank 0.
 
     Args:
-        output: the run's folder; nothing is written outside of it.
-        config: stored with the run at Weights & Biases.
-        epochs_done: what TensorBoard knows of later epochs, from before an interruption, is replaced.
-        world: other ranks do nothing.
+        output: The run's folder; nothing is written outside of it.
+        config: Stored with the run at Weights & Biases.
+        epochs_done: TensorBoard's records of later epochs, from before an interruption, are replaced.
+        world: Other ranks do nothing.
     """
 
     def __init__(self, output: Path, config: RunConfig, epochs_done: int, world: World):

@@ -1,4 +1,4 @@
-"""The trainer: everything that training changes, and the methods that change it."""
+"""The trainer: the state of a run and the methods that change it."""
 
 import contextlib
 import math
@@ -34,36 +34,36 @@ from t2tvit.training.samples import Sample
 from t2tvit.training.trackers import Trackers
 
 CURVES_EVERY = 60  # seconds
-EVALUATION_COST = 1 / 3  # of an image, compared with its part of an update: the forward pass alone
-# What PyTorch raises for a state whose tensors or options do not fit; they have no narrower base.
+EVALUATION_COST = 1 / 3  # of the cost of an update, per image: only the forward pass
+# Errors that PyTorch raises for a state whose tensors or options do not fit; no narrower base exists.
 MISFITS = (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 class Trainer:
     """Owns the model, optimiser, data and progress of a run; a context manager that closes it.
 
-    The ranks have the same values, except for ``loss_sum``, ``images`` and ``unreadable``.
+    All ranks have the same values, except for ``loss_sum``, ``images`` and ``unreadable``.
 
     Args:
         config: The run's configuration, fitted to its data.
-        world: This process among those of the run.
+        world: The processes of the run.
         data: This rank's share of the images.
         model: The model, on this rank's device and ready to train.
-        checkpointer: Writes to the run's folder. :meth:`fit` needs one; :meth:`train_epoch` and
-            :meth:`evaluate` work without.
+        checkpointer: Writes to the run's folder. Required by :meth:`fit`, but not by
+            :meth:`train_epoch` and :meth:`evaluate`.
 
     Attributes:
         epochs: Epochs of the whole run, cool-down included.
         updates: Updates so far. The learning rate depends on this number alone.
         epochs_done: Completed epochs.
-        step: Batches of the current epoch that are done.
+        step: Completed batches of the current epoch.
         loss_sum: Sum of the losses of this rank's ``images`` in the current epoch.
         unreadable: Why images of this rank could not be read, one message per image.
         skipped: Skipped updates of the current epoch.
-        skipped_in_a_row: Skipped updates since the last one that was made.
-        diverging: Whether the last update was skipped for a reason other than a loss scale that is
-            too large.
-        best: The epoch that the weights in BEST_FILE are from; 0 if there is none.
+        skipped_in_a_row: Skipped updates since the last one that was not skipped.
+        diverging: Whether the last update was skipped, and not only because the loss scale was too
+            large.
+        best: The epoch of the weights in BEST_FILE; 0 if there is none.
         history: The metrics of each completed epoch.
     """
 
@@ -85,7 +85,7 @@ class Trainer:
             self.ema = ModelEmaV3(model, config.ema_decay, use_warmup=True, warmup_power=power)
             speed_up(self.ema.module, config)  # a copy is not compiled
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "float16")
-        self.network = model  # what is trained: the model, wrapped if there are several ranks
+        self.network = model  # wrapped if there are several ranks
         if world.size > 1:
             self.network = DistributedDataParallel(
                 model,
@@ -121,20 +121,20 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The averaged weights if there is an average, else the trained ones."""
+        """The model with averaged weights, or the trained model if there is no average."""
         return self.model if self.ema is None else self.ema.module
 
-    # A run
+    # Run
 
     def fit(self, runs: int = 1) -> None:
         """Train, evaluate and save each remaining epoch.
 
         Args:
-            runs: The number of runs of about this length, with this one; the log estimates their time.
+            runs: The number of runs of similar length, including this one; the log estimates their time.
 
         Raises:
-            Stopped: a signal asked the run to stop.
-            NonFiniteLoss, OneRankError: see :meth:`train_epoch`.
+            Stopped: A signal asked the run to stop.
+            NonFiniteLoss, OneRankError: See :meth:`train_epoch`.
         """
         config, output = self.config, self.checkpointer.output
         epochs_left = self.epochs - self.epochs_done
@@ -188,15 +188,15 @@ class Trainer:
         if self.diverging:
             raise RunError(
                 f"the loss or gradient was not finite in the last {self.skipped_in_a_row} updates, "
-                f"which were skipped; the training states from before are kept: {remedies}"
+                f"which were skipped; the earlier training states are kept: {remedies}"
             )
         for line in closing_lines(self.history, self.best, self.epochs, self.checkpointer.output):
             self.world.say(line)
 
-    # An epoch
+    # Epoch
 
     def one_epoch(self) -> dict:
-        """Train and evaluate once; returns the epoch's row of METRICS_FILE."""
+        """Train and evaluate for one epoch; returns its row of METRICS_FILE."""
         epoch, started = self.epochs_done + 1, time.perf_counter()
         try:
             metrics = self.train_epoch()
@@ -213,15 +213,15 @@ class Trainer:
 
         Returns:
             ``train_loss`` and ``images_per_second`` over all ranks; ``loader_images_per_second``,
-            the throughput that the loader processes could reach; ``loader_wait``, the share of the
-            time that training waited for them; ``memory_mib``, the peak memory of rank 0 so far;
-            ``lr`` of the last update; ``skipped_updates``, whose loss or gradient was not finite;
-            and ``unreadable_images``, the number found so far.
+            the throughput that the loader processes could reach; ``loader_wait``, the share of time
+            that training waited for them; ``memory_mib``, the peak memory of rank 0 so far; ``lr`` of
+            the last update; ``skipped_updates``, the number of updates whose loss or gradient was not
+            finite; and ``unreadable_images``, the number found so far.
 
         Raises:
-            NonFiniteLoss: more than ``max_skipped`` updates in a row had to be skipped.
-            OneRankError: too many images cannot be read.
-            Stopped: a signal asked the run to stop; its state is saved.
+            NonFiniteLoss: More than ``max_skipped`` updates in a row were skipped.
+            OneRankError: Too many images cannot be read.
+            Stopped: A signal asked the run to stop; its state is saved.
         """
         steps = len(self.data.train)
         begin_epoch(self.data.train, self.epochs_done, self.step)
@@ -248,7 +248,7 @@ class Trainer:
         )
 
     def _end_epoch(self, metrics: dict) -> bool:
-        """Save the epoch that has just ended; returns whether it is the best so far."""
+        """Save the completed epoch; returns whether it is the best so far."""
         self.epochs_done += 1
         self.step, self.loss_sum, self.images, self.skipped = 0, 0.0, 0, 0
         self.history.append(metrics)
@@ -258,13 +258,13 @@ class Trainer:
         best = self.history[self.best - 1]["top1"] if self.best else -math.inf
         is_best = is_finite and metrics["top1"] >= best
         self.best = self.epochs_done if is_best else self.best
-        # The state first: if the process ends in between, the weights can be taken from it.
+        # The state first: if the process is killed in between, the weights can be restored from it.
         self.checkpointer.after_epoch(self)
         self.checkpointer.keep_weights(self, is_best)
         return is_best
 
     def _awaited(self, items: Iterator) -> Iterator:
-        """``items``; a signal interrupts the wait for one, and profiles show the wait by name."""
+        """``items``. A signal interrupts the wait for an item, and profiles show the wait by name."""
         while True:
             waiting = contextlib.nullcontext()
             if self.checkpointer is not None:
@@ -278,13 +278,13 @@ class Trainer:
 
     @record_function("augment")
     def _inputs(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """A batch's augmented images and its targets, on this rank's device."""
+        """The augmented images and the targets of a batch, on this rank's device."""
         images = self.data.augment(sample.image)
         targets = sample.label.to(self.world.device, non_blocking=True)
         return (images, targets) if self.mix is None else self.mix(images, targets)
 
     def _note_unreadable(self, problems: list[str]) -> None:
-        """Log images that could not be read, each of them once.
+        """Log each image that could not be read, once.
 
         Raises:
             OneRankError: This rank has found more than ``max_unreadable``.
@@ -317,7 +317,7 @@ class Trainer:
         return f"loss {mean:.3f}, {rate:,.0f} images/s, loader {wait:.0%}, {memory:,.0f} MiB"
 
     def _epoch_metrics(self, clock: LoaderClock) -> dict[str, float]:
-        """What :meth:`train_epoch` returns."""
+        """The result of :meth:`train_epoch`."""
         world, seconds = self.world, clock.seconds
         own = [self.loss_sum.item(), self.images, clock.images_before, clock.waited, clock.reading]
         sums = world.sum(self.loss_sum.new_tensor(own))
@@ -334,15 +334,15 @@ class Trainer:
             "unreadable_images": len(set().union(*world.gather(self.unreadable))),
         }
 
-    # An update
+    # Update
 
     def learn(self, images: Tensor, targets: Tensor, names: Tensor | list[str]) -> None:
-        """Make an update, or skip it if its loss or gradient is not finite.
+        """Update the weights, or skip the update if its loss or gradient is not finite.
 
         Args:
             images: (B, C, H, W), float32.
-            targets: (B,) classes, or (B, classes) shares of them.
-            names: of the images, for messages.
+            targets: Classes (B,), or probabilities (B, classes).
+            names: Names of the images, for messages.
 
         Raises:
             NonFiniteLoss: Too many updates have been skipped.
@@ -356,7 +356,7 @@ class Trainer:
             self.loss_sum = self.loss_sum + loss * len(images)
             self.images += len(images)
         else:
-            for value, before_update in buffers:  # batch norm's statistics among them
+            for value, before_update in buffers:  # such as the statistics of batch norm
                 value.copy_(before_update)
             names = names.tolist() if isinstance(names, Tensor) else names
             batch = {"images": images, "targets": targets, "rng": generators, "names": names}
@@ -365,7 +365,7 @@ class Trainer:
         self.step += 1
 
     def accumulate(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Compute the gradients of the mean loss, from ``config.accumulate`` pieces of the batch.
+        """Compute the gradients of the mean loss in ``config.accumulate`` pieces of the batch.
 
         Returns:
             The mean loss of this rank's images. The gradients are averaged over all ranks.
@@ -384,7 +384,9 @@ class Trainer:
                         loss = loss * (len(part) / len(images))
                 except InputError:
                     raise
-                except ValueError as error:  # PyTorch's and timm's of shapes; the rest are faults
+                except (
+                    ValueError
+                ) as error:  # raised for shapes by PyTorch and timm; others are bugs
                     raise InputError(
                         f"model {self.config.model} does not train on {len(part)} images of "
                         f"{tuple(part.shape[1:])}: {error}; change --batch-size, --accumulate or "
@@ -401,7 +403,7 @@ class Trainer:
         """Step the optimiser and update the average, unless a gradient is not finite.
 
         Returns:
-            Whether the step was made; the same on every rank.
+            Whether the optimiser made a step; the same on every rank.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [value for value in self.model.parameters() if value.grad is not None]
@@ -417,7 +419,7 @@ class Trainer:
         return is_finite
 
     def _report_skipped(self, loss: float, batch: dict) -> None:
-        """Count the skipped update and log the ranks and images of its ``batch``.
+        """Count a skipped update and log the ranks and images of its ``batch``.
 
         Raises:
             NonFiniteLoss: Too many updates have been skipped.
@@ -427,7 +429,7 @@ class Trainer:
         where = f"step {self.step + 1} of epoch {self.epochs_done + 1}"
         ranks = self.world.gather((loss, batch["names"]))
         bad = {rank: entry for rank, entry in enumerate(ranks) if not math.isfinite(entry[0])}
-        # With a finite loss and a scaler, the loss scale was too large, which is no divergence.
+        # With a finite loss and a scaler, only the loss scale was too large.
         self.diverging = bool(bad) or not self.scaler.is_enabled()
         what = "the loss is not finite" if bad else "the gradient is not finite"
         whose = "; ".join(
@@ -445,10 +447,10 @@ class Trainer:
         if self.diverging:
             self.world.say(f"warning   {what} at {where} ({whose}); update skipped")
 
-    # The state
+    # State
 
     def state_dict(self) -> dict:
-        """The state that all ranks share; a state file also has what differs between ranks."""
+        """The state that all ranks share. A state file also has the state of each rank."""
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -463,11 +465,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a :meth:`state_dict`, perhaps read from a file."""
+        """Load a :meth:`state_dict`, possibly read from a file."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        # JSON turns the parameters' numbers into text.
+        # JSON turned the indices of the parameters into text.
         moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         if state["scaler"]:  # empty if the loss was not scaled
@@ -477,7 +479,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
     def restore(self, content: dict, path: Path) -> None:
-        """Continue from the ``content`` of the state file ``path``, random generators included.
+        """Load the ``content`` of the state file ``path``, including random generators.
 
         Raises:
             InputError: The state does not fit the model, optimiser or data.
@@ -489,7 +491,7 @@ class Trainer:
             self._restore_ranks(content["ranks"])
             check_optimizer(self.optimizer, groups)
             if self.step > steps:
-                raise ValueError(f"it has done {self.step} of the {steps} updates of an epoch")
+                raise ValueError(f"it is at update {self.step}, an epoch has {steps}")
         except torch.OutOfMemoryError:
             raise
         except MISFITS as error:
@@ -497,9 +499,9 @@ class Trainer:
             raise InputError(f"training state {path} does not fit the run: {reason}") from None
 
     def _restore_ranks(self, ranks: list[dict]) -> None:
-        """Restore what differs between ranks.
+        """Restore the state of each rank.
 
-        If their number has changed, rank 0 takes the sums and every generator is seeded again.
+        If the number of ranks has changed, rank 0 gets the sums and every generator is seeded anew.
         """
         world = self.world
         if len(ranks) == world.size:
@@ -513,7 +515,7 @@ class Trainer:
             self.images = sum(rank["images"] for rank in ranks)
         self.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
         world.say(
-            f"the run had {len(ranks)} processes and now has {world.size}: random numbers "
-            "start afresh, so it will not end bit-identical to an uninterrupted one"
+            f"the run had {len(ranks)} processes and now has {world.size}: random generators "
+            "are seeded anew, so the result will differ from that of an uninterrupted run"
         )
         seed_everything(self.config.seed + world.rank + 1000 * self.epochs_done)

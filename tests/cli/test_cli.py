@@ -127,7 +127,7 @@ REFUSALS = {
     "missing-checkpoint": (("eval", "--checkpoint", "{tmp}/a.safetensors"), "does not exist"),
     "truncated-checkpoint": (("eval", "--checkpoint", "{truncated}"), "is damaged"),
     "nameless-checkpoint": (("eval", "--checkpoint", "{bare}"), "give --model or --config"),
-    "other-model": ((*NEED_RUN, "--model", "t2t_vit_14"), "says itself that it is t2t_vit_7"),
+    "other-model": ((*NEED_RUN, "--model", "t2t_vit_14"), "itself says that it is t2t_vit_7"),
     "other-channels": ((*NEED_RUN, "--data", "digits"), "digits has 1 channels, the model takes 3"),
     "other-classes": (
         (*NEED_RUN, "--data", "synthetic"),
@@ -141,7 +141,7 @@ REFUSALS = {
     "plot-format": (("predict", "--run", "{run}", "--plot", "{tmp}/x.doc"), "extension .doc"),
     "no-repetitions": (("bench", "--repetitions", "0"), "--repetitions: got 0"),
     "unknown-rival": (("bench", "--against", "resnet5000"), "unknown model of timm"),
-    "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not say what model it is"),
+    "bench-nameless-run": (("bench", "--run", "{nameless}"), "does not name its model"),
     "long-run": (("eval", "--run", "o" * 5000), "ile name too long"),
     "long-config": (("train", "--config", "o" * 5000), "ile name too long"),
     "long-resume": (("train", "--resume", "o" * 300), "ile name too long"),

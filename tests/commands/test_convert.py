@@ -156,8 +156,8 @@ def test_the_user_is_told_what_is_wrong(tmp_path, capsys):
     target = tmp_path / "t.safetensors"
     for arguments, message in (
         ((source, tmp_path / "t.bin"), "TARGET: got"),
-        ((bare, target), "does not say what model it is; give --model"),
-        ((source, target, "--model", "t2t_vit_7"), "says itself what it is; leave it out"),
+        ((bare, target), "does not name its model; give --model"),
+        ((source, target, "--model", "t2t_vit_7"), "itself says what it is; remove the option"),
         ((tmp_path / "gone.pth", target), "does not exist"),
         ((f"local-dir:{tmp_path}/gone", target), "there is no such folder"),
         ((f"local-dir:{tmp_path}", target), "there is no config.json"),

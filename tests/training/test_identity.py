@@ -227,7 +227,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--seed", "1"), "seed: got 1, but run.json beside it has 0"),
+        (("--seed", "1"), "seed: got 1, but run.json in its folder has 0"),
         (("--data", "synthetic:40"), "number of training images: got 40"),
         (("--model-args", "embed_dim=32", "depth=1", "num_heads=2"), "model_args: got"),
         (("--data", "digits:012", "--num-classes", "none"), "data: got digits:012, but"),

@@ -187,7 +187,9 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
     assert main(["train", *options]) == 0
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
     assert newest(finished).read_bytes() == before
-    assert "epochs    4 instead of 3: another cosine from here" in capsys.readouterr().out
+    assert (
+        "epochs    4 instead of 3: the cosine schedule changes from here" in capsys.readouterr().out
+    )
     best = max(metrics_of(output), key=lambda row: (row["top1"], row["epoch"]))
     assert read_about(output / "best.safetensors").epoch == best["epoch"]
 
@@ -225,16 +227,16 @@ def test_a_second_run_does_not_mix_with_the_first(finished, capsys):
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--lr", "0.5")
     assert "lr: got 0.5, but the run to resume has 0.001" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--momentum", "0.5")
-    assert "momentum: got 0.5, but the run to resume has 0.9; leave it" in line
+    assert "momentum: got 0.5, but the run to resume has 0.9; do not change it" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--epochs", "2")
-    assert "epochs: got 2, cool-down included, but the run to resume has done 3" in line
+    assert "epochs: got 2, including cool-down, but the run to resume has done 3" in line
     line = refused(capsys, "--output", str(finished), "--resume", "auto", "--data", "digits")
     assert "data: got digits, but the run to resume has synthetic:44" in line
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_outputs_that_cannot_be_used(tmp_path, finished, capsys):
-    assert "--output: none given" in refused(capsys, *TINY)
+    assert "--output: got none" in refused(capsys, *TINY)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -254,7 +256,7 @@ def test_states_that_cannot_be_resumed(tmp_path, finished, capsys):
     state.write_bytes(newest(finished).read_bytes()[:5000])
     assert "is damaged" in refused(capsys, "--resume", str(state))
     weights = str(finished / "last.safetensors")
-    assert "is no training state" in refused(capsys, "--resume", weights)
+    assert "is not a training state" in refused(capsys, "--resume", weights)
 
 
 def without(*path):
@@ -296,9 +298,9 @@ WRONG_STATES = {
     "text-for-a-count": (put("3", "state", "updates"), "updates is str '3'"),
     "negative-count": (put(-1, "state", "step"), "step is int -1"),
     "huge-count": (put(10**30, "state", "epochs_done"), "epochs_done is int 1000"),
-    "beyond-the-epoch": (put(10**6, "state", "step"), "it has done 1000000 of the 5 updates"),
+    "beyond-the-epoch": (put(10**6, "state", "step"), "it is at update 1000000, an epoch has 5"),
     "history-of-text": (put(["a", "b", "c"], "state", "history"), "history is str 'a'"),
-    "short-history": (put([], "state", "history"), "history has not one entry per epoch"),
+    "short-history": (put([], "state", "history"), "history does not have one entry per epoch"),
     "null-history": (put(None, "state", "history"), "history is NoneType"),
     "ranks": (put([], "ranks"), "ranks is empty"),
     "rank-of-text": (put(["a"], "ranks"), "ranks is str 'a'"),
@@ -482,7 +484,7 @@ def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
     metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
     line = log.loader_line(metrics, 3)
     assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
-    assert "19% of its time" in line and "bottleneck" not in line
+    assert "19% of the time" in line and "bottleneck" not in line
     assert "raise --workers" in log.loader_line(metrics | {"loader_wait": 0.21}, 3)
 
 
@@ -777,7 +779,7 @@ def test_what_helps_a_run_that_diverges_may_change_if_the_command_line_gives_it(
     resume = ("--output", str(output), "--resume", "auto")
     given = f"{option[2:].replace('-', '_')}: got "
     error = refused(capsys, *resume, option, value)
-    assert error.startswith(f"t2tvit: error: {given}") and "no epoch left to train" in error
+    assert error.startswith(f"t2tvit: error: {given}") and "no epochs left to train" in error
     assert main(["train", *resume, option, value, "--epochs", "4"]) == 0
     assert capsys.readouterr().out.splitlines().count(line) == 1
     assert main(["train", *resume, "--epochs", "5"]) == 0  # with what it has now

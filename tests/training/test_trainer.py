@@ -324,7 +324,7 @@ def test_the_log_says_what_batch_and_rate_an_update_has():
     assert "global batch 8 (8 per process), momentum, lr 0.05" in log(1)
     assert "lr 0.1 for batches of 16, scaled by 0.5 to 8" in log(1)
     assert "global batch 8 (4 per process)" in log(2) and "warning" not in log(2)
-    assert "warning   3 processes cannot share a batch of 8: an update is made from 6" in log(3)
+    assert "warning   3 processes cannot divide a batch of 8: each update uses 6" in log(3)
 
 
 def trained_by(config, model):

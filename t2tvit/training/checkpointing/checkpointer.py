@@ -1,4 +1,4 @@
-"""When a run saves its state and weights, and in which files."""
+"""Saving the states and weights of a run."""
 
 import contextlib
 import math
@@ -29,9 +29,9 @@ from t2tvit.training.stopping import (
 if TYPE_CHECKING:
     from t2tvit.training.trainer import Trainer
 
-# On a GPU the ranks agree on what to do only so often: each time waits for all work queued there.
+# Steps between agreements of the ranks on a GPU; each one waits for all work queued there.
 AGREE_EVERY = 10
-# While they evaluate, each of them looks for a signal of another's so often, in seconds.
+# During an evaluation, the seconds after which each rank checks whether another one got a signal.
 ASK_EVERY = 0.5
 
 
@@ -43,12 +43,12 @@ class Checkpointer:
 
     Args:
         output: The run's folder.
-        config: The configuration as given. All of it is stored; ``checkpoint_minutes`` and
+        config: The configuration as given, which is stored. Its ``checkpoint_minutes`` and
             ``keep_checkpoints`` say when to save and how many states to keep.
-        about: The description in files of weights, without epoch and top-1.
-        images: The description of the images, see :func:`.identity.described`; stored.
-        world: Every rank calls the same methods in the same order.
-        signals: Entered.
+        about: The description for files of weights, without epoch and top-1.
+        images: The description of the images to store, see :func:`.identity.described`.
+        world: The processes of the run. All ranks call the same methods in the same order.
+        signals: An entered context manager.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Checkpointer:
         self.output, self.config, self.about = output, config, about
         self.images, self.world, self.signals = images, world, signals
         self.saved = self.asked = time.monotonic()
-        self.newest: Path | None = None  # that this process has saved
+        self.newest: Path | None = None  # state that this process has saved
         self.passing: Path | None = None  # the state before an evaluation, until the next one
-        self.is_kept = False  # the state before the evaluation at hand
+        self.is_kept = False  # whether the state before the current evaluation is saved
         self.is_stopping = False
         self.agree_every = AGREE_EVERY if world.device.type == "cuda" else 1
 
@@ -78,11 +78,11 @@ class Checkpointer:
         }
 
     def after_step(self, trainer: "Trainer") -> None:
-        """Save if it is time to, or if any rank has been asked to stop.
+        """Save the state if it is due or if any rank has been asked to stop.
 
         Raises:
-            Stopped: after saving, on every rank.
-            RunError: the disk is full, or the folder not to be written to.
+            Stopped: After saving, on every rank.
+            RunError: The disk is full, or the folder cannot be written to.
         """
         if trainer.step % self.agree_every:
             return
@@ -96,15 +96,15 @@ class Checkpointer:
             self.save(trainer)
 
     def after_epoch(self, trainer: "Trainer") -> None:
-        """Save the state, in place of the one from before the evaluation.
+        """Save the state, which replaces that from before the evaluation.
 
-        If the last update was skipped, the state is saved after the next one that is made.
+        If the last update was skipped, the state is saved after the next one that is not skipped.
         """
         if not self._save_if_sound(trainer):
             self.saved = -math.inf
 
     def keep_weights(self, trainer: "Trainer", is_best: bool) -> None:
-        """Write the weights of the epoch that has just ended."""
+        """Write the weights of the completed epoch."""
         metrics = trainer.history[-1]
         about = replace(self.about, epoch=metrics["epoch"], top1=metrics["top1"])
         for name in (BEST_FILE, LAST_FILE) if is_best else (LAST_FILE,):
@@ -112,12 +112,12 @@ class Checkpointer:
             self.world.on_main(lambda: save_weights(*weights))
 
     def keep_batch(self, trainer: "Trainer", batch: dict) -> None:
-        """Write this rank's ``batch``, whose loss is not finite, and the weights that it met."""
+        """Write this rank's ``batch``, whose loss is not finite, and the current weights."""
         path = self.output / NOT_FINITE_FILES.replace("*", str(self.world.rank))
         write_state(path, batch | {"model": trainer.model.state_dict()})
 
     def before_evaluation(self, trainer: "Trainer") -> None:
-        """Save the state of the last update, as an evaluation can take long."""
+        """Save the state, because an evaluation can take long."""
         self.is_kept = not trainer.skipped_in_a_row
         if self.is_kept and self.newest != self._path(trainer):
             minutes = (time.monotonic() - self.saved) / 60
@@ -145,7 +145,7 @@ class Checkpointer:
         """End the run if any rank has been asked to stop; the last state is already saved.
 
         Raises:
-            Stopped: on every rank.
+            Stopped: On every rank.
         """
         (stays,) = self._all_agree(self.signals.received is None)
         if not stays:
@@ -153,11 +153,11 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def waiting(self, trainer: "Trainer") -> Iterator[None]:
-        """Inside, a signal interrupts the wait for the next training batch.
+        """A context in which a signal interrupts the wait for the next training batch.
 
         Raises:
-            Stopped: this process is alone, and has saved its state.
-            RunError: the others wait for this process, so that no state can be saved.
+            Stopped: There is only this process, and it has saved its state.
+            RunError: Other processes wait for this one, so no state can be saved.
         """
         try:
             with obeying(self.signals, self.world):
@@ -169,14 +169,14 @@ class Checkpointer:
         """Save the state and end the run on every rank.
 
         Raises:
-            Stopped: always.
+            Stopped: Always.
         """
         self._leave(self._save_if_sound(trainer))
 
     def save(self, trainer: "Trainer", passes: bool = False) -> None:
         """Write the state as the newest file and remove the oldest beyond ``keep_checkpoints``.
 
-        If it ``passes``, it is not counted, and the next state replaces it.
+        If it ``passes``, it does not count, and the next state replaces it.
         """
         ranks = self.world.gather(
             {
@@ -194,8 +194,8 @@ class Checkpointer:
         """Save the state unless the last update was skipped; returns whether it was saved."""
         if trainer.skipped_in_a_row:
             self.world.say(
-                f"warning   no training state is saved now, as the last {trainer.skipped_in_a_row} "
-                "updates were skipped; the states from before are kept",
+                f"warning   no training state is saved now, because the last {trainer.skipped_in_a_row} "
+                "updates were skipped; earlier states are kept",
             )
             return False
         self.save(trainer)
@@ -208,7 +208,7 @@ class Checkpointer:
         raise Stopped(is_kept, is_elsewhere=node is not None and node not in signalled)
 
     def _ask(self) -> None:
-        """Tell the other ranks of a signal, and learn now and then of theirs."""
+        """Tell the other ranks about a signal; from time to time, check for theirs."""
         if self.signals.received is not None:
             self.is_stopping = True
             if self.world.size > 1:

@@ -9,17 +9,17 @@ from t2tvit.training.checkpointing.file_names import LAST_FILE, RUN_FILE
 from t2tvit.training.checkpointing.states import IMAGES, check, is_text
 from t2tvit.training.config import RunConfig, from_dict
 
-# A resumed run may differ from its beginning in these keys; in any other it would be another run.
+# A resumed run may change these keys; a change of any other key would make it another run.
 MAY_CHANGE = {
     *("data", "epochs", "workers", "device", "fused_kernels"),
     *("checkpoint_minutes", "keep_checkpoints", "max_skipped", "max_unreadable"),
     *("accumulate", "compile", "channels_last", "grad_checkpointing", "profile"),
     *("tensorboard", "wandb"),
 }
-# These may differ too if the command line gives them: they help against losses that are not finite.
+# These may change too if the command line sets them: they help against non-finite losses.
 REMEDIES = {"lr", "clip_grad", "amp"}
 SPLITS = {"train": "training", "val": "held-out"}
-DIGITS = 12  # of a digest, in messages
+DIGITS = 12  # of a digest in messages
 
 
 def described(splits: tuple[Split, Split]) -> dict[str, dict]:
@@ -33,9 +33,9 @@ def described(splits: tuple[Split, Split]) -> dict[str, dict]:
 def difference(
     new: RunConfig, old: RunConfig, may_change: set[str] = MAY_CHANGE
 ) -> tuple[str, object, object] | None:
-    """The first key that makes ``new`` and ``old`` different runs, with its two values.
+    """The first key that makes ``new`` and ``old`` different runs, and its two values.
 
-    The data may move, but not come from another source.
+    The path of the data may change, but not its kind of source.
     """
     for key, before in asdict(old).items():
         now = getattr(new, key)
@@ -75,8 +75,8 @@ def check_owner(path: Path, state: dict, owner: dict | None) -> None:
     if found is not None:
         key, now, before = found
         raise InputError(
-            f"--resume: {path} is the state of another run: {key}: got {now}, but {RUN_FILE} beside "
-            f"it has {before}; move the state to a folder of its own to resume it"
+            f"--resume: {path} is the state of another run: {key}: got {now}, but {RUN_FILE} in its "
+            f"folder has {before}; move the state to a folder of its own to resume it"
         )
 
 
@@ -90,12 +90,12 @@ def check_data(
     """Check that the data is that of the training ``state`` in the file ``path``.
 
     Args:
-        class_names: those of the data now, in order.
-        images: :func:`described` now.
-        before: what they were; None if it is not known.
+        class_names: The current class names, in order.
+        images: The current :func:`described` images.
+        before: The earlier :func:`described` images; None if unknown.
 
     Raises:
-        InputError: images or classes differ.
+        InputError: Images or classes differ.
     """
     found = None if before is None else unlike_images(images, before)
     if class_names != state["class_names"]:
@@ -111,7 +111,7 @@ def check_data(
 
 
 def unlike_images(new: dict[str, dict], old: dict[str, dict]) -> tuple[str, str, str] | None:
-    """How two :func:`described` data sets differ: in what, and both values; None if they do not."""
+    """The first difference of two :func:`described` datasets and both values; None if equal."""
     for name, words in SPLITS.items():
         counts = new[name]["images"], old[name]["images"]
         if counts[0] != counts[1]:
@@ -124,7 +124,7 @@ def unlike_images(new: dict[str, dict], old: dict[str, dict]) -> tuple[str, str,
 
 
 def unlike(new: list[str], old: list[str]) -> tuple[str, str]:
-    """How two lists of class names differ: their lengths, or the first class that is another."""
+    """How two lists of class names differ: in their lengths, or in the first different class."""
     if len(new) != len(old):
         return f"{len(new)} classes", f"{len(old)}"
     index = next(i for i, pair in enumerate(zip(new, old)) if pair[0] != pair[1])

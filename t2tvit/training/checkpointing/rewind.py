@@ -1,7 +1,7 @@
-"""Fits an output folder to the state that a run resumes from: its weights, and nothing later.
+"""Fits an output folder to the state that a run resumes from.
 
 After a normal stop everything fits already. If the run resumes from an older state, files of later
-epochs are set aside, and the weights are those of the epochs that the state knows.
+epochs are renamed, and the weights become those of the epochs up to the state.
 """
 
 import json
@@ -27,13 +27,13 @@ from t2tvit.training.trackers import ID_FILE
 
 @dataclass(frozen=True)
 class Fitting:
-    """What BEST_FILE and LAST_FILE have to be for a state.
+    """The content of BEST_FILE and LAST_FILE that fits a state.
 
     Attributes:
-        best: the epoch of BEST_FILE; 0 if the weights of no epoch are left.
-        files: by name, the contents of those that have to be written.
-        strange: names of those beside the state whose weights do not fit it.
-        lines: what is lost, for the log.
+        best: The epoch of BEST_FILE; 0 if the weights of all epochs are lost.
+        files: The contents of the files to write, by name.
+        strange: The names of files beside the state whose weights do not fit it.
+        lines: Log lines about lost weights.
     """
 
     best: int
@@ -43,14 +43,14 @@ class Fitting:
 
 
 def fitting(path: Path, resumed: dict, about: Weights, moves: bool = False) -> Fitting:
-    """The weights that fit the state ``resumed``, read from ``path``, out of what is beside it.
+    """The weights that fit the state ``resumed``, read from ``path``, found in files beside it.
 
     Args:
-        about: the weights' description, but for epoch and top-1.
-        moves: whether the files are needed in another folder, also those that fit.
+        about: The description of the weights, without epoch and top-1.
+        moves: Whether all files are needed in another folder, including those that fit.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: A file cannot be read.
     """
     state = resumed["state"]
     history = state["history"]
@@ -78,12 +78,12 @@ def fitting(path: Path, resumed: dict, about: Weights, moves: bool = False) -> F
     ]
     if moves and strange:
         names = ", ".join(str(path.parent / name) for name in strange)
-        lines.append(f"not copied {names}: not of an epoch up to {path.name}")
+        lines.append(f"not copied {names}: not from an epoch up to {path.name}")
     return Fitting(found[BEST_FILE], files, strange, lines)
 
 
 def epoch_of(path: Path, history: list[dict]) -> int:
-    """The epoch of ``history`` whose weights the file has; 0 if of none, missing or damaged."""
+    """The epoch of ``history`` whose weights the file has; 0 if none, missing or damaged."""
     try:
         about = read_about(path)
     except InputError:
@@ -97,7 +97,7 @@ def epoch_of(path: Path, history: list[dict]) -> int:
 def weights_of(
     epoch: int, path: Path, state: dict, epochs: dict[str, int], about: Weights
 ) -> bytes | None:
-    """The file of an epoch's weights, from those beside ``path`` or from a state at its end."""
+    """The file of an epoch's weights: a file beside ``path``, or made from the state at its end."""
     for name, found in epochs.items():
         if found == epoch:
             try:
@@ -121,25 +121,25 @@ def weights_of(
 
 
 def rewind(output: Path, state: dict, strange: list[str]) -> list[str]:
-    """Set aside what in ``output`` is later than ``state``, and the files ``strange``.
+    """Rename files in ``output`` that are later than ``state``, and the files ``strange``.
 
-    Returns lines for the log. METRICS_FILE is set aside with later epochs; it is to be written anew.
+    Returns log lines. METRICS_FILE is renamed if it has later epochs, and must be written anew.
     """
     name, history = state_name(state["epochs_done"], state["step"]), state["history"]
     later = [path for path in states_in(output) if path.name > name]
     later += [output / each for each in strange]
     if rows_in(output / METRICS_FILE) > len(history):
-        # Weights & Biases takes no epoch twice, so the run gets another one there.
+        # Weights & Biases accepts no epoch twice, so the run gets a new id there.
         later += [path for path in (output / METRICS_FILE, output / ID_FILE) if path.exists()]
         draw(history, output / CURVES_FILE)
     renamed = [f"{path.name} to {set_aside(path).name}" for path in later]
     if not renamed:
         return []
-    return [f"set aside what is not of the run up to {name}: {', '.join(renamed)}"]
+    return [f"renamed files that are not from the run up to {name}: {', '.join(renamed)}"]
 
 
 def draw(history: list[dict], path: Path) -> None:
-    """The curves of the epochs done; no file if there are none."""
+    """Draw the curves of completed epochs; remove the file if there are none."""
     if history:
         draw_curves(history, path)
     else:
@@ -147,7 +147,7 @@ def draw(history: list[dict], path: Path) -> None:
 
 
 def rows_in(path: Path) -> int:
-    """The number of a file's lines; 0 if it cannot be read."""
+    """The number of lines of a file; 0 if it cannot be read."""
     try:
         return read_bytes(path).count(b"\n")
     except OSError:

@@ -1,4 +1,4 @@
-"""The folder of a run: which run it belongs to, how to resume it, its lock and its record."""
+"""The folder of a run: its owner, its lock, its record, and how to resume it."""
 
 import contextlib
 import fcntl
@@ -49,7 +49,7 @@ LOCK_PATIENCE = 10  # seconds; the loader processes of a killed run hold its loc
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the training state that it resumes from; a context manager.
+    """The folder that a run writes to, and the training state that it resumes from; a context manager.
 
     Attributes:
         output: The folder.
@@ -71,7 +71,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, output: Path | None, resume: str | None) -> "RunFolder":
-        """What ``--output`` and ``--resume`` mean.
+        """The folder that ``--output`` and ``--resume`` determine.
 
         Raises:
             InputError: There is no folder to write to, or no state that can be read.
@@ -80,8 +80,8 @@ class RunFolder:
         if source is not None:
             output = output or (source if source.is_dir() else source.parent)
         if output is None:
-            raise InputError("--output: none given; name the folder that the run may write to")
-        before = listing(output)  # before any of it is read
+            raise InputError("--output: got none, expected a folder for the run's files")
+        before = listing(output)  # before anything there is read
         if source is not None and source.is_file():
             return cls(output, resume, source, [], before)
         path, damaged = (None, []) if resume is None else find_state(source or output)
@@ -101,7 +101,7 @@ class RunFolder:
 
     @property
     def moves(self) -> bool:
-        """Whether the run resumes in another folder than the state's."""
+        """Whether the state to resume is in another folder than ``output``."""
         source = self.state_path
         return source is not None and source.parent.resolve() != self.output.resolve()
 
@@ -114,20 +114,20 @@ class RunFolder:
         """The content of the state to resume; None for a new run.
 
         Raises:
-            InputError: it is damaged.
+            InputError: The state is damaged.
         """
         return None if self.state_path is None else read_resumable(self.state_path)
 
     def check_owner(self, resumed: dict) -> None:
-        """Raise an InputError if the state ``resumed`` is of another run than its folder's."""
+        """Raise an InputError if the state ``resumed`` does not belong to the run of its folder."""
         check_owner(self.state_path, resumed, self.owner)
 
     def choose_config(self, name: str | None, overrides: dict) -> RunConfig:
         """The configuration of a new or resumed run.
 
         Args:
-            name: A YAML file or packaged configuration. Without it, a resumed run keeps its own, and
-                a new run uses ``digits`` if the data is digits or not given, else the defaults.
+            name: A YAML file or packaged configuration. If None, a resumed run keeps its own, and a
+                new run uses ``digits`` if the data is digits or not given, else the defaults.
             overrides: The keys that options set.
 
         Raises:
@@ -157,7 +157,7 @@ class RunFolder:
         if found is not None:
             key, new, old = found
             option = f"--{key.replace('_', '-')} {'none' if new is None else new}"
-            change = f"give {option} to change it" if key in REMEDIES else "leave it"
+            change = f"give {option} to change it" if key in REMEDIES else "do not change it"
             raise InputError(
                 f"{key}: got {new}, but the run to resume has {old}; {change}, or start another run "
                 "with another --output"
@@ -223,12 +223,12 @@ class RunFolder:
         Until :meth:`record_start`, RUN_FILE says how to repeat the start.
 
         Args:
-            checkpointer: The run's.
-            resumed: What :meth:`read` returned.
+            checkpointer: The run's checkpointer.
+            resumed: The result of :meth:`read`.
 
         Returns:
-            The epoch that the weights in BEST_FILE are from, 0 if there are none, and log lines on
-            files that were set aside.
+            The epoch of the weights in BEST_FILE, 0 if there are none, and log lines about renamed
+            files.
         """
         output, about = self.output, checkpointer.about
         if self.moves:  # read before anything is written
@@ -240,9 +240,9 @@ class RunFolder:
                 f"--output {output}: {error.strerror}; choose another folder"
             ) from None
         self.lock.enter_context(locked(output))
-        self.check()  # another run may have begun there since
+        self.check()  # another run may have started there in the meantime
         if listing(output) != self.before:
-            raise InputError(f"--output {output}: another run has just written there; start again")
+            raise InputError(f"--output {output}: another run has just written there; try again")
         for leftover in output.glob(WRITING):  # of a run that was killed
             leftover.unlink()
         if self.state_path is None or self.moves:
@@ -263,13 +263,13 @@ class RunFolder:
         write_atomically(self.output / RUN_FILE, json.dumps(record, indent=2) + "\n")
 
     def _fit(self, resumed: dict, about: Weights, copied: Fitting | None) -> tuple[int, list[str]]:
-        """Fit the folder to the state ``resumed``; ``copied`` are files of the folder it came from."""
+        """Fit the folder to the state ``resumed``; ``copied`` are files from the state's own folder."""
         output = self.output
         state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])
         if copied is not None:
             replace_files(output, copied.files)
         if self.state_path.resolve() != state.resolve():
-            write_state(state, resumed)  # under the name by which --resume auto finds it
+            write_state(state, resumed)  # with the name that --resume auto looks for
         fits = fitting(state, resumed, about)
         lines = [*(copied or fits).lines]
         lines += rewind(output, resumed["state"], fits.strange)
@@ -277,7 +277,7 @@ class RunFolder:
         return fits.best, lines
 
     def record_start(self, trainer: "Trainer") -> None:
-        """Write the configuration, the record of this start, and the metrics of the epochs done."""
+        """Write the configuration, the record of this start, and the metrics of completed epochs."""
         world, checkpointer = trainer.world, trainer.checkpointer
         write_atomically(self.output / CONFIG_FILE, checkpointer.config.to_yaml())
         path = self.output / RUN_FILE
@@ -315,7 +315,7 @@ def listing(output: Path) -> tuple:
 
 
 def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write files by their names."""
+    """Write files, given by name, into ``folder``."""
     for name, content in contents.items():
         write_atomically(folder / name, content)
 
@@ -348,10 +348,10 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def read_record(output: Path) -> dict:
-    """What RUN_FILE says: ``starts``, ``identity`` (see :meth:`.Checkpointer.identity`; missing in
-    the earlier format), and ``beginning`` until the first start is complete.
+    """The content of RUN_FILE: ``starts``, ``identity`` (see :meth:`.Checkpointer.identity`; missing
+    in the earlier format), and ``beginning`` until the first start is complete.
 
-    Empty if the file is missing, damaged or another program's.
+    Empty if the file is missing, damaged or from another program.
     """
     try:
         record = json.loads(read_text(output / RUN_FILE))
@@ -372,7 +372,7 @@ def read_record(output: Path) -> dict:
 
 
 def write_metrics(path: Path, history: list[dict]) -> None:
-    """One JSON object per line and epoch. A value that is not finite is null, as JSON has no NaN."""
+    """Write one JSON object per epoch and line. Non-finite values are null, because JSON has no NaN."""
     rows = (
         {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         for metrics in history

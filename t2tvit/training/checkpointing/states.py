@@ -14,7 +14,7 @@ CONTENT_KEY, TENSOR_KEY = "t2tvit_state", "__tensor__"
 
 
 def state_name(epochs_done: int, step: int) -> str:
-    """The name of a state's file; names sort as the states follow each other."""
+    """The name of a state's file; names sort in the order of the states."""
     return f"state-{epochs_done:05d}-{step:08d}.safetensors"
 
 
@@ -24,16 +24,16 @@ def states_in(output: Path) -> list[Path]:
 
 
 def remove_oldest(output: Path, keep: int) -> None:
-    """Remove all training states but the ``keep`` newest."""
+    """Remove all training states except the ``keep`` newest."""
     for path in states_in(output)[keep:]:
         path.unlink()
 
 
 def find_state(output: Path) -> tuple[Path | None, list[str]]:
-    """The newest state that can be trusted, and why each newer one cannot.
+    """The newest valid state, and why each newer one is not valid.
 
     Raises:
-        InputError: there are states, and all are damaged.
+        InputError: There are states, and all are damaged.
     """
     damaged = []
     for path in states_in(output):
@@ -49,17 +49,17 @@ def find_state(output: Path) -> tuple[Path | None, list[str]]:
 
 
 def write_state(path: Path, content: dict) -> None:
-    """Write nested lists and dicts with tensors as safetensors: tensors, and the rest as JSON."""
+    """Write nested lists and dicts with tensors as safetensors; everything but tensors as JSON."""
     tensors = {}
     content = _take_tensors(content, "", tensors)
     write_tensors(path, tensors, CONTENT_KEY, content)
 
 
 def read_state(path: Path) -> dict:
-    """The content of :func:`write_state`, on the CPU; its keys are text.
+    """The content of a file of :func:`write_state`, on the CPU; its keys are text.
 
     Raises:
-        InputError: the file is missing, damaged, or no training state.
+        InputError: The file is missing, damaged, or not a training state.
     """
     try:
         content, tensors = read_tensors(path, CONTENT_KEY)
@@ -71,15 +71,15 @@ def read_state(path: Path) -> dict:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"training state {path} is damaged ({reason})") from None
     if content is None:
-        raise InputError(f"{path} is no training state; --resume takes a run's {STATE_FILES}")
+        raise InputError(f"{path} is not a training state; --resume expects a run's {STATE_FILES}")
     return content
 
 
 def read_resumable(path: Path) -> dict:
-    """:func:`read_state`, with the form of a state that a run can resume from.
+    """:func:`read_state`, with a check that a run can resume from the state.
 
     Raises:
-        InputError: see there, or the content has another form.
+        InputError: See there, or the content does not have the form of a state.
     """
     content = read_state(path)
     try:
@@ -90,7 +90,7 @@ def read_resumable(path: Path) -> dict:
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """``value`` with each tensor replaced by its name in ``tensors``, where it is put."""
+    """``value`` with each tensor moved to ``tensors`` and replaced by its name there."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().contiguous()
         return {TENSOR_KEY: name}
@@ -113,7 +113,7 @@ def _put_tensors(value: object, tensors: dict[str, Tensor]) -> object:
     return value
 
 
-# The form of a state's content, which its checksum does not prove.
+# The form of a state's content. A valid checksum does not guarantee it.
 
 
 def is_count(value: object) -> bool:
@@ -138,7 +138,7 @@ def are_tensors(value: object) -> bool:
 
 IMAGES = {name: {"images": is_count, "digest": is_text} for name in ("train", "val")}
 METRICS = dict.fromkeys(("epoch", "train_loss", "eval_loss", "top1", "seconds"), is_number)
-# What must be there: dicts with these keys, lists of the one item, values that pass the function.
+# Required content: dicts with these keys, lists of such items, values that pass the function.
 STATE = {
     "state": {
         "model": are_tensors,
@@ -168,11 +168,11 @@ def check_state(content: object) -> None:
     if not content["ranks"]:
         raise ValueError("ranks is empty")
     if len(content["state"]["history"]) != content["state"]["epochs_done"]:
-        raise ValueError("history has not one entry per epoch")
+        raise ValueError("history does not have one entry per epoch")
 
 
 def check(value: object, form: dict | list | Callable[[object], bool], place: str) -> None:
-    """Raise a ValueError that names the place where ``value`` has not the ``form``."""
+    """Raise a ValueError that names the place where ``value`` does not have the ``form``."""
     if isinstance(form, dict) and is_mapping(value):
         for key, inside in form.items():
             if key not in value:

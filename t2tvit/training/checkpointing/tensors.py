@@ -1,4 +1,4 @@
-"""Files of tensors with a description and a checksum of both, in the .safetensors format."""
+"""Files of tensors with a description and a checksum, in the .safetensors format."""
 
 import hashlib
 import json
@@ -14,28 +14,28 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str, conten
     """Write a .safetensors file whose metadata has ``content`` and a checksum of all under ``key``.
 
     Raises:
-        RunError: the disk is full, or the folder not to be written to.
+        RunError: The disk is full, or the folder cannot be written to.
     """
-    # In memory first, so that a full disk is met where it is reported.
+    # Serialise in memory first, so that write_atomically reports a full disk.
     write_atomically(path, tensors_file(tensors, key, content))
 
 
 def tensors_file(tensors: dict[str, torch.Tensor], key: str, content: object) -> bytes:
-    """The content of :func:`write_tensors`' file."""
+    """The bytes of the file of :func:`write_tensors`."""
     text = json.dumps(content)
     tensors = unshared(tensors)
-    # One entry: safetensors writes several in any order, and equal runs should give equal files.
+    # One entry: safetensors writes several in random order, and equal runs should give equal files.
     metadata = {key: json.dumps({"sha256": digest(tensors, text), "content": text})}
     return save(tensors, metadata)
 
 
 def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.Tensor]]:
-    """The content and tensors of :func:`write_tensors`; None and nothing from another's file.
+    """The content and tensors of a file of :func:`write_tensors`; None and {} for another file.
 
     Raises:
-        FileNotFoundError, SafetensorError, ValueError: the file is missing or damaged.
+        FileNotFoundError, SafetensorError, ValueError: The file is missing or damaged.
     """
-    # Not by safe_open, which takes no path that is not UTF-8.
+    # Not by safe_open, which only accepts UTF-8 paths.
     content = read_bytes(path)
     tensors = load(content)
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
@@ -46,12 +46,12 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
     if not isinstance(stored, dict) or not isinstance(stored.get("content"), str):
         raise ValueError("its metadata has no checksum")
     if stored.get("sha256") != digest(tensors, stored["content"]):
-        raise ValueError("its checksum is not that of its content")
+        raise ValueError("its checksum does not match its content")
     return _parsed(stored["content"]), tensors
 
 
 def _parsed(text: str) -> object:
-    """What JSON says; a ValueError for what is none, or nested too deeply."""
+    """Parse JSON; raises a ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -59,7 +59,7 @@ def _parsed(text: str) -> object:
 
 
 def unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same values, each in memory of its own, as safetensors wants tied weights."""
+    """The same tensors without shared memory: safetensors does not support tied weights."""
     seen, result = set(), {}
     for name, value in tensors.items():
         place = value.untyped_storage().data_ptr()

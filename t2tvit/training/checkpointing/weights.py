@@ -18,7 +18,7 @@ METADATA_KEY = "t2tvit"
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weights file says of itself: how to build its model and how to feed it.
+    """The description in a file of weights: how to build its model and prepare images.
 
     ``config`` is the run's RunConfig with the mean and std it used; ``top1`` is in percent.
     """
@@ -37,17 +37,17 @@ def save_weights(model: nn.Module, path: Path, about: Weights) -> None:
 
 
 def weights_file(model: nn.Module, about: Weights) -> bytes:
-    """The content of :func:`save_weights`' file."""
+    """The bytes of the file of :func:`save_weights`."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     return tensors_file(tensors, METADATA_KEY, asdict(about))
 
 
 def read_about(path: Path) -> Weights | None:
-    """What a weights file says of itself; None if it does not say what model it is of.
+    """The description in a file of weights; None if it does not describe its model.
 
     Raises:
-        InputError: the file is missing, damaged or no file of weights, or describes a model that
-            its weights are not of, or with arguments that a file may not set.
+        InputError: The file is missing, damaged or not a file of weights; or it describes a model that
+            does not fit its weights, or arguments that a file may not set.
     """
     if kind_of(path) != SAFETENSORS:
         return None
@@ -64,7 +64,7 @@ def read_about(path: Path) -> Weights | None:
 
 
 def _check_about(about: Weights) -> None:
-    """Raise a ValueError unless ``about`` has values that a run writes."""
+    """Raise a ValueError unless ``about`` has values that a run can have written."""
     if about.config.get("model", about.model) != about.model:
         raise ValueError("it names two models")
     classes = about.class_names
