@@ -1,6 +1,6 @@
 """Checks and conversions that the public functions share. Each error names argument, got, expected."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,15 @@ from torch import Tensor
 _LARGEST_SIZE = 2**15
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """Let a graph of torch.compile take the result of ``function`` as a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import torch._dynamo and Triton here.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def output_size(
@@ -37,6 +46,11 @@ def output_size(
             f"padding {padding} needs at least {max(1, kernel_size - 2 * padding)} in each direction"
         )
     return h, w
+
+
+def split_of(call) -> tuple[int, int, int]:
+    """The geometry of a soft split, from an operator's arguments."""
+    return call.kernel_size, call.stride, call.padding
 
 
 def check_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
@@ -89,7 +103,7 @@ def check_eps(eps: float) -> None:
 
 
 # torch.compile of torch 2.11 does not trace the question itself.
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

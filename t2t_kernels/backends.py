@@ -3,9 +3,12 @@
 An operation is served by the backend that the caller names, else by :func:`use_backend`, else by the
 environment's ``T2T_BACKEND``, else by the first of :func:`preference` that can run it. A named
 backend never falls back: it runs or raises :class:`BackendUnavailable` with the reason.
+
+Importing this module loads nothing. A backend loads its library when a call first considers it.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,92 +18,124 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2t_kernels.arguments import constant_in_graphs
 from t2t_kernels.errors import BackendUnavailable, unknown_name
 from t2t_kernels.shadowing import why_shadowed
 from t2t_kernels.transforms import active_transform
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-
-# Per device type, the order of trial if no backend is named.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
-# Operations for which CUDA C++ comes before Triton in half types. This follows from predicted times;
-# nothing has been measured on a GPU.
-PREDICTED_FIRST = ("cuda", "triton", "reference")
-PREDICTED = (
-    "soft_split_linear",
-    "performer_attention",
-    "token_attention",
-    "performer_layer",
-    "transformer_layer",
-)
-
-# Triton's interpreter runs its kernels on CPU tensors, for tests and debugging.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
-WhyNotMap = Callable[[Mapping[str, int]], str | None]
+
+# Triton's interpreter runs its kernels on CPU tensors, for tests and debugging.
+def _interpreter_is_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A public function: the backends, besides the reference, that have a kernel for it, the
-    operations that its reference is composed of, each of which is served by its own best backend,
-    and per backend the sizes and dtypes that its kernel takes, where it does not take all.
-    ``why_not_map`` says in words what a kernel does not take of a map and its split, from the sizes
-    ``channels``, ``kernel_size``, ``stride`` and ``outputs``, any of which may be missing."""
+INTERPRETED = _interpreter_is_on()
+
+
+def _why_too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "it needs compute capability 8.0 or newer, {}.{} is the device's".format(*capability)
+    return None
+
+
+@dataclass(eq=False)
+class Backend:
+    """One implementation of the operations, and what it needs to run.
+
+    Args:
+        name: as in ``backend=``.
+        load: registers its operators with torch; returns why it cannot, or None. Called once, at the
+            first need.
+        device_types: types of the devices whose tensors it takes; None for any.
+        dtypes: that its kernels take; None for any.
+        why_not_on_gpu: why it does not run on a GPU, or None; called with CUDA devices only.
+        namespace: of its operators in ``torch.ops``; None if it has none.
+    """
 
     name: str
-    kernels: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
-    sizes: Mapping[str, Mapping[str, range]] = field(default_factory=dict)
-    dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
-    why_not_map: Mapping[str, WhyNotMap] = field(default_factory=dict)
+    load: Callable[[], str | None] = lambda: None
+    device_types: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = KERNEL_DTYPES
+    why_not_on_gpu: Callable[[torch.device], str | None] = _why_too_old
+    namespace: str | None = None
 
-    def takes(self, backend: str, dtype: torch.dtype, **sizes: int) -> bool:
-        """Whether the kernel of ``backend`` takes this dtype and these sizes."""
-        return self.why_not(backend, dtype, sizes) is None
+    @functools.cached_property
+    def load_error(self) -> str | None:
+        """Why it cannot run in this process, found out once by loading it; None if it is loaded."""
+        return self.load()
 
-    def why_not(self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-        """What the kernel of ``backend`` does not take; None if it takes the call."""
-        for name, taken in self.sizes.get(backend, {}).items():
-            if name in sizes and sizes[name] not in taken:
-                kind = f"{name} = {taken[0]}" if len(taken) == 1 else f"{name} up to {taken[-1]}"
-                return f"its kernel takes {kind}, got {sizes[name]}"
-        if backend in self.why_not_map and (reason := self.why_not_map[backend](sizes)) is not None:
-            return f"its kernel takes {reason}"
-        dtypes = self.dtypes.get(backend, KERNEL_DTYPES)
-        if dtype not in dtypes:
-            names = [str(taken).removeprefix("torch.") for taken in dtypes]
-            listed = f"{', '.join(names[:-1])} and {names[-1]}"
-            return f"its kernel takes {listed}, got {str(dtype).removeprefix('torch.')}"
+    def reset(self) -> None:
+        """Forget the outcome of loading: the next call tries again, for instance after a build.
+
+        What has been loaded stays loaded, and compiled graphs keep the backend they were traced with.
+        """
+        importlib.invalidate_caches()
+        self.__dict__.pop("load_error", None)
+
+    def why_not(
+        self, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> str | None:
+        """The reason why it cannot run on ``device`` in ``dtype``; None if it can."""
+        if self.load_error is not None:
+            return self.load_error
+        if device is not None and self.device_types is not None:
+            if device.type not in self.device_types:
+                hint = _INTERPRETER_HINT if self.name == "triton" else ""
+                return (
+                    f"it runs on {' or '.join(self.device_types)} tensors, got {device.type}{hint}"
+                )
+            if device.type == "cuda" and (reason := self.why_not_on_gpu(device)) is not None:
+                return reason
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"its kernels take {_listed(self.dtypes)}, got {_short(dtype)}"
         return None
 
 
-OPERATIONS: dict[str, Operation] = {}
+_INTERPRETER_HINT = "; TRITON_INTERPRET=1 runs it on the CPU, slowly"
 
 
-def register_operation(
-    name: str,
-    kernels: tuple[str, ...] = (),
-    parts: tuple[str, ...] = (),
-    sizes: Mapping[str, Mapping[str, range]] | None = None,
-    dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
-    why_not_map: Mapping[str, WhyNotMap] | None = None,
-) -> Operation:
-    OPERATIONS[name] = Operation(name, kernels, parts, sizes or {}, dtypes or {}, why_not_map or {})
-    return OPERATIONS[name]
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    *names, last = map(_short, dtypes)
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def _load_cpu() -> str | None:
     try:
-        importlib.import_module("t2t_kernels._C")  # registers the C++ operators
+        importlib.import_module("t2t_kernels._C")
     except ImportError as error:
         return (
             why_shadowed()
             or f"t2t_kernels._C is not built ({error}); build it with `pip install .`"
         )
+    return None
+
+
+def _load_triton() -> str | None:
+    if INTERPRETED != _interpreter_is_on():
+        return "TRITON_INTERPRET has changed since t2t_kernels was imported; set it before"
+    if not INTERPRETED:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a CPU build"
+        # Triton takes half a second and 80 MB to import.
+        if torch.cuda.device_count() == 0:
+            return f"no CUDA device{_INTERPRETER_HINT}"
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "the package triton is not installed; `pip install triton`"
+    except Exception as error:  # a broken installation must not take the other backends with it
+        return f"triton does not import: {type(error).__name__}: {error}"
+    for operation in OPERATIONS.values():
+        if "triton" in operation.kernels:
+            importlib.import_module(f"t2t_kernels.{operation.name}.triton")
     return None
 
 
@@ -113,10 +148,12 @@ def _load_cuda() -> str | None:
         )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build"
-    if _LOAD_ERRORS["cpu"] is not None:
-        return f"its build information is missing: {_LOAD_ERRORS['cpu']}"
-    if not importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]:
+    if BACKENDS["cpu"].load_error is not None:
+        return f"its build information is missing: {BACKENDS['cpu'].load_error}"
+    if not _cuda_architectures():
         return "the last build left it out; build it with `T2T_WITH_CUDA=1 pip install .`"
+    if torch.cuda.device_count() == 0:
+        return "no CUDA device"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -124,87 +161,19 @@ def _load_cuda() -> str | None:
     return None
 
 
-def _load_triton() -> str | None:
-    if not INTERPRETED:
-        if torch.version.cuda is None:
-            return f"torch {torch.__version__} is a CPU build"
-        # Triton takes half a second and 80 MB to import.
-        if torch.cuda.device_count() == 0:
-            return "no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, slowly"
-    try:
-        importlib.import_module("triton")
-    except ModuleNotFoundError:
-        return "the package triton is not installed; `pip install triton`"
-    except Exception as error:  # a broken installation must not take the other backends with it
-        return f"triton does not import: {type(error).__name__}: {error}"
-    return None
+def _cuda_architectures() -> str:
+    """What _cuda.so was built for; _C knows it, which is built at the same time."""
+    return importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]
 
 
-# Why a backend cannot run at all in this process; None where it can.
-_LOAD_ERRORS: dict[str, str | None] = {"cpu": _load_cpu(), "triton": _load_triton()}
-_LOAD_ERRORS["cuda"] = _load_cuda()
-
-DEVICE_TYPES: dict[str, set[str]] = {
-    "cpu": {"cpu"},
-    "triton": {"cuda", "cpu"} if INTERPRETED else {"cuda"},
-    "cuda": {"cuda"},
-}
-
-# What _cuda.so was built for; the description of the build travels in _C.
-CUDA_ARCHITECTURES: str = (
-    importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]
-    if _LOAD_ERRORS["cpu"] is None
-    else ""
-)
-
-# The use_backend blocks that are open now, in any thread; the last one rules.
-_overrides: list[str] = []
-_environment: str | None = os.environ.get("T2T_BACKEND") or None
-
-
-def why_unavailable(
-    backend: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> str | None:
-    """The reason why ``backend`` cannot run on ``device`` in ``dtype``; None where it can."""
-    if backend == "reference":
-        return None
-    if _LOAD_ERRORS[backend] is not None:
-        return _LOAD_ERRORS[backend]
-    if device is not None and device.type not in DEVICE_TYPES[backend]:
-        kinds = " or ".join(sorted(DEVICE_TYPES[backend]))
-        hint = "; TRITON_INTERPRET=1 runs it on the CPU, slowly" if backend == "triton" else ""
-        return f"it runs on {kinds} tensors, got {device.type}{hint}"
-    if device is not None and device.type == "cuda":
-        reason = _why_not_on_gpu(backend, device)
-        if reason is not None:
-            return reason
-    if dtype not in KERNEL_DTYPES:
-        return f"its kernels take float32, float16 and bfloat16, got {dtype}"
-    return None
-
-
-def why_not_here(backend: str) -> str | None:
-    """The reason why ``backend`` runs on no device of this machine; None if it runs on one."""
-    if _LOAD_ERRORS.get(backend) is not None:
-        return _LOAD_ERRORS[backend]
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    if not devices and backend != "reference" and "cpu" not in DEVICE_TYPES[backend]:
-        return "no CUDA device"
-    reasons = [why_unavailable(backend, device) for device in (torch.device("cpu"), *devices)]
-    return None if None in reasons else reasons[-1]
-
-
-def _why_not_on_gpu(backend: str, device: torch.device) -> str | None:
-    # torch.compile folds the properties of a device into a constant.
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    if capability < (8, 0):
-        return "it needs compute capability 8.0 or newer, {}.{} is the device's".format(*capability)
-    if backend == "cuda" and not covers(CUDA_ARCHITECTURES, capability):
+def _why_cuda_not_on_gpu(device: torch.device) -> str | None:
+    architectures, capability = _cuda_architectures(), torch.cuda.get_device_capability(device)
+    reason = _why_too_old(device)
+    if reason is None and not covers(architectures, capability):
         return "it was built for {}, not for compute capability {}.{}; rebuild it here".format(
-            CUDA_ARCHITECTURES, *capability
+            architectures, *capability
         )
-    return None
+    return reason
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -224,6 +193,118 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+# By name. Another Backend can be put in the place of one, for instance by a test.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", dtypes=None),
+        Backend("cpu", _load_cpu, ("cpu",), namespace="t2t_cpu"),
+        Backend(
+            "triton",
+            _load_triton,
+            ("cpu", "cuda") if INTERPRETED else ("cuda",),
+            namespace="t2t_triton",
+        ),
+        Backend(
+            "cuda",
+            _load_cuda,
+            ("cuda",),
+            why_not_on_gpu=_why_cuda_not_on_gpu,
+            namespace="t2t_cuda",
+        ),
+    )
+}
+
+
+# Loading a library cannot be traced; the answer is the same whenever a graph runs.
+@constant_in_graphs
+def why_unavailable(
+    backend: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """The reason why ``backend`` cannot run on ``device`` in ``dtype``; None where it can."""
+    return BACKENDS[backend].why_not(device, dtype)
+
+
+def why_not_here(backend: str) -> str | None:
+    """The reason why ``backend`` runs on no device of this machine; None if it runs on one."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reasons = [why_unavailable(backend, device) for device in (torch.device("cpu"), *devices)]
+    return None if None in reasons else reasons[-1]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernel of one backend for one operation takes.
+
+    Args:
+        dtypes: that it takes.
+        sizes: by name those that have a limit. A call that does not give one passes.
+        why_not_map: what it does not take of a map and its split, in words, from the sizes
+            ``channels``, ``kernel_size``, ``stride`` and ``outputs``, any of which may be missing.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    sizes: Mapping[str, range] = field(default_factory=dict)
+    why_not_map: Callable[[Mapping[str, int]], str | None] | None = None
+
+    def why_not(self, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+        """What it does not take of a call; None if it takes the call."""
+        for name, taken in self.sizes.items():
+            if name in sizes and sizes[name] not in taken:
+                kind = f"{name} = {taken[0]}" if len(taken) == 1 else f"{name} up to {taken[-1]}"
+                return f"its kernel takes {kind}, got {sizes[name]}"
+        if self.why_not_map is not None and (reason := self.why_not_map(sizes)) is not None:
+            return f"its kernel takes {reason}"
+        if dtype not in self.dtypes:
+            return f"its kernel takes {_listed(self.dtypes)}, got {_short(dtype)}"
+        return None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public function.
+
+    Args:
+        name: of the function, and of its operator in each backend's namespace.
+        kernels: by backend, besides the reference, what its kernel takes.
+        parts: the operations that its reference is composed of, each of which is served by its own
+            best backend. They have the sizes of the operation.
+        cuda_first: the dtypes in which CUDA C++ comes before Triton. This follows from predicted
+            times; nothing has been measured on a GPU.
+    """
+
+    name: str
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    cuda_first: tuple[torch.dtype, ...] = ()
+
+    def takes(self, backend: str, dtype: torch.dtype, **sizes: int) -> bool:
+        """Whether the kernel of ``backend`` takes this dtype and these sizes."""
+        return self.why_not(backend, dtype, sizes) is None
+
+    def why_not(self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
+        """Why the kernel of ``backend`` does not take such a call; None if it takes it."""
+        if backend == "reference":
+            return None
+        if backend not in self.kernels:
+            have = ", ".join(("reference", *self.kernels))
+            return f"no {backend} kernel for it yet (there is: {have})"
+        return self.kernels[backend].why_not(dtype, sizes)
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> Operation:
+    OPERATIONS[operation.name] = operation
+    return operation
+
+
+# The use_backend blocks that are open now, in any thread; the last one rules.
+_overrides: list[str] = []
+_environment: str | None = os.environ.get("T2T_BACKEND") or None
+
+
 def _why_not(
     operation: Operation,
     backend: str,
@@ -231,23 +312,21 @@ def _why_not(
     dtype: torch.dtype,
     sizes: Mapping[str, int],
 ) -> str | None:
-    if backend != "reference" and backend not in operation.kernels:
-        have = ", ".join(("reference", *operation.kernels))
-        return f"no {backend} kernel for it yet (there is: {have})"
-    return why_unavailable(backend, device, dtype) or (
-        None if backend == "reference" else operation.why_not(backend, dtype, sizes)
-    )
+    # The backend first: if it cannot run at all, its limits do not matter.
+    if backend in operation.kernels and (reason := why_unavailable(backend, device, dtype)):
+        return reason
+    return operation.why_not(backend, dtype, sizes)
 
 
 def preference(
-    operation: str, device_type: str, dtype: torch.dtype
+    operation: Operation, device_type: str, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str | None]:
     """The order of trial if no backend is named, and what it follows from (on CUDA only)."""
     if device_type != "cuda":
-        return PREFERENCE.get(device_type, ("reference",)), None
-    if operation in PREDICTED and dtype in HALF_DTYPES:
-        return PREDICTED_FIRST, "by predicted times (bench/results/predicted)"
-    return PREFERENCE["cuda"], "by default, not measured"
+        return (("cpu", "reference") if device_type == "cpu" else ("reference",)), None
+    if dtype in operation.cuda_first:
+        return ("cuda", "triton", "reference"), "by predicted times (bench/results/predicted)"
+    return ("triton", "cuda", "reference"), "by default, not measured"
 
 
 def choose(
@@ -279,7 +358,7 @@ def choose(
     if named is None:
         return next(
             candidate
-            for candidate in preference(operation.name, device.type, dtype)[0]
+            for candidate in preference(operation, device.type, dtype)[0]
             if _why_not(operation, candidate, device, dtype, sizes) is None
         )
     reason = _why_not(operation, named, device, dtype, sizes)
@@ -335,28 +414,29 @@ def explain(
     device: torch.device | str,
     backend: str | None = None,
     dtype: torch.dtype = torch.float32,
-    sizes: Mapping[str, Mapping[str, int]] | None = None,
+    calls: Iterable[tuple[str, Mapping[str, int]]] | None = None,
 ) -> list[Choice]:
-    """For every operation, the backend that would serve it on ``device`` and the reason.
+    """For every call, the backend that would serve it on ``device`` and the reason.
 
     Args:
-        device, backend, dtype: as those of a call.
-        sizes: by operation the sizes of its calls, ``{"performer_layer": {"E": 64, "m": 32, "M": 64}}``.
-            Only these operations are explained, and those that they are composed of here. None
-            explains all of them, for sizes that every backend takes.
+        device, backend, dtype: as those of the calls.
+        calls: an operation and the sizes of its call, ``("performer_attention", {"E": 64, "m": 32})``.
+            None explains every operation, for sizes that every backend takes.
+
+    Returns:
+        One choice per call, and those of the operations that it is composed of here. Equal choices
+        are listed once; calls of one operation can have different ones.
     """
     device, named = torch.device(device), requested(backend)
-    if sizes is None:
-        sizes = {name: {} for name in OPERATIONS}
-    choices: dict[str, Choice] = {}
-    waiting = list(sizes.items())
+    waiting = [(name, {}) for name in OPERATIONS] if calls is None else list(calls)
+    choices = []
     while waiting:
-        name, own = waiting.pop(0)
-        choice = _explain_one(OPERATIONS[name], device, named, dtype, own)
-        choices.setdefault(name, choice)
+        name, sizes = waiting.pop(0)
+        choice = _explain_one(OPERATIONS[name], device, named, dtype, sizes)
+        choices.append(choice)
         if choice.backend == "reference" and named is None:
-            waiting += [(part, own) for part in OPERATIONS[name].parts]
-    return list(choices.values())
+            waiting += [(part, sizes) for part in OPERATIONS[name].parts]
+    return list(dict.fromkeys(choices))
 
 
 def _explain_one(
@@ -370,7 +450,7 @@ def _explain_one(
         reason = _why_not(operation, named, device, dtype, sizes)
         return Choice(operation.name, None if reason else named, reason or "named")
     chosen = choose(operation, device, dtype, None, sizes)
-    order, evidence = preference(operation.name, device.type, dtype)
+    order, evidence = preference(operation, device.type, dtype)
     reasons = [
         f"{other}: {_why_not(operation, other, device, dtype, sizes)}"
         for other in order[: order.index(chosen)]

@@ -4,11 +4,51 @@ Only what the mathematics needs: what a backward computes again, to save memory,
 Arguments are shapes, named as in the operations' documentation.
 """
 
-from collections.abc import Sequence
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
 
 from t2t_kernels.arguments import output_size
 
 Shape = Sequence[int]
+
+COUNTER = "torch.utils.flop_counter"
+
+
+class _Formulas(MetaPathFinder):
+    """Formulas that wait until somebody imports the counter, which itself imports Triton."""
+
+    def __init__(self):
+        self.waiting: list[tuple] = []
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module) -> None:
+            execute(module)
+            for operator, formula in self.waiting:
+                module.register_flop_formula(operator)(formula)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_formulas = _Formulas()
+if COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _formulas)
+
+
+def register(operator, formula: Callable[..., int]) -> None:
+    """Let ``torch.utils.flop_counter`` count ``operator``; ``formula`` is called with shapes."""
+    if COUNTER in sys.modules:
+        sys.modules[COUNTER].register_flop_formula(operator)(formula)
+    else:
+        _formulas.waiting.append((operator, formula))
 
 
 def token_shape(x: Shape, width: int, split: Sequence[int]) -> tuple[int, int, int]:

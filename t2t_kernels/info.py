@@ -67,10 +67,10 @@ def report() -> str:
                 )
 
     lines.append("order of backends on CUDA")
-    for operation in OPERATIONS:
+    for operation in OPERATIONS.values():
         for dtype in CUDA_DTYPES:
             order, evidence = preference(operation, "cuda", dtype)
-            lines.append(f"  {operation:<22}{_name(dtype):<10}{', '.join(order)}: {evidence}")
+            lines.append(f"  {operation.name:<22}{_name(dtype):<10}{', '.join(order)}: {evidence}")
     return "\n".join(lines)
 
 

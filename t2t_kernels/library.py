@@ -2,64 +2,128 @@
 
 ``torch.ops.t2t_cpu.soft_split``, ``torch.ops.t2t_triton.soft_split`` and
 ``torch.ops.t2t_cuda.soft_split`` have the same contract; the namespace names the backend in graphs
-and profiler traces. Implementations register themselves: C++ from ``csrc/``, Triton from Python.
+and profiler traces. Implementations register themselves when their backend is loaded: C++ from
+``csrc/``, Triton from Python.
 """
 
-import functools
 from collections.abc import Callable
+from typing import NamedTuple, get_type_hints
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
-NAMESPACES = {"cpu": "t2t_cpu", "triton": "t2t_triton", "cuda": "t2t_cuda"}
+from t2t_kernels import flops as flop_counts
+from t2t_kernels.backends import BACKENDS, why_unavailable
+from t2t_kernels.errors import BackendUnavailable
+
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    torch.SymInt: "SymInt",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
 
 
 def declare(
     name: str,
-    schema: str,
+    arguments: type[NamedTuple],
+    results: str,
     *,
     fake: Callable,
     setup_context: Callable | None = None,
-    backward: Callable | None = None,
+    backward: Callable,
     flops: Callable[..., int] | None = None,
 ) -> None:
     """Declare an operation in every backend's namespace.
 
     Args:
         name: the operation's name, as in ``torch.ops.t2t_cpu.<name>``.
-        schema: arguments and results in torch.library's notation.
-        fake: shapes, dtypes and strides of the results, for tracing.
-        setup_context: what is kept for the backward, as in ``torch.library.register_autograd``.
-        backward: ``backward(ops, ctx, *grads)``; ``ops`` is the namespace of the backend that ran
-            the forward, so that its gradient is served by the same one.
-        flops: operations of the matrix products, for ``torch.utils.flop_counter``; called like the
-            operation, with shapes for tensors. What a kernel computes twice counts once.
+        arguments: of the operator: a NamedTuple with the type of each. The functions below get it as
+            ``call``.
+        results: in torch.library's notation.
+        fake: ``fake(call)``: shapes, dtypes and strides of the results, for tracing.
+        setup_context, backward: as for :func:`register_gradient`.
+        flops: ``flops(call)``, with shapes for tensors: operations of the matrix products, for
+            ``torch.utils.flop_counter``. What a kernel computes twice counts once.
     """
-    for namespace in NAMESPACES.values():
-        qualified = f"{namespace}::{name}"
-        torch.library.define(qualified, schema)
-        torch.library.register_fake(qualified, fake)
-        if backward is not None:
-            ops = getattr(torch.ops, namespace)
-            torch.library.register_autograd(
-                qualified, functools.partial(backward, ops), setup_context=setup_context
-            )
+    hints = get_type_hints(arguments).items()
+    schema = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in hints)
+
+    def fake_of(*values, **named):
+        return fake(arguments(*values, **named))
+
+    def flops_of(*values, out_shape=None, **named) -> int:
+        return flops(arguments(*values, **named))
+
+    for backend in BACKENDS.values():
+        if backend.namespace is None:
+            continue
+        qualified = f"{backend.namespace}::{name}"
+        torch.library.define(qualified, f"({schema}) -> {results}")
+        torch.library.register_fake(qualified, fake_of)
+        torch.library.impl(qualified, "default")(_load_and_call(backend.name, qualified))
+        register_gradient(backend.namespace, name, arguments, backward, setup_context)
         if flops is not None:
-            register_flop_formula(getattr(getattr(torch.ops, namespace), name))(_counted(flops))
+            flop_counts.register(_operator(qualified), flops_of)
 
 
-def _counted(flops: Callable[..., int]) -> Callable[..., int]:
-    """``flops`` as the counter calls it, with the shapes of the results too."""
+def register_gradient(
+    namespace: str,
+    name: str,
+    arguments: type[NamedTuple],
+    backward: Callable,
+    setup_context: Callable | None = None,
+) -> None:
+    """Give the operator ``name`` of ``namespace`` a gradient.
 
-    def formula(*arguments, out_shape=None, **_) -> int:
-        return flops(*arguments)
+    Args:
+        backward: ``backward(ops, ctx, *grads)``; ``ops`` is the namespace of the backend that ran the
+            forward, so that its gradient is served by the same one. Returns gradients by the names
+            of the arguments; those that are missing have none.
+        setup_context: ``setup_context(ctx, call, output)``: what is kept for the backward.
+    """
 
-    return formula
+    def named_setup_context(ctx, inputs, output) -> None:
+        if setup_context is not None:
+            setup_context(ctx, arguments(*inputs), output)
+
+    def positional_backward(ctx, *grads):
+        found = backward(getattr(torch.ops, namespace), ctx, *grads)
+        return tuple(found.get(field) for field in arguments._fields)
+
+    torch.library.register_autograd(
+        f"{namespace}::{name}", positional_backward, setup_context=named_setup_context
+    )
+
+
+def _load_and_call(backend: str, qualified: str) -> Callable:
+    """The operator until its backend is loaded, for instance in an exported program: loads it."""
+
+    def kernel(*arguments):
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        reason = why_unavailable(backend, device)
+        if reason is None and not _has_kernel(qualified, device.type.upper()):
+            reason = "its build has no such operator; build it again with `pip install .`"
+        if reason is not None:
+            raise BackendUnavailable(f"cannot run {qualified} on the {backend} backend: {reason}")
+        # Registered now, and called instead.
+        return _operator(qualified)(*arguments)
+
+    return kernel
+
+
+def _operator(qualified: str):
+    namespace, name = qualified.split("::")
+    return getattr(getattr(torch.ops, namespace), name)
 
 
 def operators(backend: str):
     """The namespace of ``torch.ops`` that holds a compiled backend's operators."""
-    return getattr(torch.ops, NAMESPACES[backend])
+    return getattr(torch.ops, BACKENDS[backend].namespace)
 
 
 def no_second_derivative(ops, ctx, *grads):

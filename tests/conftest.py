@@ -15,7 +15,7 @@ import pytest
 
 from t2t_kernels import backends
 from tests.support.cuda.build import build_host_library
-from tests.support.devices import DEVICE
+from tests.support.devices import CUDA_ON_HOST, DEVICE
 
 
 def kernel_backends() -> list:
@@ -41,8 +41,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"Triton: {backends.why_unavailable('triton')}")
     if name == "cuda" and DEVICE.type == "cpu":
         request.getfixturevalue("cuda_on_host")
-        monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", None)
-        monkeypatch.setitem(backends.DEVICE_TYPES, "cuda", {"cpu"})
+        monkeypatch.setitem(backends.BACKENDS, "cuda", CUDA_ON_HOST)
     return name
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 # The interpreter runs kernels on CPU tensors, for the tests.
-from t2t_kernels.backends import DEVICE_TYPES, INTERPRETED
+from t2t_kernels.backends import BACKENDS, INTERPRETED
 
 # Before 3.8, Triton puts no proxy fence between an asynchronous copy to shared memory and the wgmma
 # that reads it, so a softmax loop on 9.0 must load its tiles without one: with a single stage.
 _ASYNCHRONOUS_COPIES = TorchVersion(triton.__version__) >= (3, 8)
 
-IMPL_DEVICES = tuple(sorted(DEVICE_TYPES["triton"]))
+IMPL_DEVICES = BACKENDS["triton"].device_types
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

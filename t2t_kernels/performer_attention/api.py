@@ -10,13 +10,10 @@ from t2t_kernels.arguments import (
     check_parameter,
     check_tensor,
 )
-from t2t_kernels.backends import choose, why_unavailable
+from t2t_kernels.backends import choose
 from t2t_kernels.library import operators
 from t2t_kernels.performer_attention import reference
 from t2t_kernels.performer_attention.ops import PERFORMER_ATTENTION
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.performer_attention.triton  # noqa: F401  registers the kernels
 
 
 def performer_attention(

@@ -12,15 +12,12 @@ from t2t_kernels.arguments import (
     check_split,
     rows_of,
 )
-from t2t_kernels.backends import choose, requested, why_unavailable
+from t2t_kernels.backends import choose, requested
 from t2t_kernels.library import operators
 from t2t_kernels.performer_attention.api import check_random_features
 from t2t_kernels.performer_layer import reference
 from t2t_kernels.performer_layer.ops import PERFORMER_LAYER
 from t2t_kernels.performer_layer.params import PerformerLayerParams
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.performer_layer.triton  # noqa: F401  registers the kernels
 
 
 def performer_layer(
@@ -79,14 +76,7 @@ def performer_layer(
     _check_params(params, x, x.shape[1] * kernel_size**2)
     check_eps(eps)
     _check_dropout(dropout_p, seed)
-    sizes = {
-        "E": params.w.shape[1],
-        "m": params.w.shape[0],
-        "M": params.mlp_0_weight.shape[0],
-        "channels": x.shape[1],
-        "kernel_size": kernel_size,
-        "stride": stride,
-    }
+    sizes = params.sizes(x.shape[1], kernel_size, stride)
     chosen = choose(PERFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":
         seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None

@@ -23,3 +23,15 @@ class PerformerLayerParams(NamedTuple):
     mlp_0_bias: Tensor  # (M,)
     mlp_2_weight: Tensor  # (E, M)
     mlp_2_bias: Tensor  # (E,)
+
+    def sizes(self, channels: int, kernel_size: int, stride: int) -> dict[str, int]:
+        """The sizes of a call that kernels may not take, for a map of so many ``channels``."""
+        return {
+            "E": self.w.shape[1],
+            "m": self.w.shape[0],
+            "M": self.mlp_0_weight.shape[0],
+            "channels": channels,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "outputs": self.kqv_weight.shape[0],
+        }

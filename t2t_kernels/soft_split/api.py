@@ -3,13 +3,10 @@
 from torch import Tensor
 
 from t2t_kernels.arguments import check_split
-from t2t_kernels.backends import choose, why_unavailable
+from t2t_kernels.backends import choose
 from t2t_kernels.library import operators
 from t2t_kernels.soft_split import reference
 from t2t_kernels.soft_split.ops import SOFT_SPLIT
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.soft_split.triton  # noqa: F401  registers the kernels
 
 
 def soft_split(

@@ -11,13 +11,10 @@ from t2t_kernels.arguments import (
     check_split,
     check_tensor,
 )
-from t2t_kernels.backends import choose, requested, why_unavailable
+from t2t_kernels.backends import choose, requested
 from t2t_kernels.library import operators
 from t2t_kernels.soft_split_linear import reference
 from t2t_kernels.soft_split_linear.ops import SOFT_SPLIT_LINEAR
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.soft_split_linear.triton  # noqa: F401  registers the kernels
 
 
 def soft_split_linear(

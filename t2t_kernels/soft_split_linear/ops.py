@@ -5,13 +5,14 @@ that do not exist, and that of x where it is not asked for, are empty.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from t2t_kernels import flops
-from t2t_kernels.arguments import output_size
-from t2t_kernels.backends import HALF_DTYPES, register_operation
+from t2t_kernels.arguments import output_size, split_of
+from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
 from t2t_kernels.library import declare, no_second_derivative
 
 
@@ -21,17 +22,41 @@ def like_map(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _fake(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, eps) -> Tensor:
-    h, w = output_size(x.shape[2], x.shape[3], kernel_size, stride, padding)
-    return x.new_empty((x.shape[0], h * w, weight.shape[0]))
+class Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    kernel_size: int
+    stride: int
+    padding: int
+    eps: float
 
 
-def _backward_fake(
-    grad, x, weight, norm_weight, norm_bias, kernel_size, stride, padding, eps, need_x
-) -> tuple[Tensor, ...]:
-    norm_shape = (0,) if norm_weight is None else norm_weight.shape
+class BackwardArguments(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    kernel_size: int
+    stride: int
+    padding: int
+    eps: float
+    need_x: bool
+
+
+def _fake(call: Arguments) -> Tensor:
+    h, w = output_size(*call.x.shape[2:], *split_of(call))
+    return call.x.new_empty((call.x.shape[0], h * w, call.weight.shape[0]))
+
+
+def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
+    x, weight = call.x, call.weight
+    norm_shape = (0,) if call.norm_weight is None else call.norm_weight.shape
     return (
-        like_map(x) if need_x else x.new_empty(0),
+        like_map(x) if call.need_x else x.new_empty(0),
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape[:1]),
         weight.new_empty(norm_shape),
@@ -39,33 +64,31 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, norm_weight, norm_bias, *ctx.rest = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, norm_weight, norm_bias)
+def _setup_context(ctx, call: Arguments, output: Tensor) -> None:
+    ctx.numbers = *split_of(call), call.eps
+    ctx.has_bias, ctx.has_norm = call.bias is not None, call.norm_weight is not None
+    ctx.save_for_backward(call.x, call.weight, call.norm_weight, call.norm_bias)
 
 
-def _backward(ops, ctx, grad: Tensor):
-    x, weight, norm_weight, norm_bias = ctx.saved_tensors
+def _backward(ops, ctx, grad: Tensor) -> dict[str, Tensor]:
     need_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias, *grad_norm = ops.soft_split_linear_backward(
-        grad, x, weight, norm_weight, norm_bias, *ctx.rest, need_x
-    )
-    return (
-        grad_x if need_x else None,
-        grad_weight,
-        grad_bias if ctx.has_bias else None,
-        *(grad_norm if norm_weight is not None else (None, None)),
-        *(None for _ in ctx.rest),
-    )
+    grads = ops.soft_split_linear_backward(grad, *ctx.saved_tensors, *ctx.numbers, need_x)
+    found = dict(zip(("x", "weight", "bias", "norm_weight", "norm_bias"), grads, strict=True))
+    if not need_x:
+        del found["x"]
+    if not ctx.has_bias:
+        del found["bias"]
+    if not ctx.has_norm:
+        del found["norm_weight"], found["norm_bias"]
+    return found
 
 
-def _flops(x, weight, bias, norm_weight, norm_bias, *rest) -> int:
-    return flops.soft_split_linear(x, weight, rest[:3])
+def _flops(call: Arguments) -> int:
+    return flops.soft_split_linear(call.x, call.weight, split_of(call))
 
 
-def _backward_flops(grad, x, weight, norm_weight, norm_bias, *rest) -> int:
-    return flops.soft_split_linear_backward(x, weight, rest[:3], need_x=rest[-1])
+def _backward_flops(call: BackwardArguments) -> int:
+    return flops.soft_split_linear_backward(call.x, call.weight, split_of(call), call.need_x)
 
 
 def why_not_projected(sizes: Mapping[str, int]) -> str | None:
@@ -84,18 +107,23 @@ def why_not_projected(sizes: Mapping[str, int]) -> str | None:
     return None
 
 
-SOFT_SPLIT_LINEAR = register_operation(
-    "soft_split_linear",
-    kernels=("cpu", "triton", "cuda"),
-    parts=("soft_split",),
-    dtypes={"cuda": HALF_DTYPES},
-    why_not_map={"cuda": why_not_projected},
+SOFT_SPLIT_LINEAR = register(
+    Operation(
+        "soft_split_linear",
+        kernels={
+            "cpu": Kernel(),
+            "triton": Kernel(),
+            "cuda": Kernel(HALF_DTYPES, why_not_map=why_not_projected),
+        },
+        parts=("soft_split",),
+        cuda_first=HALF_DTYPES,
+    )
 )
 
 declare(
     "soft_split_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-    "int kernel_size, int stride, int padding, float eps) -> Tensor",
+    Arguments,
+    "Tensor",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -103,9 +131,8 @@ declare(
 )
 declare(
     "soft_split_linear_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, "
-    "int kernel_size, int stride, int padding, float eps, bool need_x) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    BackwardArguments,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backward=no_second_derivative,
     flops=_backward_flops,

@@ -4,13 +4,10 @@ import torch
 from torch import Tensor
 
 from t2t_kernels.arguments import autocast_dtype, cast, check_parameter, check_tensor
-from t2t_kernels.backends import choose, why_unavailable
+from t2t_kernels.backends import choose
 from t2t_kernels.library import operators
 from t2t_kernels.token_attention import reference
 from t2t_kernels.token_attention.ops import TOKEN_ATTENTION
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.token_attention.triton  # noqa: F401  registers the kernels
 
 
 def check_scale(scale: float) -> None:

@@ -7,15 +7,36 @@ are differences that cancel. Where the inputs are float32 the second output is e
 itself is saved. No T×T tensor exists.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from t2t_kernels import flops
-from t2t_kernels.backends import HALF_DTYPES, register_operation
+from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
 from t2t_kernels.library import declare, no_second_derivative
 
 
-def _fake(q, k, v, scale) -> tuple[Tensor, ...]:
+class Arguments(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+
+class BackwardArguments(NamedTuple):
+    grad: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attended: Tensor
+    maximum: Tensor
+    normalizer: Tensor
+    scale: float
+
+
+def _fake(call: Arguments) -> tuple[Tensor, ...]:
+    v = call.v
     shape = (0,) if v.dtype == torch.float32 else v.shape
     return (
         v.new_empty(v.shape),
@@ -24,43 +45,49 @@ def _fake(q, k, v, scale) -> tuple[Tensor, ...]:
     )
 
 
-def _backward_fake(grad, q, k, v, attended, maximum, normalizer, scale) -> tuple[Tensor, ...]:
-    return tuple(v.new_empty(v.shape) for _ in range(3))
+def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
+    return tuple(call.v.new_empty(call.v.shape) for _ in range(3))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    y, attended, *statistics = output
+def _setup_context(ctx, call: Arguments, output: tuple[Tensor, ...]) -> None:
+    y, attended, maximum, normalizer = output
     attended = y if y.dtype == torch.float32 else attended
-    ctx.save_for_backward(*tensors, attended, *statistics)
+    ctx.scale = call.scale
+    ctx.save_for_backward(call.q, call.k, call.v, attended, maximum, normalizer)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ops, ctx, grad: Tensor | None, *_):
+def _backward(ops, ctx, grad: Tensor | None, *_) -> dict[str, Tensor]:
     if grad is None:
-        return (None,) * 4
-    return *ops.token_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+        return {}
+    grads = ops.token_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return dict(zip("qkv", grads, strict=True))
 
 
-def _flops(q, k, v, scale) -> int:
-    return flops.token_attention(v)
+def _flops(call: Arguments) -> int:
+    return flops.token_attention(call.v)
 
 
-def _backward_flops(grad, q, k, v, *_) -> int:
-    return 2 * flops.token_attention(v)
+def _backward_flops(call: BackwardArguments) -> int:
+    return 2 * flops.token_attention(call.v)
 
 
-TOKEN_ATTENTION = register_operation(
-    "token_attention",
-    kernels=("cpu", "triton", "cuda"),
-    sizes={"triton": {"E": range(129)}, "cuda": {"E": range(64, 65)}},
-    dtypes={"cuda": HALF_DTYPES},
+TOKEN_ATTENTION = register(
+    Operation(
+        "token_attention",
+        kernels={
+            "cpu": Kernel(),
+            "triton": Kernel(sizes={"E": range(129)}),
+            "cuda": Kernel(HALF_DTYPES, {"E": range(64, 65)}),
+        },
+        cuda_first=HALF_DTYPES,
+    )
 )
 
 declare(
     "token_attention",
-    "(Tensor q, Tensor k, Tensor v, float scale) "
-    "-> (Tensor y, Tensor attended, Tensor maximum, Tensor normalizer)",
+    Arguments,
+    "(Tensor y, Tensor attended, Tensor maximum, Tensor normalizer)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -68,8 +95,8 @@ declare(
 )
 declare(
     "token_attention_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor attended, Tensor maximum, Tensor normalizer, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    BackwardArguments,
+    "(Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     backward=no_second_derivative,
     flops=_backward_flops,

@@ -11,15 +11,12 @@ from t2t_kernels.arguments import (
     check_split,
     rows_of,
 )
-from t2t_kernels.backends import choose, requested, why_unavailable
+from t2t_kernels.backends import choose, requested
 from t2t_kernels.library import operators
 from t2t_kernels.token_attention.api import check_scale
 from t2t_kernels.transformer_layer import reference
 from t2t_kernels.transformer_layer.ops import TRANSFORMER_LAYER
 from t2t_kernels.transformer_layer.params import TransformerLayerParams
-
-if why_unavailable("triton") is None:
-    import t2t_kernels.transformer_layer.triton  # noqa: F401  registers the kernels
 
 
 def transformer_layer(
@@ -69,13 +66,7 @@ def transformer_layer(
     check_split(x, kernel_size, stride, padding)
     _check_params(params, x, x.shape[1] * kernel_size**2)
     check_scale(scale)
-    sizes = {
-        "E": params.attn_proj_weight.shape[0],
-        "M": params.mlp_fc1_weight.shape[0],
-        "channels": x.shape[1],
-        "kernel_size": kernel_size,
-        "stride": stride,
-    }
+    sizes = params.sizes(x.shape[1], kernel_size, stride)
     chosen = choose(TRANSFORMER_LAYER, x.device, x.dtype, backend, sizes, (x, *params))
     if chosen != "reference":
         numbers = kernel_size, stride, padding, scale

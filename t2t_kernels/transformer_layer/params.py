@@ -21,3 +21,14 @@ class TransformerLayerParams(NamedTuple):
     mlp_fc1_bias: Tensor  # (M,)
     mlp_fc2_weight: Tensor  # (E, M)
     mlp_fc2_bias: Tensor  # (E,)
+
+    def sizes(self, channels: int, kernel_size: int, stride: int) -> dict[str, int]:
+        """The sizes of a call that kernels may not take, for a map of so many ``channels``."""
+        return {
+            "E": self.attn_proj_weight.shape[0],
+            "M": self.mlp_fc1_weight.shape[0],
+            "channels": channels,
+            "kernel_size": kernel_size,
+            "stride": stride,
+            "outputs": self.attn_qkv_weight.shape[0],
+        }

@@ -36,13 +36,8 @@ SPLITS = (
 )
 
 
-def map_sizes(channels: int, split: dict[str, int]) -> dict[str, int]:
-    """A layer's map and split among the sizes of its operation."""
-    return {
-        "channels": channels,
-        "kernel_size": split["kernel_size"],
-        "stride": split["stride"],
-    }
+# An operation of `t2t_kernels` and the sizes of a call, as `t2t_kernels.backends.explain` takes them.
+Call = tuple[str, dict[str, int]]
 
 
 class TokenPerformer(nn.Module):
@@ -69,16 +64,23 @@ class TokenPerformer(nn.Module):
             nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim)
         )
 
-    def operation_sizes(self) -> dict[str, dict[str, int]]:
-        (m, width), hidden = self.w.shape, self.mlp[0].out_features
-        sizes = {"E": width, "m": m, "M": hidden}
-        return {"performer_layer": sizes | map_sizes(self.in_chans, self.split)}
+    def calls(self) -> list[Call]:
+        if self._why_not_fused() is not None:
+            m, width = self.w.shape
+            return [("soft_split", {}), ("performer_attention", {"E": width, "m": m})]
+        k, s = self.split["kernel_size"], self.split["stride"]
+        return [("performer_layer", self._params().sizes(self.in_chans, k, s))]
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
             announce(reason, backend)
             return self._call_submodules(x, backend)
-        params = PerformerLayerParams(
+        dropout_p = self.dropout if self.training else 0.0
+        params = self._params()
+        return performer_layer(x, params, **self.split, dropout_p=dropout_p, backend=backend)
+
+    def _params(self) -> PerformerLayerParams:
+        return PerformerLayerParams(
             w=self.w,
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
@@ -93,8 +95,6 @@ class TokenPerformer(nn.Module):
             mlp_2_weight=self.mlp[2].weight,
             mlp_2_bias=self.mlp[2].bias,
         )
-        dropout_p = self.dropout if self.training else 0.0
-        return performer_layer(x, params, **self.split, dropout_p=dropout_p, backend=backend)
 
     def _why_not_fused(self) -> str | None:
         reason = (
@@ -130,7 +130,7 @@ class TokenTransformer(nn.Module):
     def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
         super().__init__()
         in_dim = in_chans * split["kernel_size"] ** 2
-        self.in_chans, self.split = in_chans, split
+        self.in_chans, self.token_dim, self.split = in_chans, token_dim, split
         self.scale = in_dim**-0.5
         self.norm1 = nn.LayerNorm(in_dim)
         self.attn = nn.ModuleDict(
@@ -144,16 +144,21 @@ class TokenTransformer(nn.Module):
             {"fc1": nn.Linear(token_dim, token_dim), "fc2": nn.Linear(token_dim, token_dim)}
         )
 
-    def operation_sizes(self) -> dict[str, dict[str, int]]:
-        fc1 = self.mlp["fc1"]
-        sizes = {"E": fc1.in_features, "M": fc1.out_features}
-        return {"transformer_layer": sizes | map_sizes(self.in_chans, self.split)}
+    def calls(self) -> list[Call]:
+        if self._why_not_fused() is not None:
+            return [("soft_split", {}), ("token_attention", {"E": self.token_dim})]
+        k, s = self.split["kernel_size"], self.split["stride"]
+        return [("transformer_layer", self._params().sizes(self.in_chans, k, s))]
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         if (reason := self._why_not_fused()) is not None:
             announce(reason, backend)
             return self._call_submodules(x, backend)
-        params = TransformerLayerParams(
+        params = self._params()
+        return transformer_layer(x, params, **self.split, scale=self.scale, backend=backend)
+
+    def _params(self) -> TransformerLayerParams:
+        return TransformerLayerParams(
             norm1_weight=self.norm1.weight,
             norm1_bias=self.norm1.bias,
             attn_qkv_weight=self.attn["qkv"].weight,
@@ -166,7 +171,6 @@ class TokenTransformer(nn.Module):
             mlp_fc2_weight=self.mlp["fc2"].weight,
             mlp_fc2_bias=self.mlp["fc2"].bias,
         )
-        return transformer_layer(x, params, **self.split, scale=self.scale, backend=backend)
 
     def _why_not_fused(self) -> str | None:
         return (
@@ -192,8 +196,8 @@ class TokenConvolution(nn.Conv2d):
     def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
         super().__init__(in_chans, token_dim, **split)
 
-    def operation_sizes(self) -> dict[str, dict[str, int]]:
-        return {}
+    def calls(self) -> list[Call]:
+        return []
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         return super().forward(x).flatten(2).transpose(1, 2)
@@ -266,12 +270,20 @@ class T2TModule(nn.Module):
             raise InputError(f"fused_kernels: {unknown_name('backend', name, known)}")
         self.backend = None if name == "auto" else name
 
-    def operation_sizes(self) -> dict[str, dict[str, int]]:
-        """The operations of `t2t_kernels` that the module calls, and their sizes, for ``explain``."""
-        # Of both layers the first one's: only images can be maps that a kernel does not take.
-        layers = self.attention2.operation_sizes() | self.attention1.operation_sizes()
-        project = map_sizes(self.token_dim, SPLITS[2]) | {"outputs": self.embed_dim}
-        return layers | {"soft_split_linear": project}
+    def calls(self) -> dict[str, list[Call]]:
+        """By submodule, the operations of `t2t_kernels` that a forward calls for it."""
+        sizes = {
+            "channels": self.token_dim,
+            "kernel_size": SPLITS[2]["kernel_size"],
+            "stride": SPLITS[2]["stride"],
+            "outputs": self.embed_dim,
+        }
+        fused = why_not_plain("project", self.project, nn.Linear, bias=None) is None
+        return {
+            "attention1": self.attention1.calls(),
+            "attention2": self.attention2.calls(),
+            "project": [("soft_split_linear", sizes) if fused else ("soft_split", {})],
+        }
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""

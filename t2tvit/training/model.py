@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from t2t_kernels.backends import explain
+from t2t_kernels.backends import Choice, explain
 from t2tvit.data.sources import Split
 from t2tvit.errors import InputError
 from t2tvit.files import memory_size
@@ -172,14 +172,16 @@ def check_classes(num_classes: int, split: Split) -> None:
 
 
 def backend_lines(model: nn.Module, config: RunConfig, device: torch.device) -> Iterator[str]:
-    """The backend of each operation that ``model`` calls on ``device``, and why."""
-    sizes = {}
+    """The backend of each operation that ``model`` calls on ``device``, its layers, and why."""
+    named = None if config.fused_kernels == "auto" else config.fused_kernels
+    layers: dict[Choice, list[str]] = {}
     for module in model.modules():
         if isinstance(module, T2TModule):
-            sizes |= module.operation_sizes()
-    if not sizes:
+            for layer, calls in module.calls().items():
+                for choice in explain(device, named, config.dtype, calls):
+                    layers.setdefault(choice, []).append(layer)
+    if not layers:
         yield f"  {config.model} has no fused kernels"
-        return
-    named = None if config.fused_kernels == "auto" else config.fused_kernels
-    for choice in explain(device, named, config.dtype, sizes):
-        yield f"  {choice.operation:<20} {choice.backend or 'unavailable':<10} {choice.reason}"
+    for choice, names in layers.items():
+        backend = choice.backend or "unavailable"
+        yield f"  {choice.operation:<20} {backend:<10} {', '.join(names)}: {choice.reason}"

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from t2t_kernels import BackendUnavailable, backends, soft_split, use_backend
-from t2t_kernels.backends import Operation, choose, covers, explain
+from t2t_kernels.backends import (
+    BACKENDS,
+    Backend,
+    Kernel,
+    Operation,
+    choose,
+    covers,
+    explain,
+    why_not_here,
+)
 
 CPU = torch.device("cpu")
 
@@ -69,10 +78,10 @@ def test_float64_is_served_by_the_reference_and_refused_by_name():
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
-    monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", "it is not built")
+    monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda: "it is not built"))
     with pytest.raises(BackendUnavailable, match="soft_split on the cuda backend: it is not built"):
         soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend="cuda")
-    operation = Operation("imaginary", kernels=("triton",))
+    operation = Operation("imaginary", kernels={"triton": Kernel()})
     with pytest.raises(BackendUnavailable, match="no cpu kernel"):
         choose(operation, CPU, torch.float32, "cpu")
 
@@ -128,13 +137,19 @@ def test_takes_is_what_a_call_is_served_by(gpu):
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU on which Triton and CUDA C++ run, as far as the choice of a backend can tell."""
-    monkeypatch.setattr(backends, "_LOAD_ERRORS", dict.fromkeys(("cpu", "triton", "cuda")))
-    monkeypatch.setattr(backends, "_why_not_on_gpu", lambda backend, device: None)
+    for name in ("triton", "cuda"):
+        injected = Backend(
+            name,
+            device_types=("cuda",),
+            why_not_on_gpu=lambda device: None,
+            namespace=f"t2t_{name}",
+        )
+        monkeypatch.setitem(BACKENDS, name, injected)
 
 
 def test_explain_names_what_serves_calls_of_these_sizes(gpu):
-    sizes = {"performer_layer": LARGE, "soft_split_linear": {}}
-    choices = {choice.operation: choice for choice in explain("cuda", sizes=sizes)}
+    calls = [("performer_layer", LARGE), ("soft_split_linear", {})]
+    choices = {choice.operation: choice for choice in explain("cuda", calls=calls)}
     # The layer is composed; its parts are explained, at its sizes.
     assert {name: choice.backend for name, choice in choices.items()} == {
         "performer_layer": "reference",
@@ -145,8 +160,8 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
     for name, choice in choices.items():
         served = choose(backends.OPERATIONS[name], torch.device("cuda"), torch.float32, None, LARGE)
         assert choice.backend == served
-    small = {"transformer_layer": {"E": 64, "M": 64}, "soft_split_linear": {}}
-    assert [choice.backend for choice in explain("cuda", sizes=small)] == ["triton", "triton"]
+    small = [("transformer_layer", {"E": 64, "M": 64}), ("soft_split_linear", {})]
+    assert [choice.backend for choice in explain("cuda", calls=small)] == ["triton", "triton"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -160,7 +175,7 @@ def test_cuda_comes_first_in_half_types_where_predicted_times_say_so(gpu, name, 
         "transformer_layer",
     }
     for dtype_of_call, first in ((dtype, predicted), (torch.float32, False)):
-        (choice,) = explain("cuda", dtype=dtype_of_call, sizes={name: MODELS})
+        (choice,) = explain("cuda", dtype=dtype_of_call, calls=[(name, MODELS)])
         assert choice.backend == ("cuda" if first else "triton")
         assert ("first by predicted times (bench/results/predicted)" in choice.reason) == first
         assert ("not measured" in choice.reason) != first
@@ -170,28 +185,163 @@ def test_cuda_comes_first_in_half_types_where_predicted_times_say_so(gpu, name, 
 
 
 def test_other_sizes_in_half_types_fall_to_triton_with_the_reason(gpu):
-    sizes = {"performer_layer": {"E": 96, "m": 48, "M": 96}}
-    (choice,) = explain("cuda", dtype=torch.bfloat16, sizes=sizes)
+    calls = [("performer_layer", {"E": 96, "m": 48, "M": 96})]
+    (choice,) = explain("cuda", dtype=torch.bfloat16, calls=calls)
     assert choice.backend == "triton"
     assert choice.reason.startswith("cuda: its kernel takes E = 64, got 96; ")
     assert "order by predicted times" in choice.reason
 
 
 def test_explain_says_what_a_named_backend_cannot_do(gpu):
-    (choice,) = explain("cuda", "cuda", sizes={"token_attention": {"E": 96}})
+    (choice,) = explain("cuda", "cuda", calls=[("token_attention", {"E": 96})])
     assert choice.backend is None and "takes E = 64, got 96" in choice.reason
-    layer = {"performer_layer": {"E": 64, "m": 16, "M": 64}}
+    layer = [("performer_layer", {"E": 64, "m": 16, "M": 64})]
     (choice,) = explain("cuda", "cuda", torch.bfloat16, layer)
     assert choice.backend is None and "takes m = 32, got 16" in choice.reason
-    layer = {"performer_layer": MODELS}
+    layer = [("performer_layer", MODELS)]
     (choice,) = explain("cuda", "cuda", torch.float32, layer)
     assert choice.backend is None
     assert "takes float16 and bfloat16, got float32" in choice.reason
     (choice,) = explain("cuda", "cuda", torch.bfloat16, layer)
     assert choice == backends.Choice("performer_layer", "cuda", "named")
     # Plain PyTorch throughout: no other operation is called.
-    (choice,) = explain("cuda", "reference", sizes={"performer_layer": LARGE})
+    (choice,) = explain("cuda", "reference", calls=[("performer_layer", LARGE)])
     assert choice.backend == "reference"
+
+
+def test_explain_tells_calls_of_one_operation_apart(gpu):
+    """A layer's image can have channels that a kernel does not take, and the next layer's map not."""
+    calls = [("performer_layer", MODELS | {"channels": channels}) for channels in (5, 64)]
+    calls = [(name, sizes | {"kernel_size": 7}) for name, sizes in calls]
+    choices = explain("cuda", dtype=torch.bfloat16, calls=calls)
+    assert [choice.backend for choice in choices] == ["triton", "cuda"]
+    assert "5 channels" in choices[0].reason
+    assert explain("cuda", dtype=torch.bfloat16, calls=calls[1:] * 2) == choices[1:]
+
+
+def test_a_backend_is_loaded_once_until_it_is_reset(monkeypatch):
+    reasons = iter(["it is not built", None])
+    monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda: next(reasons), ("cpu",)))
+    for _ in range(2):
+        assert why_not_here("cuda") == "it is not built"
+        with pytest.raises(BackendUnavailable, match="it is not built"):
+            soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend="cuda")
+    BACKENDS["cuda"].reset()
+    assert why_not_here("cuda") is None
+    assert choose(backends.OPERATIONS["soft_split"], CPU, torch.float32, "cuda") == "cuda"
+
+
+def run(code: str, **environment: str) -> str:
+    """What ``code`` prints in a fresh process that does not interpret Triton."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "T2T_BACKEND")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_loads_nothing():
+    code = (
+        "import atexit, sys, torch\n"
+        "hooks = atexit._ncallbacks()\n"
+        "import t2t_kernels\n"
+        "assert atexit._ncallbacks() == hooks\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "modules = {'triton', 'torch._dynamo', 't2t_kernels._C', 't2t_kernels._triton'}\n"
+        "assert not modules & set(sys.modules), modules & set(sys.modules)\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps')}, sep='\\n')"
+    )
+    mapped = run(code).splitlines()
+    assert any("libtorch_cpu" in path for path in mapped)
+    ours = [path for path in mapped if "t2t_kernels" in path or "libtriton" in path]
+    assert not ours + [path for path in mapped if "libcuda.so" in path]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "t.soft_split(x, 3, 2, 1, backend='cpu')",
+        "torch.ops.t2t_cpu.soft_split(x, 3, 2, 1)",
+        "torch.compile(lambda x: t.soft_split(x, 3, 2, 1), fullgraph=True)(x)",
+        "torch.export.export(Split(), (x,)).module()(x)",
+    ],
+    ids=["function", "operator", "compile", "export"],
+)
+def test_the_first_call_loads_its_backend(call):
+    code = (
+        "import torch, t2t_kernels as t\n"
+        "class Split(torch.nn.Module):\n"
+        "    def forward(self, x): return t.soft_split(x, 3, 2, 1, backend='cpu')\n"
+        f"x = torch.randn(1, 2, 5, 5, requires_grad=True); y = {call}\n"
+        "torch.testing.assert_close(y, t.soft_split(x, 3, 2, 1, backend='reference'))\n"
+        "y.sum().backward(); print(x.grad.shape == x.shape)"
+    )
+    assert run(code) == "True"
+
+
+def test_a_program_loads_the_backend_that_it_was_exported_with(tmp_path):
+    class Split(torch.nn.Module):
+        def forward(self, x):
+            return soft_split(x, 3, 2, 1, backend="cpu")
+
+    x = torch.arange(50.0).view(1, 2, 5, 5)
+    torch.export.save(torch.export.export(Split(), (x,)), tmp_path / "split.pt2")
+    code = (
+        f"import torch, t2t_kernels; program = torch.export.load({str(tmp_path / 'split.pt2')!r})\n"
+        "print(program.module()(torch.arange(50.0).view(1, 2, 5, 5)).sum().item())"
+    )
+    assert float(run(code)) == soft_split(x, 3, 2, 1).sum().item()
+
+
+def test_a_forked_process_loads_its_own_backend():
+    code = (
+        "import os, torch, t2t_kernels as t; x = torch.randn(1, 2, 5, 5)\n"
+        "child = os.fork()\n"
+        "y = t.soft_split(x, 3, 2, 1, backend='cpu')\n"
+        "if child == 0: os._exit(7 if y.shape == (1, 9, 18) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert run(code) == "7"
+
+
+def test_an_operator_that_cannot_run_says_why():
+    with pytest.raises(BackendUnavailable, match="t2t_cuda::soft_split on the cuda backend: "):
+        torch.ops.t2t_cuda.soft_split(torch.randn(1, 2, 5, 5, dtype=torch.float64), 3, 2, 1)
+
+
+def test_the_interpreter_cannot_be_switched_on_after_import():
+    code = (
+        "import os, torch, t2t_kernels as t; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "try: t.soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend='triton')\n"
+        "except t.BackendUnavailable as error: print(error)"
+    )
+    assert "TRITON_INTERPRET has changed since t2t_kernels was imported" in run(code)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_the_interpreter_is_on_where_triton_says_so(value):
+    pytest.importorskip("triton")
+    code = (
+        "from t2t_kernels.backends import BACKENDS, INTERPRETED\n"
+        "from triton import knobs; print(INTERPRETED, knobs.runtime.interpret)\n"
+        "print(*BACKENDS['triton'].device_types)"
+    )
+    assert run(code, TRITON_INTERPRET=value) == "True True\ncpu cuda"
+
+
+@pytest.mark.parametrize("first", ["t2t_kernels", "torch.utils.flop_counter"])
+def test_flops_are_counted_whichever_is_imported_first(first):
+    code = (
+        f"import {first}, torch, t2t_kernels; from torch.utils.flop_counter import FlopCounterMode\n"
+        "q = torch.randn(2, 5, 8)\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    t2t_kernels.token_attention(q, q, q, scale=1.0, backend='cpu')\n"
+        "print(counter.get_total_flops())"
+    )
+    assert run(code) == str(4 * 2 * 5 * 5 * 8)
 
 
 def test_environment():
@@ -245,10 +395,10 @@ def test_a_machine_without_a_gpu_is_named_as_the_reason(module):
     assert done.stderr == "", "nothing needs the user's attention"
     lines = done.stdout.replace("kernels, ", "").replace(":", " ").splitlines()
     (cuda,) = (line for line in lines if line.strip().startswith("cuda ") and "available" in line)
-    if backends._LOAD_ERRORS["cuda"] is None:
+    reason = BACKENDS["cuda"].load_error
+    assert "not available" in cuda
+    if reason is None or reason == "no CUDA device":
         assert cuda.endswith("not available  no CUDA device")
-    else:
-        assert "not available" in cuda
 
 
 @pytest.mark.parametrize(

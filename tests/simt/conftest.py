@@ -1,6 +1,7 @@
 import pytest
 
-from t2t_kernels import backends
+from t2t_kernels.backends import BACKENDS
+from tests.support.devices import CUDA_ON_HOST
 
 
 @pytest.fixture(scope="session")
@@ -12,5 +13,4 @@ def host_cache(tmp_path_factory):
 @pytest.fixture
 def cuda_backend(cuda_on_host, monkeypatch):
     """Lets the backend "cuda" take CPU tensors: the host build, even where there is a GPU."""
-    monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", None)
-    monkeypatch.setitem(backends.DEVICE_TYPES, "cuda", {"cpu"})
+    monkeypatch.setitem(BACKENDS, "cuda", CUDA_ON_HOST)

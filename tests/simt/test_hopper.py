@@ -1,12 +1,13 @@
 """What nvcc compiles otherwise for Hopper, run on the CPU: products by warpgroup."""
 
 import ctypes
-import functools
 
 import pytest
 import torch
 
-from t2t_kernels import backends, library
+from t2t_kernels import library
+from t2t_kernels.backends import BACKENDS, Backend
+from t2t_kernels.backends import OPERATIONS as ALL_OPERATIONS
 from t2t_kernels.token_attention import ops as contract
 from tests.support.cuda import (
     performer_layer,
@@ -213,10 +214,12 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
         HOPPER,
         NAMESPACE,
     )
-    torch.library.register_autograd(
-        f"{NAMESPACE}::token_attention",
-        functools.partial(contract._backward, getattr(torch.ops, NAMESPACE)),
-        setup_context=contract._setup_context,
+    library.register_gradient(
+        NAMESPACE,
+        "token_attention",
+        contract.Arguments,
+        contract._backward,
+        contract._setup_context,
     )
     path = build_host_library(host_cache, [folder / source for source in SOURCES], HOPPER)
     yield choose, ctypes.CDLL(path).simt_seed
@@ -226,7 +229,8 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
 @pytest.fixture
 def hopper(built, monkeypatch):
     """Lets the backend "cuda" be the code for Hopper."""
-    monkeypatch.setitem(library.NAMESPACES, "cuda", NAMESPACE)
+    hopper = Backend("cuda", device_types=("cpu",), namespace=NAMESPACE)
+    monkeypatch.setitem(BACKENDS, "cuda", hopper)
     built[0](-1)
 
 
@@ -269,7 +273,7 @@ RESULTS = dict(
 def test_same_sums_as_a_warp_alone(operation):
     """To the last bit: in the stand-in both add the products of 16 terms one after the other."""
     every = (torch.float32, torch.bfloat16, torch.float16)
-    taken = [dtype for dtype in every if backends.OPERATIONS[operation].takes("cuda", dtype)]
+    taken = [dtype for dtype in every if ALL_OPERATIONS[operation].takes("cuda", dtype)]
     assert taken
     for dtype in taken:
         assert not differs(RESULTS[operation], dtype, namespace=NAMESPACE)

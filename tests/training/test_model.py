@@ -1,10 +1,17 @@
 """What the log says of a model."""
 
+import contextlib
 from dataclasses import replace
 
+import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from t2t_kernels.backends import BACKENDS, Backend
 from t2tvit.models import create_model
+from t2tvit.models.t2t_module import T2TModule
 from t2tvit.training.config import RunConfig
 from t2tvit.training.model import backend_lines
 
@@ -29,12 +36,70 @@ def test_the_log_lists_the_operations_that_the_model_calls():
     assert list(backend_lines(plain, CONFIG, CPU)) == ["  t2t_vit_7 has no fused kernels"]
 
 
-def test_the_log_takes_the_model_s_sizes():
-    module = create_model("t2t_vit_7", img_size=32, token_dim=144).tokens_to_token
-    assert module.operation_sizes() == {
-        "performer_layer": {
-            **{"E": 144, "m": 72, "M": 144},
-            **{"channels": 3, "kernel_size": 7, "stride": 4},
-        },
-        "soft_split_linear": {"channels": 144, "kernel_size": 3, "stride": 2, "outputs": 256},
-    }
+class Served(TorchDispatchMode):
+    """The operators of compiled backends that are called inside, as (operation, backend)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        backend = function.namespace.removeprefix("t2t_")
+        if backend != function.namespace:
+            self.calls.add((function._opname, backend))
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def hook(module):
+    module.attention1.norm1.register_forward_hook(lambda *_: None)
+
+
+def replace_projection(module):
+    module.project = nn.Sequential(module.project)
+
+
+@pytest.mark.filterwarnings("ignore:a T2T layer calls its submodules")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution"])
+@pytest.mark.parametrize(
+    ("args", "change"),
+    [
+        ({}, None),
+        ({"in_chans": 5}, None),
+        ({"token_dim": 100}, None),
+        ({"token_dim": 144}, None),
+        ({"token_dim": 192}, None),
+        ({"embed_dim": 252}, None),
+        ({}, hook),
+        ({}, replace_projection),
+    ],
+)
+def test_the_log_names_the_backends_that_serve(args, change, tokens_type, dtype, monkeypatch):
+    """On a GPU that is made up: nothing is computed."""
+    for name in ("triton", "cuda"):
+        injected = Backend(
+            name,
+            device_types=("cuda",),
+            why_not_on_gpu=lambda device: None,
+            namespace=f"t2t_{name}",
+        )
+        monkeypatch.setitem(BACKENDS, name, injected)
+    gpu = torch.device("cuda")
+    with FakeTensorMode(), gpu, default_dtype(dtype):
+        module = T2TModule(tokens_type, **args)
+        if change is not None and tokens_type != "convolution":
+            change(module)
+        with Served() as served:
+            module(torch.zeros(1, args.get("in_chans", 3), 32, 32, dtype=dtype))
+    amp = str(dtype).removeprefix("torch.") if dtype != torch.float32 else "none"
+    lines = backend_lines(module, replace(CONFIG, amp=amp), gpu)
+    named = {tuple(line.split()[:2]) for line in lines}
+    assert {line for line in named if line[1] != "reference"} == served.calls
