@@ -1,7 +1,7 @@
 # make demo   set up, train on real handwritten digits, show what was learned
 # make test   set up, run all tests
 # Both need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
-# make lint   set up, check Python with ruff and C++ and CUDA with clang-format
+# make lint   set up, check Python with ruff and mypy, C++ and CUDA with clang-format
 # make gpu-report   build, check and measure the kernels on a GPU, with a Python that has torch and the
 #                   packages of pyproject.toml's [dev]; nothing is downloaded. OUT_DIR=, PYTHON=, FULL=1
 
@@ -37,6 +37,8 @@ test: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
 # pip install . as a user runs it: built in isolation with the newest torch, then tested with the oldest

@@ -32,11 +32,16 @@ def launches(step: Step, device: torch.device) -> int:
     )
 
 
-def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int | None:
-    """Bytes that a step of ``row`` takes at its peak, beyond its inputs; None where nobody can say.
+def can_measure_peak(device: torch.device) -> bool:
+    """Whether :func:`peak_memory` works here."""
+    return device.type == "cuda" or sys.platform == "linux"
 
-    On a GPU what PyTorch allocates; on a CPU the resident memory of a fresh process, which Linux
-    records.
+
+def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int:
+    """Bytes that a step of ``row`` takes at its peak, beyond its inputs.
+
+    On a GPU what PyTorch allocates; on a CPU the resident memory of a fresh process, which only
+    Linux records (:func:`can_measure_peak`).
 
     Args:
         prepare: a function of a module, called with ``row``; it makes the step.
@@ -46,8 +51,6 @@ def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int 
         step = prepare(row)
         step()
         return peak_allocated(step, device)
-    if sys.platform != "linux":
-        return None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_resident, prepare, row, torch.get_num_threads()).result()
@@ -85,7 +88,7 @@ def memory_figures(
         growth: also for a quarter, a half and all of the batch, as pairs of images and MiB.
     """
     if device.type == "cuda":
-        figures = {"peak_mib": peak_allocated(step, device) / MIB}
+        figures: dict = {"peak_mib": peak_allocated(step, device) / MIB}
     else:
         figures = {"saved_mib_per_image": mib(row) / row.batch if trains else 0.0}
     if growth:

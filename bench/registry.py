@@ -11,6 +11,7 @@ import torch
 
 from bench.rivals import RIVALS, softmax
 from t2t_kernels.backends import OPERATIONS, why_unavailable
+from t2tvit.models.t2t_module import SoftSplit
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 # Width of a layer, its random features, and width of the last projection (T2T-ViT-14).
@@ -33,12 +34,8 @@ class Layer:
     padding: int
 
     @property
-    def split(self) -> dict[str, int]:
-        return {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-        }
+    def split(self) -> SoftSplit:
+        return SoftSplit(kernel_size=self.kernel_size, stride=self.stride, padding=self.padding)
 
     @property
     def width(self) -> int:

@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t2t_kernels.backends import BACKENDS
@@ -243,11 +243,10 @@ def resident(row: dict) -> str:
     return f"{row['peak_resident_mib']:.0f}" if "peak_resident_mib" in row else "–"
 
 
-def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table without the columns that have nothing to say."""
     told = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
-    head, *rows = ([cells[i] for i in told] for cells in (head, *rows))
-    lines = [head, ("---",) * len(head), *rows]
+    lines = [[cells[i] for i in told] for cells in (head, ("---",) * len(head), *rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if rows else ""
 
 

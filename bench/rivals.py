@@ -123,6 +123,11 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tens
     return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)
 
 
+def sdpa_applies(name: str) -> Callable[[str, str, str, torch.device], bool]:
+    """Whether the SDPA backend ``name`` serves a row."""
+    return lambda op, size, dtype, device: softmax(op) and sdpa_runs(name, dtype, device)
+
+
 def convolution_form(
     x: Tensor,
     weight: Tensor,
@@ -141,15 +146,15 @@ def convolution_form(
     With W_g = W·diag(γ), y = r (W_g u − μ W_g·1) + W β + b, where μ and 1/r² − eps are the mean and
     the variance of the patch u, its zero padding included.
     """
-    window = {"stride": stride, "padding": padding}
     kernel = weight if norm_weight is None else weight * norm_weight
-    y = F.conv2d(x, kernel.unflatten(1, (x.shape[1], kernel_size, kernel_size)), **window)
+    filters = kernel.unflatten(1, (x.shape[1], kernel_size, kernel_size))
+    y = F.conv2d(x, filters, stride=stride, padding=padding)
     # PyTorch's attentions want a token's channels side by side.
     y = y.flatten(2).transpose(1, 2).contiguous()
-    if norm_weight is None:
+    if norm_bias is None:
         return y if bias is None else y + bias
     moments = torch.stack([x.float().mean(1), x.float().square().mean(1)], 1)
-    moments = F.avg_pool2d(moments, kernel_size, **window).flatten(2).transpose(1, 2)
+    moments = F.avg_pool2d(moments, kernel_size, stride, padding).flatten(2).transpose(1, 2)
     mean, square = moments.split(1, dim=2)
     inverse = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
     constant = weight.float() @ norm_bias.float()
@@ -168,15 +173,7 @@ RIVALS = {
     "autocast": Rival(
         lambda op, size, dtype, device: dtype == "bf16" and op != "soft_split", autocast
     ),
-    **{
-        name: Rival(
-            lambda op, size, dtype, device, name=name: (
-                softmax(op) and sdpa_runs(name, dtype, device)
-            ),
-            with_sdpa(name),
-        )
-        for name in SDPA
-    },
+    **{name: Rival(sdpa_applies(name), with_sdpa(name)) for name in SDPA},
     "compile": Rival(lambda op, *_: True, compiled(), compiled=True),
     "compile-max-autotune": Rival(lambda op, *_: True, compiled("max-autotune"), compiled=True),
     "convolution": Rival(

@@ -6,7 +6,7 @@ import pytest
 
 from bench import parity, registry
 from bench.flops import cost
-from bench.measure import MIB, launches, memory_figures, peak_memory
+from bench.measure import MIB, can_measure_peak, launches, memory_figures, peak_memory
 from bench.registry import DEVICE, DTYPES, MODULES, Row
 from bench.rivals import RIVALS
 from bench.timing import clock, first_call, take_turns
@@ -51,7 +51,11 @@ def test_kernels(benchmark, row: Row, device_name: str):
     )
     if DEVICE.type == "cuda":
         benchmark.extra_info["launches"] = launches(ours, DEVICE)
-    elif row.direction == "full" and row.op.endswith(("_layer", "_module")):
+    elif (
+        can_measure_peak(DEVICE)
+        and row.direction == "full"
+        and row.op.endswith(("_layer", "_module"))
+    ):
         benchmark.extra_info["peak_resident_mib"] = peak_memory(step, row, DEVICE) / MIB
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch.nn.functional as F
 
 from bench import models
-from bench.measure import MIB, largest_batch, launches, memory_figures, peak_memory
+from bench.measure import (
+    MIB,
+    can_measure_peak,
+    largest_batch,
+    launches,
+    memory_figures,
+    peak_memory,
+)
 from bench.models import ModelRow, batch_of, build, config, step
 from bench.registry import DEVICE, DTYPES
 from bench.timing import clock, first_call, take_turns
@@ -59,7 +66,7 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
     )
     if DEVICE.type == "cuda":
         benchmark.extra_info["launches"] = launches(ours, DEVICE)
-    elif trains:
+    elif trains and can_measure_peak(DEVICE):
         benchmark.extra_info["peak_resident_mib"] = peak_memory(step, row, DEVICE) / MIB
     budget = pytestconfig.option.memory
     if budget is not None and trains:

@@ -8,6 +8,7 @@ for want of shared memory, drop out.
 import argparse
 import itertools
 import time
+from typing import Any
 from unittest import mock
 
 import torch
@@ -55,7 +56,8 @@ def seconds(field: str, is_float32: int, candidate: Launch, runs: dict) -> float
     table = _triton.table(DEVICE)
     pair = list(getattr(table, field))
     pair[is_float32] = candidate
-    changed = table._replace(**{field: tuple(pair)})
+    replaced: dict[str, Any] = {field: tuple(pair)}
+    changed = table._replace(**replaced)
     with mock.patch.object(_triton, "_table_of", lambda capability: changed):
         try:
             taken = interleave(runs, REPETITIONS, DEVICE, cold=True)

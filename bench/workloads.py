@@ -131,11 +131,13 @@ def _map_operation(row: Row, numbers: _Numbers, seed: int | None):
     norm = [random(layer.width), random(layer.width)]
     if row.op == "soft_split_linear":
         outputs = CLASS_WIDTH if row.size == "L3" else 3 * EMBED
-        parameters = [matrix(outputs, layer.width), random(outputs)]
-        parameters += norm if row.size != "L3" else []
+        weight, bias = matrix(outputs, layer.width), random(outputs)
+        norms = norm if row.size != "L3" else []
         return (
-            lambda backend: soft_split_linear(x, *parameters, **layer.split, backend=backend),
-            leaves + parameters,
+            lambda backend: soft_split_linear(
+                x, weight, bias, *norms, **layer.split, backend=backend
+            ),
+            [*leaves, weight, bias, *norms],
             shape,
         )
     attention = [matrix(EMBED, EMBED), random(EMBED)]
@@ -146,17 +148,19 @@ def _map_operation(row: Row, numbers: _Numbers, seed: int | None):
         # The norm's random scale and shift have an rms of √2 together; √½ each for these two.
         kqv = [matrix(3 * EMBED, layer.width, RMS / 2), random(3 * EMBED, scale=RMS / 2**0.5)]
         params = PerformerLayerParams(w, *norm, *kqv, *attention, *tail)
-        options = {**layer.split, "seed": seed}
-        options["dropout_p"] = DROPOUT if row.direction != "forward" else 0.0
+        dropout_p = DROPOUT if row.direction != "forward" else 0.0
         return (
-            lambda backend: performer_layer(x, params, **options, backend=backend),
+            lambda backend: performer_layer(
+                x, params, **layer.split, dropout_p=dropout_p, seed=seed, backend=backend
+            ),
             leaves + list(params[1:]),
             shape,
         )
-    params = TransformerLayerParams(*norm, matrix(3 * EMBED, layer.width), *attention, *tail)
-    options = {**layer.split, "scale": layer.width**-0.5}
+    qkv = [matrix(3 * EMBED, layer.width)]
+    params = TransformerLayerParams(*norm, *qkv, *attention, *tail)
+    scale = layer.width**-0.5
     return (
-        lambda backend: transformer_layer(x, params, **options, backend=backend),
+        lambda backend: transformer_layer(x, params, **layer.split, scale=scale, backend=backend),
         leaves + list(params),
         shape,
     )

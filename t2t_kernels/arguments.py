@@ -1,6 +1,7 @@
 """Checks and conversions that the public functions share. Each error names argument, got, expected."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 # Sizes beyond it overflow the kernels' products of two of them; no map is as large.
 _LARGEST_SIZE = 2**15
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -117,7 +119,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     """``tensor`` as autocast would hand it to a matrix product: float64 and non-tensors stay."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)

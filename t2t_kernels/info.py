@@ -7,7 +7,6 @@ import sys
 
 import torch
 
-import t2t_kernels
 from t2t_kernels.backends import (
     BACKENDS,
     OPERATIONS,
@@ -30,14 +29,16 @@ def report() -> str:
 
     lines.append("build")
     if why_unavailable("cpu") is None:
-        for key, value in t2t_kernels._C.build_info().items():
+        for key, value in importlib.import_module("t2t_kernels._C").build_info().items():
             lines.append(f"  {key.replace('_', ' '):<20}{value or 'none'}")
     else:
         lines.append(f"  {why_unavailable('cpu')}")
 
     lines.append("devices")
     devices = [torch.device("cpu")]
-    isa = t2t_kernels._C.cpu_isa() if why_unavailable("cpu") is None else "none"
+    isa = "none"
+    if why_unavailable("cpu") is None:
+        isa = importlib.import_module("t2t_kernels._C").cpu_isa()
     lines.append(
         f"  cpu       {platform.machine()}, {torch.get_num_threads()} threads, kernels for {isa}"
     )

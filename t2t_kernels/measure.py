@@ -7,7 +7,7 @@ machine meets all alike; what is reported is the median with the 20th and 80th p
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ CEILING_REPETITIONS = 5
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     repetitions: int,
     device: torch.device,
     seconds: float = SECONDS_PER_REPETITION,

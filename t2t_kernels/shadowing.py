@@ -13,7 +13,7 @@ def why_shadowed() -> str | None:
     if _is_built(HERE):
         return None
     for distribution in importlib.metadata.distributions(name="t2tvit"):
-        installed = Path(distribution.locate_file("t2t_kernels")).resolve()
+        installed = Path(str(distribution.locate_file("t2t_kernels"))).resolve()
         if installed != HERE and _is_built(installed):
             return (
                 f"{HERE} has no compiled kernels and hides the installed package in {installed}; "

@@ -122,7 +122,7 @@ def caption(prediction: Prediction, width: float) -> str:
     lines = fitted(f"{text}  {share}", width, SIZE)
     if "…" in lines:
         lines = f"{fitted(text, width, SIZE, lines=2)}\n{share}"
-    if prediction.right is False:
+    if prediction.right is False and prediction.actual is not None:
         lines += "\n" + fitted(f"is {drawable(prediction.actual)}", width, SIZE, lines=2)
     return lines
 
@@ -132,7 +132,8 @@ def thumbnail(image: Image.Image) -> Image.Image:
     small = image.copy()
     small.thumbnail((CELL_PIXELS, CELL_PIXELS))
     thinnest = max(small.size) // MAX_ASPECT
-    return small.resize(tuple(max(side, thinnest) for side in small.size))
+    width, height = small.size
+    return small.resize((max(width, thinnest), max(height, thinnest)))
 
 
 def save(figure: Figure, path: Path) -> None:

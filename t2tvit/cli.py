@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from t2t_kernels import BackendUnavailable
 from t2tvit import __version__
@@ -40,7 +40,10 @@ def is_number(word: str) -> bool:
 
 
 # How options of several values show them, and what is one of them.
-SEVERAL = {"N": is_number, "NAME=VALUE": lambda word: "=" in word}
+SEVERAL: dict[object, Callable[[str], bool]] = {
+    "N": is_number,
+    "NAME=VALUE": lambda word: "=" in word,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,12 +59,14 @@ class Parser(argparse.ArgumentParser):
         """The argument that takes any number of words; argparse fills it from one place only."""
         return next((each for each in self._get_positional_actions() if each.nargs == "*"), None)
 
-    def separate(self, args: Sequence[str] | None) -> list[str] | None:
+    def separate(self, args: Sequence[str] | None) -> Sequence[str] | None:
         """``args`` with the words that follow an option of several values, but are none of them,
         before the option: ``--img-size 96 cat.png`` means ``cat.png --img-size 96``."""
         if args is None or not self._get_positional_actions():
             return args
-        result, option, is_value = [], 0, None
+        result: list[str] = []
+        option = 0
+        is_value: Callable[[str], bool] | None = None
         for number, word in enumerate(args):
             if word == "--":
                 return result + list(args[number:])

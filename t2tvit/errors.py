@@ -11,6 +11,8 @@ __all__ = [
 class InputError(ValueError):
     """Bad input from the user. The message says what is wrong, where, and how to fix it."""
 
+    of_one_rank = False  # whether other processes of the run do not meet it
+
 
 class LabelError(InputError):
     """A label outside the classes. Unlike an unreadable image, the sample is never replaced."""
@@ -32,6 +34,8 @@ class SaidElsewhere(Exception):
 
 class RunError(RuntimeError):
     """A command broke down while it ran, by no fault of its input. The message says how."""
+
+    of_one_rank = False
 
 
 class NonFiniteLoss(RunError):

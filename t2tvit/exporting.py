@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -55,7 +56,7 @@ def write_onnx(what: Exporting) -> bytes:
 
     # The exporter talks on standard output.
     with redirect_stdout(StringIO()):
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(  # its type includes the old exporter's None
             what.model,
             (what.images,),
             dynamo=True,
@@ -78,9 +79,9 @@ def soft_split_as_convolution(x, kernel_size, dilation, padding, stride):
     Exact, as every sum has one term that is not zero.
     """
     import numpy
-    from onnxscript import ir
-    from onnxscript import opset18 as op
+    from onnxscript import ir, opset18
 
+    op: Any = opset18  # its types are those of the eager mode
     channels, elements = x.shape[1], kernel_size[0] * kernel_size[1]
     picks = numpy.eye(elements, dtype=numpy.float32).reshape(elements, 1, *kernel_size)
     weight = op.CastLike(op.Constant(value=ir.tensor(numpy.tile(picks, (channels, 1, 1, 1)))), x)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,7 +60,7 @@ def literal_text(texts: Iterable[str] = ()) -> Iterator[None]:
     """
     missing = {letter for text in texts for letter in text} - _letters(FONT)
     fonts = sorted({font for font in map(_font_of, missing) if font is not None})
-    settings = {
+    settings: dict[Any, Any] = {  # matplotlib's own types of its settings list every name
         "font.family": [FONT, *fonts],
         "text.parse_math": False,
         "text.usetex": False,

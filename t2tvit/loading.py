@@ -2,7 +2,7 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,12 @@ class Preparation:
     """
 
     def __init__(self, config: "RunConfig", mean: tuple[float, ...], std: tuple[float, ...]):
+        from t2tvit.data.images import MODES
         from t2tvit.training.pipeline import eval_transform
 
-        self.mode = {1: "L", 3: "RGB"}.get(len(mean))
-        if self.mode is None:
+        if len(mean) not in MODES:
             raise InputError(f"images are grey or colour, the model takes {len(mean)} channels")
+        self.mode = MODES[len(mean)]
         self.resize = eval_transform(config)
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
@@ -110,7 +111,7 @@ def load(
     if not hub.is_address(str(source)) and path.is_dir():
         if (path / BEST_FILE).is_file() or (path / LAST_FILE).is_file():
             path = weights_of(path, weights, str(path))
-    overrides = {"fused_kernels": fused_kernels}
+    overrides: dict[str, Any] = {"fused_kernels": fused_kernels}
     if model is not None:
         overrides |= {"model": model, "model_args": model_args or {}, **_published(path, model)}
     elif model_args is not None:

@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from t2tvit.charts import Prediction, draw_predictions, thumbnail
 from t2tvit.class_names import readable
-from t2tvit.data.images import describe_skipped, list_images, load_image
+from t2tvit.data.images import MODES, describe_skipped, list_images, load_image
 from t2tvit.data.shards import ShardImages
-from t2tvit.data.sources import IMAGENET_STATISTICS, FolderImages
+from t2tvit.data.sources import IMAGENET_STATISTICS, FolderImages, Images
 from t2tvit.errors import InputError
 from t2tvit.terminal import columns, padded, print_json, printable
 from t2tvit.training.inference import Trained, held_out
 from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform
 
-MODES = {1: "L", 3: "RGB"}
 STDIN = "-"
 # Without a terminal, a bar appears after this time and is drawn as often.
 SECONDS_BETWEEN_BARS = 30
@@ -142,7 +141,7 @@ class FileImages(Dataset):
     def name(self, index: int) -> str:
         return self.paths[index].name
 
-    def actual(self, index: int) -> None:
+    def actual(self, index: int) -> tuple[str, int] | None:
         return None
 
     def record(self, index: int) -> dict:
@@ -209,7 +208,7 @@ Source = FileImages | HeldOutImages
 
 
 def held_out_images(
-    images: Sequence, drawn: list[int]
+    images: Images, drawn: list[int]
 ) -> Iterator[tuple[Image.Image, int, str | None]]:
     """Each image that is ``drawn``, with its label and its file."""
     if isinstance(images, ShardImages):
@@ -224,7 +223,8 @@ def held_out_images(
         return
     paths = images.paths if isinstance(images, FolderImages) else None
     for index in drawn:
-        yield *images[index], paths and paths[index]
+        image, label = images[index]
+        yield image, label, None if paths is None else paths[index]
 
 
 def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
@@ -240,7 +240,8 @@ def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
             named.append(path)
     if not named:
         raise InputError("standard input: got no names of images")
-    found, skipped = [], Counter()
+    found: list[Path] = []
+    skipped: Counter[str] = Counter()
     for path in named:
         if not path.is_dir():
             found.append(path)
@@ -300,8 +301,9 @@ def rank(shares: Tensor, names: list[str] | None, top_k: int) -> list[tuple[str,
 
 def name_of(names: list[str] | None, index: int) -> str:
     """A class's name, or its number where nobody says one."""
-    known = names is not None and index < len(names)
-    return readable(names[index]) if known else f"class {index}"
+    if names is None or index >= len(names):
+        return f"class {index}"
+    return readable(names[index])
 
 
 def draw(
@@ -310,8 +312,9 @@ def draw(
     predictions = []
     for index, (name, number, share) in predicted.items():
         made = Prediction(thumbnail(source.image(index)), source.name(index), name, share)
-        if source.actual(index) is not None:
-            actual, actual_number = source.actual(index)
+        known = source.actual(index)
+        if known is not None:
+            actual, actual_number = known
             made = replace(made, actual=actual, right=number == actual_number)
         predictions.append(made)
     draw_predictions(predictions, title, path)

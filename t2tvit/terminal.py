@@ -58,7 +58,7 @@ def standard_output() -> Iterator[None]:
     before = sys.stdout
     if before is None:  # closed by the caller; a file opened later must not take its descriptor
         before = sys.stdout = open(os.devnull, "w")
-    if not hasattr(before, "buffer"):  # text in memory, which takes everything
+    if not isinstance(before, io.TextIOWrapper):  # text in memory, which takes everything
         yield
         return
     before.flush()

@@ -79,7 +79,7 @@ def soft_split_linear(
         raise ValueError(
             f"{missing}: got None, expected both of norm_weight and norm_bias or neither"
         )
-    if norm_weight is not None:
+    if norm_weight is not None and norm_bias is not None:
         check_parameter("norm_weight", norm_weight, (width,), x)
         check_parameter("norm_bias", norm_bias, (width,), x)
     tensors = (x, weight, bias, norm_weight, norm_bias)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from t2tvit.errors import InputError
 from t2tvit.training.config import GROUPS, HINTS, KEYS, RunConfig, load_yaml
@@ -39,7 +39,7 @@ def add_keys(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) -> No
         shown = "none" if default is None else default
         if isinstance(default, tuple | dict):
             shown = " ".join(str(item) for item in default) or "none"
-        options = {
+        options: dict[str, Any] = {
             "dest": name,
             "default": argparse.SUPPRESS,
             "help": f"{rules['help']} (default: {shown})".replace("%", "%%"),
@@ -73,7 +73,7 @@ def _metavar(name: str, hint, choices) -> str:
     return "N" if "int" in str(hint) or "float" in str(hint) else name.upper()
 
 
-def given(arguments: argparse.Namespace) -> dict[str, object]:
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The schema's keys that were given on the command line, unconverted but for NAME=VALUE."""
     overrides = {name: value for name, value in vars(arguments).items() if name in KEYS}
     if "model_args" in overrides:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -65,7 +66,9 @@ def read_comparison(
         for key in keys:
             if key not in MODEL_KEYS:
                 raise InputError(f"{source}: {unknown_name('key', str(key), MODEL_KEYS)}")
-        own = {key: convert(key, value, f"{source}: {key}") for key, value in keys.items()}
+        own: dict[str, Any] = {
+            key: convert(key, value, f"{source}: {key}") for key, value in keys.items()
+        }
         models[str(name)] = replace(shared, **({"model_args": {}} | own))
     if len({folder_of(name) for name in models}) < len(models):
         raise InputError(f"config {config}: models: two names differ in punctuation alone")

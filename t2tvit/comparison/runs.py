@@ -45,7 +45,8 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
         InputError: ``output`` holds a run of another configuration.
     """
     runs = comparison.runs()
-    started, whole = time.perf_counter(), []
+    started = time.perf_counter()
+    whole: list[float] = []
     for number, (name, seed) in enumerate(runs, 1):
         world.say("")
         left = len(runs) - number + 1

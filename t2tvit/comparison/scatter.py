@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -99,9 +99,13 @@ def name_points(
     ``bars`` are the lowest, the mean and the largest y of each point. A name that has no room
     next to its point is moved away and a line leads to it.
     """
-    frame, pixel = axes.get_window_extent(), axes.figure.dpi / 72
-    renderer = FigureCanvasAgg(axes.figure).get_renderer()
-    centers, taken, named, lines = [], [], [], []
+    figure: Any = axes.get_figure(root=True)
+    frame, pixel = axes.get_window_extent(), figure.dpi / 72
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    centers = []
+    taken: list[Bbox] = []
+    named: list[Bbox] = []
+    lines: list[Line] = []
     for x, bar in zip(xs, bars):
         (left, bottom), center, (_, top) = axes.transData.transform([(x, y) for y in bar])
         centers.append(center)
@@ -109,7 +113,7 @@ def name_points(
         taken.append(Bbox([center, center]).padded(MARKER_RADIUS * pixel))
     for number, (name, center) in enumerate(zip(names, centers)):
         color = COLORS[number % len(COLORS)]
-        label = axes.annotate(
+        label: Any = axes.annotate(
             fitted(drawable(name), 0.4 * frame.width / pixel, NAME_SIZE),
             (xs[number], bars[number][1]),
             xytext=(0, 0),

@@ -46,7 +46,7 @@ def digest_of_arrays(*arrays: np.ndarray) -> str:
     result = hashlib.sha256()
     for array in arrays:
         result.update(str(array.shape).encode())
-        result.update(np.ascontiguousarray(array))
+        result.update(np.ascontiguousarray(array).data)
     return result.hexdigest()
 
 

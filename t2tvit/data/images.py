@@ -30,6 +30,7 @@ FORMATS = {
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     "QOI": (".qoi",),
 }
+MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels that a model takes
 # Made by operating systems and file servers beside the user's files; in lower case.
 IGNORED = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
 IGNORED |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
@@ -72,7 +73,8 @@ def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
     Raises:
         InputError: a folder cannot be read.
     """
-    paths, skipped = [], Counter()
+    paths: list[str] = []
+    skipped: Counter[str] = Counter()
     for place, names in sorted(_files_by_folder(str(folder))):
         for name in sorted(names):
             extension = os.path.splitext(name)[1].lower()
@@ -84,7 +86,7 @@ def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
 
 
 def _files_by_folder(top: str) -> Iterator[tuple[str, list[str]]]:
-    waiting = [(top, frozenset())]
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
     while waiting:
         folder, above = waiting.pop()
         files = []
@@ -180,7 +182,7 @@ def _opened(source: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
             f"{', '.join(formats())}); fix or remove the file"
         ) from None
     except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise InputError(
             f"image {name} cannot be read (it has more than {limit:.0f} million pixels); make it "
             "smaller or remove the file"
@@ -208,7 +210,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"its pixels are floats from {low:g} to {high:g}, expected 0 to 1")
         return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
     if mode == "LAB":
-        return ImageCms.applyTransform(image, _lab_to_rgb())
+        return _lab_to_rgb().apply(image)
     if mode in ("La", "RGBa"):
         return image.convert(mode.upper())
     return image

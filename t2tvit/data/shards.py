@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
+from typing import Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from PIL import Image
 
 from t2tvit.data.digests import HEAD, digest_of_files
@@ -25,7 +26,7 @@ from t2tvit.errors import InputError, LabelError
 from t2tvit.files import read_text
 
 # If a sample has several images, the first of these is taken.
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+IMAGE_KEYS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 IMAGE_KEYS += tuple(each[1:] for each in extensions() if each[1:] not in IMAGE_KEYS)
 LABEL_KEYS = ("cls", "txt", "json")
 JSON_LABELS = ("label", "cls")
@@ -77,12 +78,13 @@ class ShardImages:
         shards, root = find_shards(spec, split)
         names = read_class_names((root or Path(shards[0]).parent) / NAMES_FILE)
         self.names = names or []
-        self.classes = num_classes if names is None else len(names)
+        classes = num_classes if names is None else len(names)
         counts = stored_counts(root / INFO_FILE, shards) if root else None
-        if counts is None or self.classes is None:
-            counts, largest = self._scan(shards)
-            if self.classes is None:
-                self.classes = 1 + largest
+        if counts is None or classes is None:
+            counts, largest = self._scan(shards, classes)
+            if classes is None:
+                classes = 1 + largest
+        self.classes = classes
         self.counts = counts
         self.count = sum(counts.values())
         if self.count == 0:
@@ -108,11 +110,11 @@ class ShardImages:
         """:func:`read_shard` with the classes of these."""
         return read_shard(shard, self.classes, self.names)
 
-    def _scan(self, shards: list[str]) -> tuple[dict[str, int], int]:
+    def _scan(self, shards: list[str], classes: int | None) -> tuple[dict[str, int], int]:
         """The number of samples of each shard, and the largest label; reads no image."""
         counts, largest, problem = dict.fromkeys(shards, 0), 0, None
         for shard in shards:
-            for sample in read_shard(shard, self.classes, self.names, images=False):
+            for sample in read_shard(shard, classes, self.names, images=False):
                 if isinstance(sample, LabelError):
                     raise sample
                 if isinstance(sample, InputError):
@@ -120,7 +122,7 @@ class ShardImages:
                     continue
                 counts[shard] += 1
                 largest = max(largest, sample.label)
-        if problem is not None and (self.classes is None or not any(counts.values())):
+        if problem is not None and (classes is None or not any(counts.values())):
             raise problem
         return counts, largest
 
@@ -204,11 +206,11 @@ def expand(pattern: str) -> list[str]:
     prefix = pattern[: len(pattern) - len(str(path.relative_to(folder)))]
     try:
         names = list(itertools.islice(braceexpand(pattern[len(prefix) :]), MOST_SHARDS + 1))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # braces that are not balanced
         raise InputError(f"data: {pattern}: {error}") from None
     if len(names) > MOST_SHARDS:
         raise InputError(f"data: {pattern} names more than {MOST_SHARDS:,} shards")
-    found = []
+    found: list[str] = []
     for name in names:
         exact = Path(prefix + name).exists()
         matching = [prefix + name] if exact else sorted(glob(escape(prefix) + name))
@@ -234,10 +236,9 @@ def read_shard(
     """
     for key, files in grouped(shard, images):
         try:
-            sample = sample_of(f"{shard}/{key}", files, classes, names)
+            yield sample_of(f"{shard}/{key}", files, classes, names)
         except InputError as error:
-            sample = error
-        yield sample
+            yield error
 
 
 def sample_of(
@@ -245,24 +246,26 @@ def sample_of(
 ) -> ShardSample:
     """The sample that ``files`` are, by suffix; see :func:`read_shard`."""
     suffix = next((suffix for suffix in IMAGE_KEYS if suffix in files), None)
-    given = [key for key in LABEL_KEYS if key in files]
+    given = {key: files[key] or b"" for key in LABEL_KEYS if key in files}
     if suffix is None or not given:
         raise InputError(
             f"data: {place} has {', '.join(files)}; expected an image ({', '.join(IMAGE_KEYS[:4])}, "
             f"…) and its label in {', '.join(LABEL_KEYS)}, with equal names before the last dot"
         )
-    if files[suffix] is None:
+    content = files[suffix]
+    if content is None:
         raise InputError(
             f"data: {place} has an image that is sparse or larger than {MOST_BYTES / 2**30:g} GiB"
         )
     if "cls" in given:
-        given = ["cls"]
-    labels = [parse_label(files[key], key, names) for key in given]
+        given = {"cls": given["cls"]}
+    labels = [parse_label(label, key, names) for key, label in given.items()]
     label = next((label for label in labels if label is not None), None)
     if label is None:
-        text = files[given[0]].decode("utf-8", "replace").strip()
+        key = next(iter(given))
+        text = given[key].decode("utf-8", "replace").strip()
         raise InputError(
-            f"data: {place} has the label {text[:40]!r} in {given[0]}; expected a class number, or "
+            f"data: {place} has the label {text[:40]!r} in {key}; expected a class number, or "
             f"a name from a file {NAMES_FILE} beside the shards"
         )
     if not 0 <= label < (classes or MOST_CLASSES):
@@ -271,7 +274,7 @@ def sample_of(
             f"data: {place} has the label {label}, but {count}; expected 0 to "
             f"{(classes or MOST_CLASSES) - 1}"
         )
-    return ShardSample(place, files[suffix], label)
+    return ShardSample(place, content, label)
 
 
 def parse_label(content: bytes, key: str, names: Sequence[str]) -> int | None:
@@ -299,7 +302,8 @@ def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | N
     are none of the form KEY.SUFFIX, those that are equal up to their last dot are a sample.
     """
     for base, group in itertools.groupby(members(shard, images), lambda item: base_of(item[0])):
-        plain, others = {}, {}
+        plain: dict[str, bytes | None] = {}
+        others: dict[str, dict[str, bytes | None]] = {}
         for stem, run in itertools.groupby(group, lambda item: item[0].rpartition(".")[0]):
             files = plain if stem == base else {}
             for name, content in run:
@@ -319,7 +323,7 @@ def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | N
             else:
                 others[stem] = dict.fromkeys(files)
         if plain:
-            beside = {
+            beside: dict[str, bytes | None] = {
                 f"{stem[len(base) + 1 :]}.{key}": None for stem in others for key in others[stem]
             }
             yield base, plain | beside
@@ -343,7 +347,7 @@ def members(shard: str, images: bool) -> Iterator[tuple[str, bytes | None]]:
         with open(shard, "rb") as file:
             check_uncompressed(shard, file.read(8))
             file.seek(0)
-            tar = tarfile.open(fileobj=file, mode="r:")
+            tar: Any = tarfile.open(fileobj=file, mode="r:")
             for member in tar:
                 tar.members = []  # or it remembers all of them
                 parts = [part for part in member.name.split("/") if part not in (".", "..")]
@@ -369,12 +373,18 @@ def is_left_out(part: str) -> bool:
 def content_of(tar: tarfile.TarFile, member: tarfile.TarInfo, images: bool) -> bytes | None:
     suffix = member.name.rpartition(".")[2].lower()
     if suffix in LABEL_KEYS:
-        return tar.extractfile(member).read(LABEL_BYTES)
+        return _read(tar, member, LABEL_BYTES)
     if suffix not in IMAGE_KEYS:
         return b""
     if member.issparse() or member.size > MOST_BYTES:
         return None
-    return tar.extractfile(member).read() if images else b""
+    return _read(tar, member) if images else b""
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int = -1) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # of a regular file
+    return file.read(most)
 
 
 def check_uncompressed(shard: str, start: bytes) -> None:

@@ -3,9 +3,9 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -39,18 +39,27 @@ MOST_SYNTHETIC = 10_000_000
 HUB_NAME = re.compile(r"(?i:hfds)/[A-Za-z0-9]\w*[\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+class Images(Protocol):
+    """``images[i]`` is a PIL image and its class index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+    def digest(self) -> str:
+        """Equal for equal images, wherever they are; cheap, so it may miss changed pixels in a file."""
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, ``images[i]`` being a PIL image and its class index.
-
-    Of :class:`~t2tvit.data.shards.ShardImages` there is a stream instead. ``images.digest()`` is
-    equal for equal images, wherever they are; it is cheap, and may miss changed pixels in a file.
+    """Images of one split; :class:`~t2tvit.data.shards.ShardImages` can only be read as a stream.
 
     ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts, by extension, the
     files of an image folder that are not images.
     """
 
-    images: Sequence[tuple[Image.Image, int]]
+    images: Images
     class_names: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -197,7 +206,7 @@ def _cifar(name: str, folder: Path, split: str) -> Split:
 class TimmImages:
     """The images of one of timm's data sets as RGB, read by :func:`load_image` if they are files."""
 
-    def __init__(self, images: Sequence, class_names: list[str]):
+    def __init__(self, images: Any, class_names: list[str]):
         self.images, self.class_names = images, class_names
         if hasattr(images, "loader"):  # a folder of torchvision
             images.loader = load_image
@@ -270,7 +279,7 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
     return Split(TimmImages(images, names), names, *IMAGENET_STATISTICS)
 
 
-def _class_names(images: Sequence) -> list[str]:
+def _class_names(images: Any) -> list[str]:
     """What a data set of timm, torchvision or the Hugging Face hub calls its classes, in order."""
     if hasattr(images, "classes"):
         return [str(name) for name in images.classes]
@@ -325,7 +334,8 @@ def _image_folder(root: Path, split: str, class_names: list[str] | None) -> Spli
             )
     if class_names is not None and sorted(class_names) == sorted(classes):
         classes = class_names
-    paths, labels, empty, skipped = [], [], [], Counter()
+    paths, labels, empty = [], [], []
+    skipped: Counter[str] = Counter()
     for label, name in enumerate(classes):
         found, others = list_images(folder / name)
         if not found:

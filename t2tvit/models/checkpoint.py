@@ -309,7 +309,7 @@ def _grid(
             raise InputError(f"grid_size: got {given!r}, expected (h, w)")
         if given[0] * given[1] != count:
             raise InputError(f"grid_size: got {given}, but {path} has {count} positions")
-        return tuple(given)
+        return given[0], given[1]
     if count == own[0] * own[1]:
         return own
     side = math.isqrt(count)

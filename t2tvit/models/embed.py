@@ -81,12 +81,14 @@ class T2TEmbed(nn.Module):
         self.strict_img_size = strict_img_size
         self.tokens_to_token = T2TModule(tokens_type, in_chans, embed_dim, token_dim)
         if not bias:
-            self.tokens_to_token.project.bias = None
+            self.tokens_to_token.project.register_parameter("bias", None)
         self.tokens_to_token.apply(init_weights)
         self.tokens_to_token.set_fused_kernels(fused_kernels)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
         self.to(device=device, dtype=dtype)
-        self.img_size = self.grid_size = self.num_patches = None
+        self.img_size: tuple[int, int] | None = None
+        self.grid_size: tuple[int, int] | None = None
+        self.num_patches: int | None = None
         self.set_input_size(img_size, patch_size)
 
     def set_input_size(
@@ -103,8 +105,8 @@ class T2TEmbed(nn.Module):
         self.patch_size = (STRIDE, STRIDE)
         if img_size is not None:
             self.img_size = check_image_size(img_size)
-            self.grid_size = self.dynamic_feat_size(self.img_size)
-            self.num_patches = self.grid_size[0] * self.grid_size[1]
+            height, width = self.grid_size = self.dynamic_feat_size(self.img_size)
+            self.num_patches = height * width
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
         """Pixels from one token to the next."""
@@ -115,7 +117,7 @@ class T2TEmbed(nn.Module):
         return self.tokens_to_token.grid_size(*img_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = tuple(x.shape[-2:])
+        size = (x.shape[-2], x.shape[-1])
         if self.strict_img_size and self.img_size is not None and size != self.img_size:
             raise InputError(
                 f"x: got images of {size}, the model was built for {self.img_size}; call its "

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -132,22 +132,24 @@ def kind_of(path: Path) -> str:
     raise _is(path, "neither a PyTorch nor a safetensors file, or it is damaged")
 
 
-def _names(file: BinaryIO) -> Iterator[str]:
+def _names(file: IO[bytes]) -> Iterator[str]:
     """The classes and functions that the pickles from here on name, up to the first damage."""
     try:
         for _ in range(PICKLES):
-            words, memo, latest = ["", ""], {}, ""
+            words, latest = ["", ""], None
+            memo: dict[object, object] = {}
+            value: Any
             for opcode, value, _ in pickletools.genops(file):
                 if opcode.name == "MEMOIZE":
                     memo[len(memo)] = latest
                 elif opcode.name.endswith("PUT"):
                     memo[value] = latest
                 elif opcode.name in ("GLOBAL", "INST"):
-                    latest = value.replace(" ", ".")
-                    yield latest
+                    latest = name = value.replace(" ", ".")
+                    yield name
                 elif opcode.name == "STACK_GLOBAL":
-                    latest = ".".join(words)
-                    yield latest
+                    latest = name = ".".join(words)
+                    yield name
                 else:
                     latest = memo.get(value, "") if opcode.name.endswith("GET") else value
                     if isinstance(latest, str):
@@ -245,7 +247,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_torch(path: Path) -> object:
     # A Namespace of options, which published checkpoints hold, runs no code when it is read.
-    allowed = [argparse.Namespace, *((Ignored, name) for name in HARMLESS)]
+    allowed: list = [argparse.Namespace, *((Ignored, name) for name in HARMLESS)]
     names = _names_in(path)
     if any(name in BYTEARRAY for name in names):
         raise _unsafe(path, "a bytearray, and reading that could fill the memory")
@@ -256,7 +258,9 @@ def _read_torch(path: Path) -> object:
             torch.serialization.safe_globals(allowed),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # of pickle protocols and tensor kinds: errors name them
+            warnings.simplefilter(
+                "ignore"
+            )  # of pickle protocols and tensor kinds: errors name them
             content = torch.load(file, map_location="cpu", weights_only=True)
     # Damaged files raise many kinds of error: no narrower base exists.
     except Exception as error:

@@ -8,6 +8,8 @@ The fused operations read the parameters of the submodules and do not call them.
 what they compute (it has hooks, was replaced or wrapped), the layer calls its submodules instead.
 """
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,10 +31,19 @@ from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.bounds import MIN_SIZE, check_integer
 from t2tvit.models.plain import announce, why_not_plain
 
+
+class SoftSplit(TypedDict):
+    """The geometry of a soft split, in pixels of its map."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+
 SPLITS = (
-    {"kernel_size": 7, "stride": 4, "padding": 2},
-    {"kernel_size": 3, "stride": 2, "padding": 1},
-    {"kernel_size": 3, "stride": 2, "padding": 1},
+    SoftSplit(kernel_size=7, stride=4, padding=2),
+    SoftSplit(kernel_size=3, stride=2, padding=1),
+    SoftSplit(kernel_size=3, stride=2, padding=1),
 )
 
 
@@ -49,7 +60,7 @@ class TokenPerformer(nn.Module):
 
     dropout = 0.1
 
-    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+    def __init__(self, in_chans: int, token_dim: int, split: SoftSplit):
         super().__init__()
         in_dim = in_chans * split["kernel_size"] ** 2
         features = token_dim // 2
@@ -127,7 +138,7 @@ class TokenTransformer(nn.Module):
     The softmax scale is the token width^-½ (147^-½, 576^-½), as published, not token_dim^-½.
     """
 
-    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+    def __init__(self, in_chans: int, token_dim: int, split: SoftSplit):
         super().__init__()
         in_dim = in_chans * split["kernel_size"] ** 2
         self.in_chans, self.token_dim, self.split = in_chans, token_dim, split
@@ -193,7 +204,7 @@ class TokenTransformer(nn.Module):
 class TokenConvolution(nn.Conv2d):
     """A convolution in a layer's place, for comparison: (B, C, H, W) to (B, T, token_dim)."""
 
-    def __init__(self, in_chans: int, token_dim: int, split: dict[str, int]):
+    def __init__(self, in_chans: int, token_dim: int, split: SoftSplit):
         super().__init__(in_chans, token_dim, **split)
 
     def calls(self) -> list[Call]:
@@ -203,7 +214,7 @@ class TokenConvolution(nn.Conv2d):
         return super().forward(x).flatten(2).transpose(1, 2)
 
 
-LAYERS = {
+LAYERS: dict[str, type[TokenPerformer | TokenTransformer | TokenConvolution]] = {
     "performer": TokenPerformer,
     "transformer": TokenTransformer,
     "convolution": TokenConvolution,

@@ -21,13 +21,13 @@ def _entrypoint(name: str):
         **kwargs,
     ):
         kwargs.pop("pretrained_model_args", None)  # what timm found, already among the others
-        source = _address(pretrained_cfg)
+        source = _address(pretrained_cfg) if pretrained else None
         if pretrained and source is None:
             raise InputError(
                 f"pretrained: no weights of {name} can be downloaded; build it with "
                 f"pretrained=False and load a file with t2tvit.load_checkpoint(model, path)"
             )
-        model = hub.load(source, **kwargs) if pretrained else create_model(name, **kwargs)
+        model = create_model(name, **kwargs) if source is None else hub.load(source, **kwargs)
         model.pretrained_cfg.update(pretrained_cfg_overlay or {})
         return model
 

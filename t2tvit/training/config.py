@@ -15,6 +15,7 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -518,7 +519,7 @@ def from_dict(values: dict, overrides: dict | None = None, origin: str = "stored
     for name in values:
         if name not in KEYS:
             raise InputError(f"config {origin}: {unknown_name('key', str(name), KEYS)}")
-    checked = {
+    checked: dict[str, Any] = {
         name: convert(name, value, f"config {origin}: {name}")
         for name, value in values.items()
         if name not in overrides
@@ -617,7 +618,7 @@ def _expanded(node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def convert(name: str, value: object, source: str) -> object:
+def convert(name: str, value: object, source: str) -> Any:
     """``value`` from YAML or the command line, converted to the schema's type for ``name``.
 
     Raises:

@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from t2tvit.terminal import printable
 REPORTED = (InputError, RunError, BackendUnavailable)  # in one line, by the command line
 # PyTorch's messages if the CPU's memory is full, or the memory that loader processes share.
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+Result = TypeVar("Result")
 NO_SHARED_MEMORY = re.compile(r"unable to \w+ .{0,40}</torch_\w+>: [\w ]+")
 PATIENCE = 5.0  # seconds, for another process to report why it ends
 
@@ -39,16 +41,22 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def shared(self) -> dist.Store:
+        """The store in which several processes tell each other what ends the run."""
+        assert self.store is not None, "a process that is alone has no store"
+        return self.store
+
     def say(self, text: str) -> None:
         """Print a line, on rank 0 only; control characters in ``text`` are escaped."""
         if self.is_main:
             print(printable(text), flush=True)
 
-    def on_main(self, function: Callable[[], object]) -> object:
+    def on_main(self, function: Callable[[], Result]) -> Result:
         """Call ``function`` on rank 0; every rank returns its result or raises its error."""
         if self.size == 1:
             return function()
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = function()
@@ -66,7 +74,7 @@ class World:
         """``value`` of every rank, in order of rank."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -107,15 +115,16 @@ class World:
             return self._lost()
         text = str(error)
         with contextlib.suppress(RuntimeError):  # the process with the store has ended
-            self.store.set("cause", text)
+            self.shared.set("cause", text)
             if self.is_main:
-                self.store.set("cause of main", text)
+                self.shared.set("cause of main", text)
         if not isinstance(error, REPORTED):
             return error
         if not self.is_main and not getattr(error, "of_one_rank", False):
             if self._said("cause of main") is not None:
                 return SaidElsewhere(1 if isinstance(error, RunError) else 2)
-            error.of_one_rank = True
+            own: Any = error  # the kernels' errors do not declare it
+            own.of_one_rank = True
         return error
 
     def _lost(self) -> Exception:
@@ -126,7 +135,7 @@ class World:
         if self._said("cause") is not None:
             return SaidElsewhere(1)
         with contextlib.suppress(RuntimeError):
-            if has_store() and self.store.add("lost", 1) > 1:
+            if has_store() and self.shared.add("lost", 1) > 1:
                 return SaidElsewhere(1)
         error = RunError(
             "another process of the run was lost, possibly killed for lack of memory; the last "
@@ -140,8 +149,8 @@ class World:
         deadline = time.monotonic() + PATIENCE
         with contextlib.suppress(RuntimeError):
             while has_store() and time.monotonic() < deadline:
-                if self.store.check([key]):
-                    return self.store.get(key).decode()
+                if self.shared.check([key]):
+                    return self.shared.get(key).decode()
                 time.sleep(0.05)
         return None
 
@@ -150,11 +159,11 @@ class World:
         with contextlib.suppress(RuntimeError):
             if not has_store():
                 return
-            left, deadline = self.store.add("left", 1), time.monotonic() + PATIENCE
+            left, deadline = self.shared.add("left", 1), time.monotonic() + PATIENCE
             if self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 while left < self.size and time.monotonic() < deadline:
                     time.sleep(0.05)
-                    left = self.store.add("left", 0)
+                    left = self.shared.add("left", 0)
 
 
 def start(device: str) -> World:

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the package's source, with "-dirty" if files differ; None outside git."""
     git = ("git", "-C", str(SOURCE))
-    options = {"capture_output": True, "text": True, "check": True}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
     try:
         # A package that is installed inside another checkout has no commit of its own.
         subprocess.run((*git, "ls-files", "--error-unmatch", "__init__.py"), **options)

@@ -83,7 +83,7 @@ def opening_lines(trainer: "Trainer") -> Iterator[str]:
 def change_lines(trainer: "Trainer", before: dict) -> Iterator[str]:
     """The changes from ``before``, the configuration of the run to resume."""
     config = trainer.config
-    is_amid_stream = is_stream(trainer.data.split) and trainer.step > 0
+    is_amid_stream = is_stream(trainer.data.split.images) and trainer.step > 0
     if is_amid_stream and before["workers"] != config.workers:
         yield (
             f"warning   the order of shards depends on --workers, {config.workers} instead of "

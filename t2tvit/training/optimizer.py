@@ -1,6 +1,7 @@
 """The optimiser of a run and its schedule."""
 
 import difflib
+from typing import Any
 
 import timm.optim
 import torch
@@ -25,19 +26,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     Raises:
         InputError: The name is unknown, or the optimiser rejects its arguments.
     """
-    known = [name for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
+    known = [str(name) for name in timm.optim.list_optimizers() if name != SECOND_ORDER]
     if config.optimizer not in known:
         near = difflib.get_close_matches(config.optimizer, known, n=3) or ["adamw", "sgd", "lamb"]
         raise InputError(
             f"optimizer: unknown name {config.optimizer!r}; timm has {', '.join(near)} and more"
         )
+    options: dict[str, Any] = {"fused": True} if config.optimizer in FUSED else {}
     try:
         return timm.optim.create_optimizer_v2(
             model,
             opt=config.optimizer,
             lr=config.lr * config.lr_factor,
             momentum=config.momentum,
-            **({"fused": True} if config.optimizer in FUSED else {}),
+            **options,
             param_group_fn=lambda model: parameter_groups(model, config),
         )
     except (AssertionError, ImportError, ValueError) as error:

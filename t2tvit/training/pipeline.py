@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from PIL import Image
@@ -31,13 +32,16 @@ from torch.utils.data import (
 from torchvision.transforms import Compose, RandomCrop, Resize
 
 from t2tvit.data.images import check_header, load_image
-from t2tvit.data.sources import FolderImages, Split, TimmImages, open_split
+from t2tvit.data.sources import FolderImages, Images, Split, TimmImages, open_split
 from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig
 from t2tvit.training.distributed import World
 from t2tvit.training.randomness import drawing_from
 from t2tvit.training.samples import Sample
 from t2tvit.training.stopping import STOP_SIGNALS, end_loaders
+
+if TYPE_CHECKING:
+    from t2tvit.data.shards import ShardImages
 
 LONGEST = (
     32  # times the input's aspect ratio; the rest of a longer image is far from the centre crop
@@ -46,7 +50,7 @@ CHECK_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # Linux sends a process this signal when its parent ends
 
 
-class TransformedImages(Dataset):
+class _Images(Dataset):
     """A split as uint8 tensors (C, H, W) and labels, optionally renumbered by ``label_map``.
 
     Random numbers of ``transform`` depend only on ``seed``, ``epoch`` and the image, not on the number
@@ -60,7 +64,7 @@ class TransformedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def read(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index % len(self.images)]
         if self.label_map is not None:
             label = self.label_map[label]
@@ -68,8 +72,15 @@ class TransformedImages(Dataset):
             return self.transform(image), label
 
 
-class TrainingImages(TransformedImages):
-    """The same, but an image that cannot be read is replaced by the next one.
+class TransformedImages(_Images):
+    """Images to evaluate."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index)
+
+
+class TrainingImages(_Images):
+    """Images to train on; one that cannot be read is replaced by the next one.
 
     The ``n``-th repetition of image ``i`` is at index ``n * len(self) + i``.
     """
@@ -80,7 +91,7 @@ class TrainingImages(TransformedImages):
         for offset in range(count):
             place = repetition * count + (index + offset) % count
             try:
-                image, label = super().__getitem__(place)
+                image, label = self.read(place)
                 return Sample(image, label, problem, index, time.perf_counter() - started)
             except LabelError:
                 raise
@@ -174,6 +185,7 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
     """
     height, width = config.size
     padded = config.crop_padding is not None
+    jitter: Any = config.color_jitter or None  # its type in timm leaves out None
     try:
         transform = create_transform(
             (height, width),
@@ -181,7 +193,7 @@ def train_transform(config: RunConfig, mean: tuple[float, ...]):
             scale=(1, 1) if padded else config.crop_scale,
             ratio=(width / height, width / height) if padded else config.crop_ratio,
             hflip=config.hflip,
-            color_jitter=config.color_jitter or None,
+            color_jitter=jitter,
             auto_augment=config.auto_augment,
             interpolation=config.interpolation,
             mean=mean,
@@ -236,10 +248,10 @@ def open_splits(config: RunConfig, class_names: list[str] | None = None) -> tupl
     Raises:
         InputError: The images cannot be read.
     """
-    options = {"img_size": config.size, "class_names": class_names}
-    train = open_split(config.data, "train", num_classes=config.num_classes, **options)
-    classes = len(train.class_names) if is_stream(train) else config.num_classes
-    return train, open_split(config.data, "val", num_classes=classes, **options)
+    opened = partial(open_split, config.data, img_size=config.size, class_names=class_names)
+    train = opened("train", num_classes=config.num_classes)
+    classes = len(train.class_names) if is_stream(train.images) else config.num_classes
+    return train, opened("val", num_classes=classes)
 
 
 def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> Data:
@@ -252,7 +264,7 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
     mean, std = config.statistics(split.mean, split.std)
     train = train_loader(split, config, world)
     try:
-        next(iter(train.dataset)) if is_stream(split) else train.dataset[0]
+        next(iter(train.dataset)) if is_stream(split.images) else train.dataset[0]
     except InputError:
         raise
     except Exception as error:  # an operation of the policy can raise anything
@@ -283,10 +295,12 @@ def check_held_out(split: Split, world: World) -> None:
     """
     end = time.monotonic() + CHECK_SECONDS
     mine = range(world.rank, len(split.images), world.size)
-    if is_stream(split):
+    steps: Iterator[Callable[[], object]]
+    if is_stream(split.images):
         from t2tvit.training.streaming import EvaluationStream
 
-        steps = (sample.image for sample in EvaluationStream(split, None, None, world).samples())
+        stream = EvaluationStream(split.images, None, None, world)
+        steps = (sample.image for sample in stream.samples())
     elif isinstance(split.images, FolderImages):
         paths = [split.images.paths[index] for index in mine]
         steps = (partial(read, path) for read in (check_header, load_image) for path in paths)
@@ -320,7 +334,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
         )
     mean, _ = config.statistics(split.mean, split.std)
     transform = train_transform(config, mean)
-    if is_stream(split):
+    if is_stream(split.images):
         from t2tvit.training.streaming import TrainingStream
 
         if config.repeated_augmentation > 1:
@@ -329,7 +343,7 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
                 "only 1; remove the option"
             )
         share = config.batch_per_process(world.size)
-        dataset = TrainingStream(split, transform, share, config.seed, world)
+        dataset = TrainingStream(split.images, transform, share, config.seed, world)
         sampler = None
     else:
         dataset = TrainingImages(split, transform, seed=config.seed)
@@ -350,22 +364,25 @@ def train_loader(split: Split, config: RunConfig, world: World) -> DataLoader:
 
 def begin_epoch(loader: DataLoader, epoch: int, step: int) -> None:
     """Let a loader of :func:`train_loader` continue after ``step`` batches of ``epoch``."""
-    loader.dataset.epoch = epoch
+    dataset: Any = loader.dataset
+    sampler: Any = loader.sampler
+    dataset.epoch = epoch
     if isinstance(loader.dataset, IterableDataset):
-        loader.dataset.start = step
+        dataset.start = step
     else:
-        loader.sampler.set_epoch(epoch)
-        loader.sampler.start = step * loader.batch_size
+        assert loader.batch_size is not None
+        sampler.set_epoch(epoch)
+        sampler.start = step * loader.batch_size
 
 
-def is_stream(split: Split) -> bool:
+def is_stream(images: Images) -> "TypeGuard[ShardImages]":
     """Whether the images can only be read sequentially."""
-    return hasattr(split.images, "shards")
+    return hasattr(images, "shards")
 
 
 def workers_for(split: Split, workers: int) -> int:
     """``workers``, but at most one per CPU, except for a stream, whose order depends on the number."""
-    return workers if is_stream(split) else min(workers, available_cpus())
+    return workers if is_stream(split.images) else min(workers, available_cpus())
 
 
 def available_cpus() -> int:
@@ -385,7 +402,8 @@ def begin_worker(worker: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if multiprocessing.get_start_method() == "fork":
-        if os.getppid() != multiprocessing.parent_process().pid:
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
             os._exit(1)
 
 
@@ -401,10 +419,10 @@ def eval_loader(
 ) -> DataLoader:
     """This rank's part of the images: all ranks together see each exactly once."""
     transform = eval_transform(config)
-    if is_stream(split):
+    if is_stream(split.images):
         from t2tvit.training.streaming import EvaluationStream
 
-        dataset = EvaluationStream(split, transform, label_map, world)
+        dataset = EvaluationStream(split.images, transform, label_map, world)
     else:
         dataset = TransformedImages(split, transform, label_map)
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from t2tvit.training.distributed import World
-from t2tvit.training.samples import Sample
+from t2tvit.training.samples import SampleBatch
 
 # The interval of progress lines without a terminal.
 SECONDS_BETWEEN_LINES = 30
@@ -69,13 +69,13 @@ class LoaderClock:
         self.started = time.perf_counter()
         self.waited = self.reading = 0.0
 
-    def timed(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """``samples``, with the wait for each of them measured."""
+    def timed(self, batches: Iterable[SampleBatch]) -> Iterator[SampleBatch]:
+        """``batches``, with the wait for each of them measured."""
         asked = time.perf_counter()
-        for sample in samples:
+        for batch in batches:
             self.waited += time.perf_counter() - asked
-            self.reading += sample.seconds.sum().item()
-            yield sample
+            self.reading += batch.seconds.sum().item()
+            yield batch
             asked = time.perf_counter()
 
     @property

@@ -3,6 +3,7 @@
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,14 @@ import torch
 CPU = torch.device("cpu")
 
 
+def _numpy_state() -> tuple[str, np.ndarray, int, int, float]:
+    state: Any = np.random.get_state()  # its type includes a dict
+    return state
+
+
 def rng_state(device: torch.device = CPU) -> dict:
     """The state of all generators that this process uses; ``device`` is the device it computes on."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = _numpy_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),

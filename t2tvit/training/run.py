@@ -67,7 +67,7 @@ def assemble(config: RunConfig, folder: RunFolder, world: World, signals: Signal
     if resumed is None:
         seed_everything(config.seed + world.rank)
     else:
-        trainer.restore(resumed, folder.state_path)
+        trainer.restore(resumed, folder.resumed_path)
         check_left(trainer, resumed["config"])
 
     trainer.best, lost = world.on_main(lambda: folder.claim(checkpointer, resumed))

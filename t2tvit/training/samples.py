@@ -1,4 +1,4 @@
-"""The samples of a training loader, single or in batches."""
+"""The samples of a training loader, single and in batches."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """A training image, or a batch: then each field holds the values of all its images.
+    """A training image.
 
     Attributes:
         image: uint8 (C, H, W).
@@ -17,7 +17,17 @@ class Sample(NamedTuple):
     """
 
     image: Tensor
-    label: int | Tensor
-    problem: str | list[str]
-    name: int | str | Tensor | list[str]
-    seconds: float | Tensor
+    label: int
+    problem: str
+    name: int | str
+    seconds: float
+
+
+class SampleBatch(NamedTuple):
+    """The fields of several samples, as PyTorch collates them."""
+
+    image: Tensor
+    label: Tensor
+    problem: list[str]
+    name: Tensor | list[str]
+    seconds: Tensor

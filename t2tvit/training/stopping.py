@@ -69,7 +69,7 @@ class Signals:
         """
         self.patience = patience
         if self.received is not None:
-            self._set_alarm()
+            self._set_alarm(patience)
         try:
             yield
         finally:
@@ -81,10 +81,10 @@ class Signals:
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         if self.patience is not None:
-            self._set_alarm()
+            self._set_alarm(self.patience)
 
-    def _set_alarm(self):
-        signal.setitimer(signal.ITIMER_REAL, self.patience)
+    def _set_alarm(self, seconds: float):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _give_up(self, number, frame):
         if self.patience is not None:

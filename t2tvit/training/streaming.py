@@ -14,7 +14,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from t2tvit.data.shards import ShardImages, ShardSample
-from t2tvit.data.sources import Split
 from t2tvit.errors import InputError, LabelError
 from t2tvit.training.distributed import World
 from t2tvit.training.randomness import drawing_from
@@ -46,18 +45,18 @@ class TrainingStream(IterableDataset):
     reader with too many ignores the rest.
 
     Args:
-        split: A split of :class:`~t2tvit.data.shards.ShardImages`.
+        images: The shards.
         transform: PIL image → tensor.
         batch_size: Images of this rank per update.
         seed: Seed of order and augmentation.
         world: The processes of the run.
     """
 
-    def __init__(self, split: Split, transform, batch_size: int, seed: int, world: World):
-        self.split, self.transform, self.batch_size = split, transform, batch_size
+    def __init__(self, images: ShardImages, transform, batch_size: int, seed: int, world: World):
+        self.images, self.transform, self.batch_size = images, transform, batch_size
         self.seed, self.world = seed, world
         self.epoch = self.start = 0
-        self.steps = len(split.images) // (batch_size * world.size)
+        self.steps = len(images) // (batch_size * world.size)
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
@@ -72,7 +71,7 @@ class TrainingStream(IterableDataset):
             len(range(turn, step, workers)) * self.batch_size for step in (self.start, self.steps)
         )
         samples = itertools.islice(self._samples(turn, workers), first, None)
-        ahead = deque()
+        ahead: deque[tuple[int, ShardSample | InputError]] = deque()
         for _ in range(first, end):
             yield self._first_readable(ahead, samples)
             ahead.popleft()
@@ -80,13 +79,13 @@ class TrainingStream(IterableDataset):
     def _samples(self, turn: int, workers: int) -> Iterator[tuple[int, ShardSample | InputError]]:
         """Endless numbered rounds over this reader's shards, each in another order."""
         reader = self.world.rank * workers + turn
-        shards, readers = self.split.images.shards, self.world.size * workers
+        shards, readers = self.images.shards, self.world.size * workers
         order = random.Random(f"{self.seed} {self.epoch}")
         shards = order.sample(shards, len(shards))
         draw = random.Random(f"{self.seed} {self.epoch} {reader}")
         for number in itertools.count():
             samples = shuffle(SHUFFLED, initial=SHUFFLED, rng=draw)(
-                shares(self.split.images, shards, reader, readers)
+                shares(self.images, shards, reader, readers)
             )
             empty = True
             for sample in samples:
@@ -101,7 +100,7 @@ class TrainingStream(IterableDataset):
         So the position in the epoch does not depend on which samples can be read.
         """
         problem, started = "", time.perf_counter()
-        for position in range(len(self.split.images) + 1):
+        for position in range(len(self.images) + 1):
             if position == len(ahead):
                 ahead.append(next(samples))
             number, sample = ahead[position]
@@ -118,15 +117,15 @@ class TrainingStream(IterableDataset):
                 image = self.transform(image)
             seconds = time.perf_counter() - started
             return Sample(image, sample.label, problem, sample.place, seconds)
-        count = len(self.split.images)
+        count = len(self.images)
         raise InputError(f"none of the {count:,} training images can be read: {problem}")
 
 
 class EvaluationStream(IterableDataset):
     """Each image of the split once over all ranks and workers."""
 
-    def __init__(self, split: Split, transform, label_map: list[int] | None, world: World):
-        self.split, self.transform = split, transform
+    def __init__(self, images: ShardImages, transform, label_map: list[int] | None, world: World):
+        self.images, self.transform = images, transform
         self.label_map, self.world = label_map, world
 
     def samples(self) -> Iterator[ShardSample]:
@@ -134,7 +133,7 @@ class EvaluationStream(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         reader = self.world.rank * workers + worker
-        images = self.split.images
+        images = self.images
         for sample in shares(images, images.shards, reader, self.world.size * workers):
             if isinstance(sample, InputError):
                 raise sample

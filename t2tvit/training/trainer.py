@@ -30,7 +30,7 @@ from t2tvit.training.pipeline import Data, batches, begin_epoch
 from t2tvit.training.profiling import Profiler
 from t2tvit.training.progress import Forecast, LoaderClock, Progress, peak_memory
 from t2tvit.training.randomness import rng_state, seed_everything, set_rng_state
-from t2tvit.training.samples import Sample
+from t2tvit.training.samples import SampleBatch
 from t2tvit.training.trackers import Trackers
 
 CURVES_EVERY = 60  # seconds
@@ -124,6 +124,13 @@ class Trainer:
         """The model with averaged weights, or the trained model if there is no average."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def own_checkpointer(self) -> Checkpointer:
+        """The checkpointer, which :meth:`fit` cannot do without."""
+        if self.checkpointer is None:
+            raise ValueError("checkpointer: got None, but Trainer.fit writes to a run's folder")
+        return self.checkpointer
+
     # Run
 
     def fit(self, runs: int = 1) -> None:
@@ -136,7 +143,7 @@ class Trainer:
             Stopped: A signal asked the run to stop.
             NonFiniteLoss, OneRankError: See :meth:`train_epoch`.
         """
-        config, output = self.config, self.checkpointer.output
+        config, output = self.config, self.own_checkpointer.output
         epochs_left = self.epochs - self.epochs_done
         evaluation = EVALUATION_COST * self.data.held_out_images / config.batch_size
         updates = epochs_left * (len(self.data.train) + evaluation) - self.step
@@ -190,7 +197,9 @@ class Trainer:
                 f"the loss or gradient was not finite in the last {self.skipped_in_a_row} updates, "
                 f"which were skipped; the earlier training states are kept: {remedies}"
             )
-        for line in closing_lines(self.history, self.best, self.epochs, self.checkpointer.output):
+        for line in closing_lines(
+            self.history, self.best, self.epochs, self.own_checkpointer.output
+        ):
             self.world.say(line)
 
     # Epoch
@@ -201,10 +210,10 @@ class Trainer:
         try:
             metrics = self.train_epoch()
         except NonFiniteLoss as error:
-            self.checkpointer.keep_batch(self, error.batch)
+            self.own_checkpointer.keep_batch(self, error.batch)
             text = f"{error}. Each rank's batch is kept with the weights as not_finite-RANK.safetensors"
             raise NonFiniteLoss(text, error.batch) from None
-        self.checkpointer.before_evaluation(self)
+        self.own_checkpointer.before_evaluation(self)
         metrics |= self.evaluate()
         return {"epoch": epoch} | metrics | {"seconds": time.perf_counter() - started}
 
@@ -232,9 +241,10 @@ class Trainer:
         clock = LoaderClock(self.images)
         title = f"epoch {self.epochs_done + 1}/{self.epochs}"
         with Progress(title, steps, self.world) as progress:
-            for sample in clock.timed(self._awaited(batches(self.data.train))):
-                self._note_unreadable(sample.problem)
-                self.learn(*self._inputs(sample), sample.name)
+            samples = (SampleBatch(*each) for each in self._awaited(batches(self.data.train)))
+            for batch in clock.timed(samples):
+                self._note_unreadable(batch.problem)
+                self.learn(*self._inputs(batch), batch.name)
                 if self.step % CHECK_EVERY == 0 or self.step == steps:
                     progress.show(self.step, self._progress_line(clock))
                 self._after_step()
@@ -259,8 +269,8 @@ class Trainer:
         is_best = is_finite and metrics["top1"] >= best
         self.best = self.epochs_done if is_best else self.best
         # The state first: if the process is killed in between, the weights can be restored from it.
-        self.checkpointer.after_epoch(self)
-        self.checkpointer.keep_weights(self, is_best)
+        self.own_checkpointer.after_epoch(self)
+        self.own_checkpointer.keep_weights(self, is_best)
         return is_best
 
     def _awaited(self, items: Iterator) -> Iterator:
@@ -277,10 +287,10 @@ class Trainer:
             yield item
 
     @record_function("augment")
-    def _inputs(self, sample: Sample) -> tuple[Tensor, Tensor]:
+    def _inputs(self, batch: SampleBatch) -> tuple[Tensor, Tensor]:
         """The augmented images and the targets of a batch, on this rank's device."""
-        images = self.data.augment(sample.image)
-        targets = sample.label.to(self.world.device, non_blocking=True)
+        images = self.data.augment(batch.image)
+        targets = batch.label.to(self.world.device, non_blocking=True)
         return (images, targets) if self.mix is None else self.mix(images, targets)
 
     def _note_unreadable(self, problems: list[str]) -> None:
@@ -319,8 +329,8 @@ class Trainer:
     def _epoch_metrics(self, clock: LoaderClock) -> dict[str, float]:
         """The result of :meth:`train_epoch`."""
         world, seconds = self.world, clock.seconds
-        own = [self.loss_sum.item(), self.images, clock.images_before, clock.waited, clock.reading]
-        sums = world.sum(self.loss_sum.new_tensor(own))
+        own = [float(self.loss_sum), self.images, clock.images_before, clock.waited, clock.reading]
+        sums = world.sum(torch.tensor(own, dtype=torch.float64, device=world.device))
         loss_sum, images, before, waited, reading = sums.tolist()
         readers = max(self.data.train.num_workers, 1) * world.size
         return {
@@ -410,7 +420,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([value.grad for value in parameters])
         if self.config.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-        is_finite = norm.isfinite().item()
+        is_finite = bool(norm.isfinite())
         if is_finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()

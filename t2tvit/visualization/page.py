@@ -29,7 +29,8 @@ class Page:
     """Sections, tables and pictures, written in one go."""
 
     def __init__(self, title: str):
-        self.title, self.parts = title, []
+        self.title = title
+        self.parts: list[str] = []
 
     def heading(self, text: str, level: int = 2) -> None:
         self.parts.append(f"<h{level}>{escape(text)}</h{level}>")

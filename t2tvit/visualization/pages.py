@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def visualize(
         raise InputError(f"--output {folder}: {error.strerror}") from None
     page = Page(title)
     show_images(page, folder, recorded, pictures, class_names)
-    facts = {"title": title, "layers": show_layers(page, recorded.layers)}
+    facts: dict[str, Any] = {"title": title, "layers": show_layers(page, recorded.layers)}
     show_token_maps(page, folder, recorded, pictures, model)
     show_attention(page, folder, recorded, pictures)
     facts["performer"] = show_t2t_attention(page, folder, recorded, pictures)
@@ -99,7 +100,7 @@ def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
         f"in every image at most {DEAD:g} times the layer's largest value",
         f"in some image not finite, or {EXPLODING:g} times the median channel's largest value",
     )
-    facts = []
+    facts: list[dict[str, Any]] = []
     for layer in layers:
         _, count, height, width = layer.maps.shape
         facts.append(
@@ -212,7 +213,7 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
     page.heading("Attention of the class token")
     if attended.unknown:
         page.text(f"Not shown, because their kind is unknown: {', '.join(attended.unknown)}.")
-    if not attended.names:
+    if attended.rollout is None:
         return
     page.text(
         "Left: attention rollout, the product over all layers of the mean attention of the heads, "
@@ -237,7 +238,7 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
 
 
 def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]:
-    facts = []
+    facts: list[dict] = []
     for name, layer, x in recorded.t2t:
         if isinstance(layer, TokenConvolution):
             continue
@@ -286,11 +287,15 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
     file = f"features-{name.rpartition('.')[2]}.png"
     draw.draw_approximation(errors, (features, own.distance), uniform.distance, name, folder / file)
     page.pictures((file, "distance from softmax attention by number of random features"))
+    kinds: dict[str | int, str] = {
+        "own": f"the model's {features}",
+        "uniform": "uniform attention",
+    }
     page.table(
         ("features", "distance", "relative error of the output", "sum of the weights"),
         (
             (
-                {"own": f"the model's {features}", "uniform": "uniform attention"}.get(key, key),
+                kinds.get(key, key),
                 f"{value.distance:.3f}",
                 f"{value.output_error:.3f}",
                 f"{value.mass:.4f}",

@@ -74,7 +74,9 @@ def study(layer: TokenPerformer | TokenTransformer, x: Tensor, grid: tuple[int, 
     chosen = torch.linspace(0, q.shape[1] - 1, min(QUERIES, q.shape[1])).round().long()
     asked, exact = q[:, chosen], softmax_attention(q[:, chosen], k)
     generator = torch.Generator().manual_seed(SEED)
-    found = {"own": compare(feature_attention(asked, k, w), exact, v)}
+    found: dict[str | int, Approximation] = {
+        "own": compare(feature_attention(asked, k, w), exact, v)
+    }
     found["uniform"] = compare(torch.full_like(exact, 1 / exact.shape[2]), exact, v)
     for count in FEATURE_COUNTS:
         fresh = orthogonal_features(count, w.shape[1], generator)
@@ -104,7 +106,7 @@ def orthogonal_features(count: int, width: int, generator: torch.Generator) -> T
 
     The published ones have rows of length √count: they stand for another kernel than the softmax's.
     """
-    blocks = []
+    blocks: list[Tensor] = []
     while sum(len(block) for block in blocks) < count:
         square = torch.randn(width, width, generator=generator, dtype=torch.float64)
         blocks.append(torch.linalg.qr(square).Q.t() * width**0.5)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Recorded:
 @torch.no_grad()
 def record(model: nn.Module, images: Tensor) -> Recorded:
     """Run ``images`` (B, C, H, W) through a model and keep what its layers make of them."""
-    size = tuple(images.shape[2:])
+    size = (images.shape[2], images.shape[3])
     layers, t2t, attentions = [], [], _Attentions(size)
     handles = []
 
@@ -142,7 +143,8 @@ def as_maps(output: object, size: tuple[int, int]) -> Tensor | None:
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     if output.dim() == 4:
-        channels_last = _distortion(*output.shape[1:3], size) < _distortion(*output.shape[2:], size)
+        _, first, second, third = output.shape
+        channels_last = _distortion(first, second, size) < _distortion(second, third, size)
         return output.permute(0, 3, 1, 2) if channels_last else output
     if output.dim() == 3:
         found = grid_of(output.shape[1], size)
@@ -173,13 +175,14 @@ class _Attentions:
     """Hooks that recompute the attention of each layer from its input."""
 
     def __init__(self, size: tuple[int, int]):
-        self.size, self.attended, self.product = size, Attended(), None
+        self.size, self.attended = size, Attended()
+        self.product: Tensor | None = None
 
     def hook(self, name: str):
         def hook(module, inputs, output):
             shares = probabilities(module, inputs[0], output)
             found = None if shares is None else grid_of(shares.shape[-1], self.size)
-            if found is None:
+            if shares is None or found is None:
                 self.attended.unknown.append(name)
                 return
             prefix, grid = found
@@ -188,9 +191,11 @@ class _Attentions:
             self.attended.names.append(name)
             self.attended.heads.append(rows[..., prefix:].unflatten(2, grid).cpu())
             step = (shares.mean(1) + torch.eye(shares.shape[-1], device=shares.device)) / 2
-            known = self.product is not None and self.product.shape == step.shape
-            self.product = step @ self.product if known else step
-            row = self.product[:, 0] if prefix else self.product.mean(1)
+            before = self.product
+            if before is not None and before.shape == step.shape:
+                step = step @ before
+            self.product = step
+            row = step[:, 0] if prefix else step.mean(1)
             self.attended.rollout = row[:, prefix:].unflatten(1, grid).cpu()
 
         return hook
@@ -223,7 +228,7 @@ def probabilities(attention: nn.Module, x: Tensor, output: Tensor) -> Tensor | N
     else:
         return None
     q, k, v = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    identity = nn.Identity()
+    identity: Any = nn.Identity()
     q = getattr(attention, "q_norm", identity)(q)
     k = getattr(attention, "k_norm", identity)(k)
     shares = (q.float() * attention.scale @ k.float().transpose(2, 3)).softmax(-1)

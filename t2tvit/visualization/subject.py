@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2tvit.class_names import names_of
-from t2tvit.data.images import describe_skipped, load_image
+from t2tvit.data.images import MODES, describe_skipped, load_image
 from t2tvit.data.sources import IMAGENET_STATISTICS
 from t2tvit.errors import InputError, unknown_name
 from t2tvit.models.timm_models import TIMM, check_timm_arguments
-from t2tvit.prediction import MODES, HeldOutImages, gather
+from t2tvit.prediction import HeldOutImages, gather
 from t2tvit.terminal import printable
 from t2tvit.training.checkpointing import Weights
 from t2tvit.training.config import RunConfig, resolve

@@ -212,10 +212,10 @@ class Checkpointer:
         if self.signals.received is not None:
             self.is_stopping = True
             if self.world.size > 1:
-                self.world.store.set("stop", "")
+                self.world.shared.set("stop", "")
         elif self.world.size > 1 and time.monotonic() - self.asked > ASK_EVERY:
             self.asked = time.monotonic()
-            self.is_stopping = self.world.store.check(["stop"])
+            self.is_stopping = self.world.shared.check(["stop"])
 
     def _all_agree(self, *answers: bool) -> list[bool]:
         """For each question, whether every rank answers yes."""

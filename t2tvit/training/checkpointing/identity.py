@@ -115,11 +115,11 @@ def unlike_images(new: dict[str, dict], old: dict[str, dict]) -> tuple[str, str,
     for name, words in SPLITS.items():
         counts = new[name]["images"], old[name]["images"]
         if counts[0] != counts[1]:
-            return f"number of {words} images", *(f"{count:,}" for count in counts)
+            return f"number of {words} images", f"{counts[0]:,}", f"{counts[1]:,}"
         digests = new[name]["digest"], old[name]["digest"]
         if digests[0] != digests[1]:
             what = f"digest of names, sizes and labels of the {words} images"
-            return what, *(digest[:DIGITS] for digest in digests)
+            return what, digests[0][:DIGITS], digests[1][:DIGITS]
     return None
 
 

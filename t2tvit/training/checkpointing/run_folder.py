@@ -100,6 +100,12 @@ class RunFolder:
         self.lock.close()
 
     @property
+    def resumed_path(self) -> Path:
+        """The file of the state to resume from; only if there is one."""
+        assert self.state_path is not None, "a new run resumes from no state"
+        return self.state_path
+
+    @property
     def moves(self) -> bool:
         """Whether the state to resume is in another folder than ``output``."""
         source = self.state_path
@@ -108,7 +114,7 @@ class RunFolder:
     @property
     def owner(self) -> dict | None:
         """The :meth:`.Checkpointer.identity` in the folder of the state to resume, if any."""
-        return read_record(self.state_path.parent).get("identity")
+        return read_record(self.resumed_path.parent).get("identity")
 
     def read(self) -> dict | None:
         """The content of the state to resume; None for a new run.
@@ -120,7 +126,7 @@ class RunFolder:
 
     def check_owner(self, resumed: dict) -> None:
         """Raise an InputError if the state ``resumed`` does not belong to the run of its folder."""
-        check_owner(self.state_path, resumed, self.owner)
+        check_owner(self.resumed_path, resumed, self.owner)
 
     def choose_config(self, name: str | None, overrides: dict) -> RunConfig:
         """The configuration of a new or resumed run.
@@ -194,10 +200,9 @@ class RunFolder:
             )
         record = read_record(output)
         if self.moves:
-            beginning = record.get("beginning")
-            is_known = beginning is not None and beginning["state"] is not None
-            source = self.state_path.parent.resolve()
-            is_known = is_known and Path(beginning["state"]).parent == source
+            state = (record.get("beginning") or {}).get("state")
+            source = self.resumed_path.parent.resolve()
+            is_known = state is not None and Path(state).parent == source
         else:
             is_known = self.state_path is not None or record
         if not is_known:
@@ -214,7 +219,7 @@ class RunFolder:
         images = described(splits)
         if resumed is not None:
             before = resumed.get("images") or (self.owner or {}).get("images")
-            check_data(splits[0].class_names, images, self.state_path, resumed, before)
+            check_data(splits[0].class_names, images, self.resumed_path, resumed, before)
         return images
 
     def claim(self, checkpointer: "Checkpointer", resumed: dict | None) -> tuple[int, list[str]]:
@@ -231,8 +236,9 @@ class RunFolder:
             files.
         """
         output, about = self.output, checkpointer.about
-        if self.moves:  # read before anything is written
-            copied = fitting(self.state_path, resumed, about, moves=True)
+        copied = None
+        if resumed is not None and self.moves:  # read before anything is written
+            copied = fitting(self.resumed_path, resumed, about, moves=True)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -249,14 +255,14 @@ class RunFolder:
             self._record_beginning(checkpointer.identity())
         if resumed is None:
             return 0, []
-        best, lines = self._fit(resumed, about, copied if self.moves else None)
+        best, lines = self._fit(resumed, about, copied)
         remove_oldest(output, checkpointer.config.keep_checkpoints)
         return best, lines
 
     def _record_beginning(self, owner: dict) -> None:
         """Write to RUN_FILE how to repeat a start that is interrupted."""
-        source = self.state_path.parent.resolve() / self.state_path.name if self.moves else None
-        state = None if source is None else str(source)
+        path = self.resumed_path if self.moves else None
+        state = None if path is None else str(path.parent.resolve() / path.name)
         beginning = {"state": state, "config": owner["config"]}
         record = {"starts": []} | read_record(self.output)
         record |= {"beginning": beginning, "identity": owner}
@@ -268,7 +274,7 @@ class RunFolder:
         state = output / state_name(resumed["state"]["epochs_done"], resumed["state"]["step"])
         if copied is not None:
             replace_files(output, copied.files)
-        if self.state_path.resolve() != state.resolve():
+        if self.resumed_path.resolve() != state.resolve():
             write_state(state, resumed)  # with the name that --resume auto looks for
         fits = fitting(state, resumed, about)
         lines = [*(copied or fits).lines]
@@ -278,7 +284,7 @@ class RunFolder:
 
     def record_start(self, trainer: "Trainer") -> None:
         """Write the configuration, the record of this start, and the metrics of completed epochs."""
-        world, checkpointer = trainer.world, trainer.checkpointer
+        world, checkpointer = trainer.world, trainer.own_checkpointer
         write_atomically(self.output / CONFIG_FILE, checkpointer.config.to_yaml())
         path = self.output / RUN_FILE
         record = read_record(self.output)

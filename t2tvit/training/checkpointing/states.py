@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -50,7 +51,7 @@ def find_state(output: Path) -> tuple[Path | None, list[str]]:
 
 def write_state(path: Path, content: dict) -> None:
     """Write nested lists and dicts with tensors as safetensors; everything but tensors as JSON."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     content = _take_tensors(content, "", tensors)
     write_tensors(path, tensors, CONTENT_KEY, content)
 
@@ -102,7 +103,7 @@ def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> objec
     return value
 
 
-def _put_tensors(value: object, tensors: dict[str, Tensor]) -> object:
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     """The inverse of :func:`_take_tensors`."""
     if isinstance(value, dict):
         if TENSOR_KEY in value:
@@ -128,7 +129,7 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def is_mapping(value: object) -> bool:
+def is_mapping(value: object) -> TypeGuard[dict]:
     return isinstance(value, dict)
 
 
@@ -160,7 +161,7 @@ STATE = {
 }
 
 
-def check_state(content: object) -> None:
+def check_state(content: Any) -> None:
     """Raise a ValueError unless ``content``, read from a file, has the form of a training state."""
     check(content, STATE, "content")
     if "images" in content:  # states of the earlier format do not describe their images

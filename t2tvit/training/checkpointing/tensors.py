@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -29,7 +30,7 @@ def tensors_file(tensors: dict[str, torch.Tensor], key: str, content: object) ->
     return save(tensors, metadata)
 
 
-def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.Tensor]]:
+def read_tensors(path: Path, key: str) -> tuple[Any, dict[str, torch.Tensor]]:
     """The content and tensors of a file of :func:`write_tensors`; None and {} for another file.
 
     Raises:
@@ -50,7 +51,7 @@ def read_tensors(path: Path, key: str) -> tuple[object | None, dict[str, torch.T
     return _parsed(stored["content"]), tensors
 
 
-def _parsed(text: str) -> object:
+def _parsed(text: str) -> Any:
     """Parse JSON; raises a ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
@@ -74,5 +75,5 @@ def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         result.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        result.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        result.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
