@@ -4,7 +4,10 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from t2tvit.files import write_atomically
+from PIL import Image
+
+from t2tvit.errors import InputError
+from t2tvit.files import write_atomically, write_png
 from t2tvit.terminal import printable
 
 STYLE = """
@@ -26,11 +29,22 @@ figcaption { color: #555; }
 
 
 class Page:
-    """Sections, tables and pictures, written in one go."""
+    """Sections, tables and pictures in ``folder``; the page itself is written in one go."""
 
-    def __init__(self, title: str):
-        self.title = title
+    def __init__(self, folder: Path, title: str):
+        self.folder, self.title = folder, title
         self.parts: list[str] = []
+
+    def make_folder(self) -> None:
+        """Create the folder, or raise an InputError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output {self.folder}: {error.strerror}") from None
+
+    def save(self, name: str, picture: Image.Image) -> None:
+        """Write a picture beside the page, as PNG."""
+        write_png(self.folder / name, picture)
 
     def heading(self, text: str, level: int = 2) -> None:
         self.parts.append(f"<h{level}>{escape(text)}</h{level}>")
@@ -70,7 +84,9 @@ class Page:
             f'<img src="{escape(name)}" alt="{escape(summary)}" loading="lazy"></details>'
         )
 
-    def write(self, path: Path) -> None:
+    def write(self) -> Path:
+        """Write the page; returns its file."""
+        path = self.folder / "index.html"
         body = "\n".join(self.parts)
         write_atomically(
             path,
@@ -79,6 +95,7 @@ class Page:
             f"<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
             f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n",
         )
+        return path
 
 
 def escape(text: str) -> str:

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +14,7 @@ from t2t_kernels import soft_split as split_tokens
 from t2tvit.class_names import readable
 from t2tvit.errors import InputError
 from t2tvit.figures import shortened
-from t2tvit.files import write_atomically, write_png
+from t2tvit.files import write_atomically
 from t2tvit.models import T2TModule
 from t2tvit.models.t2t_module import SPLITS, TokenConvolution
 from t2tvit.terminal import printable
@@ -31,20 +30,18 @@ def visualize(
     model: nn.Module,
     images: Tensor,
     pictures: Sequence[tuple[str, Image.Image]],
-    folder: Path,
+    page: Page,
     *,
-    title: str,
     class_names: Sequence[str] | None = None,
     channels: int = 64,
 ) -> None:
-    """Write ``index.html``, its PNGs and ``layers.json`` on what a model makes of images.
+    """Fill and write ``page``, with its PNGs and ``layers.json``: what a model makes of images.
 
     Args:
         model: any, in evaluation mode; what it has of T2T layers and attention is shown too.
         images: (B, C, H, W), as the model takes them.
         pictures: their names, and how they look.
-        folder: is made; files of the same names are overwritten.
-        title: of the page.
+        page: empty; its folder is made, and files of the same names are overwritten.
         class_names: of the model's outputs; numbers are shown without.
         channels: to show of each layer at most.
 
@@ -54,26 +51,22 @@ def visualize(
     recorded = record(model, images)
     if not recorded.layers:
         raise InputError("the model has no layers whose output is a map or tokens of the image")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}") from None
-    page = Page(title)
-    show_images(page, folder, recorded, pictures, class_names)
-    facts: dict[str, Any] = {"title": title, "layers": show_layers(page, recorded.layers)}
-    show_token_maps(page, folder, recorded, pictures, model)
-    show_attention(page, folder, recorded, pictures)
-    facts["performer"] = show_t2t_attention(page, folder, recorded, pictures)
-    show_features(page, folder, recorded.layers, pictures, channels)
-    page.write(folder / "index.html")
-    write_atomically(folder / "layers.json", json.dumps(facts, indent=1) + "\n")
+    page.make_folder()
+    show_images(page, recorded, pictures, class_names)
+    facts: dict[str, Any] = {"title": page.title, "layers": show_layers(page, recorded.layers)}
+    show_token_maps(page, recorded, pictures, model)
+    show_attention(page, recorded, pictures)
+    facts["performer"] = show_t2t_attention(page, recorded, pictures)
+    show_features(page, recorded.layers, pictures, channels)
+    index = page.write()
+    write_atomically(page.folder / "layers.json", json.dumps(facts, indent=1) + "\n")
     dead = sum(len(layer["dead"]) for layer in facts["layers"])
     exploding = sum(len(layer["exploding"]) for layer in facts["layers"])
     counts = f"{len(recorded.layers)} layers, {dead} dead and {exploding} exploding channels"
-    print(printable(f"{folder / 'index.html'}: {title}; {counts}"))
+    print(printable(f"{index}: {page.title}; {counts}"))
 
 
-def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None:
+def show_images(page: Page, recorded: Recorded, pictures, class_names) -> None:
     page.heading("Images")
     files = []
     shares = recorded.logits.softmax(1) if recorded.logits.dim() == 2 else None
@@ -81,7 +74,7 @@ def show_images(page, folder, recorded: Recorded, pictures, class_names) -> None
         file = f"image{index}.png"
         enlarged = max(1, 224 // max(picture.size))
         size = (picture.width * enlarged, picture.height * enlarged)
-        write_png(folder / file, picture.resize(size, Image.Resampling.NEAREST))
+        page.save(file, picture.resize(size, Image.Resampling.NEAREST))
         caption = name
         if shares is not None and shares.shape[1] > 1:
             values, numbers = shares[index].topk(min(TOP_K, shares.shape[1]))
@@ -139,7 +132,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int) -> None:
+def show_features(page: Page, layers: Sequence[Layer], pictures, channels: int) -> None:
     page.heading("Feature maps")
     page.text(
         "Each channel is scaled to its own range, dark to bright. Frames mark dead and exploding "
@@ -151,7 +144,7 @@ def show_features(page, folder, layers: Sequence[Layer], pictures, channels: int
         shown = choose(layer.maps.shape[1], channels, dead, exploding)
         for index, (name, _) in enumerate(pictures):
             file = f"layer{number:02}-image{index}.png"
-            write_png(folder / file, draw.feature_grid(layer.maps[index], shown, dead, exploding))
+            page.save(file, draw.feature_grid(layer.maps[index], shown, dead, exploding))
             listed = f", {len(dead)} dead {some(dead)}" if dead else ""
             listed += f", {len(exploding)} exploding {some(exploding)}" if exploding else ""
             count = layer.maps.shape[1]
@@ -174,7 +167,7 @@ def choose(count: int, wanted: int, dead: Sequence[int], exploding: Sequence[int
     return sorted({*marked, *spaced})
 
 
-def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module) -> None:
+def show_token_maps(page: Page, recorded: Recorded, pictures, model: nn.Module) -> None:
     """The soft splits: the tokens' size, and their principal components before and after."""
     names = [name for name, module in model.named_modules() if isinstance(module, T2TModule)]
     if not any(names):
@@ -202,11 +195,11 @@ def show_token_maps(page, folder, recorded: Recorded, pictures, model: nn.Module
         grids = ["×".join(map(str, x.shape[2:])) for x in outputs]
         rows = [f"soft split {number}, {grid}" for number, grid in enumerate(grids, 1)]
         heads = ("length of the tokens", "tokens of the split", "output of the layer")
-        write_png(folder / file, draw.mosaic(cells, 3, 224, heads=heads, rows=rows))
+        page.save(file, draw.mosaic(cells, 3, 224, heads=heads, rows=rows))
         page.pictures((file, f"{picture_name}: the three soft splits"))
 
 
-def show_attention(page, folder, recorded: Recorded, pictures) -> None:
+def show_attention(page: Page, recorded: Recorded, pictures) -> None:
     attended = recorded.attended
     if not attended.names and not attended.unknown:
         return
@@ -224,7 +217,7 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
     for index, (name, picture) in enumerate(pictures):
         rollout, heads = f"rollout-image{index}.png", f"heads-image{index}.png"
         laid = draw.overlay(picture, attended.rollout[index])
-        write_png(folder / rollout, draw.mosaic([laid], 1, 320))
+        page.save(rollout, draw.mosaic([laid], 1, 320))
         cells = []
         for layer in attended.heads:
             row = [draw.colored(head) for head in layer[index]]
@@ -233,11 +226,11 @@ def show_attention(page, folder, recorded: Recorded, pictures) -> None:
         columns = [f"head {number}" for number in range(most)]
         rows = [shortened(layer, 40) for layer in attended.names]
         table = draw.mosaic(cells, most, side, heads=columns, rows=rows)
-        write_png(folder / heads, table)
+        page.save(heads, table)
         page.pictures((rollout, f"{name}: rollout"), (heads, f"{name}: heads of each layer"))
 
 
-def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]:
+def show_t2t_attention(page: Page, recorded: Recorded, pictures) -> list[dict]:
     facts: list[dict] = []
     for name, layer, x in recorded.t2t:
         if isinstance(layer, TokenConvolution):
@@ -246,14 +239,14 @@ def show_t2t_attention(page, folder, recorded: Recorded, pictures) -> list[dict]
             page.heading("Attention in the T2T module")
         grid = output_size(*x.shape[2:], **layer.split)
         found = study(layer, x, grid)
-        facts.append({"layer": name} | show_study(page, folder, name, found, pictures, len(facts)))
+        facts.append({"layer": name} | show_study(page, name, found, pictures, len(facts)))
         if found.approximations:
             facts[-1]["features"] = layer.w.shape[0]
-            show_approximation(page, folder, name, found, layer.w.shape[0])
+            show_approximation(page, name, found, layer.w.shape[0])
     return facts
 
 
-def show_study(page, folder, name: str, found: Study, pictures, number: int) -> dict:
+def show_study(page: Page, name: str, found: Study, pictures, number: int) -> dict:
     kinds = [("the layer", found.maps)]
     if found.approximations:
         kinds.append(("softmax of q·k", found.softmax))
@@ -268,7 +261,7 @@ def show_study(page, folder, name: str, found: Study, pictures, number: int) -> 
         heads = [f"token at row {y}, column {x}" for y, x in found.positions]
         rows = [kind for kind, _ in kinds]
         picture = draw.mosaic(cells, len(heads), 200, heads=heads, rows=rows)
-        write_png(folder / file, picture)
+        page.save(file, picture)
         page.pictures((file, f"{picture_name}: attention of four tokens, each marked orange"))
     return {
         str(key): {name: finite(value) for name, value in asdict(approximation).items()}
@@ -276,7 +269,7 @@ def show_study(page, folder, name: str, found: Study, pictures, number: int) -> 
     }
 
 
-def show_approximation(page, folder, name: str, found: Study, features: int) -> None:
+def show_approximation(page: Page, name: str, found: Study, features: int) -> None:
     errors = {
         key: value.distance for key, value in found.approximations.items() if isinstance(key, int)
     }
@@ -285,7 +278,9 @@ def show_approximation(page, folder, name: str, found: Study, features: int) -> 
         page.text("Not compared with the softmax, because queries or keys are not finite.")
         return
     file = f"features-{name.rpartition('.')[2]}.png"
-    draw.draw_approximation(errors, (features, own.distance), uniform.distance, name, folder / file)
+    draw.draw_approximation(
+        errors, (features, own.distance), uniform.distance, name, page.folder / file
+    )
     page.pictures((file, "distance from softmax attention by number of random features"))
     kinds: dict[str | int, str] = {
         "own": f"the model's {features}",

@@ -22,6 +22,7 @@ from t2tvit.training.distributed import World
 from t2tvit.training.inference import load_trained
 from t2tvit.training.model import build_model, load_weights
 from t2tvit.training.pipeline import Normalize, eval_transform
+from t2tvit.visualization.page import Page
 from t2tvit.visualization.pages import visualize
 
 # Images on a page: of a run's held-out ones, and of those that the user names.
@@ -116,8 +117,7 @@ def show(
         subject.model.to(world.device).eval(),
         normalize(pixels),
         [(name, to_picture(image)) for (name, _), image in zip(pictures, pixels)],
-        folder,
-        title=subject.title,
+        Page(folder, subject.title),
         class_names=subject.class_names,
         channels=channels,
     )

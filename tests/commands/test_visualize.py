@@ -24,6 +24,7 @@ from t2tvit.figures import literal_text  # noqa: E402
 from t2tvit.terminal import printable  # noqa: E402
 from t2tvit.training.checkpointing import Weights, save_weights  # noqa: E402
 from t2tvit.visualization import draw  # noqa: E402
+from t2tvit.visualization.page import Page  # noqa: E402
 from t2tvit.visualization.pages import choose, visualize  # noqa: E402
 from t2tvit.visualization.performer import (  # noqa: E402
     compare,
@@ -242,7 +243,7 @@ def test_a_model_that_broke_down_is_shown(tmp_path):
     with torch.no_grad():
         made.tokens_to_token.attention2.kqv.weight[3, 4] = math.nan
     pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
-    visualize(made, IMAGES, pictures, tmp_path, title="Broken")
+    visualize(made, IMAGES, pictures, Page(tmp_path, "Broken"))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -260,7 +261,7 @@ def test_a_vit_on_t2t_tokens(tmp_path):
     pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
     pictures[0][1].putpixel((3, 3), (0, 255, 255))
     pictures[1][1].paste("blue", (9, 9, 30, 30))
-    visualize(made, IMAGES, pictures, tmp_path, title="A <title>", channels=4)
+    visualize(made, IMAGES, pictures, Page(tmp_path, "A <title>"), channels=4)
     page = (tmp_path / "index.html").read_text()
     assert "A &lt;title&gt;" in page and "patch_embed.tokens_to_token.attention1" in page
     assert (tmp_path / "tokens-image0.png").is_file() and (tmp_path / "t2t0-image1.png").is_file()
@@ -335,7 +336,7 @@ def test_headings_are_written_beside_the_cells():
 
 def test_the_page_says_which_channels_it_shows(tmp_path):
     pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
-    visualize(model(), IMAGES, pictures, tmp_path, title="Title", channels=10)
+    visualize(model(), IMAGES, pictures, Page(tmp_path, "Title"), channels=10)
     page = (tmp_path / "index.html").read_text()
     assert "attention1, a: 10 of 64 channels (0, 6, 12, 19, 25, 32, 38, 44, …)" in page
     assert 'name="viewport"' in page
