@@ -50,13 +50,16 @@ class Profiler:
             if not self.left:
                 self.profile.stop()
 
-    def close(self) -> None:
-        """Warn if the run ended too early to be profiled."""
-        if self.left:
-            self.profile.on_trace_ready = None
-            self.profile.stop()
+    def close(self, failed: bool = False) -> None:
+        """Stop recording; unless the run ``failed``, warn if it was too short to be profiled."""
+        if not self.left:
+            return
+        left, self.left = self.left, 0
+        self.profile.on_trace_ready = None
+        self.profile.stop()
+        if not failed:
             self.world.say(
-                f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, {self.left} "
+                f"warning   no profile: it needs {SKIPPED + WARM_UP + self.updates} updates, {left} "
                 "more than the run made",
             )
 

@@ -173,10 +173,10 @@ class Trainer:
 
     def close(self, failed: bool = False) -> None:
         """Close the trackers and the profiler; ``failed`` says whether an error ended the run."""
-        if self.trackers is not None:
-            self.trackers.close(failed)
-        if self.profiler is not None and not failed:
-            self.profiler.close()
+        with contextlib.ExitStack() as components:  # closes each, even if another one fails
+            for component in (self.trackers, self.profiler):
+                if component is not None:
+                    components.callback(component.close, failed)
 
     def report(self) -> None:
         """Log the results of the finished run.

@@ -18,6 +18,7 @@ from PIL import Image
 
 import t2tvit
 from t2tvit.cli import main
+from t2tvit.errors import RunError
 from t2tvit.files import write_atomically
 from t2tvit.training import environment, log, progress
 from t2tvit.training.checkpointing import Checkpointer, read_about, run_folder, tensors, weights
@@ -478,6 +479,22 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
     assert train(tmp_path / "short", "--epochs", "2", "--profile", "6") == 0
     assert "no profile: it needs 11 updates, the run made 1 too few" in capsys.readouterr().out
     assert not (tmp_path / "short" / "profile.txt").exists()
+
+
+def test_an_error_while_profiling_leaves_no_profiler_running(tmp_path, monkeypatch, capsys):
+    def update(self):
+        if self.updates == 7:
+            assert torch.autograd._profiler_enabled()
+            raise RunError("planted")
+        return original(self)
+
+    original = Trainer.update
+    monkeypatch.setattr(Trainer, "update", update)
+    output = tmp_path / "run"
+    assert train(output, "--epochs", "2", "--profile", "6") == 1
+    assert not torch.autograd._profiler_enabled()
+    assert "planted" in (said := capsys.readouterr()).err and "profile" not in said.out
+    assert not (output / "profile.txt").exists()
 
 
 def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
