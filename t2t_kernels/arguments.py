@@ -1,7 +1,7 @@
 """Checks and conversions that the public functions share. Each error names argument, got, expected."""
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def constant_in_graphs(function: Callable) -> Callable:
+def constant_in_graphs(function: Any) -> Any:
     """Let a graph of torch.compile take the result of ``function`` as a constant.
 
     As ``torch.compiler.assume_constant_result``, which would import torch._dynamo and Triton here.

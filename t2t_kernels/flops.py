@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from typing import Any
 
 from t2t_kernels.arguments import output_size
 
@@ -27,14 +28,16 @@ class _Formulas(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
+        assert spec is not None  # of a module of torch
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module) -> None:
             execute(module)
             for operator, formula in self.waiting:
                 module.register_flop_formula(operator)(formula)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

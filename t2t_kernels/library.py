@@ -7,7 +7,7 @@ and profiler traces. Implementations register themselves when their backend is l
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ _SCHEMA_TYPES = {
     float: "float",
     bool: "bool",
 }
+
+
+def named_tuple(name: str, fields: list[tuple[str, Any]]) -> Any:
+    """A NamedTuple with computed fields, which type checkers cannot follow."""
+    create: Any = NamedTuple
+    return create(name, fields)
 
 
 def declare(
@@ -56,9 +62,6 @@ def declare(
     def fake_of(*values, **named):
         return fake(arguments(*values, **named))
 
-    def flops_of(*values, out_shape=None, **named) -> int:
-        return flops(arguments(*values, **named))
-
     for backend in BACKENDS.values():
         if backend.namespace is None:
             continue
@@ -68,7 +71,16 @@ def declare(
         torch.library.impl(qualified, "default")(_load_and_call(backend.name, qualified))
         register_gradient(backend.namespace, name, arguments, backward, setup_context)
         if flops is not None:
-            flop_counts.register(_operator(qualified), flops_of)
+            flop_counts.register(_operator(qualified), _of_arguments(flops, arguments))
+
+
+def _of_arguments(flops: Callable[..., int], arguments: type[NamedTuple]) -> Callable[..., int]:
+    """The formula ``flops`` of a call, as a function of the operator's arguments."""
+
+    def formula(*values, out_shape=None, **named) -> int:
+        return flops(arguments(*values, **named))
+
+    return formula
 
 
 def register_gradient(
@@ -123,7 +135,9 @@ def _operator(qualified: str):
 
 def operators(backend: str):
     """The namespace of ``torch.ops`` that holds a compiled backend's operators."""
-    return getattr(torch.ops, BACKENDS[backend].namespace)
+    namespace = BACKENDS[backend].namespace
+    assert namespace is not None, f"{backend} has no operators"
+    return getattr(torch.ops, namespace)
 
 
 def no_second_derivative(ops, ctx, *grads):

@@ -4,7 +4,7 @@ Saved for the backward, besides the inputs: per image and feature the maximum c 
 log-features, the normaliser Z = Σ e^(a − c) and the sums S = Σ e^(a − c) v, in float32.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,11 +62,11 @@ def _backward(ops, ctx, grad: Tensor | None, *_) -> dict[str, Tensor]:
     return dict(zip("kqv", grads, strict=True))
 
 
-def _flops(call: Arguments) -> int:
+def _flops(call: Any) -> int:
     return flops.performer_attention(call.v, call.w[0])
 
 
-def _backward_flops(call: BackwardArguments) -> int:
+def _backward_flops(call: Any) -> int:
     return flops.performer_attention_backward(call.v, call.w[0])
 
 

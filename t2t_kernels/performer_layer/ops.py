@@ -4,7 +4,7 @@ Saved for the backward, besides the inputs, and no token's worth of anything: pe
 maximum, normaliser and sums of ``performer_attention``. The dropouts' masks follow from the seed.
 """
 
-from typing import NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,25 +12,25 @@ from torch import Tensor
 from t2t_kernels import flops
 from t2t_kernels.arguments import output_size, split_of
 from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
-from t2t_kernels.library import declare, no_second_derivative
+from t2t_kernels.library import declare, named_tuple, no_second_derivative
 from t2t_kernels.performer_layer.params import PerformerLayerParams
 from t2t_kernels.soft_split_linear.ops import like_map, why_not_projected
 
-_TENSORS = [
+_TENSORS: list[tuple[str, Any]] = [
     ("x", Tensor),
     *get_type_hints(PerformerLayerParams).items(),
     ("seed", Tensor | None),
 ]
-_SAVED = [("maximum", Tensor), ("normalizer", Tensor), ("sums", Tensor)]
-_NUMBERS = [
+_SAVED: list[tuple[str, Any]] = [("maximum", Tensor), ("normalizer", Tensor), ("sums", Tensor)]
+_NUMBERS: list[tuple[str, Any]] = [
     ("kernel_size", int),
     ("stride", int),
     ("padding", int),
     ("eps", float),
     ("dropout_p", float),
 ]
-Arguments = NamedTuple("Arguments", _TENSORS + _NUMBERS)
-BackwardArguments = NamedTuple(
+Arguments = named_tuple("Arguments", _TENSORS + _NUMBERS)
+BackwardArguments = named_tuple(
     "BackwardArguments",
     [("grad", Tensor), *_TENSORS, *_SAVED, *_NUMBERS, ("need_x", bool)],
 )
@@ -38,9 +38,9 @@ BackwardArguments = NamedTuple(
 _TRAINED = tuple(name for name in PerformerLayerParams._fields if name != "w")
 
 
-def _fake(call: Arguments) -> tuple[Tensor, ...]:
+def _fake(call: Any) -> tuple[Tensor, ...]:
     x, (features, embed) = call.x, call.w.shape
-    h, w = output_size(*x.shape[2:], *split_of(call))
+    h, w = output_size(x.shape[2], x.shape[3], *split_of(call))
     return (
         x.new_empty((x.shape[0], h * w, embed)),
         x.new_empty((x.shape[0], features), dtype=torch.float32),
@@ -49,7 +49,7 @@ def _fake(call: Arguments) -> tuple[Tensor, ...]:
     )
 
 
-def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
+def _backward_fake(call: Any) -> tuple[Tensor, ...]:
     trained = (getattr(call, name) for name in _TRAINED)
     return (
         like_map(call.x) if call.need_x else call.x.new_empty(0),
@@ -57,7 +57,7 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_context(ctx, call: Arguments, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx, call: Any, output: tuple[Tensor, ...]) -> None:
     _, *saved = output
     ctx.numbers = call[len(_TENSORS) :]
     ctx.save_for_backward(*call[: len(_TENSORS)], *saved)
@@ -72,7 +72,7 @@ def _backward(ops, ctx, grad: Tensor | None, *_) -> dict[str, Tensor]:
     return ({"x": grad_x} if need_x else {}) | dict(zip(_TRAINED, grads, strict=True))
 
 
-def _flops(call: Arguments) -> int:
+def _flops(call: Any) -> int:
     split, (features, embed) = split_of(call), call.w
     v = flops.token_shape(call.x, embed, split)
     return (
@@ -82,7 +82,7 @@ def _flops(call: Arguments) -> int:
     )
 
 
-def _backward_flops(call: BackwardArguments) -> int:
+def _backward_flops(call: Any) -> int:
     split, (features, embed) = split_of(call), call.w
     v = flops.token_shape(call.x, embed, split)
     return (

@@ -5,7 +5,7 @@ result and each query's maximum and normaliser (see ``token_attention``). v is p
 backward reads the patches anyway, and v is a third of their projection.
 """
 
-from typing import NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,29 +13,34 @@ from torch import Tensor
 from t2t_kernels import flops
 from t2t_kernels.arguments import output_size, split_of
 from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
-from t2t_kernels.library import declare, no_second_derivative
+from t2t_kernels.library import declare, named_tuple, no_second_derivative
 from t2t_kernels.soft_split_linear.ops import like_map, why_not_projected
 from t2t_kernels.transformer_layer.params import TransformerLayerParams
 
-_TENSORS = [("x", Tensor), *get_type_hints(TransformerLayerParams).items()]
-_SAVED = [
+_TENSORS: list[tuple[str, Any]] = [("x", Tensor), *get_type_hints(TransformerLayerParams).items()]
+_SAVED: list[tuple[str, Any]] = [
     ("q", Tensor),
     ("k", Tensor),
     ("attended", Tensor),
     ("maximum", Tensor),
     ("normalizer", Tensor),
 ]
-_NUMBERS = [("kernel_size", int), ("stride", int), ("padding", int), ("scale", float)]
-Arguments = NamedTuple("Arguments", _TENSORS + _NUMBERS)
-BackwardArguments = NamedTuple(
+_NUMBERS: list[tuple[str, Any]] = [
+    ("kernel_size", int),
+    ("stride", int),
+    ("padding", int),
+    ("scale", float),
+]
+Arguments = named_tuple("Arguments", _TENSORS + _NUMBERS)
+BackwardArguments = named_tuple(
     "BackwardArguments",
     [("grad", Tensor), *_TENSORS, *_SAVED, *_NUMBERS, ("need_x", bool)],
 )
 
 
-def _fake(call: Arguments) -> tuple[Tensor, ...]:
+def _fake(call: Any) -> tuple[Tensor, ...]:
     x = call.x
-    h, w = output_size(*x.shape[2:], *split_of(call))
+    h, w = output_size(x.shape[2], x.shape[3], *split_of(call))
     shape = (x.shape[0], h * w, call.attn_proj_weight.shape[0])
     y, q, k = (x.new_empty(shape) for _ in range(3))
     attended = x.new_empty(shape, dtype=torch.float32)
@@ -43,7 +48,7 @@ def _fake(call: Arguments) -> tuple[Tensor, ...]:
     return y, q, k, attended, *statistics
 
 
-def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
+def _backward_fake(call: Any) -> tuple[Tensor, ...]:
     parameters = (getattr(call, name) for name in TransformerLayerParams._fields)
     return (
         like_map(call.x) if call.need_x else call.x.new_empty(0),
@@ -51,7 +56,7 @@ def _backward_fake(call: BackwardArguments) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_context(ctx, call: Arguments, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx, call: Any, output: tuple[Tensor, ...]) -> None:
     _, *saved = output
     ctx.numbers = call[len(_TENSORS) :]
     ctx.save_for_backward(*call[: len(_TENSORS)], *saved)
@@ -67,7 +72,7 @@ def _backward(ops, ctx, grad: Tensor | None, *_) -> dict[str, Tensor]:
     return ({"x": grad_x} if need_x else {}) | grads
 
 
-def _flops(call: Arguments) -> int:
+def _flops(call: Any) -> int:
     split, (hidden, embed) = split_of(call), call.mlp_fc1_weight
     v = flops.token_shape(call.x, embed, split)
     return (
@@ -77,7 +82,7 @@ def _flops(call: Arguments) -> int:
     )
 
 
-def _backward_flops(call: BackwardArguments) -> int:
+def _backward_flops(call: Any) -> int:
     split, (hidden, embed) = split_of(call), call.mlp_fc1_weight
     v = flops.token_shape(call.x, embed, split)
     return (

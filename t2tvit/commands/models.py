@@ -130,7 +130,7 @@ def survey(name: str, size: int) -> Surveyed:
         published.gmacs,
         published.top1,
         published.top1_384,
-        OPERATIONS[LAYER_OPERATIONS[tokens]].kernels if tokens in LAYER_OPERATIONS else (),
+        tuple(OPERATIONS[LAYER_OPERATIONS[tokens]].kernels) if tokens in LAYER_OPERATIONS else (),
     )
 
 

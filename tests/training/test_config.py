@@ -175,7 +175,10 @@ def test_aliases_are_read(tmp_path):
         ("lr: true", "lr: got True, expected a number"),
         ("lr: .nan", "lr: got nan, expected a number"),
         ("auto_lr: 1", "auto_lr: got 1, expected true or false"),
-        ("layer_decay: 0.9\nbackbone_lr_scale: 0.1", "layer_decay: got 0.9 together with backbone_lr"),
+        (
+            "layer_decay: 0.9\nbackbone_lr_scale: 0.1",
+            "layer_decay: got 0.9 together with backbone_lr",
+        ),
         ("mixup: 0.8\nbatch_size: 7", "batch_size: got 7, mixup and cutmix need an even number"),
         ("epochs: 1.5", "epochs: got 1.5, expected a whole number"),
         ("epochs: 0", "epochs: got 0, expected at least 1"),
