@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from bench.registry import DEVICE, DTYPES
-from bench.report import COPY, PRODUCTS
+from bench.kept_results import COPY, PRODUCTS
+from bench.kernel_rows import DEVICE, DTYPES
 from t2t_kernels.measure import copy_ceiling, matmul_ceiling
 from t2t_kernels.shadowing import why_shadowed
 from t2tvit.training.progress import duration

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from bench.report import COPY, OURS, PLAIN, PRODUCTS, group
+from bench.kept_results import COPY, OURS, PLAIN, PRODUCTS, group
 from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.files import write_figure
 

@@ -13,7 +13,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from bench.report import PREDICTED, README, RESULTS, ROOT
+from bench.kept_results import PREDICTED, RESULTS
+from bench.report import README, ROOT
 from t2tvit.errors import InputError, RunError
 from t2tvit.files import write_atomically
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from bench import parity, registry
-from bench.flops import cost
-from bench.measure import MIB, can_measure_peak, launches, memory_figures, peak_memory
-from bench.registry import DEVICE, DTYPES, MODULES, Row
+from bench import checks, kernel_rows
+from bench.kernel_rows import DEVICE, DTYPES, MODULES, Row
+from bench.minimum_cost import cost
+from bench.resources import MIB, can_measure_peak, launches, memory_figures, peak_memory
 from bench.rivals import RIVALS
 from bench.timing import clock, first_call, take_turns
 from bench.workloads import step, workload
@@ -15,13 +15,13 @@ from t2t_kernels.measure import copy_ceiling, matmul_ceiling, peak_allocated, sa
 
 
 def rows(options) -> list[Row]:
-    return registry.rows(options.batch, options.compiled, options.smoke)
+    return kernel_rows.rows(options.batch, options.compiled, options.smoke)
 
 
 @pytest.mark.benchmark(timer=clock)
 def test_kernels(benchmark, row: Row, device_name: str):
-    seconds, found = first_call(lambda: parity.results(row), DEVICE)
-    parity.check(row, found)
+    seconds, found = first_call(lambda: checks.results(row), DEVICE)
+    checks.check(row, found)
     benchmark.extra_info.update(
         op=row.op,
         size=row.size,

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch.nn.functional as F
 
-from bench import models
-from bench.measure import (
+from bench import model_rows
+from bench.kernel_rows import DEVICE, DTYPES
+from bench.model_rows import ModelRow, batch_of, build, config, step
+from bench.resources import (
     MIB,
     can_measure_peak,
     largest_batch,
@@ -14,8 +16,6 @@ from bench.measure import (
     memory_figures,
     peak_memory,
 )
-from bench.models import ModelRow, batch_of, build, config, step
-from bench.registry import DEVICE, DTYPES
 from bench.timing import clock, first_call, take_turns
 from t2t_kernels.measure import matmul_ceiling, saved_bytes
 from t2tvit.speed import check_parity, flops_per_image
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 def rows(options) -> list[ModelRow]:
-    return models.rows(options.batch, options.compiled, options.smoke)
+    return model_rows.rows(options.batch, options.compiled, options.smoke)
 
 
 @pytest.mark.benchmark(timer=clock)
@@ -36,11 +36,11 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
         check_parity(build(row), build(plain), batch_of(row)[0], config(row))
     benchmark.extra_info.update(
         op=row.model,
-        size=str(models.SIZE),
+        size=str(model_rows.SIZE),
         backend=row.backend,
         device=device_name,
         dtype=row.dtype,
-        shape=[row.batch, 3, models.SIZE, models.SIZE],
+        shape=[row.batch, 3, model_rows.SIZE, model_rows.SIZE],
         **{"pass": row.direction},
     )
     reference = None if row.backend == row.plain else step(plain)

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from bench.registry import DEVICE, Row, batch_of, sizes
+from bench.kernel_rows import DEVICE, Row, batch_of, sizes
 from bench.workloads import step
 from t2t_kernels import _triton
 from t2t_kernels._triton import Launch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.registry import (
+from bench.kernel_rows import (
     CLASS_WIDTH,
     DEVICE,
     DTYPES,

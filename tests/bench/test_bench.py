@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops, models, parity, registry, rivals, workloads
-from bench.measure import bisect, extrapolated, peak_memory
-from bench.registry import LAYERS, Row
+from bench import checks, kernel_rows, minimum_cost, model_rows, rivals, workloads
+from bench.kernel_rows import LAYERS, Row
+from bench.resources import bisect, extrapolated, peak_memory
 from t2t_kernels.measure import interleave, percentiles, saved_bytes
 from t2t_kernels.soft_split_linear import reference as soft_split_linear_reference
 from tests.support.sabotage import sabotaged
@@ -29,19 +29,21 @@ CPU = torch.device("cpu")
 
 
 def test_every_operation_and_kernel_of_this_machine_has_rows():
-    rows = registry.rows(compiled=True)
+    rows = kernel_rows.rows(compiled=True)
     assert len({row.name for row in rows}) == len(rows)
-    assert {row.op for row in rows} == {*registry.OPERATIONS, *registry.MODULES}
-    for op, operation in registry.OPERATIONS.items():
+    assert {row.op for row in rows} == {*kernel_rows.OPERATIONS, *kernel_rows.MODULES}
+    for op, operation in kernel_rows.OPERATIONS.items():
         measured = {row.backend for row in rows if row.op == op}
-        here = {k for k in operation.kernels if not registry.why_unavailable(k, registry.DEVICE)}
+        here = {
+            k for k in operation.kernels if not kernel_rows.why_unavailable(k, kernel_rows.DEVICE)
+        }
         assert {"reference", *here} == measured - set(rivals.RIVALS)
     for row in rows:
-        assert row.size in row.name and row.direction in registry.PASSES
+        assert row.size in row.name and row.direction in kernel_rows.PASSES
 
 
 def test_rivals_have_rows_of_their_own():
-    names = {row.name for row in registry.rows(batch=2, compiled=True)}
+    names = {row.name for row in kernel_rows.rows(batch=2, compiled=True)}
     for name in (
         "performer_layer-L1-B2-bf16-full-compile",
         "performer_layer-L1-B2-bf16-full-compile-max-autotune",
@@ -52,8 +54,8 @@ def test_rivals_have_rows_of_their_own():
     ):
         assert name in names
     # Compiling takes minutes: only who asks for it gets it.
-    assert not any("compile" in row.name for row in registry.rows())
-    assert {row.backend for row in models.rows(1, True, False)} == {
+    assert not any("compile" in row.name for row in kernel_rows.rows())
+    assert {row.backend for row in model_rows.rows(1, True, False)} == {
         *("reference", "fused", "reference-compile", "fused-compile", "eager", "eager-compile")
     }
 
@@ -62,7 +64,7 @@ def test_rivals_have_rows_of_their_own():
 
 
 def references(*directions):
-    rows = registry.rows(batch=1)
+    rows = kernel_rows.rows(batch=1)
     rows = [row for row in rows if row.backend == "reference" and row.direction in directions]
     # The second layer's 784² scores have the formula of the first one's 3136².
     return [row for row in rows if not (rivals.softmax(row.op) and row.size != "L2")]
@@ -80,8 +82,8 @@ def test_operations_are_those_that_torch_counts(row):
     if row.direction == "full" and row.size in ("L1", "224") and has_norm:
         # The gradient of the first layer's normalised tokens, which G makes unnecessary.
         layer = LAYERS["L1"]
-        counted -= 2 * layer.tokens * layer.width * 3 * registry.EMBED
-    assert flops.cost(row).flops == counted
+        counted -= 2 * layer.tokens * layer.width * 3 * kernel_rows.EMBED
+    assert minimum_cost.cost(row).flops == counted
 
 
 @pytest.mark.parametrize("row", references("forward", "full"), ids=lambda row: row.name)
@@ -93,20 +95,20 @@ def test_bytes_are_those_of_what_goes_in_and_out(row):
     shapes = {leaf.shape for leaf in ready.leaves}
     image = 0 if torch.Size(ready.shape) in shapes else 2 * math.prod(ready.shape)
     features = {"performer_module": 2}.get(row.op, int(row.op.startswith("performer")))
-    features *= 4 * registry.FEATURES * registry.EMBED
+    features *= 4 * kernel_rows.FEATURES * kernel_rows.EMBED
     forward = image + learned + y.nbytes + features
     # Soft split's backward reads the gradient of its result, and nothing else.
     into = 0 if row.op == "soft_split" else image + learned + features
     both = forward + into + y.nbytes + learned
-    assert flops.cost(row).bytes == (forward if row.direction == "forward" else both)
+    assert minimum_cost.cost(row).bytes == (forward if row.direction == "forward" else both)
 
 
 def test_flops_per_image_are_the_published_multiply_adds():
     from t2tvit.models import MODELS
     from t2tvit.speed import flops_per_image
 
-    row = models.ModelRow("t2t_vit_7", 1, "fp32", "training", "reference")
-    model, image = models.build(row), models.batch_of(row)[0]
+    row = model_rows.ModelRow("t2t_vit_7", 1, "fp32", "training", "reference")
+    model, image = model_rows.build(row), model_rows.batch_of(row)[0]
     forward, both = (flops_per_image(model, image, training) for training in (False, True))
     assert forward / 2e9 == pytest.approx(MODELS["t2t_vit_7"].gmacs, abs=0.05)
     assert 2.9 < both / forward < 3
@@ -118,24 +120,24 @@ def test_flops_per_image_are_the_published_multiply_adds():
 @pytest.mark.parametrize("where", ["result", "gradient 0"])
 def test_a_sabotaged_kernel_is_refused(where, monkeypatch):
     row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
-    parity.check(row, parity.results(row))
+    checks.check(row, checks.results(row))
     monkeypatch.setattr(workloads, "soft_split", sabotaged(workloads.soft_split, where))
-    with pytest.raises(parity.ParityError, match=f"{row.name}: {where} is off by"):
-        parity.check(row, parity.results(row))
+    with pytest.raises(checks.ParityError, match=f"{row.name}: {where} is off by"):
+        checks.check(row, checks.results(row))
 
 
 def test_what_is_not_finite_is_refused():
     row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
     exact = torch.ones(3, 4, dtype=torch.float64)
-    parity.assert_as_accurate(row, [exact.float()], [exact.float()], [exact])
-    with pytest.raises(parity.ParityError, match="not timed"):
-        parity.assert_as_accurate(row, [exact.float() * math.nan], [exact.float()], [exact])
+    checks.assert_as_accurate(row, [exact.float()], [exact.float()], [exact])
+    with pytest.raises(checks.ParityError, match="not timed"):
+        checks.assert_as_accurate(row, [exact.float() * math.nan], [exact.float()], [exact])
 
 
 def test_layers_are_checked_where_attention_matters():
     """Keys so large that eps rules would leave no gradient to compare."""
     row = Row("performer_layer", "L2", 1, "fp32", "full", "reference")
-    result, *gradients = parity.expected(row)[1]
+    result, *gradients = checks.expected(row)[1]
     assert min(gradient.norm() for gradient in gradients) > 1e-2 * result.norm()
 
 
@@ -194,7 +196,7 @@ def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
 def test_a_compiled_rival_is_compiled_and_right():
     row = Row("soft_split", "L3", 1, "fp32", "full", "compile")
     torch._dynamo.utils.counters.clear()
-    parity.check(row, parity.results(row))
+    checks.check(row, checks.results(row))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

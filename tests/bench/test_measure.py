@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import measure as bench_measure
-from bench import tune
+from bench import resources, tune
 from t2t_kernels import measure
 
 CUDA = torch.device("cuda")
@@ -88,9 +87,9 @@ def test_annotations_are_no_launches(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(bench_measure, "profile", Profile)
+    monkeypatch.setattr(resources, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    assert bench_measure.launches(lambda: None, CUDA) == 1
+    assert resources.launches(lambda: None, CUDA) == 1
 
 
 def test_tuning_keeps_to_its_time(monkeypatch, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, gpu_report, report
+from bench import gpu_report, kept_results, regressions, report
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +76,7 @@ def test_no_row_is_faster_than_its_ceiling_because_the_machine_was_busy(result):
         row("b", "cpu", dtype="fp32", tflops=0.06, ceiling_tflops=0.08),
     ]
     lower = {name: value / 2 for name, value in result["ceilings"].items()}
-    ceilings = report.share_ceilings(rows, [result["ceilings"], lower])
+    ceilings = kept_results.share_ceilings(rows, [result["ceilings"], lower])
     assert ceilings == result["ceilings"] | {"float32 products, TFLOP/s": 0.08}
     assert [each["ceiling_tflops"] for each in rows] == [0.08, 0.08]
     assert rows[0]["mfu"] == pytest.approx(7 / 8)
@@ -98,29 +98,29 @@ def test_the_summary_sets_us_beside_the_best_rival(result):
 
 
 def test_a_result_is_kept_with_its_tables_and_plots(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    path = report.keep(result)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
+    path = kept_results.keep(result)
     assert path == tmp_path / "a-processor-2-threads" / "2026-01-02.json"
-    assert report.keep(result) == path  # the same rows again
+    assert kept_results.keep(result) == path  # the same rows again
     report.publish(path)
     text = path.with_suffix(".md").read_text()
     for plot in ("speedup", "roofline", "memory"):
         file = path.with_name(f"2026-01-02-{plot}.png")
         assert file.read_bytes().startswith(b"\x89PNG") and file.name in text
-    assert report.newest() == [path]
+    assert kept_results.newest() == [path]
 
 
 def test_a_run_of_some_rows_leaves_the_others(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    first = report.keep(result)
+    monkeypatch.setattr(kept_results, "RESULTS", tmp_path)
+    first = kept_results.keep(result)
     layer, reference = result["rows"][1], result["rows"][0]
     again = row("performer_layer-L1-B4-bf16-full", "cpu", 3.0, 0.3)
-    second = report.keep(result | {"rows": [reference, again], "failed": []})
-    assert second == first.with_name("2026-01-02-2.json") and report.newest() == [second]
-    later = report.keep(
+    second = kept_results.keep(result | {"rows": [reference, again], "failed": []})
+    assert second == first.with_name("2026-01-02-2.json") and kept_results.newest() == [second]
+    later = kept_results.keep(
         result | {"rows": [reference | {"name": "b"}], "failed": [], "date": "2026-01-10"}
     )
-    assert report.newest() == [later]
+    assert kept_results.newest() == [later]
     # Rows of plain PyTorch alone have no table.
     assert [path for path, *_ in report.shown()] == [second, first]
     page = report.updated(f"head\n{report.BEGIN}\n{report.END}\ntail\n", report.summary)
@@ -136,7 +136,7 @@ def test_the_text_of_plots_does_not_overlap(plot, device, result):
     from t2tvit.figures import literal_text
     from tests.support.figures import check_layout, texts
 
-    committed = json.loads(report.newest()[0].read_text())
+    committed = json.loads(kept_results.newest()[0].read_text())
     for each in (result, committed):
         with literal_text():
             figure = getattr(plots, plot)(each | {"device": device})
@@ -197,8 +197,8 @@ def compared(result, tmp_path, capsys, monkeypatch):
         paths = [tmp_path / "a.json", tmp_path / "b.json"]
         for path, content in zip(paths, (result, later), strict=True):
             path.write_text(json.dumps(content))
-        monkeypatch.setattr(sys, "argv", ["compare", *map(str, paths)])
-        status = compare.main()
+        monkeypatch.setattr(sys, "argv", ["regressions", *map(str, paths)])
+        status = regressions.main()
         return status, *capsys.readouterr()
 
     return run

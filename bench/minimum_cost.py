@@ -9,7 +9,7 @@ T tokens of n elements, E = 64, m = 32 random features, O outputs, B images.
 
 from dataclasses import dataclass
 
-from bench.registry import CLASS_WIDTH, EMBED, FEATURES, LAYERS, MODULES, Row
+from bench.kernel_rows import CLASS_WIDTH, EMBED, FEATURES, LAYERS, MODULES, Row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.registry import DTYPES, Row
+from bench.kernel_rows import DTYPES, Row
 from bench.rivals import RIVALS
 from bench.workloads import gradients, workload
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from bench.registry import DEVICE
+from bench.kernel_rows import DEVICE
 from t2tvit.models import create_model
 from t2tvit.speed import inference_step, training_step
 from t2tvit.training.config import RunConfig

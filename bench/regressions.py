@@ -1,4 +1,4 @@
-"""``python -m bench.compare A B``: what became slower or hungrier from result A to result B.
+"""``python -m bench.regressions A B``: what became slower or hungrier from result A to result B.
 
 A row is slower if the 20th to 80th percentiles of its seconds lie apart, and those of its ratio to
 the reference, taken in turns with it, do so too: a machine that was slower as a whole is no
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.report import PLAIN
+from bench.kept_results import PLAIN
 
 # Bytes are counted, not sampled: this much is rounding, or an allocator's.
 MEMORY_SLACK = 0.02
@@ -99,7 +99,7 @@ def main() -> int:
         old, new = load(arguments.old), load(arguments.new)
         found = regressions(old, new)
     except ValueError as error:
-        print(f"bench.compare: {error}", file=sys.stderr)
+        print(f"bench.regressions: {error}", file=sys.stderr)
         return 2
     for key in sorted(old["versions"].keys() | new["versions"].keys()):
         a, b = (result["versions"].get(key, "none") for result in (old, new))
