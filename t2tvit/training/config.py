@@ -73,7 +73,15 @@ def key(
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class Part:
+    """The keys of one component of the trainer."""
+
+    def check(self) -> None:
+        """Raise an InputError if the values of this part's keys do not fit together."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Part):
     """The source of the images and their preprocessing."""
 
     data: str = key(
@@ -136,7 +144,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AugmentationConfig:
+class AugmentationConfig(Part):
     """Random changes of training images and targets."""
 
     crop_scale: tuple[float, float] = key(
@@ -189,7 +197,7 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Part):
     """The model, its initial weights and its kernels."""
 
     model: str = key("t2t_vit_7", "a name that `t2tvit models` lists, or timm:NAME", metavar="NAME")
@@ -219,7 +227,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Part):
     """An update: optimiser, learning rates, batch, precision, and non-finite losses."""
 
     optimizer: str = key(
@@ -299,7 +307,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(Part):
     """Options that save time or memory without changing the result, and profiling."""
 
     accumulate: int = key(
@@ -335,7 +343,7 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Part):
     """The learning rate over the epochs."""
 
     epochs: int = key(
@@ -353,7 +361,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class AverageConfig:
+class AverageConfig(Part):
     """The average of the weights."""
 
     ema_decay: float | None = key(
@@ -370,7 +378,7 @@ class AverageConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Part):
     """Saved states, reports, seed and device of a run."""
 
     checkpoint_minutes: float = key(
@@ -396,7 +404,7 @@ class OutputConfig:
 
 
 # The parts of a RunConfig by their titles in --help, in the order of the keys.
-PARTS = {
+PARTS: dict[str, type[Part]] = {
     "data": DataConfig,
     "augmentation": AugmentationConfig,
     "model": ModelConfig,
@@ -436,7 +444,7 @@ class RunConfig(
                 f"batch_size: got {self.batch_size}, mixup and cutmix need an even number; change "
                 "it, or set both to 0"
             )
-        for part in (AugmentationConfig, OptimizerConfig, SpeedConfig, ModelConfig):
+        for part in PARTS.values():
             part.check(self)
 
     def create_args(self, num_classes: int, channels: int) -> dict:
