@@ -477,7 +477,7 @@ def test_a_profile_is_a_trace_and_a_summary_for_one_screen(tmp_path, capsys):
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert names.count("forward") == names.count("optimiser") == 2
     assert train(tmp_path / "short", "--epochs", "2", "--profile", "6") == 0
-    assert "no profile: it needs 11 updates, the run made 1 too few" in capsys.readouterr().out
+    assert "no profile: it needs 11 updates, 1 more than the run made" in capsys.readouterr().out
     assert not (tmp_path / "short" / "profile.txt").exists()
 
 
