@@ -22,7 +22,7 @@ from t2tvit.charts import (
 )
 from t2tvit.errors import InputError
 from t2tvit.figures import drawable, figure_file, fitted, literal_text, shortened
-from tests.support.figures import HOSTILE, check_layout, drawn, texts
+from tests.support.figure_layout import HOSTILE, check_layout, drawn, texts
 
 RANDOM = np.random.default_rng(0)
 

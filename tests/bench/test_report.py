@@ -134,7 +134,7 @@ def test_the_text_of_plots_does_not_overlap(plot, device, result):
     pytest.importorskip("matplotlib", reason="needs matplotlib", exc_type=ImportError)
     from bench import plots
     from t2tvit.figures import literal_text
-    from tests.support.figures import check_layout, texts
+    from tests.support.figure_layout import check_layout, texts
 
     committed = json.loads(kept_results.newest()[0].read_text())
     for each in (result, committed):

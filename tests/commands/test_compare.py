@@ -19,7 +19,7 @@ from t2tvit.comparison.scatter import AXES, Measured, Rate, plot
 from t2tvit.errors import InputError
 from t2tvit.figures import literal_text
 from t2tvit.terminal import printable
-from tests.support.figures import check_layout
+from tests.support.figure_layout import check_layout
 
 TINY = {
     "data": "synthetic:40",

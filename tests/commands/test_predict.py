@@ -18,7 +18,7 @@ from PIL import Image
 
 from t2tvit.cli import main
 from tests.support.commands import CLASS_NAMES, CONFIG, model, run, weights
-from tests.support.figures import HOSTILE
+from tests.support.figure_layout import HOSTILE
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from t2tvit.visualization.record import (  # noqa: E402
     record,
 )
 from tests.support.commands import ARGS, CLASS_NAMES, CONFIG, model, run, weights  # noqa: E402
-from tests.support.figures import HOSTILE, check_layout  # noqa: E402
+from tests.support.figure_layout import HOSTILE, check_layout  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

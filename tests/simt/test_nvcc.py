@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cuda import report, sass
+from tests.support.cuda import occupancy, sass
 from tests.support.cuda.build import CUDA_SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +19,9 @@ SETUP = ROOT / "setup.py"
 @pytest.fixture(scope="module")
 def compiled(host_cache):
     """Compiled for every architecture with warnings and register spills as errors."""
-    if not report.NVCC:
+    if not occupancy.NVCC:
         pytest.skip("nvcc was not found")
-    return report.compile_all(host_cache)
+    return occupancy.compile_all(host_cache)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ WARPGROUP = [
 ]
 
 
-@pytest.mark.parametrize("architecture", report.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", occupancy.ARCHITECTURES)
 def test_machine_code(compiled, architecture):
     if cuobjdump() is None:
         pytest.skip("cuobjdump was not found")
@@ -164,29 +164,29 @@ def test_shared_memory_begins_where_a_swizzle_may(compiled):
 def test_static_shared_memory_is_what_the_launcher_allows_for(compiled):
     source = (CUDA_SOURCES / "launch.h").read_text()
     allowed = int(re.search(r"kMostStaticSharedBytes = (\d+)", source)[1])
-    assert max(static for _, static in report.resources(compiled).values()) <= allowed
+    assert max(static for _, static in occupancy.resources(compiled).values()) <= allowed
 
 
 def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):
     """What setup.py compiles for besides; but the later minors of a version run the first's code."""
     listed = re.search(r"^ALL_ARCHITECTURES = (\(.*\))", SETUP.read_text(), re.MULTILINE)[1]
     names = {version.replace(".", "") for version in ast.literal_eval(listed)}
-    assert names > set(report.ARCHITECTURES)
-    majors = {re.match(r"\d+(?=\d)", name)[0] for name in report.ARCHITECTURES}
+    assert names > set(occupancy.ARCHITECTURES)
+    majors = {re.match(r"\d+(?=\d)", name)[0] for name in occupancy.ARCHITECTURES}
     others = {name for name in names if re.match(r"\d+(?=\d)", name)[0] not in majors}
     for name in others:
         for folder in compiled.values():
             (ptx,) = folder.glob("*compute_80.ptx")
-            command = [report.NVCC, "-cubin", f"-arch=sm_{name}", "-Xptxas", "-O0", ptx]
+            command = [occupancy.NVCC, "-cubin", f"-arch=sm_{name}", "-Xptxas", "-O0", ptx]
             command += ["-o", tmp_path / "cubin"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
 
 
 def test_table_is_what_the_compiler_reports(compiled, cuda_on_host, host_cache):
-    """In the document; ``python -m tests.support.cuda.report`` prints what belongs there."""
-    document = report.DOCUMENT.read_text()
+    """In the document; ``python -m tests.support.cuda.occupancy`` prints what belongs there."""
+    document = occupancy.DOCUMENT.read_text()
     version = re.search(r"nvcc (\d+\.\d+)", document)[1]
-    if report.release() != version:
-        pytest.skip(f"the table is of nvcc {version}, this is {report.release()}")
-    assert report.table(host_cache) in document, "run python -m tests.support.cuda.report"
+    if occupancy.release() != version:
+        pytest.skip(f"the table is of nvcc {version}, this is {occupancy.release()}")
+    assert occupancy.table(host_cache) in document, "run python -m tests.support.cuda.occupancy"

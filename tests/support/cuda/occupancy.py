@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels, and what a multiprocessor can hold of them.
 
-``python -m tests.support.cuda.report`` prints the table of ``DOCUMENT``. Registers and static shared
+``python -m tests.support.cuda.occupancy`` prints the table of ``DOCUMENT``. Registers and static shared
 memory are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records
 without running them.
 """
