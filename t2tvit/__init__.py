@@ -22,10 +22,10 @@ __all__ = [
 if importlib.util.find_spec("timm") is not None:
     try:
         import t2tvit.models.timm_entrypoints  # noqa: F401  its import registers the names
-    # A torchvision built for another torch fails with a RuntimeError, so any error may come here.
+    # Any error can occur: a torchvision built for another torch raises a RuntimeError, for instance.
     except Exception as error:
         warnings.warn(
-            f"timm is installed but cannot be imported, so it does not know the t2t_vit models: "
+            f"timm is installed but cannot be imported, so the t2t_vit models are not registered there: "
             f"{type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=2,

@@ -13,14 +13,14 @@ from t2tvit.errors import InputError
 from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.files import write_figure
 
-# Told apart by people of any colour vision; the signs say the same.
+# Distinguishable with any colour vision; signs show the same.
 TRAIN_COLOR, HELD_OUT_COLOR = "#0072B2", "#D55E00"
 RIGHT_COLOR, WRONG_COLOR = "#0072B2", "#D55E00"
 # The grid of predictions: at most so many columns, widths in inches, font sizes in points.
 MAX_COLUMNS = 8
 CELL_WIDTH, CELL_MARGIN, MIN_WIDTH = 1.5, 0.15, 6.0
 SIZE, SMALL_SIZE, TITLE_SIZE = 8.5, 6.5, 12
-POINTS, RESOLUTION = 72, 120  # to an inch, the second in pixels
+POINTS, RESOLUTION = 72, 120  # points and pixels per inch
 CELL_PIXELS, MAX_ASPECT = 256, 24
 
 
@@ -28,7 +28,7 @@ CELL_PIXELS, MAX_ASPECT = 256, 24
 class Prediction:
     """An image with its name, the predicted class and its probability, and the actual class.
 
-    ``right`` says whether they are the same; it and ``actual`` are None if that is not known.
+    ``right`` says whether the prediction is correct. It and ``actual`` are None if unknown.
     """
 
     image: Image.Image
@@ -40,14 +40,14 @@ class Prediction:
 
 
 def draw_curves(history: Sequence[dict], path: Path) -> None:
-    """Loss and accuracy over the epochs."""
+    """Draw loss and accuracy over the epochs."""
     with literal_text():
         save(curves(history), path)
 
 
 def curves(history: Sequence[dict]) -> Figure:
     epochs = [metrics["epoch"] for metrics in history]
-    # A line shows no value that has none beside it.
+    # A line does not show a value without neighbours, so draw markers.
     values = [metrics[name] for metrics in history for name in ("train_loss", "eval_loss", "top1")]
     sign = "o" if len(epochs) == 1 or not all(map(math.isfinite, values)) else ""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -80,7 +80,7 @@ def curves(history: Sequence[dict]) -> Figure:
 
 
 def draw_predictions(predictions: Sequence[Prediction], title: str, path: Path) -> None:
-    """A grid of images with names and predicted classes; ✓ or ✗ if the actual one is known."""
+    """Draw a grid of images with names and predicted classes; ✓ or ✗ if the actual one is known."""
     texts = [title]
     for each in predictions:
         texts += [each.name, each.predicted, each.actual or ""]
@@ -128,7 +128,7 @@ def caption(prediction: Prediction, width: float) -> str:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The image, made smaller if a cell has fewer pixels, and thicker if it could not be seen."""
+    """The image, reduced to the size of a cell, and widened if it is too thin to be seen."""
     small = image.copy()
     small.thumbnail((CELL_PIXELS, CELL_PIXELS))
     thinnest = max(small.size) // MAX_ASPECT

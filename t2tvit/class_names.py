@@ -1,4 +1,4 @@
-"""Names of the classes, for weights that say them, weights that do not, and ImageNet's."""
+"""Names of classes: those that a checkpoint or the user gives, or those of ImageNet."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -11,9 +11,9 @@ IMAGENET_CLASSES = 1000
 
 
 def names_of(names: Sequence[str] | None, count: int) -> list[str] | None:
-    """``names``; without them those of ImageNet-1k for 1000 classes, and None for others.
+    """``names``. If they are None: the names of ImageNet-1k for 1000 classes, else None.
 
-    ImageNet's are the folders' names, such as n01440764, as the usual image folders have them.
+    The names of ImageNet are those of its folders, such as n01440764.
     """
     if names is not None:
         return list(names)
@@ -21,10 +21,10 @@ def names_of(names: Sequence[str] | None, count: int) -> list[str] | None:
 
 
 def read_names(path: Path, count: int) -> list[str]:
-    """Names from a text file, one a line.
+    """Names from a text file, one per line.
 
     Raises:
-        InputError: the file cannot be read, or has not ``count`` lines.
+        InputError: The file cannot be read, or does not have ``count`` lines.
     """
     try:
         names = read_text(path).splitlines()
@@ -36,13 +36,13 @@ def read_names(path: Path, count: int) -> list[str]:
 
 
 def readable(name: str) -> str:
-    """What ImageNet's folder ``name`` holds, in words; any other name as it is."""
+    """The description of the class of ImageNet's folder ``name``; other names unchanged."""
     return _imagenet().get(name, name) if name[:1] == "n" and name[1:].isdecimal() else name
 
 
 @cache
 def _imagenet() -> dict[str, str]:
-    """ImageNet-1k's folder names in the order of the classes, and what they hold."""
+    """ImageNet-1k's folder names in the order of the classes, with their descriptions."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")

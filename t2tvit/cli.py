@@ -20,7 +20,7 @@ from t2tvit.commands import COMMANDS
 from t2tvit.errors import InputError, RunError, SaidElsewhere, unknown_name
 from t2tvit.terminal import printable, standard_output
 
-# Import names of what the extras of the package bring.
+# Import names of the packages in each extra.
 EXTRAS = {
     "train": (
         *("matplotlib", "PIL", "safetensors", "sklearn", "timm", "torchvision", "tqdm"),
@@ -39,7 +39,7 @@ def is_number(word: str) -> bool:
     return True
 
 
-# How options of several values show them, and what is one of them.
+# Metavar of options with several values → whether a word is such a value.
 SEVERAL: dict[object, Callable[[str], bool]] = {
     "N": is_number,
     "NAME=VALUE": lambda word: "=" in word,
@@ -47,7 +47,7 @@ SEVERAL: dict[object, Callable[[str], bool]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line that the caller prints."""
+    """An ArgumentParser whose errors are InputErrors."""
 
     def error(self, message: str):
         raise InputError(f"{message}; see {self.prog} --help")
@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self.separate(args), namespace)
 
     def words(self) -> argparse.Action | None:
-        """The argument that takes any number of words; argparse fills it from one place only."""
+        """The positional argument with any number of words; argparse fills it from one place only."""
         return next((each for each in self._get_positional_actions() if each.nargs == "*"), None)
 
     def separate(self, args: Sequence[str] | None) -> Sequence[str] | None:
-        """``args`` with the words that follow an option of several values, but are none of them,
-        before the option: ``--img-size 96 cat.png`` means ``cat.png --img-size 96``."""
+        """``args`` with words moved before an option of several values if they are not its values:
+        ``--img-size 96 cat.png`` means ``cat.png --img-size 96``."""
         if args is None or not self._get_positional_actions():
             return args
         result: list[str] = []
@@ -85,8 +85,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0: done, 1: failed, 2: invalid input or unavailable
-    backend."""
+    """Run a command and return the exit status: 0 for success, 1 for failure, 2 for invalid input or
+    an unavailable backend."""
     try:
         with standard_output(), quiet_libraries():
             arguments = parse(argv)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        return FAILED  # the reader of our output has gone
+        return FAILED  # the reader of the output has ended
     except OSError as error:
         if error.filename is None:
             raise
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, PyTorch does not warn of more workers than CPUs, or of nvcc without a GPU."""
+    """A context without PyTorch's warnings about more workers than CPUs, and nvcc without a GPU."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -128,20 +128,20 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def complain(error: Exception) -> None:
-    """One line on standard error; what every process meets, only the first of each node says."""
+    """Print an error in one line. Only the first process of a node prints an error of all ranks."""
     rank = os.environ.get("RANK", "0")
     of_one_rank = getattr(error, "of_one_rank", False)
     if sys.stderr is None or (os.environ.get("LOCAL_RANK", "0") != "0" and not of_one_rank):
         return
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     where = f" (process {rank})" if rank != "0" or (of_one_rank and not is_alone) else ""
-    with contextlib.suppress(OSError):  # nothing more can be said
+    with contextlib.suppress(OSError):  # standard error is closed
         line = printable(" ".join(str(error).split()))
         print(f"t2tvit: error{where}: {line}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line; an unknown option is answered with the nearest known one."""
+    """The parsed command line. The error for an unknown option suggests the nearest known one."""
     argv = sys.argv[1:] if argv is None else argv
     arguments, unknown = build_parser().parse_known_args(argv)
     words = arguments.parser.words()
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all :data:`~t2tvit.commands.COMMANDS`.
 
-    What it parses has the command's function in ``execute`` and its parser in ``parser``.
+    The parsed namespace has the command's function in ``execute`` and its parser in ``parser``.
     """
     parser = Parser(
         prog="t2tvit",

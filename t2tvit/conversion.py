@@ -1,4 +1,4 @@
-"""Weights in files of our own form, of published form and on the Hub: read, described, written."""
+"""Reading, describing and writing weights in our format, the published format and on the Hub."""
 
 import math
 from io import BytesIO
@@ -21,7 +21,7 @@ OURS, PUBLISHED = ".safetensors", (".pth", ".pth.tar", ".pt")
 
 
 def read(source: str, options: dict) -> tuple[T2TBackbone, Weights]:
-    """The model of ``source`` with its weights, and what its own form of file says of it."""
+    """The model of ``source`` with its weights, and its description."""
     if hub.is_address(source):
         refuse(options, source)
         model = hub.load(source)
@@ -60,7 +60,7 @@ def refuse(options: dict, source: str) -> None:
 
 
 def sizes(state: dict) -> dict:
-    """The image size and number of classes that published weights are of."""
+    """The image size and number of classes of published weights."""
     found = {}
     if "head.weight" in state:
         found["num_classes"] = len(state["head.weight"])
@@ -71,7 +71,7 @@ def sizes(state: dict) -> dict:
 
 
 def channels(state: dict) -> int:
-    """Channels of the images, from what meets them: a norm of 7 × 7 pixels, or a convolution."""
+    """Channels of the images, derived from the first layer: a norm of 7×7 patches, or a convolution."""
     norm = state.get("tokens_to_token.attention1.norm1.weight")
     if norm is not None:
         return max(1, len(norm) // 49)
@@ -80,7 +80,7 @@ def channels(state: dict) -> int:
 
 
 def described(model: T2TBackbone) -> Weights:
-    """What a model's ``pretrained_cfg`` says, in our own form of file."""
+    """The description of a model, from its ``pretrained_cfg``."""
     cfg = model.pretrained_cfg
     args = model.create_args | {"img_size": list(model.img_size), "num_classes": model.num_classes}
     config = {
@@ -103,9 +103,9 @@ def write(model: T2TBackbone, about: Weights, target: str) -> None:
         save_weights(model, Path(target), about)
     else:
         state = model.state_dict()
-        # Both names, as the published evaluation reads either; the tensors are stored once.
+        # Both names, because the published evaluation uses either; the tensors are stored once.
         content = {"arch": about.model, "state_dict": state, "state_dict_ema": state}
-        # In memory first: torch.save into a file aborts the process if the disk is full.
+        # In memory first: torch.save to a file aborts the process if the disk is full.
         buffer = BytesIO()
         torch.save(content, buffer)
         write_atomically(Path(target), buffer.getbuffer())

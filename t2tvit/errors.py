@@ -1,4 +1,4 @@
-"""Errors; the command line turns an InputError into one line and exit status 2."""
+"""Errors. The command line prints an InputError in one line and exits with status 2."""
 
 from t2t_kernels.errors import unknown_name
 
@@ -19,7 +19,7 @@ class LabelError(InputError):
 
 
 class OneRankError(InputError):
-    """An InputError that other processes of the run need not meet, such as an unreadable image."""
+    """An InputError that may occur on a single rank only, such as an unreadable image."""
 
     of_one_rank = True
 
@@ -33,15 +33,15 @@ class SaidElsewhere(Exception):
 
 
 class RunError(RuntimeError):
-    """A command broke down while it ran, by no fault of its input. The message says how."""
+    """A command failed for a reason other than its input. The message gives the reason."""
 
     of_one_rank = False
 
 
 class NonFiniteLoss(RunError):
-    """Training broke down: losses or gradients stayed infinite or not a number.
+    """Training failed: losses or gradients remained infinite or NaN.
 
-    ``batch`` holds what reproduces it: this rank's inputs, targets, indices and generators.
+    ``batch`` holds what is needed to reproduce it: this rank's inputs, targets, names and generators.
     """
 
     def __init__(self, message: str, batch: dict):

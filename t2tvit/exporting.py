@@ -1,4 +1,4 @@
-"""A trained model as a file for other tools, proved to compute the same."""
+"""Exporting trained models to other formats, with a check of each file."""
 
 import copy
 import json
@@ -32,10 +32,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 INPUT, OUTPUT = "images", "logits"
 BATCHES = (1, 2, 5)
 LARGEST_BATCH = 4096
-# Relative error of the logits, in roundings of the dtype: other libraries sum in other orders.
+# Allowed relative error of the logits, in roundings of the dtype: other libraries sum in other orders.
 ROUNDINGS = 50
 SEED = 0
-# In the C++ that AOTInductor generates for a package.
+# Patterns in the C++ that AOTInductor generates for a package.
 LEAST_CHECK = re.compile(r"((?:_size\[\d+\] <|expected it to be >=)) \d+(\)|,)")
 STRIDE_CHECK = re.compile(r"if \((\d+ != (\w+)_stride\[(\d+)\])\)")
 
@@ -44,7 +44,7 @@ Runner = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Exporting:
-    """What is exported: the model in its dtype and how to feed it."""
+    """The model to export in its dtype, its description, and sample images."""
 
     model: T2TBackbone
     about: Weights
@@ -52,9 +52,9 @@ class Exporting:
 
 
 def write_onnx(what: Exporting) -> bytes:
-    import onnxscript  # noqa: F401  a missing package is better named here than by the exporter
+    import onnxscript  # noqa: F401  the exporter's error for a missing package is less clear
 
-    # The exporter talks on standard output.
+    # The exporter prints to standard output.
     with redirect_stdout(StringIO()):
         program: Any = torch.onnx.export(  # its type includes the old exporter's None
             what.model,
@@ -69,14 +69,14 @@ def write_onnx(what: Exporting) -> bytes:
     graph = program.model.graph
     for node in (*graph, *graph.inputs, *graph.outputs):
         node.metadata_props.clear()  # source lines and paths of this machine
-    program.model.metadata_props["t2tvit"] = json.dumps(feeding(what.about))
+    program.model.metadata_props["t2tvit"] = json.dumps(description(what.about))
     return program.model_proto.SerializeToString()
 
 
 def soft_split_as_convolution(x, kernel_size, dilation, padding, stride):
-    """ONNX for im2col, which it lacks: a depthwise convolution with one-hot kernels.
+    """im2col, which ONNX lacks, as a depthwise convolution with one-hot kernels.
 
-    Exact, as every sum has one term that is not zero.
+    It is exact, because every sum has one non-zero term.
     """
     import numpy
     from onnxscript import ir, opset18
@@ -137,11 +137,11 @@ def write_package(what: Exporting) -> bytes:
 
 @contextmanager
 def checked_inputs() -> Iterator[None]:
-    """Packages that AOTInductor generates inside refuse images that they would misread.
+    """A context in which AOTInductor generates packages that refuse unsuitable images.
 
-    It generates a check of dtype, shape, strides and device, but runs it only if the environment of
-    whoever loads the package asks for it. A batch may be of one image, although export calls its
-    size at least 2, and strides of dimensions of size 1 do not matter.
+    AOTInductor generates checks of dtype, shape, strides and device, but runs them only if an
+    environment variable is set when the package is loaded. Here they always run. They also accept a
+    batch of one image, and ignore strides of dimensions of size 1.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
@@ -178,9 +178,9 @@ def read_weights(what: Exporting, path: Path) -> Runner:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its suffix, what makes its content and what runs it.
+    """A file format: its suffix, and functions that write and run it.
 
-    The content is made in memory: PyTorch's writers abort the process if the disk is full.
+    The content is created in memory: PyTorch's writers abort the process if the disk is full.
     """
 
     suffix: str
@@ -191,7 +191,7 @@ class Format:
 
 
 FORMATS = {
-    # onnxruntime's CPU provider has no bfloat16 products to prove it with.
+    # onnxruntime's CPU provider has no bfloat16 products, so bfloat16 cannot be checked.
     "onnx": Format(".onnx", write_onnx, read_onnx, dtypes=("float32", "float16")),
     "torch-export": Format(".export.pt2", write_program, read_program, takes_kernels=True),
     "aotinductor": Format(".aoti.pt2", write_package, read_package, takes_kernels=True),
@@ -204,10 +204,10 @@ def check_format(name: str, dtype: str, kernels: str) -> None:
         raise InputError(f"--format: {unknown_name('format', name, FORMATS)}")
     if dtype not in FORMATS[name].dtypes:
         known = " or ".join(FORMATS[name].dtypes)
-        raise InputError(f"--dtype: got {dtype}, a file of format {name} can be {known}")
+        raise InputError(f"--dtype: got {dtype}, but format {name} supports only {known}")
     if kernels != "reference" and not FORMATS[name].takes_kernels:
         raise InputError(
-            f"--fused-kernels: a file of format {name} is of plain operators; leave it out"
+            f"--fused-kernels: format {name} supports only plain operators; remove the option"
         )
 
 
@@ -225,7 +225,9 @@ def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) ->
     """
     config = trained.config
     if not isinstance(trained.model, T2TBackbone):
-        raise InputError(f"{path} is of {config.model}; only models of this package are exported")
+        raise InputError(
+            f"{path} has weights of {config.model}; only models of this package can be exported"
+        )
     resize(trained.model, config.size)
     about = about or describe_weights(trained, config)
     size = {"img_size": list(config.size)}
@@ -238,7 +240,7 @@ def prepared(trained: Trained, path: Path, about: Weights | None, dtype: str) ->
 
 
 def describe_weights(trained: Trained, config: RunConfig) -> Weights:
-    """What the file shall say of weights that do not say it themselves."""
+    """The description of weights that have none."""
     about, cfg = described(trained.model), trained.model.pretrained_cfg
     mean, std = config.statistics(cfg["mean"], cfg["std"])
     chosen = {"crop_pct": config.crop_pct, "interpolation": config.interpolation}
@@ -246,7 +248,7 @@ def describe_weights(trained: Trained, config: RunConfig) -> Weights:
 
 
 def resize(model: T2TBackbone, size: tuple[int, int]) -> None:
-    """Make the model's positions those of images of ``size``, which it resizes them to anyway."""
+    """Resize the position embeddings permanently to images of ``size``."""
     positions = model.positions(*size).detach()
     model.pos_embed = nn.Parameter(positions, requires_grad=False)
     model.img_size, model.grid_size = size, model.tokens_to_token.grid_size(*size)
@@ -256,13 +258,13 @@ def prepare(model: T2TBackbone, about: Weights, dtype: torch.dtype) -> Exporting
     model = model.to(dtype).eval().requires_grad_(False)
     channels, size = about.create_args["in_chans"], about.create_args["img_size"]
     like = model.norm.weight
-    # Two images, as a batch of one would be taken for a constant.
+    # Two images, because torch.export would treat a batch size of one as a constant.
     images = torch.zeros(2, channels, *size, dtype=dtype, device=like.device)
     return Exporting(model, about, images)
 
 
 def export(what: Exporting, formats: list[str], folder: Path) -> None:
-    """Write, read again and compare each format, and only then keep it."""
+    """Write each format, reload and compare it, and keep it if the results agree."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -281,16 +283,18 @@ def export(what: Exporting, formats: list[str], folder: Path) -> None:
         size = len(content) / 2**20
         print(f"{printable(str(target))}  {size:.1f} MiB  {verdict}", flush=True)
     about = folder / f"{what.about.model}.json"
-    write_atomically(about, json.dumps(feeding(what.about), indent=2, ensure_ascii=False) + "\n")
-    print(f"{printable(str(about))}  how to prepare images, and the classes")
+    write_atomically(
+        about, json.dumps(description(what.about), indent=2, ensure_ascii=False) + "\n"
+    )
+    print(f"{printable(str(about))}  preprocessing of images, and class names")
 
 
 @torch.no_grad()
 def verify(what: Exporting, run: Runner, name: str) -> str:
-    """Compare with the model on random images; a line that says how large the difference is.
+    """Compare with the model on random images; returns a line with the difference.
 
     Raises:
-        RunError: its error against float64 is more than :data:`ROUNDINGS` of the dtype's.
+        RunError: The error relative to float64 is more than :data:`ROUNDINGS` roundings.
     """
     generator = torch.Generator().manual_seed(SEED)
     exact_model = in_float64(what.model)
@@ -306,7 +310,7 @@ def verify(what: Exporting, run: Runner, name: str) -> str:
     if not error <= limit:
         raise RunError(
             f"format {name}: relative error {error:.1e} of the logits on random images, expected "
-            f"at most {limit:.1e}; the file is not kept"
+            f"at most {limit:.1e}; the file is removed"
         )
     check_other_inputs(what, run, name, limit)
     return (
@@ -319,7 +323,7 @@ def verify(what: Exporting, run: Runner, name: str) -> str:
 def check_other_inputs(what: Exporting, run: Runner, name: str, limit: float) -> None:
     """Raise a RunError if images of another memory format, size or dtype give wrong logits.
 
-    A file may refuse such images, or take them as the model does.
+    A file may refuse such images, or give the same logits as the model.
     """
     generator = torch.Generator().manual_seed(SEED)
     images = torch.randn(2, *what.images.shape[1:], generator=generator).to(what.images)
@@ -336,9 +340,9 @@ def check_other_inputs(what: Exporting, run: Runner, name: str, limit: float) ->
     exact_model = in_float64(what.model)
     for kind, variant in variants.items():
         try:
-            with no_standard_error():  # AOTInductor writes there what it raises
+            with no_standard_error():  # AOTInductor also prints its errors there
                 logits = run(variant).double().cpu()
-        # Each format refuses images in a way of its own.
+        # Each format raises its own exception to refuse images.
         except Exception:
             continue
         exact = exact_model(variant.double()).cpu()
@@ -346,13 +350,13 @@ def check_other_inputs(what: Exporting, run: Runner, name: str, limit: float) ->
         if logits.shape != exact.shape or not error <= limit:
             raise RunError(
                 f"format {name}: images in another form ({kind}) give a relative error of {error:.1e} "
-                f"instead of a refusal, expected at most {limit:.1e}; the file is not kept"
+                f"instead of a refusal, expected at most {limit:.1e}; the file is removed"
             )
 
 
 @contextmanager
 def no_standard_error() -> Iterator[None]:
-    """Drop what this process, libraries in C++ included, writes on standard error."""
+    """A context without output on standard error, including that of C++ libraries."""
     sys.stderr.flush()
     before = os.dup(2)
     try:
@@ -370,8 +374,8 @@ def in_float64(model: T2TBackbone) -> nn.Module:
     return exact
 
 
-def feeding(about: Weights) -> dict:
-    """How to prepare the images, and what the logits mean."""
+def description(about: Weights) -> dict:
+    """The description of preprocessing, shapes and class names."""
     config = about.config
     height, width = about.create_args["img_size"]
     resized = [math.floor(side / config["crop_pct"]) for side in (height, width)]

@@ -1,4 +1,4 @@
-"""Text in figures: any file or class name is drawn literally, in a font that has it, and fits."""
+"""Text in figures: names are drawn literally, in a font that has their letters, and fitted."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -17,17 +17,17 @@ from t2tvit.errors import InputError
 from t2tvit.terminal import printable
 
 FONT = "DejaVu Sans"  # ships with matplotlib
-# Formats of matplotlib that are no picture files, or need LaTeX.
+# Formats of matplotlib that are not picture files, or need LaTeX.
 UNSUPPORTED = {"pgf", "raw", "rgba"}
 MARKS = "/_-,.;:"
 
 
 def figure_file(path: Path, option: str) -> Path:
-    """The file that a figure for ``path`` is written to: without an extension it becomes a PNG.
+    """The file for a figure at ``path``; without an extension, .png is appended.
 
     Raises:
-        InputError: an unknown extension, a folder in place of the file, or a folder that does not
-            exist or cannot be written to. The message begins with ``option``.
+        InputError: The extension is unknown, the file is a folder, or its folder does not exist or
+            cannot be written to. The message begins with ``option``.
     """
     formats = sorted(set(FigureCanvasAgg.get_supported_filetypes()) - UNSUPPORTED)
     if path.suffix[1:].lower() not in (*formats, ""):
@@ -53,10 +53,10 @@ def figure_file(path: Path, option: str) -> Path:
 
 @contextmanager
 def literal_text(texts: Iterable[str] = ()) -> Iterator[None]:
-    """Figures made and saved inside show text as it is, in fonts that have the letters of ``texts``.
+    """A context in which figures show text literally, in fonts that have the letters of ``texts``.
 
-    Nothing is read as mathematics. Pass each text that comes from the user through
-    :func:`drawable`, too.
+    Text is not interpreted as mathematics. Also pass each text from the user through
+    :func:`drawable`.
     """
     missing = {letter for text in texts for letter in text} - _letters(FONT)
     fonts = sorted({font for font in map(_font_of, missing) if font is not None})
@@ -71,7 +71,7 @@ def literal_text(texts: Iterable[str] = ()) -> Iterator[None]:
 
 
 def drawable(text: str) -> str:
-    """``text`` on one line; escapes for control characters and what no installed font has."""
+    """``text`` on one line; control characters and those in no installed font are escaped."""
     return "".join(
         letter if letter in _letters(FONT) or _font_of(letter) else _escape(letter)
         for letter in printable(text)
@@ -87,9 +87,9 @@ def shortened(text: str, length: int) -> str:
 
 
 def fitted(text: str, width: float, size: float, lines: int = 1) -> str:
-    """``text`` broken into lines of at most ``width`` points, shortened if ``lines`` do not hold it.
+    """``text`` broken into lines of at most ``width`` points, shortened to fit into ``lines`` lines.
 
-    ``size`` is the font's, in points.
+    ``size`` is the font size in points.
     """
     low, high = 1, len(text)
     while low < high:
@@ -102,7 +102,7 @@ def fitted(text: str, width: float, size: float, lines: int = 1) -> str:
 
 
 def _broken(text: str, width: float, size: float) -> list[str]:
-    """Lines of at most ``width`` points, broken at a space or behind a mark in their second half."""
+    """Lines of at most ``width`` points, broken after a space or mark in their second half."""
     lines, line, used = [], "", 0.0
     for letter in text:
         advance = _advance(letter) * size
@@ -120,7 +120,7 @@ def _broken(text: str, width: float, size: float) -> list[str]:
 
 @cache
 def _advance(letter: str) -> float:
-    """The width of a letter between others, as a share of the font's size."""
+    """The width of a letter between others, relative to the font size."""
     size = 100
     with literal_text(letter):
         renderer = FigureCanvasAgg(Figure(dpi=72)).get_renderer()
@@ -133,7 +133,7 @@ def _advance(letter: str) -> float:
 
 @cache
 def _families() -> dict[str, str]:
-    """Installed fonts, by name, with the file of the upright one; those without serifs first."""
+    """The files of installed upright fonts by name; sans-serif fonts first."""
     files = {
         entry.name: entry.fname
         for entry in fontManager.ttflist

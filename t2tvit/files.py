@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, so that neither a crash nor a full disk loses the old one."""
+"""Atomic replacement of files: neither a crash nor a full disk destroys the old file."""
 
 import contextlib
 import errno
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-# Temporary files, until they are complete.
+# Temporary files that are not complete yet.
 WRITING = ".*.writing"
-# No description of data, a model or a run comes near it.
+# Far more than any description of data, a model or a run.
 MOST_TEXT = 64 * 2**20
 
 
 def memory_size() -> int:
-    """The bytes of this machine's memory."""
+    """The memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_file(path: str | PathLike, most: int | None = None) -> None:
     """Raise unless ``path`` is a regular file of at most ``most`` bytes.
 
-    By default that is half of this machine's memory: what is read is in memory twice for a moment.
+    The default of ``most`` is half of this machine's memory, because reading can need twice the size.
 
     Raises:
-        OSError: it is missing, a device or a pipe, or larger. A folder raises when it is opened.
+        OSError: It is missing, a device or a pipe, or larger. A folder raises when it is opened.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
@@ -50,23 +50,23 @@ def read_bytes(path: str | PathLike) -> bytes:
 
 
 def read_text(path: str | PathLike) -> str:
-    """The content of a file in UTF-8 that describes data, a model or a run.
+    """The content of a UTF-8 file that describes data, a model or a run.
 
     Raises:
-        OSError: see :func:`check_file`; more than MOST_TEXT bytes are too many.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: See :func:`check_file`; the limit is MOST_TEXT bytes.
+        UnicodeDecodeError: It is not UTF-8.
     """
     check_file(path, MOST_TEXT)
     return Path(path).read_text(encoding="utf-8")
 
 
 def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
-    """Replace ``path`` as a whole: a crash leaves the old file or the new one, nothing between.
+    """Replace ``path`` atomically: a crash leaves either the old or the new file.
 
-    A symbolic link is followed.
+    Symbolic links are followed.
 
     Raises:
-        RunError: the disk is full, the folder cannot be written to, or ``path`` is not a file.
+        RunError: The disk is full, the folder cannot be written to, or ``path`` is not a file.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.writing")
@@ -79,7 +79,7 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)  # or a power cut could undo the renaming
+        os.fsync(folder)  # so that a power failure cannot undo the renaming
         os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -90,16 +90,16 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error for a file that is replaced as a whole, but could not be written."""
+    """The error for a file that could not be replaced."""
     kept = "; the previous content is intact" if path.exists() else ""
     return RunError(f"cannot write {path}: {error.strerror}{kept}")
 
 
 def set_aside(path: Path) -> Path:
-    """Rename ``path`` to a free name with the ending ``.set-aside``, perhaps with a number.
+    """Rename ``path`` to a free name that ends in ``.set-aside`` (and a number if necessary).
 
     Raises:
-        RunError: it cannot be renamed.
+        RunError: It cannot be renamed.
     """
     aside, number = path.with_name(f"{path.name}.set-aside"), 1
     while os.path.lexists(aside):
@@ -113,11 +113,11 @@ def set_aside(path: Path) -> Path:
 
 
 def write_figure(path: Path, figure: "Figure", dpi: int) -> None:
-    """Write a figure of matplotlib in the format of the file's extension, PNG without one.
+    """Write a matplotlib figure in the format of the file's extension; PNG without an extension.
 
     Raises:
-        ValueError: an unknown format.
-        RunError: see :func:`write_atomically`.
+        ValueError: The format is unknown.
+        RunError: See :func:`write_atomically`.
     """
     content = BytesIO()
     figure.savefig(content, dpi=dpi, format=path.suffix[1:].lower() or "png")
@@ -128,7 +128,7 @@ def write_png(path: Path, picture: "Image.Image") -> None:
     """Write a picture as PNG.
 
     Raises:
-        RunError: see :func:`write_atomically`.
+        RunError: See :func:`write_atomically`.
     """
     content = BytesIO()
     picture.save(content, "png")

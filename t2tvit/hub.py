@@ -1,9 +1,8 @@
-"""Models on the Hugging Face Hub, or in a folder, in the form that timm reads and writes.
+"""Models on the Hugging Face Hub, or in a folder, in timm's format.
 
-An address is ``hf-hub:USER/NAME`` (``@REVISION`` may follow) or ``local-dir:FOLDER``. What lies
-there is ``config.json`` and ``model.safetensors``, so that ``timm.create_model(address,
-pretrained=True)`` builds a T2T-ViT too once ``t2tvit`` is imported. Needs huggingface_hub for the
-Hub alone.
+An address is ``hf-hub:USER/NAME`` (optionally with ``@REVISION``) or ``local-dir:FOLDER``. It contains
+``config.json`` and ``model.safetensors``, so ``timm.create_model(address, pretrained=True)`` also
+works once ``t2tvit`` is imported. huggingface_hub is only needed for the Hub.
 """
 
 import contextlib
@@ -24,9 +23,9 @@ from t2tvit.models.registry import BASELINES, MODELS, create_model
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-# What a model's own arguments decide in its pretrained_cfg.
+# Entries of pretrained_cfg that follow from the model's arguments.
 DECIDED = ("architecture", "input_size", "num_classes")
-# What timm's pretrained_cfg says of where it came from.
+# Entries of timm's pretrained_cfg about the origin of the weights.
 ORIGINS = (
     *("file", "source", "url", "hf_hub_id", "hf_hub_filename", "hf_hub_revision"),
     *("state_dict", "custom_load"),
@@ -41,18 +40,18 @@ def is_address(text: str) -> bool:
 def push(model: T2TBackbone, address: str, *, class_names: Sequence[str] | None = None) -> None:
     """Write a model's weights and configuration to ``address``.
 
-    The Hub's repository is made where there is none; huggingface_hub finds the credentials.
+    A missing repository on the Hub is created; huggingface_hub provides the credentials.
 
     Args:
-        model: one made by :func:`t2tvit.create_model`; its ``pretrained_cfg`` says how images are
-            prepared.
+        model: A model of :func:`t2tvit.create_model`; its ``pretrained_cfg`` describes the
+            preprocessing of images.
         address: ``hf-hub:USER/NAME`` or ``local-dir:FOLDER``.
-        class_names: of the logits, in order.
+        class_names: Names of the logits, in order.
 
     Raises:
-        InputError: the address is of neither kind, the model's arguments cannot be written down, or
-            ``class_names`` are not one per class.
-        RunError: the Hub cannot be reached or refuses.
+        InputError: The address is invalid, the model's arguments cannot be written as JSON, or
+            ``class_names`` does not have one name per class.
+        RunError: The Hub cannot be reached or rejects the request.
     """
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(
@@ -78,12 +77,12 @@ def load(address: str, **options) -> T2TBackbone:
 
     Args:
         address: ``hf-hub:USER/NAME`` or ``local-dir:FOLDER``.
-        options: arguments of :func:`t2tvit.create_model` that shall differ: another ``num_classes``
-            gives a new head, another ``img_size`` resized positions.
+        options: Arguments of :func:`t2tvit.create_model` to change: another ``num_classes`` gives a
+            new head, another ``img_size`` resized position embeddings.
 
     Raises:
-        InputError: there is nothing at the address, or not such a model.
-        RunError: the Hub cannot be reached or refuses.
+        InputError: There is no such model at the address.
+        RunError: The Hub cannot be reached or rejects the request.
     """
     stored = read(address)
     model = create_model(stored.name, **{**stored.args, **options})
@@ -97,15 +96,15 @@ def load(address: str, **options) -> T2TBackbone:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is at an address.
+    """The model at an address.
 
     Attributes:
-        weights: the file of the weights.
-        name: of the model.
-        args: the arguments of :func:`t2tvit.create_model` that build it.
+        weights: The file of the weights.
+        name: The name of the model.
+        args: The arguments of :func:`t2tvit.create_model` that build it.
         size: (height, width) of the images.
-        pretrained_cfg: timm's description of how images are prepared, without what ``args`` say.
-        class_names: of the logits, in order, if they are known.
+        pretrained_cfg: timm's description of the preprocessing, without entries in ``args``.
+        class_names: Names of the logits, in order; None if unknown.
     """
 
     weights: Path
@@ -117,11 +116,11 @@ class Stored:
 
 
 def read(address: str) -> Stored:
-    """What ``config.json`` at ``address`` says, checked; weights on the Hub are downloaded.
+    """Read and check ``config.json`` at ``address``; weights on the Hub are downloaded.
 
     Raises:
-        InputError: there is nothing at the address, or not such a model.
-        RunError: the Hub cannot be reached or refuses.
+        InputError: There is no such model at the address.
+        RunError: The Hub cannot be reached or rejects the request.
     """
     folder = fetch(address)
     try:
@@ -133,10 +132,10 @@ def read(address: str) -> Stored:
         space = (folder / WEIGHTS_FILE).stat().st_size
         cfg = {key: value for key, value in cfg.items() if key not in (*DECIDED, *ORIGINS)}
         names = config.get("label_names")
-        if isinstance(names, Mapping):  # timm writes some data sets' by their label
+        if isinstance(names, Mapping):  # timm writes the names of some datasets as a mapping
             names = None
         if names is not None and not _are_names(names, config["num_classes"]):
-            raise ValueError("label_names are not one name for each class")
+            raise ValueError("label_names does not have one name per class")
         for key in ("mean", "std"):
             if not _are_numbers(cfg.get(key, ())):
                 raise ValueError(f"{key} is not a list of numbers")
@@ -146,7 +145,7 @@ def read(address: str) -> Stored:
         raise InputError(f"{address}: cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{address}: {CONFIG_FILE} is not of timm's form: {repr(error)[:200]}"
+            f"{address}: {CONFIG_FILE} does not have timm's format: {repr(error)[:200]}"
         ) from None
     check_described(name, args, space, f"{address}: {CONFIG_FILE}")
     if name not in MODELS | BASELINES:
@@ -169,7 +168,7 @@ def _are_numbers(value: object) -> bool:
 
 
 def fetch(address: str) -> Path:
-    """The folder of ``address``; that of the Hub is downloaded to its cache."""
+    """The folder of ``address``; a Hub repository is downloaded to the cache."""
     kind, place = _split(address)
     if kind == LOCAL:
         if not Path(place).is_dir():
@@ -187,7 +186,7 @@ def fetch(address: str) -> Path:
 def _network(address: str) -> Iterator[None]:
     try:
         yield
-    # huggingface_hub has changed its network library, and with it what it raises.
+    # The exceptions depend on the network library, which differs between releases of huggingface_hub.
     except Exception as error:
         raise RunError(f"{address}: {type(error).__name__}: {error}") from error
 
@@ -204,7 +203,9 @@ def _config(model: T2TBackbone, class_names: Sequence[str] | None) -> Mapping[st
     try:
         json.dumps(args)
     except TypeError as error:
-        raise InputError(f"model: its arguments {args} cannot be written down: {error}") from None
+        raise InputError(
+            f"model: its arguments {args} cannot be written as JSON: {error}"
+        ) from None
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in ORIGINS}
     cfg.pop("label_names", None)
     labels = {} if class_names is None else {"label_names": list(class_names)}

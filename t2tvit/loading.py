@@ -1,4 +1,4 @@
-"""Trained models in one call, with what their use needs."""
+"""Trained models in one call, with the transform of their images and their class names."""
 
 from os import PathLike
 from pathlib import Path
@@ -22,9 +22,9 @@ class Loaded(NamedTuple):
     """A model with its weights.
 
     Attributes:
-        model: in evaluation mode.
-        transform: prepares an image for it.
-        class_names: of the logits, in order; None if they are not known.
+        model: The model in evaluation mode.
+        transform: The transform of its images.
+        class_names: Names of the logits, in order; None if unknown.
     """
 
     model: nn.Module
@@ -33,9 +33,9 @@ class Loaded(NamedTuple):
 
 
 class Preparation:
-    """A PIL image, or the path of one, to the float32 tensor (C, H, W) that a model takes.
+    """Converts a PIL image, or the path of one, to the model's input: float32 (C, H, W).
 
-    It runs on the CPU and can be used in the worker processes of a loader.
+    It runs on the CPU, also in worker processes of a loader.
     """
 
     def __init__(self, config: "RunConfig", mean: tuple[float, ...], std: tuple[float, ...]):
@@ -43,7 +43,7 @@ class Preparation:
         from t2tvit.training.pipeline import eval_transform
 
         if len(mean) not in MODES:
-            raise InputError(f"images are grey or colour, the model takes {len(mean)} channels")
+            raise InputError(f"images are grey or colour, but the model has {len(mean)} input channels")
         self.mode = MODES[len(mean)]
         self.resize = eval_transform(config)
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
@@ -51,7 +51,7 @@ class Preparation:
     def __call__(self, image: "Image | str | PathLike") -> Tensor:
         """
         Raises:
-            InputError: the file cannot be read.
+            InputError: The file cannot be read.
         """
         from t2tvit.data.images import load_image
 
@@ -74,25 +74,25 @@ def load(
     """Load a trained model. Needs the packages of ``t2tvit[train]``.
 
     Args:
-        source: the folder of a training run, one of its files of weights, a published
+        source: The folder of a training run, one of its files of weights, a published
             ``.pth(.tar)`` or other checkpoint, ``local-dir:FOLDER`` or ``hf-hub:USER/NAME``.
-        model: the name of the model, only for a checkpoint that does not say it. Its image size and
-            number of classes are read off the weights.
-        model_args: with ``model``, arguments of :func:`t2tvit.create_model` that differ from the
+        model: The name of the model, only for a checkpoint that does not name it. Image size and
+            number of classes are derived from the weights.
+        model_args: With ``model``, arguments of :func:`t2tvit.create_model` that differ from the
             published configuration.
-        weights: of a run, "best" or "last".
-        fused_kernels: as in :func:`t2tvit.create_model`.
-        device: of the model.
+        weights: "best" or "last" weights of a run.
+        fused_kernels: As in :func:`t2tvit.create_model`.
+        device: The device of the model.
 
     Returns:
-        The model, the transform of its images, and the class names: those that the weights say, or
-        ImageNet's for 1000 classes.
+        The model, the transform of its images, and the class names: those that the checkpoint gives,
+        or ImageNet's for 1000 classes.
 
     Raises:
-        InputError: an argument is not as described, or ``source`` is no such model; files are read
-            as in :func:`t2tvit.load_checkpoint`.
+        InputError: An argument is invalid, or ``source`` is not such a model; see also
+            :func:`t2tvit.load_checkpoint`.
         BackendUnavailable: ``fused_kernels`` names a backend that cannot run the model.
-        RunError: the Hub cannot be reached or refuses.
+        RunError: The Hub cannot be reached or rejects the request.
     """
     from t2tvit.class_names import names_of
     from t2tvit.data.sources import IMAGENET_STATISTICS
@@ -133,7 +133,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _published(path: Path, model: str) -> dict:
-    """The configuration of published weights: sizes as in the tensors, images as in the paper."""
+    """The configuration of published weights: sizes of the tensors, preprocessing of the paper."""
     from t2tvit.conversion import sizes
 
     _, state = read_state_dict(path, warn=False)

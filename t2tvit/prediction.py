@@ -25,7 +25,7 @@ from t2tvit.training.inference import Trained, held_out
 from t2tvit.training.pipeline import Normalize, available_cpus, eval_transform
 
 STDIN = "-"
-# Without a terminal, a bar appears after this time and is drawn as often.
+# Without a terminal, a progress bar appears after this time and is drawn at this interval.
 SECONDS_BETWEEN_BARS = 30
 
 
@@ -112,7 +112,7 @@ def source_of(
 
 
 class FileImages(Dataset):
-    """Image files, decoded and prepared where they are asked for."""
+    """Image files, decoded and preprocessed on access."""
 
     def __init__(self, paths: list[Path], skipped: Counter[str], trained: Trained):
         if trained.channels not in MODES:
@@ -129,7 +129,7 @@ class FileImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        """The image (C, H, W), uint8, or what is wrong with it."""
+        """The image (C, H, W), uint8, or the error message if it cannot be read."""
         try:
             return self.transform(self.image(index))
         except InputError as error:
@@ -152,9 +152,9 @@ class FileImages(Dataset):
 
 
 class HeldOutImages(Dataset):
-    """The same random held-out images of the configured data each time.
+    """A fixed random sample of the held-out images.
 
-    ``files`` has the path of each image, or SHARD/KEY, and None if the images are in no files.
+    ``files`` has the path of each image, or SHARD/KEY; None if the data has no files.
     """
 
     skipped: Counter[str] = Counter()
@@ -228,9 +228,9 @@ def held_out_images(
 
 
 def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
-    """Image files: those named, those in folders below, and those that standard input lists.
+    """Image files: named ones, those in folders and subfolders, and those listed on standard input.
 
-    The folders' other files are counted by extension.
+    Other files in the folders are counted by extension.
     """
     named = []
     for path in given:
@@ -239,7 +239,7 @@ def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
         else:
             named.append(path)
     if not named:
-        raise InputError("standard input: got no names of images")
+        raise InputError("standard input: got no names of images; write one per line")
     found: list[Path] = []
     skipped: Counter[str] = Counter()
     for path in named:
@@ -257,7 +257,7 @@ def gather(given: Sequence[Path]) -> tuple[list[Path], Counter[str]]:
 
 @torch.no_grad()
 def classify(trained: Trained, source: Source) -> Iterator[tuple[int, Tensor | str]]:
-    """Each image's number with its class probabilities, or with what is wrong with it."""
+    """The index of each image with its class probabilities, or with its error message."""
     config, device = trained.config, next(trained.model.parameters()).device
     normalize = Normalize(source.mean, source.std, device)
     loader = DataLoader(
@@ -273,7 +273,7 @@ def classify(trained: Trained, source: Source) -> Iterator[tuple[int, Tensor | s
         leave=False,
         delay=patience,
         mininterval=patience,
-        disable=sys.stdout.isatty(),  # the lines themselves say how far it is
+        disable=sys.stdout.isatty(),  # the printed lines already show the progress
     )
     first = 0
     with bar:
@@ -291,7 +291,7 @@ def classify(trained: Trained, source: Source) -> Iterator[tuple[int, Tensor | s
 
 
 def rank(shares: Tensor, names: list[str] | None, top_k: int) -> list[tuple[str, int, float]]:
-    """The likeliest classes: name, number and probability."""
+    """The most likely classes: name, number and probability."""
     values, numbers = shares.topk(min(top_k, len(shares)))
     return [
         (name_of(names, number), number, value)
@@ -300,7 +300,7 @@ def rank(shares: Tensor, names: list[str] | None, top_k: int) -> list[tuple[str,
 
 
 def name_of(names: list[str] | None, index: int) -> str:
-    """A class's name, or its number where nobody says one."""
+    """The name of a class, or its number if it has no name."""
     if names is None or index >= len(names):
         return f"class {index}"
     return readable(names[index])

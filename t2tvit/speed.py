@@ -1,4 +1,4 @@
-"""What the kernels save, against plain PyTorch and other models in the same process."""
+"""Speed and memory of a model with kernels, compared with plain PyTorch and other models."""
 
 import itertools
 import time
@@ -30,16 +30,16 @@ from t2tvit.training.pipeline import batches, train_loader
 from t2tvit.training.progress import Progress
 
 MIB = 2**20
-LARGEST_BATCH = 64  # unless --batch-size says otherwise: a recipe's batch is for many GPUs
+LARGEST_BATCH = 64  # without --batch-size: the batch of a recipe is for many GPUs
 LOADER_SECONDS = 3.0
 
 
 def compare_with_reference(
     config: RunConfig, num_classes: int, repetitions: int, against: Sequence[str], world: World
 ) -> None:
-    """Measure the model of ``config`` with its kernels and without, and print the result.
+    """Measure the model of ``config`` with and without its kernels, and print the result.
 
-    ``against`` are models of timm to measure beside it.
+    ``against`` are timm models to measure as well.
     """
     channels = channels_of(config.data)
     args = config.create_args(num_classes, channels)
@@ -88,19 +88,19 @@ def compare_with_reference(
     rows.append(memory_row(models, images, labels, config))
     print_table(("", "reference", "fused", "fused / reference", *rivals), rows)
     print(
-        f"median of {repetitions} repetitions, taken in turns, and their 20th to 80th percentile; "
-        "the ratio is the median of the ratios of neighbouring turns"
+        f"median of {repetitions} repetitions, taken in turns, and 20th to 80th percentile; the ratio "
+        "is the median of the ratios of neighbouring turns"
     )
     print(
-        "MFU: the products of the plain model, in its time, over what a large product reaches "
-        f"here, {figure(ceiling / 1e12)} TFLOP/s in {str(config.dtype).removeprefix('torch.')}"
+        "MFU: the rate of the plain model's products, relative to a large matrix product here, "
+        f"{figure(ceiling / 1e12)} TFLOP/s in {str(config.dtype).removeprefix('torch.')}"
     )
 
 
 def heading(
     config: RunConfig, channels: int, fused: nn.Module, device: torch.device
 ) -> Iterator[str]:
-    """What is measured, and which backend serves each operation of the fused model."""
+    """The measured model, and the backend of each operation of the fused model."""
     height, width = config.size
     options = "".join(f" {name}={value}" for name, value in config.model_args.items())
     yield (
@@ -112,12 +112,12 @@ def heading(
 
 
 def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
-    """Operations of the products and convolutions that ``model`` does for one image.
+    """Operations of the products and convolutions of ``model`` per image.
 
-    2 per multiply-add; with ``training`` those of the backward too. ``images`` is a batch to count.
+    2 per multiply-add; with ``training`` including the backward. ``images`` is a batch for counting.
     """
     model.train(training)
-    # The one attention that is made of products, which the counter knows on every device.
+    # The only attention that consists of products, which the counter supports on every device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         if training:
             model(images).sum().backward()
@@ -130,7 +130,7 @@ def flops_per_image(model: nn.Module, images: Tensor, training: bool) -> float:
 def memory_row(
     models: dict[str, nn.Module], images: Tensor, labels: Tensor, config: RunConfig
 ) -> tuple[str, ...]:
-    """A step's peak allocation on a GPU; elsewhere what is saved for backward, per image."""
+    """The peak allocation of a step on a GPU; on a CPU the memory saved for backward, per image."""
     used = {}
     for key, model in models.items():
         model.train()
@@ -150,7 +150,7 @@ def memory_row(
 
 
 def loader_line(config: RunConfig, world: World) -> str:
-    """Images per second of the training data's loader alone, decoding and augmentation included."""
+    """Images per second of the training data's loader alone, including decoding and augmentation."""
     try:
         split = open_split(
             config.data, "train", img_size=config.size, num_classes=config.num_classes
@@ -159,7 +159,7 @@ def loader_line(config: RunConfig, world: World) -> str:
     except InputError as error:
         return f"loader of {config.data}: not measured: {error}"
     endless = itertools.chain.from_iterable(batches(loader) for _ in itertools.count())
-    next(endless)  # the workers' start
+    next(endless)  # start the workers
     started, seen = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < LOADER_SECONDS:
         seen += len(next(endless)[0])
@@ -171,7 +171,7 @@ def loader_line(config: RunConfig, world: World) -> str:
 def check_parity(
     fused: T2TBackbone, reference: T2TBackbone, images: Tensor, config: RunConfig
 ) -> None:
-    """Raise a RunError unless both models classify ``images`` alike, up to rounding."""
+    """Raise a RunError unless the logits of both models for ``images`` agree up to rounding."""
     with config.autocast(images.device):
         new, old = (model.eval()(images) for model in (fused, reference))
     error = ((new.double() - old.double()).norm() / old.double().norm()).item()
@@ -186,7 +186,7 @@ def check_parity(
 def training_step(
     model: nn.Module, images: Tensor, labels: Tensor, config: RunConfig
 ) -> Callable[[], None]:
-    """A function that does one update of ``model``."""
+    """A function that makes one update of ``model``."""
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=0.0)
 
     def step():
@@ -221,12 +221,12 @@ def spread(values: list[float], unit: str = "") -> str:
 
 
 def figure(value: float) -> str:
-    """Three significant digits, or all those before the point."""
+    """Three significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    """Print aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
         first, *others = (cell for cell in row)

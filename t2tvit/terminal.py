@@ -1,4 +1,4 @@
-"""Standard output for every command: what the terminal cannot show, or must not get, is escaped."""
+"""Standard output of all commands: characters that are unsafe or cannot be shown are escaped."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from t2tvit.errors import RunError
 
 # Control characters, line separators, changes of the writing direction, and lone surrogates, which
-# stand for bytes of a file name that are not UTF-8.
+# represent bytes of a file name that are not UTF-8.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 UNSAFE_IN_TEXT = re.compile(UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x09\x0b-\x1f"))
 
@@ -24,20 +24,20 @@ def printable(text: str) -> str:
 
 
 def padded(text: str, width: int) -> str:
-    """``text`` with spaces behind it, so that it takes ``width`` columns of a terminal."""
+    """``text`` followed by spaces, ``width`` terminal columns wide."""
     return text + " " * (width - columns(text))
 
 
 def columns(text: str) -> int:
-    """The columns of a terminal that ``text`` takes: two for a wide letter, none for an accent."""
+    """The width of ``text`` in terminal columns: two for a wide letter, none for an accent."""
     shown = [letter for letter in text if unicodedata.category(letter) not in ("Mn", "Me", "Cf")]
     return len(shown) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in shown)
 
 
 def print_json(record: dict) -> None:
-    """Print ``record`` as one line of JSON, with escapes for all that cannot be printed as it is.
+    """Print ``record`` as one line of JSON; characters that cannot be printed are escaped.
 
-    Numbers that are not finite, which JSON does not have, become null.
+    Non-finite numbers, which JSON does not support, become null.
     """
     record = _finite(record)
     text = json.dumps(record, ensure_ascii=False)
@@ -49,16 +49,16 @@ def print_json(record: dict) -> None:
 
 @contextlib.contextmanager
 def standard_output() -> Iterator[None]:
-    """Standard output inside escapes unsafe characters other than newlines.
+    """A context in which standard output escapes unsafe characters other than newlines.
 
     Raises:
-        BrokenPipeError: the reader of the output has gone.
-        RunError: the output cannot be written, for instance because the disk is full.
+        BrokenPipeError: The reader of the output has ended.
+        RunError: The output cannot be written, for instance because the disk is full.
     """
     before = sys.stdout
     if before is None:  # closed by the caller; a file opened later must not take its descriptor
         before = sys.stdout = open(os.devnull, "w")
-    if not isinstance(before, io.TextIOWrapper):  # text in memory, which takes everything
+    if not isinstance(before, io.TextIOWrapper):  # text in memory, which accepts all characters
         yield
         return
     before.flush()
@@ -78,7 +78,7 @@ def standard_output() -> Iterator[None]:
     finally:
         sys.stdout = before
         try:
-            output.detach()  # which flushes
+            output.detach()  # also flushes
         except (OSError, RunError):
             _discard(before)
             output.detach()
@@ -106,7 +106,7 @@ def _explained() -> Iterator[None]:
 
 
 def _discard(stream: io.TextIOWrapper) -> None:
-    """Send what ``stream`` still holds nowhere, so that the interpreter's exit does not fail on it."""
+    """Discard buffered output of ``stream``, so that it does not fail at the interpreter's exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

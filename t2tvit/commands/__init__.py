@@ -1,6 +1,6 @@
 """The commands of ``t2tvit``, one module each: HELP, EPILOG, ``add_options`` and ``run``.
 
-A module imports the trainer and the like inside ``run``, so that ``--help`` needs no extra package.
+Each module imports heavy dependencies inside ``run``, so that ``--help`` needs no extra packages.
 """
 
 COMMANDS = (

@@ -1,4 +1,4 @@
-"""``t2tvit bench``: what the kernels save, against plain PyTorch and others in the same process."""
+"""``t2tvit bench``: speed and memory of a model, compared with plain PyTorch and timm models."""
 
 import argparse
 from dataclasses import replace
@@ -24,25 +24,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--run", type=Path, metavar="DIR", help="the model of a training run")
     parser.add_argument(
-        "--repetitions", type=int, default=10, metavar="N", help="of each measurement (default: 10)"
+        "--repetitions",
+        type=int,
+        default=10,
+        metavar="N",
+        help="repetitions of each measurement (default: 10)",
     )
     parser.add_argument(
         "--against",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="models of timm to measure beside it",
+        help="timm models to measure as well",
     )
     add_keys(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure as the parsed arguments say.
+    """Run the benchmark of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
-        RunError: fused and reference disagree, so nothing is timed.
+        InputError: Invalid input.
+        BackendUnavailable: The named backend cannot run.
+        RunError: Fused model and reference disagree, so nothing is timed.
     """
     from t2tvit.speed import LARGEST_BATCH, compare_with_reference, loader_line
     from t2tvit.training import distributed

@@ -1,4 +1,4 @@
-"""``t2tvit compare``: many models trained with one budget on the same data, in a table and plots."""
+"""``t2tvit compare``: trains several models with the same budget; writes a table and plots."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,11 @@ from t2tvit.commands.options import add_keys, given
 from t2tvit.errors import InputError
 from t2tvit.training.config import KEYS
 
-HELP = "train several models alike and compare what they reach"
+HELP = "train several models in the same way and compare them"
 EPILOG = """
-All models have the same data, epochs, batches, optimiser and seeds; a comparison's file names the
-models, each with its model, model_args and drop_path. To resume a stopped comparison, give its command
-again.
+All models have the same data, epochs, batches, optimiser and seeds. A comparison's file lists the
+models, each with its model, model_args and drop_path. To resume a stopped comparison, repeat its
+command.
 
 examples:
   t2tvit compare --output runs/compare
@@ -27,31 +27,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="NAME",
-        help="models that `t2tvit models` lists, or timm:NAME, as they are; or give --config",
+        help="whole models that `t2tvit models` lists, or timm:NAME; or use --config",
     )
     parser.add_argument(
         "--config",
         metavar="NAME",
         help="a YAML file of a training configuration with models and seeds, or the packaged "
-        "digits, the default without NAME",
+        "digits (the default without NAME)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="the only folder written to: a folder for each run, the table, plots and CSV",
+        help="the folder for all output: a folder per run, the table, plots and CSV files",
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="of each model's runs (default: 0 1 2)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="seeds of the runs of each model (default: 0 1 2)",
     )
     add_keys(parser, [name for name in KEYS if name not in OWN_KEYS])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compare as the parsed arguments say.
+    """Run the comparison of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
+        InputError: Invalid input.
     """
     from t2tvit.comparison.plan import claim, read_comparison
     from t2tvit.comparison.results import report
@@ -61,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     output = arguments.output
     if output is None:
-        raise InputError("--output: none given; name the folder that the comparison may write to")
+        raise InputError("--output: got none, expected a folder for the comparison's files")
     comparison = read_comparison(
         arguments.config, arguments.models, arguments.seeds, given(arguments)
     )

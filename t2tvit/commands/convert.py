@@ -1,4 +1,4 @@
-"""``t2tvit convert``: weights from one place and form to another."""
+"""``t2tvit convert``: converts weights between formats and locations."""
 
 import argparse
 from dataclasses import replace
@@ -9,10 +9,10 @@ from t2tvit.commands.options import PREPARATION_KEYS, add_keys, given
 from t2tvit.errors import InputError
 from t2tvit.terminal import printable
 
-HELP = "bring weights from one place and form to another"
+HELP = "convert weights between our format, the published one, folders and the Hub"
 EPILOG = """
-Weights of our own say what they are; those of published form need --model, and their image size and
-number of classes are read off them. The Hub is reached through huggingface_hub and its credentials.
+Our weights describe their model. Published weights need --model; their image size and number of
+classes are derived from the tensors. Access to the Hub uses huggingface_hub and its credentials.
 
 examples:
   t2tvit convert 81.5_T2T_ViT_14.pth.tar t2t_vit_14.safetensors --model t2t_vit_14
@@ -24,31 +24,31 @@ KEYS = (*PREPARATION_KEYS, "model", "model_args", "num_classes")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    places = "hf-hub:USER/NAME or local-dir:FOLDER, in the form of timm"
+    places = "hf-hub:USER/NAME or local-dir:FOLDER, in timm's format"
     parser.add_argument(
-        "source", metavar="SOURCE", help=f"a file, ours or of published form, or {places}"
+        "source", metavar="SOURCE", help=f"a file in our or the published format, or {places}"
     )
     parser.add_argument(
         "target",
         metavar="TARGET",
-        help=f"a file, .safetensors (ours) or .pth or .pth.tar (published form), or {places}",
+        help=f"a file, .safetensors (ours) or .pth or .pth.tar (published format), or {places}",
     )
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="the classes, one a line; a 1000-class checkpoint without class names is assumed to be "
+        help="the class names, one per line; a 1000-class checkpoint without class names is assumed to be "
         "ImageNet",
     )
     add_keys(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert as the parsed arguments say.
+    """Run the conversion of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        RunError: the target cannot be written.
+        InputError: Invalid input.
+        RunError: The target cannot be written.
     """
     from t2tvit.class_names import read_names
     from t2tvit.conversion import OURS, PUBLISHED, read, write
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not hub.is_address(target) and not target.endswith((OURS, *PUBLISHED)):
         raise InputError(
             f"TARGET: got {target}, expected a file {OURS} (ours) or {', '.join(PUBLISHED)} "
-            f"(published form), {hub.HUB}USER/NAME or {hub.LOCAL}FOLDER"
+            f"(published format), {hub.HUB}USER/NAME or {hub.LOCAL}FOLDER"
         )
     model, about = read(arguments.source, given(arguments))
     if arguments.class_names is not None:

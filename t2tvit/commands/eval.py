@@ -22,11 +22,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate as the parsed arguments say.
+    """Run the evaluation of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
+        InputError: Invalid input.
+        BackendUnavailable: The named backend cannot run.
     """
     from t2tvit.data.images import describe_skipped
     from t2tvit.training import distributed

@@ -1,4 +1,4 @@
-"""``t2tvit export``: a trained model as a file for other tools, proved to compute the same."""
+"""``t2tvit export``: writes a trained model for other tools and checks the result."""
 
 import argparse
 from dataclasses import replace
@@ -8,10 +8,10 @@ from t2tvit.commands.options import PREPARED_KEYS, add_keys, add_weights, chosen
 
 HELP = "write a trained model for other tools"
 EPILOG = """
-Each file is read again and run on random images; the largest difference from the model is printed,
-and a file that differs by more than rounding is not kept. The soft splits become plain operators,
-unless --fused-kernels names kernels for torch-export and aotinductor: then whoever loads the file
-must import t2t_kernels first.
+Each file is reloaded and run on random images. The largest difference from the model is printed, and
+a file that differs by more than rounding is removed. Soft splits become plain operators, unless
+--fused-kernels names kernels (torch-export and aotinductor only): then t2t_kernels must be imported
+before the file is loaded.
 
 examples:
   t2tvit export --run runs/digits --output exported
@@ -29,27 +29,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="onnx (batch of any size, plain operators), torch-export (a program for "
         "torch.export.load), aotinductor (compiled for this kind of machine, needs a C++ "
-        "compiler), safetensors (weights that say what they are) (default: onnx)",
+        "compiler), safetensors (weights with a description of their model) (default: onnx)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the folder of the files"
+        "--output", type=Path, required=True, metavar="DIR", help="the folder for the files"
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of weights, images and logits; no bfloat16 in onnx (default: float32)",
+        help="dtype of weights, images and logits; onnx does not support bfloat16 (default: float32)",
     )
     add_keys(parser, PREPARED_KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export as the parsed arguments say.
+    """Run the export of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the kernels asked for cannot run.
-        RunError: what was exported does not compute what the model does; it is not kept.
+        InputError: Invalid input.
+        BackendUnavailable: The named kernels cannot run.
+        RunError: The exported file gives other results than the model; it is removed.
     """
     from t2tvit.exporting import check_format, export, prepared
     from t2tvit.training import distributed

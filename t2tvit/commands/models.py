@@ -1,4 +1,4 @@
-"""``t2tvit models``: what each model is, costs and reached, and which kernels serve it."""
+"""``t2tvit models``: architecture, cost, published accuracy and kernels of each model."""
 
 import argparse
 import fnmatch
@@ -13,13 +13,13 @@ from t2tvit.models import BASELINES, MODELS, T2TBackbone, create_model, list_mod
 from t2tvit.models.cost import multiply_adds
 from t2tvit.models.timm_models import TIMM, create_timm_model
 
-HELP = "list models with what they cost and reached"
+HELP = "list models with their cost and published accuracy"
 EPILOG = """
 examples:
   t2tvit models
   t2tvit models 't2t_vit_t_*' timm:resnet50 --img-size 384
 """
-# The operation that serves each kind of T2T layer; a convolution is PyTorch's own.
+# The operation of each kind of T2T layer; convolutions use PyTorch.
 LAYER_OPERATIONS = {"performer": "performer_layer", "transformer": "transformer_layer"}
 HEAD = (
     *("model", "tokens", "dim/depth/heads", "parameters", "GMACs"),
@@ -30,7 +30,7 @@ LEFT = ("model", "tokens", "dim/depth/heads", "fused kernels")
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A row of the table. Those of timm's models leave out what only the paper says."""
+    """A row of the table. Figures of the paper are missing for timm's models."""
 
     name: str
     parameters: int
@@ -57,14 +57,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="which, also with wildcards; timm:NAME is one of timm (default: all of ours)",
+        help="names of our models, wildcards allowed, or timm:NAME (default: all of ours)",
     )
     parser.add_argument(
         "--img-size",
         type=int,
         default=224,
         metavar="N",
-        help="side of the images to count multiply-adds for (default: 224)",
+        help="image size for counting multiply-adds (default: 224)",
     )
 
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     """List the models that the parsed arguments name.
 
     Raises:
-        InputError: an unknown name, or a size that a model does not take.
+        InputError: A name is unknown, or a model does not support the image size.
     """
     size = arguments.img_size
     if size < 16:
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def chosen(patterns: list[str]) -> list[str]:
-    """The names that ``patterns`` mean: ours, with wildcards, or ``timm:NAME``; none: all ours."""
+    """The models that match ``patterns`` (wildcards or ``timm:NAME``); all of ours if there are none."""
     names = []
     for pattern in patterns or ["*"]:
         known = list_models(baselines=True)
@@ -108,7 +108,7 @@ def chosen(patterns: list[str]) -> list[str]:
 
 
 def survey(name: str, size: int) -> Surveyed:
-    """Build a model without memory and count."""
+    """Count the parameters and multiply-adds of a model, which is built without allocating memory."""
     if name.startswith(TIMM):
         with torch.device("meta"):
             model = create_timm_model(name, img_size=size)
@@ -139,7 +139,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def shape_of(model: T2TBackbone) -> str:
-    """Width, depth and heads of the backbone; a dense one's width grows from first to last."""
+    """Width, depth and heads of the backbone; the width of a dense one grows with depth."""
     blocks = [block for block in model.blocks if hasattr(block, "attn")]
     width = f"{model.embed_dim}"
     if model.num_features != model.embed_dim:

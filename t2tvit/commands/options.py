@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = RunConfig()
 MODEL_KEYS = ("model", "model_args", "num_classes", "fused_kernels")
-# How an image becomes a model's input, beyond the model itself.
+# The preprocessing of images.
 PREPARATION_KEYS = ("img_size", "interpolation", "crop_pct", "mean", "std")
 PREPARED_KEYS = (*PREPARATION_KEYS, *MODEL_KEYS, "device")
 INFERENCE_KEYS = (
@@ -27,7 +27,7 @@ CONFIG_HELP = (
 
 
 def add_keys(parser: argparse.ArgumentParser, names: Iterable[str] = KEYS) -> None:
-    """One option per key of the schema; those not given stay absent from the namespace."""
+    """Add an option per key of the schema. Options that are not given are absent from the namespace."""
     groups = {}
     for name in names:
         rules, hint = KEYS[name].metadata, HINTS[name]
@@ -74,7 +74,7 @@ def _metavar(name: str, hint, choices) -> str:
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The schema's keys that were given on the command line, unconverted but for NAME=VALUE."""
+    """The keys that were given on the command line; only NAME=VALUE is converted."""
     overrides = {name: value for name, value in vars(arguments).items() if name in KEYS}
     if "model_args" in overrides:
         pairs = {}
@@ -91,11 +91,11 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_weights(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The options that say which trained weights to use."""
+    """Add the options that select trained weights."""
     source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--run",
-        "--run-dir",  # torchrun takes --run for an abbreviation of its own
+        "--run-dir",  # torchrun interprets --run as an abbreviation of its own option
         type=Path,
         metavar="DIR",
         help="the output of a training run",
@@ -110,17 +110,17 @@ def add_weights(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "--weights",
         choices=("best", "last"),
         default="best",
-        help="of --run: from the best epoch or the last (default: best)",
+        help="which weights of --run: of the best or the last epoch (default: best)",
     )
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help=f"{CONFIG_HELP}; for weights that do not say themselves what they are",
+        help=f"{CONFIG_HELP}; for weights that do not describe their model",
     )
 
 
 def chosen_weights(arguments: argparse.Namespace) -> "tuple[Path, RunConfig, Weights | None]":
-    """The file that --run or --checkpoint means, its configuration and its own description.
+    """The file of --run or --checkpoint, its configuration and its own description.
 
     Raises:
         InputError: The file is missing or damaged, or does not fit the other options.

@@ -1,4 +1,4 @@
-"""``t2tvit predict``: classes of image files, folders and lists, or of held-out images."""
+"""``t2tvit predict``: classifies image files, folders and lists, or held-out images."""
 
 import argparse
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 from t2tvit.commands.options import INFERENCE_KEYS, add_keys, add_weights, chosen_weights
 from t2tvit.errors import InputError
 
-HELP = "classify images, or a sample of held-out ones"
+HELP = "classify images, or a sample of the held-out images"
 EPILOG = """
-Held-out images are named by their path (imagefolder), by SHARD/KEY (webdataset) or by their index. The
-plot is written in the format of its extension and shows the first --images images.
+Held-out images are identified by path (imagefolder), SHARD/KEY (webdataset) or index. The plot is
+written in the format of its extension and shows the first --images images.
 
 examples:
   t2tvit predict --run runs/digits --plot predictions.png
@@ -24,44 +24,43 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, folders of them, or - for a list on standard input, one a line",
+        help="image files or folders, or - for a list on standard input, one per line",
     )
     parser.add_argument(
-        "--top-k", type=int, default=5, metavar="N", help="classes to name (default: 5)"
+        "--top-k", type=int, default=5, metavar="N", help="how many classes to print (default: 5)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line instead of a table"
-    )
+    parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="the classes, one a line, for weights that do not name them; a 1000-class checkpoint "
+        help="the class names, one per line, for weights without names; a 1000-class checkpoint "
         "without class names is assumed to be ImageNet",
     )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the images with the predicted classes; .png without another extension",
+        help="draw the images with the predicted classes; the default extension is .png",
     )
     parser.add_argument(
         "--images",
         type=int,
         default=40,
         metavar="N",
-        help="how many to draw, and without IMAGE how many held-out ones to take (default: 40)",
+        help="how many images to draw, and without IMAGE how many held-out images to use (default: "
+        "40)",
     )
     add_weights(parser)
     add_keys(parser, INFERENCE_KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Predict as the parsed arguments say.
+    """Run the prediction of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix; of images that cannot be read, after all others.
-        BackendUnavailable: the backend asked for cannot run.
+        InputError: Invalid input. For unreadable images, it is raised after all others are classified.
+        BackendUnavailable: The named backend cannot run.
     """
     from t2tvit.class_names import names_of, read_names
     from t2tvit.figures import figure_file

@@ -25,14 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME",
-        help=f"{CONFIG_HELP}; options override it; the default is digits if the data is digits, else "
-        "the defaults below, which also fill what a config leaves out",
+        help=f"{CONFIG_HELP}. Options override it. The default is digits if the data is digits. Keys "
+        "that it does not set have the defaults below",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="the only folder written to: weights (best and last), training state, metrics, curves",
+        help="the folder for all output: weights (best and last), training state, metrics, curves",
     )
     parser.add_argument(
         "--resume",
@@ -43,12 +43,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train as the parsed arguments say.
+    """Run the training of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the backend asked for cannot run.
-        RunError: losses stay not finite, or the disk is full; the last checkpoint is intact.
+        InputError: Invalid input.
+        BackendUnavailable: The named backend cannot run.
+        RunError: Losses remain non-finite, or the disk is full; the last checkpoint is intact.
     """
     from t2tvit.training import distributed
     from t2tvit.training.checkpointing import RunFolder
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
             with Signals() as signals:
                 train(config, folder, world, signals)
         except Stopped as stopped:
-            kept = "all that was done is kept" if stopped.is_kept else "the last good state is kept"
+            kept = "all progress is saved" if stopped.is_kept else "the last good state is kept"
             world.say(f"stopped by a signal; {how_to_resume(folder.output, kept)}")
             stopped.end_elsewhere()
         except KeyboardInterrupt:
@@ -79,10 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def how_to_resume(output: Path, kept: str) -> str:
-    """A message that says what is ``kept`` of the stopped run in ``output`` and how to resume it."""
+    """A message with what is ``kept`` of the stopped run in ``output`` and how to resume it."""
     from t2tvit.training.checkpointing.run_folder import read_record
     from t2tvit.training.checkpointing.states import states_in
 
     if not states_in(output) and not read_record(output):
-        return "training had not begun. Start it again with the same command"
+        return "training had not started. Repeat the command to start it"
     return f"{kept}. Resume with: t2tvit train --output {shlex.quote(str(output))} --resume auto"

@@ -1,4 +1,4 @@
-"""``t2tvit visualize``: what the layers of a model make of images, as PNGs and one page."""
+"""``t2tvit visualize``: what the layers of a model compute for images, as PNGs and a page."""
 
 import argparse
 from pathlib import Path
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from t2tvit.training.distributed import World
     from t2tvit.visualization.subject import Subject
 
-HELP = "show what a model's layers make of images"
+HELP = "show what the layers of a model compute for images"
 EPILOG = """
-Writes index.html with PNGs beside it: feature maps of every layer with dead and exploding channels
-marked and counted (layers.json has the numbers), tokens of the soft splits, attention of the class
-token by head and as rollout, and for Performer layers how close their random features are to softmax.
---model takes one of ours or timm:NAME; without weights it is newly initialised.
+Writes index.html and PNGs: feature maps of every layer, with dead and exploding channels marked and
+counted (layers.json has the numbers); tokens of the soft splits; attention of the class token per
+head and as a rollout; and for Performer layers the error of their random features relative to softmax.
+--model accepts our models and timm:NAME. Without weights, the model is newly initialised.
 
 examples:
   t2tvit visualize --run runs/digits --output pictures
@@ -32,29 +32,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="IMAGE",
-        help="image files, folders of them, or - for a list on standard input, of which the first "
-        "16 are shown (default: four held-out images of --run; without --run the two photographs "
-        "that scikit-learn ships)",
+        help="image files or folders, or - for a list on standard input; the first 16 images are shown "
+        "(default: four held-out images of --run; without --run, two photographs from scikit-learn)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the folder of page and pictures"
+        "--output", type=Path, required=True, metavar="DIR", help="the folder for page and pictures"
     )
     parser.add_argument(
-        "--channels", type=int, default=64, metavar="N", help="to show of a layer (default: 64)"
+        "--channels",
+        type=int,
+        default=64,
+        metavar="N",
+        help="channels to show per layer (default: 64)",
     )
     parser.add_argument(
-        "--pretrained", action="store_true", help="of timm:NAME: with timm's weights, downloaded"
+        "--pretrained", action="store_true", help="for timm:NAME: download timm's weights"
     )
     add_weights(parser, required=False)
     add_keys(parser, PREPARED_KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Visualize as the parsed arguments say.
+    """Run the visualization of the parsed arguments.
 
     Raises:
-        InputError: something the user can fix.
-        BackendUnavailable: the kernels asked for cannot run.
+        InputError: Invalid input.
+        BackendUnavailable: The named kernels cannot run.
     """
     from t2tvit.training import distributed
     from t2tvit.visualization.subject import show
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def subject_of(arguments: argparse.Namespace, options: dict, world: "World") -> "Subject":
-    """The model to visualize, as the arguments and the configuration keys in ``options`` say."""
+    """The model to visualize, from the arguments and the configuration keys in ``options``."""
     from t2tvit.training.config import resolve
     from t2tvit.visualization.subject import new_subject, timm_subject, trained_subject
 
@@ -80,10 +83,12 @@ def subject_of(arguments: argparse.Namespace, options: dict, world: "World") -> 
             )
         return timm_subject(options, arguments.checkpoint, arguments.pretrained)
     if arguments.pretrained:
-        raise InputError(f"--pretrained: only a model of timm has such weights; give {TIMM}NAME")
+        raise InputError(
+            f"--pretrained: got our model, but only timm models have such weights; give --model {TIMM}NAME"
+        )
     if arguments.run is not None or arguments.checkpoint is not None:
         held_out = arguments.run is not None and not arguments.images
         return trained_subject(*chosen_weights(arguments), world, held_out)
     if "model" in options or arguments.config is not None:
         return new_subject(resolve(arguments.config, options))
-    raise InputError("what to visualize? give --run, --checkpoint or --model")
+    raise InputError("got no model to visualize; give --run, --checkpoint or --model")

@@ -32,7 +32,7 @@ def loaded(path: Path) -> torch.Tensor:
 
 
 def test_there_and_back_again(tmp_path, capsys):
-    """File → published form → folder of timm's form → file: the same model, classes, images."""
+    """File → published format → folder in timm's format → file: the same model, classes, images."""
     source = weights(tmp_path)
     published, back = tmp_path / "w.pth.tar", tmp_path / "back.safetensors"
     folder = f"local-dir:{tmp_path}/hub"
@@ -139,7 +139,7 @@ def test_what_cannot_be_pushed(tmp_path):
 
     with pytest.raises(InputError, match="class_names: got 2, expected 3"):
         hub.push(model(), f"local-dir:{tmp_path}/a", class_names=["a", "b"])
-    with pytest.raises(InputError, match="cannot be written down"):
+    with pytest.raises(InputError, match="cannot be written as JSON"):
         hub.push(model(attention_layer=SEAttention), f"local-dir:{tmp_path}/a")
     with pytest.raises(InputError, match="expected hf-hub:USER/NAME or local-dir:FOLDER"):
         hub.push(model(), str(tmp_path / "a"))
@@ -161,7 +161,7 @@ def test_the_user_is_told_what_is_wrong(tmp_path, capsys):
         ((tmp_path / "gone.pth", target), "does not exist"),
         ((f"local-dir:{tmp_path}/gone", target), "there is no such folder"),
         ((f"local-dir:{tmp_path}", target), "there is no config.json"),
-        ((f"local-dir:{broken}", target), "config.json is not of timm's form"),
+        ((f"local-dir:{broken}", target), "config.json does not have timm's format"),
         (("hf-hub:", target), "expected hf-hub:USER/NAME"),
         ((source, target, "--class-names", tmp_path / "names.txt"), "has 2 lines, the model 3"),
     ):

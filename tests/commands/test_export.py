@@ -66,7 +66,7 @@ def test_onnx_in_half_precision(onnxruntime, tmp_path, capsys):
 
 @pytest.mark.parametrize("kernels", ["reference", "cpu"])
 def test_programs(kernels, tmp_path, capsys):
-    """torch.export's, of plain operators or of fused ones; and weights that say what they are."""
+    """torch.export's, with plain operators or fused kernels; and weights with a description."""
     formats = ("--format", "torch-export", "--dtype", "bfloat16", "--fused-kernels", kernels)
     source = weights(tmp_path, depth=1)
     run(capsys, "export", "--checkpoint", source, *formats, "--output", tmp_path / "out")
@@ -121,7 +121,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, 
     monkeypatch.setitem(exporting.FORMATS, "safetensors", broken)
     options = ("--format", "safetensors", "--output", tmp_path / "out")
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
-    assert "relative error 1.0e-04 of the logits" in line and "not kept" in line
+    assert "relative error 1.0e-04 of the logits" in line and "file is removed" in line
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -136,7 +136,7 @@ def test_what_does_not_go_together(tmp_path, capsys):
     source = ("--checkpoint", weights(tmp_path), "--output", tmp_path / "out")
     for options, message in (
         (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'?"),
-        (("--dtype", "bfloat16"), "a file of format onnx can be float32 or float16"),
+        (("--dtype", "bfloat16"), "format onnx supports only float32 or float16"),
         (("--fused-kernels", "cpu"), "--fused-kernels: a file of format onnx is of plain"),
         (("--dtype", "half"), "invalid choice: 'half'"),
     ):
@@ -206,5 +206,5 @@ def test_a_file_that_misreads_images_is_not_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(exporting.FORMATS, "safetensors", broken)
     options = ("--format", "safetensors", "--output", tmp_path / "out")
     line = run(capsys, "export", "--checkpoint", weights(tmp_path), *options, status=1)
-    assert "images in another form (NHWC memory, permuted)" in line and "not kept" in line
+    assert "images in another form (NHWC memory, permuted)" in line and "file is removed" in line
     assert not list((tmp_path / "out").iterdir())

@@ -355,7 +355,7 @@ def test_what_the_user_can_fix(tmp_path, capsys):
     for arguments, message in (
         ((), "give --run, --checkpoint or --model"),
         (("--model", "timm:resnt18"), "did you mean 'resnet18'?"),
-        (("--model", "t2t_vit_7", "--pretrained"), "only a model of timm has such weights"),
+        (("--model", "t2t_vit_7", "--pretrained"), "only timm models have such weights"),
         (("--model", "t2t_vit7"), "did you mean 't2t_vit_7'?"),
         (("--model", "timm:resnet18", "--checkpoint", tmp_path / "gone.pth"), "gone.pth"),
         (("--model", "t2t_vit_7", tmp_path / "gone.jpg"), "gone.jpg does not exist"),

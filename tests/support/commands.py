@@ -33,7 +33,7 @@ def model(**options) -> T2TBackbone:
 
 
 def weights(folder: Path, class_names=CLASS_NAMES, **options) -> Path:
-    """Its weights in a file of our own form."""
+    """Its weights in a file in our format."""
     path = folder / "best.safetensors"
     about = Weights("t2t_vit_7", ARGS | options, list(class_names), CONFIG)
     save_weights(model(**options), path, about)

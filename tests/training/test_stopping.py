@@ -89,7 +89,7 @@ def test_a_reader_that_hangs_does_not_hold_up_a_signal(tmp_path, capsys, whole, 
     output = tmp_path / "run"
     with Hang(pipeline.TrainingImages, 8 * 3 + 3):
         assert train(output, "--workers", workers) == 0
-    assert "stopped by a signal; all that was done is kept" in capsys.readouterr().out
+    assert "stopped by a signal; all progress is saved" in capsys.readouterr().out
     assert newest(output).stem == "state-00000-00000003"
     assert main(["train", "--output", str(output), "--resume", "auto", "--workers", "0"]) == 0
     assert_same_end(whole, output)
@@ -108,7 +108,10 @@ def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(tmp_path, whole, 
 def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(tmp_path, capsys):
     with Hang(pipeline.TrainingImages, 0):
         assert train(tmp_path / "run") == 0
-    assert "stopped by a signal; training had not begun. Start it again" in capsys.readouterr().out
+    assert (
+        "stopped by a signal; training had not started. Repeat the command"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -231,7 +234,7 @@ def test_a_signal_to_one_process_in_an_evaluation_ends_both_together(tmp_path):
         return done.stdout
 
     out = started(str(script), *options, "--output", str(stopped))
-    assert "stopped by a signal; all that was done is kept" in out and "epoch 1/1" not in out
+    assert "stopped by a signal; all progress is saved" in out and "epoch 1/1" not in out
     assert newest(stopped).stem == "state-00000-00000011"
     started("-m", "t2tvit", "train", "--output", str(stopped), "--resume", "auto")
     started("-m", "t2tvit", *options, "--output", str(plain))
