@@ -1,6 +1,6 @@
-# make demo   set up, train on real handwritten digits, show what was learned
+# make demo   set up, train on real handwritten digits, plot predictions, compare speed
 # make test   set up, run all tests
-# Both need Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+# Both need Python >= 3.10, a C++ compiler and make; everything else is installed into .venv.
 # make lint   set up, check Python with ruff and mypy, C++ and CUDA with clang-format
 # make gpu-report   build, check and measure the kernels on a GPU, with a Python that has torch and the
 #                   packages of pyproject.toml's [dev]; nothing is downloaded. OUT_DIR=, PYTHON=, FULL=1
@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# What the kernels are compiled from: a change of any of these compiles them again.
+# The sources of the kernels: a change of any of them compiles the kernels again.
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*) setup.py pyproject.toml
 
 .PHONY: demo test lint test-abi bench gpu-report clean
@@ -18,7 +18,7 @@ $(VENV)/ready: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: $(PYTHON) is older than Python 3.10; name another one: make PYTHON=..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Setting up $(VENV): torch is some gigabytes, once."
+	@echo "Setting up $(VENV): downloads several gigabytes for torch, only once."
 	@$(BIN)/pip install --quiet --upgrade pip
 	@$(BIN)/pip install "torch>=2.11" torchvision "setuptools>=77" "pybind11>=2.13" ninja packaging wheel
 	@echo "Compiling the kernels."
@@ -41,9 +41,9 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*)
 
-# pip install . as a user runs it: built in isolation with the newest torch, then tested with the oldest
-# torch and Triton that are supported. Triton's interpreter is slow: of its tests, those that depend on
-# the versions. The one of Triton 3.6 fails with NumPy 2.4 at loops with run-time bounds.
+# pip install . as users run it: built in isolation with the newest torch, then tested with the oldest
+# supported torch and Triton. Of the slow tests in Triton's interpreter, only those that depend on the
+# versions run. The interpreter of Triton 3.6 fails with NumPy 2.4 at loops with run-time bounds.
 OLDEST := torch==2.11.0 triton==3.6.0 "numpy<2.4"
 ABI := build/abi
 test-abi:

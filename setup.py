@@ -1,10 +1,10 @@
-"""Builds ``t2t_kernels._C`` (C++, everywhere) and ``t2t_kernels/_cuda.so`` (where nvcc is found).
+"""Builds ``t2t_kernels._C`` (C++, always) and ``t2t_kernels/_cuda.so`` (if nvcc is found).
 
 Environment:
-    T2T_WITH_CUDA         0 leaves the CUDA library out, 1 fails if it cannot be built; else it is
-                          left out if it cannot be built.
-    TORCH_CUDA_ARCH_LIST  architectures, as torch reads it; else those of the visible GPUs; else all.
-    MAX_JOBS              compilers at a time; else as many as cores and memory allow.
+    T2T_WITH_CUDA         0 omits the CUDA library, 1 fails if it cannot be built; by default it is
+                          omitted if it cannot be built.
+    TORCH_CUDA_ARCH_LIST  architectures in torch's format; by default those of the visible GPUs, or all.
+    MAX_JOBS              parallel compilers; by default as many as cores and memory allow.
 """
 
 import os
@@ -27,16 +27,16 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent
-# ninja may be installed beside this Python only, and torch looks for it on the path.
+# ninja may be installed only next to this Python, and torch looks for it in PATH.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-# LibTorch's stable ABI as of 2.11: what is built here loads under every later torch.
+# LibTorch's stable ABI of 2.11: the build works with every later torch.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 ALL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 GIB_PER_CXX_JOB, GIB_PER_NVCC_JOB = 2, 4
 
 
 def why_no_cuda() -> str | None:
-    """The reason why the CUDA library cannot be built here; None where it can."""
+    """The reason why the CUDA library cannot be built here; None if it can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} of the build environment is a CPU build"
     if cpp_extension.CUDA_HOME is None:
@@ -47,7 +47,7 @@ def why_no_cuda() -> str | None:
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says("--version"))
     if release and release[1] != torch.version.cuda.split(".")[0]:
         return (
-            f"nvcc is of CUDA {release[1]}.{release[2]} but torch was built with CUDA "
+            f"nvcc is from CUDA {release[1]}.{release[2]} but torch was built with CUDA "
             f"{torch.version.cuda}; their major versions must agree"
         )
     return None
@@ -60,7 +60,7 @@ def nvcc_says(*options: str) -> str:
 
 
 def cuda_library_dirs() -> list[str]:
-    """Where the toolkit keeps its libraries: nvcc may be a link or script far from them."""
+    """The library folders of the toolkit; nvcc may be a link or script in another place."""
     top = Path(re.search(r"TOP=(\S+)", nvcc_says("--dryrun", "-x", "cu", os.devnull))[1])
     folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
     return [str(folder.resolve()) for folder in folders if folder.is_dir()]
@@ -83,7 +83,7 @@ def wants_cuda() -> bool:
 
 
 def cuda_architectures() -> str:
-    """As TORCH_CUDA_ARCH_LIST: the user's, else the visible GPUs', else all that nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST: the user's value, the visible GPUs, or all that nvcc supports."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked:
         names = asked.replace(";", " ").split()
@@ -98,11 +98,11 @@ def cuda_architectures() -> str:
     if torch.cuda.is_available():
         devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wanted = [f"{major}.{minor}" for major, minor in sorted(devices)]
-        # Hopper's own instructions need its suffix.
+        # Instructions that only Hopper has need the suffix.
         wanted = ["9.0a" if name == "9.0" else name for name in wanted]
     else:
         wanted = list(ALL_ARCHITECTURES)
-    # nvcc lists 90a only from some versions on, but takes it wherever it knows 90.
+    # Older nvcc do not list 90a, but accept it if they know 90.
     chosen = [name for name in wanted if name.replace(".", "").rstrip("a") in known]
     if not chosen:
         sys.exit(
@@ -113,7 +113,7 @@ def cuda_architectures() -> str:
 
 
 def parallel_jobs(gib_per_job: int) -> int:
-    """Compilers at a time that neither starve the cores nor exhaust the memory."""
+    """The number of parallel compilers for the available cores and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # of the container, if there is one
@@ -123,7 +123,7 @@ def parallel_jobs(gib_per_job: int) -> int:
 
 
 def cxx_compiler() -> str:
-    """The C++ compiler's first line about itself; ends the build where there is none."""
+    """The first line of the C++ compiler's version; ends the build if there is no compiler."""
     command = (os.environ.get("CXX") or "c++").split()
     if shutil.which(command[0]) is None:
         sys.exit(f"t2tvit: no C++ compiler: {command[0]!r} was not found. Install g++ or set CXX.")
@@ -152,7 +152,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         self.extensions = [e for e in self.extensions if e not in self.left_out]
 
     def build_extension(self, extension: Extension) -> None:
-        """Build one library; the package works without the CUDA library, unless it was asked for."""
+        """Build a library. A failure of the CUDA library is only an error if it was requested."""
         try:
             super().build_extension(extension)
         except Exception as error:
@@ -164,7 +164,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 file=sys.stderr,
             )
             self.left_out.append(extension)
-            # A library of an earlier build holds other kernels, and `_C` must not promise any.
+            # Remove the library of an earlier build, and the architectures that `_C` reports.
             (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
             for other in self.extensions:
                 other.define_macros = [
@@ -205,7 +205,7 @@ def extensions() -> list[Extension]:
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cuda/*.cu")),
         include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(device_type="cuda")],
         library_dirs=[*cpp_extension.library_paths(device_type="cuda"), *cuda_library_dirs()],
-        # The runtime is linked in: the library then loads under a torch of another CUDA release.
+        # The CUDA runtime is linked statically, so the library loads with a torch for another CUDA release.
         libraries=["cudart_static", "rt", "dl", "pthread", "torch", "torch_cpu", "c10"],
         extra_compile_args={
             "cxx": ["-O3", "-std=c++20", *STABLE_ABI],
@@ -222,7 +222,7 @@ def extensions() -> list[Extension]:
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda"],
         language="c++",
     )
-    # The CUDA library first: what became of it is part of the build information in the other.
+    # The CUDA library first: whether it was built is part of the build information in `_C`.
     return [cuda, cpu]
 
 

@@ -1,4 +1,4 @@
-"""Checks and conversions that the public functions share. Each error names argument, got, expected."""
+"""Checks and conversions of the public functions' arguments. Errors name argument, got, expected."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Sizes beyond it overflow the kernels' products of two of them; no map is as large.
+# In the kernels, products of two larger sizes would overflow.
 _LARGEST_SIZE = 2**15
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -25,10 +25,10 @@ def constant_in_graphs(function: Any) -> Any:
 def output_size(
     height: int, width: int, kernel_size: int, stride: int, padding: int
 ) -> tuple[int, int]:
-    """Grid of tokens ``(h, w)`` that a soft split makes of a ``height`` × ``width`` map.
+    """The grid of tokens ``(h, w)`` of a soft split of a ``height`` × ``width`` map.
 
     Raises:
-        TypeError, ValueError: a size is not an integer or is out of range, or the padded map is
+        TypeError, ValueError: A size is not an integer or is out of range, or the padded map is
             smaller than the kernel.
     """
     for name, value, least in (
@@ -68,7 +68,7 @@ def check_split(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Check that ``tensor`` is a strided tensor of a floating dtype that the kernels know."""
+    """Check that ``tensor`` is a strided tensor with a supported floating-point dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in FLOATING:
@@ -82,7 +82,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_parameter(
     name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, like_name: str = "x"
 ) -> None:
-    """Check one parameter's shape, and that its dtype and device are those of ``like``."""
+    """Check the shape of a parameter, and that its dtype and device are those of ``like``."""
     check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -104,14 +104,14 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps: got {eps}, expected a finite number that is not negative")
 
 
-# torch.compile of torch 2.11 does not trace the question itself.
+# torch.compile of torch 2.11 does not trace this call.
 @constant_in_graphs
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that an enclosing ``torch.autocast`` asks for on the device of ``x``, if any."""
+    """The dtype of an enclosing ``torch.autocast`` for the device of ``x``, if any."""
     if not isinstance(x, Tensor) or not _has_autocast(x.device.type):
         return None
     if torch.is_autocast_enabled(x.device.type):
@@ -120,7 +120,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
-    """``tensor`` as autocast would hand it to a matrix product: float64 and non-tensors stay."""
+    """``tensor`` converted as autocast does for a matrix product: float64 and non-tensors unchanged."""
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor

@@ -3,16 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
-# Longer lists are of no help in one line.
+# Longer lists are not printed in full.
 MOST_LISTED = 100
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run this call; the message says why."""
+    """The named backend cannot run this call; the message gives the reason."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that is not among ``known``, with the nearest one, or all if they are few."""
+    """The message for a name that is not in ``known``: with the nearest name, or all if they are few."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if near:

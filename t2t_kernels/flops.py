@@ -1,7 +1,7 @@
-"""Operations of the matrix products, two per multiply-add, for ``torch.utils.flop_counter``.
+"""Operations of matrix products, two per multiply-add, for ``torch.utils.flop_counter``.
 
-Only what the mathematics needs: what a backward computes again, to save memory, does not count.
-Arguments are shapes, named as in the operations' documentation.
+Recomputation in the backward is not counted. Arguments are shapes, named as in the documentation of the
+operations.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ def register(operator, formula: Callable[..., int]) -> None:
 
 
 def token_shape(x: Shape, width: int, split: Sequence[int]) -> tuple[int, int, int]:
-    """(B, T, ``width``) of a map and ``split``, its kernel_size, stride and padding."""
+    """(B, T, ``width``) for a map and ``split`` = (kernel_size, stride, padding)."""
     h, w = output_size(x[2], x[3], *split)
     return x[0], h * w, width
 
@@ -66,7 +66,7 @@ def soft_split_linear(x: Shape, weight: Shape, split: Sequence[int]) -> int:
 
 
 def soft_split_linear_backward(x: Shape, weight: Shape, split: Sequence[int], need_x: bool) -> int:
-    """One product gives the gradients of weight and norm, another one that of the map."""
+    """One product for the gradients of weight and norm, and one for the map."""
     return soft_split_linear(x, weight, split) * (1 + need_x)
 
 
@@ -77,18 +77,18 @@ def performer_attention(v: Shape, features: int) -> int:
 
 
 def performer_attention_backward(v: Shape, features: int) -> int:
-    """The products with the constant w have one gradient, the others two."""
+    """Products with the constant w have one gradient, all others two."""
     batch, tokens, embed = v
     return 2 * batch * tokens * features * (6 * embed + 2)
 
 
 def token_attention(v: Shape) -> int:
-    """The scores and the values that they weigh."""
+    """The products for the scores and for the weighted values."""
     batch, tokens, embed = v
     return 4 * batch * tokens**2 * embed
 
 
 def layer_tail(v: Shape, hidden: int) -> int:
-    """proj and the two products of the MLP."""
+    """The products of proj and of the MLP."""
     batch, tokens, embed = v
     return 2 * batch * tokens * embed * (embed + 2 * hidden)

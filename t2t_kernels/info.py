@@ -1,4 +1,4 @@
-"""``python -m t2t_kernels.info``: versions, devices and what each backend can do here."""
+"""``python -m t2t_kernels.info``: versions, devices and available backends."""
 
 import importlib.metadata
 import os
@@ -16,12 +16,12 @@ from t2t_kernels.backends import (
     why_unavailable,
 )
 
-# Half types have an order of their own on CUDA.
+# The order of backends on CUDA differs between float32 and half types.
 CUDA_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def report() -> str:
-    """What a bug report should hold, as text."""
+    """The information that a bug report needs, as text."""
     lines = ["versions"]
     for package in ("t2tvit", "torch", "triton", "numpy"):
         lines.append(f"  {package:<10}{_version(package)}")
@@ -56,8 +56,8 @@ def report() -> str:
         lines.append(f"  {backend:<11}{f'not available: {reason}' if reason else 'available'}")
 
     if os.environ.get("T2T_BACKEND"):
-        lines.append(f"T2T_BACKEND={os.environ['T2T_BACKEND']} is asked for by the environment")
-    lines.append("operations, as served by default")
+        lines.append(f"T2T_BACKEND={os.environ['T2T_BACKEND']} is set in the environment")
+    lines.append("operations and their default backends")
     for device in devices[:2]:
         for dtype in CUDA_DTYPES if device.type == "cuda" else (torch.float32,):
             for choice in explain(device, dtype=dtype):

@@ -1,4 +1,4 @@
-"""The torch.library side of an operation: one schema, one fake, one gradient, a namespace per backend.
+"""Registers operations with torch.library: one schema, fake and gradient, and a namespace per backend.
 
 ``torch.ops.t2t_cpu.soft_split``, ``torch.ops.t2t_triton.soft_split`` and
 ``torch.ops.t2t_cuda.soft_split`` have the same contract; the namespace names the backend in graphs
@@ -134,14 +134,14 @@ def _operator(qualified: str):
 
 
 def operators(backend: str):
-    """The namespace of ``torch.ops`` that holds a compiled backend's operators."""
+    """The namespace of ``torch.ops`` with a compiled backend's operators."""
     namespace = BACKENDS[backend].namespace
     assert namespace is not None, f"{backend} has no operators"
     return getattr(torch.ops, namespace)
 
 
 def no_second_derivative(ops, ctx, *grads):
-    """The ``backward`` of a gradient that has none of its own."""
+    """The ``backward`` of a gradient without a derivative."""
     raise NotImplementedError(
         'the fused kernels have no second derivative; use backend="reference" (for a model '
         'fused_kernels="reference")'

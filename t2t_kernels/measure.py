@@ -1,7 +1,7 @@
-"""How this project measures: speed in turns, memory as autograd keeps it, ceilings of the device.
+"""Measurements: interleaved times, memory saved by autograd, ceilings of the device.
 
-Times of functions that are compared come from one process and alternate, so that drift of the
-machine meets all alike; what is reported is the median with the 20th and 80th percentile.
+Functions to compare are timed in turns in one process, so that changes of the machine's speed affect all
+of them equally. Results are reported as the median with the 20th and 80th percentile.
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 SECONDS_PER_REPETITION = 0.3
-# How long a GPU sleeps before a call, so that all of its launches wait in the queue by then.
+# How long a GPU sleeps before a call, so that all of its launches are queued when it starts.
 LEAST_HOLD_SECONDS, MOST_HOLD_SECONDS = 2e-3, 20e-3
-# Of a GPU at most: it sleeps for at least the time asked for.
+# The maximum clock rate of a GPU, so that it sleeps at least as long as requested.
 CYCLES_PER_SECOND = 2e9
 CEILING_REPETITIONS = 5
 
@@ -30,7 +30,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, ``repetitions`` of each, measured in turns.
 
-    A repetition calls its function as often as fits into about ``seconds``; ``cold`` as in
+    A repetition calls its function repeatedly for about ``seconds``. ``cold`` is described in
     :func:`seconds_per_call`. ``after_each`` is called after each repetition of a function.
     """
     counts = {}
@@ -38,7 +38,7 @@ def interleave(
         seconds_per_call(function, 2, device, cold)  # warm-up: compilation, allocation
         started = time.perf_counter()
         seconds_per_call(function, 2, device, cold)
-        # What a call costs here, which on a GPU is more than its own time: the GPU is held back.
+        # On a GPU, this includes the time for which the GPU is held back.
         counts[name] = max(1, round(seconds * 2 / (time.perf_counter() - started)))
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
@@ -51,11 +51,11 @@ def interleave(
 def seconds_per_call(
     function: Callable[[], object], count: int, device: torch.device, cold: bool = False
 ) -> float:
-    """Mean seconds of ``count`` calls; on a GPU by its own clock, from one call's start to its end.
+    """Mean seconds of ``count`` calls. On a GPU, times are measured on the device.
 
     A GPU is held back while the host launches the call. Otherwise the time of a short call would be
-    that of its launches. ``cold`` empties its L2 cache before every call, so that no call finds its
-    own result there.
+    that of its launches. ``cold`` empties the L2 cache before each call, so that the previous call does
+    not leave data there.
     """
     if device.type != "cuda":
         started = time.perf_counter()
@@ -89,15 +89,16 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of ``forward()``.
+    """Bytes that autograd saves for the backward of ``forward()``.
 
-    Each storage counts once, whole, however many tensors view it; those of ``apart`` (parameters,
-    which are there anyway) do not count.
+    Each storage counts once as a whole, even if several tensors share it. The storages of ``apart``
+    (parameters, which are in memory anyway) do not count.
     """
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # By the storage itself, since fake tensors have no address; kept alive, so that none counts twice.
+        # Identified by the storage, because fake tensors have no address. It is kept alive, so that its
+        # identity is not reused.
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
@@ -109,7 +110,7 @@ def saved_bytes(forward: Callable[[], object], apart: Iterable[Tensor] = ()) -> 
 
 
 def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that ``function`` allocates on a GPU at its peak, beyond what is there before."""
+    """Peak bytes that ``function`` allocates on a GPU, beyond those allocated before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -120,7 +121,7 @@ def peak_allocated(function: Callable[[], object], device: torch.device) -> int:
 
 @functools.lru_cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product: what can be reached here."""
+    """Operations per second of a large matrix product."""
     side = {"cuda": 8192, "cpu": 2048}[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     taken = interleave({"product": lambda: a @ b}, CEILING_REPETITIONS, device, seconds=0.1)
@@ -129,7 +130,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.lru_cache
 def copy_ceiling(device: torch.device) -> float:
-    """Bytes per second of a large copy, those read and those written: what can be reached here."""
+    """Bytes per second of a large copy, read and written."""
     size = {"cuda": 2**31, "cpu": 2**28}[device.type]
     a, b = (torch.ones(size, dtype=torch.int8, device=device) for _ in range(2))
     taken = interleave({"copy": lambda: b.copy_(a)}, CEILING_REPETITIONS, device, seconds=0.1)

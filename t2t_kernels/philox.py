@@ -1,7 +1,7 @@
 """Counter-based dropout: Philox-4x32-10 (Salmon et al., "Parallel random numbers", SC 2011).
 
-Whether an element is kept is a pure function of (seed, site, element index), so that every backend
-draws the same mask and a backward can compute it again instead of storing it.
+Whether an element is kept is a pure function of (seed, site, element index), so every backend draws
+the same mask, and a backward recomputes it instead of storing it.
 """
 
 import torch
@@ -19,12 +19,12 @@ _BLOCK, _RANGE = 8, 2**16
 def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Ten rounds of Philox: four counter words and two key words to four random words.
 
-    All are int64 tensors that hold 32-bit words, and broadcast.
+    All are int64 tensors of 32-bit words, and are broadcast.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The product wraps in int64, which keeps its 64 bits; the masks undo the sign.
+        # The product wraps in int64, which keeps all 64 bits; the masks remove the sign.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _WORD) ^ c1 ^ k0,
@@ -37,22 +37,22 @@ def philox_4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tupl
 
 
 def rounded_probability(p: float) -> float:
-    """``p`` as the masks have it: the nearest multiple of 2⁻¹⁶."""
+    """The probability that masks use: ``p`` rounded to a multiple of 2⁻¹⁶."""
     return round(p * _RANGE) / _RANGE
 
 
 def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device) -> Tensor:
-    """Which elements a dropout keeps: a boolean tensor of ``shape``.
+    """The elements that a dropout keeps: a boolean tensor of ``shape``.
 
-    Element i (row-major) takes number i mod 8 of the block with counter (i div 8, low and high word;
+    Element i (row-major) uses number i mod 8 of the block with counter (i div 8, low and high word;
     ``site``; 0) and key (``seed``, low and high word). A block's numbers are the lower and the upper 16
     bits of its words in turn. The element is kept if its number is at least round(p·2¹⁶).
 
     Args:
-        shape: of the tensor that is dropped from.
-        p: probability of dropping, 0 to 1.
+        shape: The shape of the input of the dropout.
+        p: Probability of dropping, 0 to 1.
         seed: 64 bits; an integer or an int64 tensor of one element.
-        site: tells the dropouts of one layer apart.
+        site: Distinguishes the dropouts of a layer.
     """
     elements = shape.numel()
     block = torch.arange((elements + _BLOCK - 1) // _BLOCK, device=device)
@@ -69,9 +69,9 @@ def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device
 
 
 def dropout(x: Tensor, p: float, seed: int | Tensor | None, site: int) -> Tensor:
-    """Dropout of ``x`` by :func:`keep_mask`; PyTorch's own, from its generator, if seed is None.
+    """Dropout of ``x`` by :func:`keep_mask`; PyTorch's dropout if the seed is None.
 
-    What is kept is divided by 1 − :func:`rounded_probability`, so that the expectation is ``x``.
+    Kept elements are divided by 1 − :func:`rounded_probability`, so that the expectation is ``x``.
     """
     if p == 0:
         return x

@@ -8,8 +8,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def why_shadowed() -> str | None:
-    """One line, with the remedy, if this package has no compiled kernels and an installed t2tvit
-    elsewhere on ``sys.path`` has them; otherwise None."""
+    """A one-line message if this package has no compiled kernels and an installed t2tvit elsewhere on
+    ``sys.path`` has them; otherwise None."""
     if _is_built(HERE):
         return None
     for distribution in importlib.metadata.distributions(name="t2tvit"):

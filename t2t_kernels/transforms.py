@@ -1,4 +1,4 @@
-"""Function transforms, under which a compiled kernel would be wrong or fail."""
+"""Function transforms that compiled kernels do not support."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 def active_transform(tensors: Iterable[Tensor | None]) -> str | None:
     """The transform that needs plain PyTorch operators for ``tensors``; None if there is none.
 
-    The compiled operators have a gradient, but no tangent: forward-mode AD through them would give
-    zeros without an error. The transforms of ``torch.func`` do not see through them.
+    The compiled operators only support reverse mode: forward-mode AD would give zeros without an
+    error, and the transforms of ``torch.func`` cannot transform them.
     """
-    # While a graph is captured, its own operators are transformed; only the tangents matter there.
+    # During graph capture, the operators of the graph are transformed; only tangents matter.
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         return "the transforms of torch.func"
     if forward_ad._current_level >= 0 and any(

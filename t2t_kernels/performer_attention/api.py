@@ -21,23 +21,23 @@ def performer_attention(
 ) -> Tensor:
     """Linear attention: y = φ(q)·(Σ φ(k) vᵀ) / (φ(q)·Σ φ(k) + eps), φ(x) = exp(w·x − |x|²/2)/√m.
 
-    Computed in float32 (float64 for float64 inputs) and finite for every finite q and k. Inputs of
-    float16 or bfloat16 lose nothing but their own rounding. Note the argument order: k, q, v.
+    It is computed in float32 (float64 for float64 inputs) and finite for all finite q and k. Note the
+    argument order: k, q, v.
 
     Args:
-        k, q, v: (B, T, E) each, of one dtype: float32, float16, bfloat16 or float64; any strides.
-        w: random features (m, E), any floating dtype; a constant, it receives no gradient.
-        eps: added to the normaliser. Published checkpoints were trained with 1e-8, which turns the
-            attention off where |q| and |k| are large; 0 is safe here and the robust choice for
-            new training.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        k, q, v: (B, T, E) each, with the same dtype: float32, float16, bfloat16 or float64; any strides.
+        w: Random features (m, E), any floating dtype. They are constant and receive no gradient.
+        eps: Added to the normaliser. Published checkpoints were trained with 1e-8, which suppresses
+            the attention if |q| and |k| are large. 0 is safe in this implementation and the robust
+            choice for new training.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
         (B, T, E) in the dtype of ``v``; under autocast in the autocast dtype.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError, ValueError: An argument has the wrong type, dtype, device or shape.
+        BackendUnavailable: The named backend cannot run this call.
     """
     dtype = autocast_dtype(v)
     if dtype is not None:

@@ -1,7 +1,7 @@
 """The contract of Performer attention: schemas, fakes and the gradient.
 
-Saved for the backward, besides the inputs: per image and feature the maximum c of the keys'
-log-features, the normaliser Z = Σ e^(a − c) and the sums S = Σ e^(a − c) v, in float32.
+Besides the inputs, the backward needs, per image and feature: the maximum c of the keys' log-features
+a, the normaliser Z = Σ e^(a − c) and the sums S = Σ e^(a − c) v, in float32.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Performer attention in plain PyTorch, finite for every finite q and k.
+"""Performer attention in plain PyTorch, finite for all finite q and k.
 
 Positive random features (Performers, lemma 1): φ(x) = exp(w·x − |x|²/2) / √m, and
 y_t = φ(q_t)·Σ_s φ(k_s) v_sᵀ / (φ(q_t)·Σ_s φ(k_s) + eps). The exponentials are kept in range by two
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# Beyond it |x|² overflows float32; the features there differ by less than float32 resolves anyway.
+# |x|² of larger elements would overflow float32.
 _LARGEST = 1e15
 
 
@@ -22,13 +22,14 @@ def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, *, eps: floa
     k, q = k.clamp(-_LARGEST, _LARGEST), q.clamp(-_LARGEST, _LARGEST)
 
     log_k = k @ w.t() - _half_square(k)
-    # |q|²/2 is common to a token's features: in the eps term alone it costs no precision elsewhere.
+    # |q|²/2 is common to all features of a token. It enters only the eps term, so that its rounding does
+    # not affect anything else.
     log_q, half_q = q @ w.t(), _half_square(q)
-    # The result does not depend on the maxima: they are constants to the gradient.
+    # The result does not depend on the maxima, so they are constants for the gradient.
     maximum_k = log_k.detach().amax(1, keepdim=True)
     maximum_q = (log_q.detach() + maximum_k).amax(2, keepdim=True)
     if eps > 0:
-        # The eps term, eps·m·exp(|q|²/2) beside these features, is one more exponent.
+        # Relative to these features, the eps term is eps·m·exp(|q|²/2): one more exponent.
         log_eps = half_q + (math.log(eps) + math.log(w.shape[0]))
         maximum_q = maximum_q.maximum(log_eps.detach())
 

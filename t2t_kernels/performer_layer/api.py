@@ -39,22 +39,22 @@ def performer_layer(
 
     Args:
         x: map (B, C, H, W), float32, float16, bfloat16 or float64, any memory format or strides.
-        params: the layer's tensors, in the dtype and on the device of ``x``; ``w`` in any floating
-            dtype. Under autocast they are converted as a matrix product's would be, ``w`` excepted.
-        kernel_size, stride, padding: as in :func:`t2t_kernels.soft_split`.
-        eps: as in :func:`t2t_kernels.performer_attention`.
-        dropout_p: probability of both dropouts, 0 to 1; with a seed it is rounded to a multiple of
-            2⁻¹⁶. The layer cannot know whether it is being trained: pass 0 in evaluation.
-        seed: of the dropout masks, an integer or an int64 tensor of one element (a tensor keeps a
-            compiled graph from being specialised to it); None draws from PyTorch's generator.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        params: The layer's tensors, in the dtype and on the device of ``x``; ``w`` in any floating
+            dtype. Under autocast they are converted as for a matrix product, except ``w``.
+        kernel_size, stride, padding: As in :func:`t2t_kernels.soft_split`.
+        eps: As in :func:`t2t_kernels.performer_attention`.
+        dropout_p: Probability of both dropouts, 0 to 1; with a seed it is rounded to a multiple of
+            2⁻¹⁶. Pass 0 in evaluation.
+        seed: Seed of the dropout masks, an integer or an int64 tensor of one element (a compiled graph
+            is specialised to an integer, but not to a tensor). None uses PyTorch's generator.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
-        (B, T, E). Seen as (B, h, w, E) it is the next layer's channels-last map, without a copy.
+        (B, T, E). Viewed as (B, h, w, E), it is a channels-last map for the next layer.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError, ValueError: An argument has the wrong type, dtype, device or shape.
+        BackendUnavailable: The named backend cannot run this call.
     """
     check_params(params, PerformerLayerParams)
     dtype = autocast_dtype(x)
@@ -117,7 +117,7 @@ def _check_params(params: PerformerLayerParams, x: Tensor, width: int) -> None:
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed where a kernel reads it, so that a captured graph can draw another each time."""
+    """The seed as a tensor on the device, so that a captured graph can use a new one each time."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):

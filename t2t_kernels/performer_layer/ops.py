@@ -1,7 +1,7 @@
 """The contract of the Performer T2T layer: schemas, fakes and gradients.
 
-Saved for the backward, besides the inputs, and no token's worth of anything: per image and feature the
-maximum, normaliser and sums of ``performer_attention``. The dropouts' masks follow from the seed.
+Besides the inputs, the backward needs the maximum, normaliser and sums of ``performer_attention`` per
+image and feature, but nothing per token. Dropout masks are recomputed from the seed.
 """
 
 from typing import Any, get_type_hints

@@ -1,6 +1,6 @@
-"""The Performer T2T layer, composed of the operations below it: the specification of the fused one.
+"""The Performer T2T layer, composed of smaller operations: the specification of the fused layer.
 
-``backend`` serves those operations; "reference" is plain PyTorch throughout.
+``backend`` is used for these operations; with "reference" everything is plain PyTorch.
 """
 
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def performer_layer(
     )
     k, q, v = kqv.chunk(3, dim=-1)
     y = performer_attention(k, q, v, params.w, eps=eps, backend=backend)
-    # v is the skip: the map itself, C·k·k wide, has no residual.
+    # v is the skip, because the unfolded tokens have another width (C·k·k).
     y = F.linear(y, params.proj_weight, params.proj_bias)
     y = v + dropout(y, dropout_p, seed, AFTER_PROJ)
     z = F.layer_norm(y, y.shape[-1:], params.norm2_weight, params.norm2_bias)

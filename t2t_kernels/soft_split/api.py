@@ -12,26 +12,26 @@ from t2t_kernels.soft_split.ops import SOFT_SPLIT
 def soft_split(
     x: Tensor, kernel_size: int, stride: int, padding: int, *, backend: str | None = None
 ) -> Tensor:
-    """Cut a map into overlapping square patches, one token each.
+    """Extract overlapping square patches of a map, one per token.
 
-    The same function as :func:`torch.nn.functional.unfold` followed by a transpose. Autocast leaves
-    its dtype alone: it moves data and computes nothing.
+    The same as :func:`torch.nn.functional.unfold` followed by a transpose. Autocast does not change the
+    dtype, because the data is only copied.
 
     Args:
         x: (B, C, H, W), float32, float16, bfloat16 or float64, any memory format or strides.
-        kernel_size: side k of a patch, in pixels, at least 1.
-        stride: distance between patches, in pixels, at least 1.
-        padding: rows and columns of zeros around the map, at least 0.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        kernel_size: Side k of a patch in pixels, at least 1.
+        stride: Distance between patches in pixels, at least 1.
+        padding: Rows and columns of zeros around the map, at least 0.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
-        Tokens (B, T, C·k·k) in the dtype of ``x``. T = h·w, row by row over the grid that
-        :func:`t2t_kernels.output_size` gives; a token's elements in the order (channel, row, column).
+        Tokens (B, T, C·k·k) in the dtype of ``x``. The T = h·w tokens are ordered row by row on the grid
+        of :func:`t2t_kernels.output_size`, and the elements of a token by (channel, row, column).
 
     Raises:
-        TypeError: ``x`` is not a dense tensor of a floating dtype; a size is not an integer.
-        ValueError: ``x`` has not four dimensions or is smaller than a patch; a size is too small.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError: ``x`` is not a dense floating-point tensor, or a size is not an integer.
+        ValueError: ``x`` does not have four dimensions or is smaller than a patch, or a size is too small.
+        BackendUnavailable: The named backend cannot run this call.
     """
     check_split(x, kernel_size, stride, padding)
     chosen = choose(SOFT_SPLIT, x.device, x.dtype, backend, tensors=(x,))

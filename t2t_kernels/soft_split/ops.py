@@ -1,4 +1,4 @@
-"""The contract of soft split: schemas, fakes and the gradient, common to all compiled backends."""
+"""The contract of soft split for all compiled backends: schemas, fakes and the gradient."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ def _backward_fake(call: BackwardArguments) -> Tensor:
 
 def _setup_context(ctx, call: Arguments, output: Tensor) -> None:
     height, width = call.x.shape[2:]
-    # The gradient comes back in the layout of the map, so that no copy follows it.
+    # The gradient gets the layout of the map, so that no copy is needed.
     channels_last = call.x.stride(1) == 1 and call.x.shape[1] > 1
     ctx.rest = height, width, *split_of(call), channels_last
 

@@ -1,4 +1,4 @@
-"""Soft split, optional LayerNorm, Linear: how every T2T layer begins (T2T-ViT, section 3.1)."""
+"""Soft split, optional LayerNorm, Linear: the first part of every T2T layer (T2T-ViT, section 3.1)."""
 
 import torch
 from torch import Tensor
@@ -32,23 +32,23 @@ def soft_split_linear(
 ) -> Tensor:
     """Project the tokens of a soft split: ``linear(layer_norm(soft_split(x)))``.
 
-    Under autocast, ``x`` and the parameters are converted as a matrix product's would be.
+    Under autocast, ``x`` and the parameters are converted as for a matrix product.
 
     Args:
         x: map (B, C, H, W), float32, float16, bfloat16 or float64, any memory format or strides.
         weight: (O, C·k·k), dtype and device of ``x``.
         bias: (O,) or None.
-        norm_weight, norm_bias: (C·k·k,) each, both or neither; None leaves the norm out.
-        kernel_size, stride, padding: as in :func:`t2t_kernels.soft_split`.
-        eps: added to the variance of a token.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        norm_weight, norm_bias: (C·k·k,) each, or both None for no norm.
+        kernel_size, stride, padding: As in :func:`t2t_kernels.soft_split`.
+        eps: Added to the variance of a token.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
         (B, T, O), contiguous.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError, ValueError: An argument has the wrong type, dtype, device or shape.
+        BackendUnavailable: The named backend cannot run this call.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:

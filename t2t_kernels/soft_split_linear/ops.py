@@ -1,7 +1,7 @@
 """The contract of soft split + LayerNorm + Linear: schemas, fakes and the gradient.
 
-Nothing is saved but the inputs. The backward returns the gradients of x, weight, bias and norm; those
-that do not exist, and that of x where it is not asked for, are empty.
+Only the inputs are saved. The backward returns the gradients of x, weight, bias and norm. Gradients of
+missing parameters are empty, and so is that of x if it is not needed.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from t2t_kernels.library import declare, no_second_derivative
 
 
 def like_map(x: Tensor) -> Tensor:
-    """The gradient of a map: channels-last where the map is, else contiguous."""
+    """An uninitialised gradient of a map: channels-last if the map is, else contiguous."""
     layout = torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
@@ -92,9 +92,12 @@ def _backward_flops(call: Any) -> int:
 
 
 def why_not_projected(sizes: Mapping[str, int]) -> str | None:
-    """What csrc/cuda's projection of patches does not take, here and in the T2T layers."""
+    """The supported sizes that a call exceeds in csrc/cuda's projection of patches; None if it fits.
+
+    The T2T layers have the same limits.
+    """
     channels, kernel_size = sizes.get("channels", 64), sizes.get("kernel_size", 1)
-    # Maps go tap by tap, images row by row: at most 28 rows of at most 8 pixels.
+    # Maps are read tap by tap, images row by row: at most 28 rows of at most 8 pixels.
     if channels % 64 != 0 and (kernel_size > 8 or channels * kernel_size > 28):
         return (
             "maps with a multiple of 64 channels, and images with kernel_size up to 8 and "

@@ -1,4 +1,4 @@
-"""Soft split, LayerNorm and Linear in plain PyTorch: the specification of every fused form."""
+"""Soft split, LayerNorm and Linear in plain PyTorch: the specification of fused implementations."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +19,7 @@ def soft_split_linear(
     eps: float,
     backend: str | None,
 ) -> Tensor:
-    """``backend`` serves the soft split; "reference" is plain PyTorch throughout."""
+    """``backend`` is used for the soft split; with "reference" everything is plain PyTorch."""
     tokens = soft_split(x, kernel_size, stride, padding, backend=backend)
     if norm_weight is not None:
         tokens = F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)

@@ -1,4 +1,4 @@
-"""Softmax attention of a T2T layer: one head of few channels, many tokens (T2T-ViT, section 3.1)."""
+"""Softmax attention of a T2T layer: one head, few channels, many tokens (T2T-ViT, section 3.1)."""
 
 import torch
 from torch import Tensor
@@ -23,16 +23,16 @@ def token_attention(
     """Non-causal single-head attention: ``softmax(scale · q kᵀ) v``.
 
     Args:
-        q, k, v: (B, T, E) each, of one dtype: float32, float16, bfloat16 or float64; any strides.
-        scale: factor of the scores. A T2T layer uses the width of its *input* tokens, n^-0.5.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        q, k, v: (B, T, E) each, with the same dtype: float32, float16, bfloat16 or float64; any strides.
+        scale: Factor of the scores. A T2T layer uses n^-0.5, where n is the width of its *input* tokens.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
         (B, T, E) in the dtype of ``v``; under autocast in the autocast dtype.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError, ValueError: An argument has the wrong type, dtype, device or shape.
+        BackendUnavailable: The named backend cannot run this call.
     """
     dtype = autocast_dtype(v)
     if dtype is not None:

@@ -1,10 +1,10 @@
 """The contract of softmax token attention: schemas, fakes and the gradient.
 
-Saved for the backward, besides the inputs, all in float32: the result and, of each query, the maximum
-of its scores t = scale·q·k and its normaliser Σ_s e^(t_s − maximum). A result in half precision would
-not do, nor one logarithm of the normaliser: where a query attends to one key, its scores' gradients
-are differences that cancel. Where the inputs are float32 the second output is empty, and the result
-itself is saved. No T×T tensor exists.
+Besides the inputs, the backward needs in float32: the result and, for each query, the maximum of its
+scores t = scale·q·k and its normaliser Σ_s e^(t_s − maximum). A result in half precision, or a single
+logarithm instead of both statistics, would not be accurate enough: if a query attends to a single key,
+the gradients of its scores are differences that cancel. For float32 inputs the second output is empty,
+and the result itself is saved. No T×T tensor exists.
 """
 
 from typing import Any, NamedTuple

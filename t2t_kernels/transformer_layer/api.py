@@ -36,18 +36,19 @@ def transformer_layer(
 
     Args:
         x: map (B, C, H, W), float32, float16, bfloat16 or float64, any memory format or strides.
-        params: the layer's tensors, in the dtype and on the device of ``x``. Under autocast they are
-            converted as a matrix product's would be.
-        kernel_size, stride, padding: as in :func:`t2t_kernels.soft_split`.
-        scale: factor of the scores; T2T-ViT uses the width of the input tokens, (C·k·k)^-0.5.
-        backend: None chooses; see ``t2t_kernels.backends``.
+        params: The layer's tensors, in the dtype and on the device of ``x``. Under autocast they are
+            converted as for a matrix product.
+        kernel_size, stride, padding: As in :func:`t2t_kernels.soft_split`.
+        scale: Factor of the scores; T2T-ViT uses (C·k·k)^-0.5, where C·k·k is the width of the input
+            tokens.
+        backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
-        (B, T, E). Seen as (B, h, w, E) it is the next layer's channels-last map, without a copy.
+        (B, T, E). Viewed as (B, h, w, E), it is a channels-last map for the next layer.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, device or shape.
-        BackendUnavailable: the named backend cannot run this call.
+        TypeError, ValueError: An argument has the wrong type, dtype, device or shape.
+        BackendUnavailable: The named backend cannot run this call.
     """
     check_params(params, TransformerLayerParams)
     dtype = autocast_dtype(x)

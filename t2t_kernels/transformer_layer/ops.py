@@ -1,7 +1,7 @@
 """The contract of the transformer T2T layer: schemas, fakes and gradients.
 
-Saved for the backward, besides the inputs: q and k in the map's dtype and, in float32, the attention's
-result and each query's maximum and normaliser (see ``token_attention``). v is projected again: the
+Besides the inputs, the backward needs q and k in the map's dtype and, in float32, the attention's
+result and the maximum and normaliser of each query (see ``token_attention``). v is recomputed: the
 backward reads the patches anyway, and v is a third of their projection.
 """
 

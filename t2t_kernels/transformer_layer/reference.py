@@ -1,6 +1,6 @@
-"""The transformer T2T layer, composed of the operations below it: the specification of the fused one.
+"""The transformer T2T layer, composed of smaller operations: the specification of the fused layer.
 
-``backend`` serves those operations; "reference" is plain PyTorch throughout.
+``backend`` is used for these operations; with "reference" everything is plain PyTorch.
 """
 
 import torch.nn.functional as F

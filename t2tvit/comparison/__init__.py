@@ -1,1 +1,1 @@
-"""Many models trained with one budget on the same data, in a table and plots."""
+"""Comparing models that are trained with the same budget on the same data."""

@@ -1,4 +1,4 @@
-"""What is compared: models, their shared budget and seeds, read from a file or the command line."""
+"""The plan of a comparison: models, shared budget and seeds, from a file or the command line."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from t2tvit.files import read_text, write_atomically
 from t2tvit.training.config import RunConfig, convert, from_dict, load_yaml, read_yaml
 
 PACKAGED = Path(__file__).parent
-# What may differ between the models; all else is the budget, which they share.
+# Keys that may differ between the models. All others are the shared budget.
 MODEL_KEYS = ("model", "model_args", "drop_path")
-# What may differ between the beginning of a comparison and its continuation, besides more models and
-# seeds: nothing that changes a result.
+# Keys that may change when a comparison is resumed, besides additional models and seeds. None of them
+# changes a result.
 MAY_CHANGE = {
     *("workers", "device", "fused_kernels", "checkpoint_minutes", "keep_checkpoints", "profile"),
     *("tensorboard", "wandb"),
@@ -26,24 +26,24 @@ CONFIG_FILE = "comparison.yaml"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: a configuration for each name, which differ in MODEL_KEYS, and seeds."""
+    """A configuration per name, which differ only in MODEL_KEYS, and seeds."""
 
     shared: RunConfig
     models: dict[str, RunConfig]
     seeds: tuple[int, ...]
 
     def runs(self) -> list[tuple[str, int]]:
-        """Seed by seed, so that an early table has all models."""
+        """The runs, ordered by seed, so that all models have a run early."""
         return [(name, seed) for seed in self.seeds for name in self.models]
 
 
 def read_comparison(
     config: str | None, names: Sequence[str], seeds: Sequence[int] | None, overrides: dict
 ) -> Comparison:
-    """A comparison from a file or packaged name, or of the models ``names`` as they are.
+    """A comparison from a file or packaged name, or of the unchanged models ``names``.
 
     Raises:
-        InputError: an unknown key, a model's key that belongs to the budget, or nothing to compare.
+        InputError: A key is unknown, a model sets a key of the budget, or there are no models.
     """
     if config is None and not names:
         config = "digits"
@@ -62,7 +62,7 @@ def read_comparison(
     for name, keys in listed.items():
         source = f"config {config}: models: {name}"
         if not isinstance(keys, Mapping) or "model" not in keys:
-            raise InputError(f"{source}: got {keys!r}, expected keys, model among them")
+            raise InputError(f"{source}: got {keys!r}, expected keys including model")
         for key in keys:
             if key not in MODEL_KEYS:
                 raise InputError(f"{source}: {unknown_name('key', str(key), MODEL_KEYS)}")
@@ -71,7 +71,7 @@ def read_comparison(
         }
         models[str(name)] = replace(shared, **({"model_args": {}} | own))
     if len({folder_of(name) for name in models}) < len(models):
-        raise InputError(f"config {config}: models: two names differ in punctuation alone")
+        raise InputError(f"config {config}: models: two names differ only in punctuation")
     return Comparison(shared, models, checked_seeds(seeds or listed_seeds))
 
 
@@ -82,7 +82,7 @@ def checked_seeds(seeds: object) -> tuple[int, ...]:
 
 
 def folder_of(name: str) -> str:
-    """A model's name as a folder's."""
+    """The folder name of a model."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -91,10 +91,10 @@ def place_of(output: Path, name: str, seed: int) -> Path:
 
 
 def claim(comparison: Comparison, output: Path) -> None:
-    """Record what is compared in ``output``, which may hold a part of the same comparison.
+    """Record the comparison in ``output``, which may hold a part of the same comparison.
 
     Raises:
-        InputError: ``output`` holds another one, or is no folder.
+        InputError: ``output`` holds another comparison, or is not a folder.
     """
     values = yaml.safe_load(comparison.shared.to_yaml())
     for key in (*MODEL_KEYS, "seed"):
@@ -120,10 +120,10 @@ def claim(comparison: Comparison, output: Path) -> None:
 
 
 def read_comparison_file(path: Path) -> dict:
-    """What :func:`claim` wrote.
+    """Read the file of :func:`claim`.
 
     Raises:
-        InputError: it is damaged.
+        InputError: It is damaged.
     """
     try:
         values = load_yaml(read_text(path))
@@ -132,13 +132,13 @@ def read_comparison_file(path: Path) -> dict:
     except ValueError as error:
         raise InputError(f"--output: {path} is not YAML: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("models"), dict):
-        raise InputError(f"--output: {path} is damaged; remove it, or compare into another folder")
+        raise InputError(f"--output: {path} is damaged; remove it, or choose another folder")
     return values
 
 
 def refuse_change(output: Path, name: str, before: object, now: object) -> None:
     if before != now:
         raise InputError(
-            f"--output: {output} holds a comparison with {name} {before!r}, not {now!r}; compare "
-            "into another folder"
+            f"--output: {output} holds a comparison with {name} {before!r}, not {now!r}; choose "
+            "another folder"
         )

@@ -1,4 +1,4 @@
-"""What a comparison found: accuracies, speeds and costs in a table, files and plots."""
+"""The results of a comparison: accuracies, speeds and costs in a table, files and plots."""
 
 import csv
 import io
@@ -26,7 +26,8 @@ from t2tvit.training.environment import describe_device, git_commit, versions
 
 REPETITIONS = 10
 RUNS_FILE, MODELS_FILE, TABLE_FILE = "runs.csv", "models.csv", "comparison.md"
-# What Markdown or HTML could read as markup or as a link. An underscore inside a word is no markup.
+# Characters that Markdown or HTML could interpret as markup or links. An underscore inside a word is
+# not markup.
 MARKUP = re.compile(r"[&<>|`*\\\[\]~$@]|:(?=/)|(?i:(?<=www)\.)|\b_|_\b")
 HEAD = ("model", "parameters", "MMACs", "top-1", "seeds", "training", "inference")
 
@@ -79,7 +80,7 @@ def speeds(comparison: Comparison, world: World) -> dict[str, tuple[Rate, Rate]]
 
 
 def timed_batch(config: RunConfig) -> int:
-    """One process times a batch that all of them may share in training."""
+    """The batch size for timing in one process, at most LARGEST_BATCH."""
     return min(config.batch_size, LARGEST_BATCH)
 
 
@@ -107,14 +108,14 @@ def cells(row: Measured) -> tuple[str, ...]:
 
 
 def notes(comparison: Comparison, images: int, world: World) -> list[str]:
-    """What the table's figures are."""
+    """The notes below the table."""
     config = comparison.shared
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
     return [
         f"{config.data} at {config.img_size}, {config.epochs} epochs of batches of "
         f"{config.batch_size} for every model, {config.optimizer} at lr {config.lr:g}, amp "
-        f"{config.amp}: one recipe for all",
-        f"top-1: of {images:,} held-out images, after the last epoch; mean, least and most of seeds "
+        f"{config.amp}: the same recipe for all",
+        f"top-1: on {images:,} held-out images, after the last epoch; mean, minimum and maximum of seeds "
         f"{seeds}; one image is {100 / images:.2f}%",
         f"images per second: median, 20th and 80th percentile of {REPETITIONS} repetitions in turns "
         f"with batches of {timed_batch(config)} on {describe_device(world.device)}, the model alone: "
@@ -133,7 +134,7 @@ def markdown(rows: list[Measured], notes: list[str]) -> str:
 
 
 def literal_markdown(text: str) -> str:
-    """``text`` on one line, shown by Markdown as it is, with no markup, links or HTML."""
+    """``text`` on one line, escaped so that Markdown shows it literally."""
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", printable(text))
 
 

@@ -1,4 +1,4 @@
-"""The runs of a comparison: what each model costs, and their training one after the other."""
+"""The runs of a comparison: the cost of each model, and training one after the other."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ from t2tvit.training.stopping import Signals
 
 
 def cost(config: RunConfig, world: World) -> tuple[int, int]:
-    """Parameters and multiply-adds of a model; it is shown to run before anything is written."""
+    """Parameters and multiply-adds of a model; also checks that it runs."""
     model, channels = built(config, world)
     try_forward(model, config, channels, world.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -41,8 +41,8 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
     """Train every model with every seed; interrupted runs are resumed.
 
     Raises:
-        Stopped: by a signal; what was done is kept.
-        InputError: ``output`` holds a run of another configuration.
+        Stopped: A signal asked to stop; the state is saved.
+        InputError: ``output`` holds a run with another configuration.
     """
     runs = comparison.runs()
     started = time.perf_counter()
@@ -55,7 +55,7 @@ def train_all(comparison: Comparison, output: Path, world: World) -> None:
             times = f"; {duration(time.perf_counter() - started)} so far"
             times += f", about {duration(statistics.mean(whole) * left)} left"
         world.say(f"run {number} of {len(runs)}: {name}, seed {seed}{times}")
-        torch._dynamo.reset()  # or compiled models would count against each other's limit
+        torch._dynamo.reset()  # so that the limit on compiled graphs applies to each model separately
         folder = RunFolder.find(place_of(output, name, seed), "auto")
         config = replace(comparison.models[name], seed=seed)
         with Signals() as signals:

@@ -1,4 +1,4 @@
-"""Plots of a comparison: accuracy over cost or speed, each point with the name of its model."""
+"""Plots of a comparison: accuracy over cost or speed, with a named point per model."""
 
 import math
 import statistics
@@ -20,9 +20,9 @@ from t2tvit.charts import RESOLUTION, save
 from t2tvit.figures import drawable, fitted, literal_text
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-# In points: the names' font, a point with its surroundings, and the room between point and name.
+# In points: font size of names, radius of a marker with its margin, distance from marker to name.
 NAME_SIZE, MARKER_RADIUS, NEAR = 7, 4, 6
-# Plots: the horizontal axis of each.
+# The horizontal axis of each plot.
 AXES = {
     "parameters": ("parameters (millions)", lambda row: row.parameters / 1e6),
     "macs": ("multiply-adds of an image (millions)", lambda row: row.multiply_adds / 1e6),
@@ -40,7 +40,7 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of the table; ``top1`` is each seed's, after the last epoch, in percent."""
+    """A row of the table; ``top1`` has the value of each seed after the last epoch, in percent."""
 
     name: str
     parameters: int
@@ -57,7 +57,7 @@ def draw(rows: list[Measured], label: str, value, path: Path) -> None:
 
 
 def plot(rows: list[Measured], label: str, value) -> Figure:
-    """Accuracy over ``value``: a point per model with its seeds' spread, and its name."""
+    """Accuracy over ``value``: a point per model, with its name and the range of its seeds."""
     # Labels are placed in pixels, so the resolution is that of the file.
     drawn = Figure(figsize=(8, 5), dpi=RESOLUTION, layout="constrained")
     axes = drawn.subplots()
@@ -71,7 +71,7 @@ def plot(rows: list[Measured], label: str, value) -> Figure:
     axes.set(xlabel=label, ylabel="held-out top-1 (%), mean and range of the seeds", xscale="log")
     axes.margins(x=0.15, y=0.1)
     low, high = axes.get_xlim()
-    if high / low < 10:  # a narrow range may hold no round number of a logarithmic axis
+    if high / low < 10:  # a narrow range may contain no tick of a logarithmic axis
         axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
@@ -94,10 +94,10 @@ def name_points(
     xs: Sequence[float],
     bars: Sequence[tuple[float, float, float]],
 ) -> None:
-    """Write each name beside its point, off the other names, points and error bars.
+    """Write each name next to its point, avoiding other names, points and error bars.
 
-    ``bars`` are the lowest, the mean and the largest y of each point. A name that has no room
-    next to its point is moved away and a line leads to it.
+    ``bars`` are the minimum, mean and maximum y of each point. A name without space next to its
+    point is moved away and connected by a line.
     """
     figure: Any = axes.get_figure(root=True)
     frame, pixel = axes.get_window_extent(), figure.dpi / 72
@@ -146,7 +146,7 @@ def name_points(
 
 
 def offsets(width: float, height: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Where a name's centre can be, seen from its point: the nearest places first, in points."""
+    """Candidate offsets in points from a point to the centre of its name, nearest first."""
     for distance in range(NEAR, 400, 4):
         for angle in sorted(np.linspace(-np.pi, np.pi, 16, endpoint=False), key=abs):
             x, y = np.clip(np.sqrt(2) * np.array([np.cos(angle), np.sin(angle)]), -1, 1)

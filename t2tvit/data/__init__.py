@@ -1,4 +1,4 @@
-"""Images to train on and to evaluate on."""
+"""Images for training and evaluation."""
 
 from t2tvit.data.images import load_image
 from t2tvit.data.sources import SOURCES, Split, channels_of, open_split

@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 from their local files, binary or python version.
+"""CIFAR-10 and CIFAR-100 from local files, binary or python version.
 
-The python version is a pickle. Nothing of it is executed: the unpickler below knows four names,
-each replaced by a stand-in of ours, so a file can only yield numbers, bytes, lists and dicts.
+The python version is a pickle. No code in it is run: the unpickler below accepts only four names and
+replaces each of them, so a file can only yield numbers, bytes, lists and dicts.
 """
 
 import pickle
@@ -19,7 +19,7 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Variant:
-    """File names of one data set; ``python`` and ``binary`` are its folders' usual names."""
+    """File names of a dataset; ``python`` and ``binary`` are the usual names of its folders."""
 
     title: str
     python: str
@@ -66,11 +66,11 @@ def read_cifar(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndar
 
     Args:
         name: ``"cifar10"`` or ``"cifar100"``.
-        folder: the folder of the files, or the one above it.
+        folder: The folder of the files, or its parent.
         split: ``"train"`` or ``"val"`` (the test files).
 
     Raises:
-        InputError: files are missing, truncated, or hold something else.
+        InputError: Files are missing, truncated, or have other content.
     """
     variant = VARIANTS[name]
     stems = variant.train if split == "train" else (variant.test,)
@@ -93,11 +93,13 @@ def read_cifar(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndar
     images = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     if not isinstance(names, list) or not all(isinstance(item, bytes) for item in names):
-        raise InputError(f"data {name}: {files[0].parent} holds no class names; copy it whole")
+        raise InputError(
+            f"data {name}: {files[0].parent} holds no class names; copy the whole folder"
+        )
     if labels.size and labels.max() >= len(names):
         raise InputError(
             f"data {name}: a label {labels.max()} in {files[0].parent}, which names only "
-            f"{len(names)} classes; the files are damaged or of another data set"
+            f"{len(names)} classes; the files are damaged or belong to another dataset"
         )
     images = images.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels, [item.decode("utf-8", "replace") for item in names]
@@ -107,7 +109,9 @@ def _read(path: Path) -> bytes:
     try:
         return read_bytes(path)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; is the data set whole?") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; is the dataset complete?"
+        ) from None
 
 
 def _read_binary(path: Path, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +119,7 @@ def _read_binary(path: Path, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
     record = variant.label_bytes + PIXELS
     if data.size == 0 or data.size % record:
         raise InputError(
-            f"{path} is damaged: {data.size} bytes, expected a multiple of {record}; get it again"
+            f"{path} is damaged: {data.size} bytes, expected a multiple of {record}; download it again"
         )
     records = data.reshape(-1, record)
     return records[:, variant.label_bytes :], records[:, variant.label_bytes - 1].astype(np.int64)
@@ -131,7 +135,7 @@ def _read_python(path: Path, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
         or not labels
         or images.values.shape != (len(labels), PIXELS)
     ):
-        raise InputError(f"{path} is not a batch of {variant.title}; get the data set again")
+        raise InputError(f"{path} is not a batch of {variant.title}; download the dataset again")
     return images.values, np.asarray(labels, np.int64)
 
 
@@ -141,32 +145,34 @@ def _unpickle(path: Path) -> dict:
         with path.open("rb") as file:
             content = _DataOnly(file, encoding="bytes").load()
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; is the data set whole?") from None
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; is the dataset complete?"
+        ) from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle fails in many ways
         raise InputError(
-            f"{path} is damaged ({error or type(error).__name__}); get it again"
+            f"{path} is damaged ({error or type(error).__name__}); download it again"
         ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no data set; get it again")
+        raise InputError(f"{path} does not hold a dataset; download it again")
     return content
 
 
 class _Array:
-    """Stands in for a numpy array in a pickle; only one of bytes is taken."""
+    """Replaces a NumPy array in a pickle; only arrays of bytes are accepted."""
 
     values = np.empty(0, np.uint8)
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _DType) or dtype.name not in (b"u1", "u1") or fortran:
-            raise InputError("holds an array that is not of bytes; get the data set again")
+            raise InputError("holds an array that is not of bytes; download the dataset again")
         self.values = np.frombuffer(data, np.uint8).reshape(shape)
 
 
 class _DType:
-    """Stands in for a numpy dtype in a pickle."""
+    """Replaces a NumPy dtype in a pickle."""
 
     def __init__(self, name=None, *_):
         self.name = name

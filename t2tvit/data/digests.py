@@ -1,6 +1,6 @@
-"""Digests of data sets, by which a resumed run recognises the images that it was trained on.
+"""Digests of datasets, so that a resumed run can check that it has the same images.
 
-They do not depend on where the data is, so that it may be moved.
+They do not depend on the path of the data, so it may be moved.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-HEAD = 2**18  # bytes of a shard; different shards are often of equal size
+HEAD = 2**18  # bytes of a shard; different shards often have the same size
 
 
 def digest_of_files(root: str, paths: Iterable[str], numbers: Iterable[int], head: int = 0) -> str:
@@ -28,7 +28,7 @@ def digest_of_files(root: str, paths: Iterable[str], numbers: Iterable[int], hea
 
 
 def size_and_start(path: str, head: int) -> tuple[int, bytes]:
-    """A file's size and first ``head`` bytes; -1 and nothing if it is missing or not regular."""
+    """A file's size and first ``head`` bytes; (-1, b"") if it is missing or not regular."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

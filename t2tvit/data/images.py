@@ -1,4 +1,4 @@
-"""The images of a folder, and how an image file becomes an 8-bit PIL image: for every command."""
+"""Finding image files in folders and reading them as 8-bit PIL images, for all commands."""
 
 import os
 import stat
@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from t2tvit.errors import InputError
 
-# Pillow's names of the formats that are read, and their files' extensions. Pillow knows more, but
-# some of them run other programs (EPS runs Ghostscript) or only ever hold documents.
+# Pillow's names of the supported formats, and their extensions. Other formats of Pillow are excluded
+# because they run programs (EPS runs Ghostscript) or hold documents.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -31,7 +31,7 @@ FORMATS = {
     "QOI": (".qoi",),
 }
 MODES = {1: "L", 3: "RGB"}  # of PIL, by the channels that a model takes
-# Made by operating systems and file servers beside the user's files; in lower case.
+# Files of operating systems and file servers, in lower case.
 IGNORED = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
 IGNORED |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 
@@ -48,7 +48,7 @@ ORIENTATIONS = {
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that the installed Pillow has."""
+    """The FORMATS that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -60,18 +60,17 @@ def extensions() -> tuple[str, ...]:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder is hidden, or the operating system's own."""
+    """Whether a file or folder is hidden or belongs to the operating system."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
 def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
-    """Paths of the image files in ``folder`` and below, and how many others there are by extension.
+    """Paths of the image files in ``folder`` and subfolders, and counts of others by extension.
 
-    Linked folders are followed, but not into a folder above them. The order is that of the folders'
-    paths, then of the files' names.
+    Linked folders are followed, except into a parent. Paths are sorted by folder, then by file name.
 
     Raises:
-        InputError: a folder cannot be read.
+        InputError: A folder cannot be read.
     """
     paths: list[str] = []
     skipped: Counter[str] = Counter()
@@ -109,7 +108,7 @@ def _files_by_folder(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def list_classes(folder: Path) -> list[str]:
-    """Names of the class folders in ``folder``: by number if all are numbers, else by name."""
+    """Names of the class folders in ``folder``, sorted by number if all are numbers, else by name."""
     try:
         with os.scandir(folder) as entries:
             found = [entry.name for entry in entries if os.path.isdir(entry.path)]
@@ -139,16 +138,16 @@ def load_image(source: str | Path | BinaryIO, mode: str = "RGB", name: str = "")
     Transparency is dropped. 16-bit grey keeps its upper 8 bits; floats must be from 0 to 1.
 
     Args:
-        source: a path of a regular file, or an open file.
+        source: The path of a regular file, or an open file.
         mode: ``"RGB"`` or ``"L"``.
-        name: what an error calls the image; by default its path.
+        name: The image's name in errors; by default its path.
 
     Raises:
-        InputError: the image is missing, damaged, too large or in a format that is not read.
+        InputError: The image is missing, damaged, too large or in an unsupported format.
     """
     with _opened(source, name or str(source)) as image:
         image.load()
-        image.info.pop("transparency", None)  # or Pillow warns where it drops it
+        image.info.pop("transparency", None)  # so that Pillow does not warn when it drops it
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         image = _to_eight_bits(image).convert(mode)
         method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
@@ -156,20 +155,20 @@ def load_image(source: str | Path | BinaryIO, mode: str = "RGB", name: str = "")
 
 
 def check_header(path: str | Path) -> None:
-    """Raise :func:`load_image`'s InputError if the file does not begin as an image."""
+    """Raise the InputError of :func:`load_image` if the file does not have the header of an image."""
     with _opened(path, str(path)):
         pass
 
 
 @contextmanager
 def _opened(source: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
-    """The image, not decoded yet; what fails here or in the block is an InputError with its name."""
+    """The image, not decoded yet. Errors here and in the block become InputErrors with its name."""
     try:
         if isinstance(source, (str, Path)) and not stat.S_ISREG(os.stat(source).st_mode):
             kind = "a folder" if os.path.isdir(source) else "not a regular file"
             raise InputError(f"image {name} is {kind}; give an image file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on metadata, and on sizes below Pillow's limit
+            warnings.simplefilter("ignore")  # about metadata and sizes below Pillow's limit
             with Image.open(source, formats=formats()) as image:
                 yield image
     except InputError:
@@ -187,7 +186,7 @@ def _opened(source: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
             f"image {name} cannot be read (it has more than {limit:.0f} million pixels); make it "
             "smaller or remove the file"
         ) from None
-    except Exception as error:  # each decoder fails in ways of its own
+    except Exception as error:  # each decoder raises its own exceptions
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(
             f"image {name} cannot be read ({' '.join(reason.split())}); fix or remove the file"
@@ -195,13 +194,15 @@ def _opened(source: str | Path | BinaryIO, name: str) -> Iterator[Image.Image]:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """The image in a mode that ``convert`` takes to grey and colour by its meaning."""
+    """The image in a mode that ``convert`` converts correctly to grey and colour."""
     mode = image.mode
     if mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if mode == "I":
         if image.format == "TIFF":
-            raise ValueError("its pixels are 32-bit integers of unknown range; save 8 or 16 bits")
+            raise ValueError(
+                "its pixels are 32-bit integers of unknown range; save it with 8 or 16 bits"
+            )
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # of 16 bits
     if mode == "F":
         pixels = np.asarray(image)

@@ -1,6 +1,6 @@
-"""Images from tar shards as the webdataset library writes them, read from beginning to end.
+"""Images from tar shards in the format of the webdataset library, read sequentially.
 
-The files are opened here, not by the webdataset library, which runs or fetches what some names say.
+The files are not opened by the webdataset library, because it runs or downloads some names.
 """
 
 import io
@@ -25,17 +25,17 @@ from t2tvit.data.images import extensions, is_ignored, load_image
 from t2tvit.errors import InputError, LabelError
 from t2tvit.files import read_text
 
-# If a sample has several images, the first of these is taken.
+# If a sample has several images, the first of these is used.
 IMAGE_KEYS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 IMAGE_KEYS += tuple(each[1:] for each in extensions() if each[1:] not in IMAGE_KEYS)
 LABEL_KEYS = ("cls", "txt", "json")
 JSON_LABELS = ("label", "cls")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
-INFO_FILE = "_info.json"  # as timm's data sets have it
+INFO_FILE = "_info.json"  # in the format of timm's datasets
 NAMES_FILE = "classes.txt"
-MOST_CLASSES = 1_000_000  # where the labels say how many there are
+MOST_CLASSES = 1_000_000  # if their number follows from the labels
 MOST_SHARDS = 1_000_000
-MOST_BYTES = 2**30  # of an image; a label has at most as many as LABEL_BYTES
+MOST_BYTES = 2**30  # of an image; LABEL_BYTES of a label
 LABEL_BYTES = 2**20
 SAMPLE_BYTES = 2 * tarfile.BLOCKSIZE
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -43,7 +43,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 @dataclass(frozen=True)
 class ShardSample:
-    """An undecoded image; ``place`` is SHARD/KEY, and ``number`` one that it determines."""
+    """An undecoded image. ``place`` is SHARD/KEY, and ``number`` is a hash of it."""
 
     place: str
     content: bytes
@@ -54,7 +54,7 @@ class ShardSample:
         return zlib.crc32(self.place.encode(errors="surrogateescape"))
 
     def image(self) -> Image.Image:
-        """Decoded, as RGB; an InputError that names the place where it cannot be."""
+        """The decoded RGB image; raises an InputError with its place if that fails."""
         return load_image(io.BytesIO(self.content), name=self.place)
 
 
@@ -62,16 +62,16 @@ class ShardImages:
     """The shards of a split and how many images they hold.
 
     Args:
-        spec: a folder (with train/*.tar and val/*.tar, or *train*.tar and *val*.tar), or the names
-            of the shards, where {split} stands for train and val; * and {000..146} are understood.
+        spec: A folder (with train/*.tar and val/*.tar, or *train*.tar and *val*.tar), or a pattern of
+            shard names, in which {split} stands for train and val; * and {000..146} are expanded.
         split: "train" or "val".
-        num_classes: if there is no NAMES_FILE beside the shards; by default one more than the
-            largest label.
+        num_classes: The number of classes if there is no NAMES_FILE beside the shards; by default
+            the largest label plus one.
 
     Raises:
-        InputError: no shards, or one that cannot be read.
-        LabelError: a label outside the classes. Shards that INFO_FILE counts are not searched for
-            it if the number of classes is known; :meth:`read` then finds it.
+        InputError: There are no shards, or one cannot be read.
+        LabelError: A label is outside the classes. With INFO_FILE and a known number of classes,
+            labels are not checked here but in :meth:`read`.
     """
 
     def __init__(self, spec: str, split: str, num_classes: int | None = None):
@@ -99,7 +99,7 @@ class ShardImages:
         return self.count
 
     def __getitem__(self, index: int):
-        raise InputError("data: webdataset is read as a stream; name image files, or other --data")
+        raise InputError("data: webdataset is read as a stream; give image files, or other --data")
 
     def digest(self) -> str:
         root = os.path.commonpath([os.path.dirname(shard) for shard in self.shards])
@@ -107,11 +107,11 @@ class ShardImages:
         return digest_of_files(root, self.shards, counts, HEAD)
 
     def read(self, shard: str) -> Iterator[ShardSample | InputError]:
-        """:func:`read_shard` with the classes of these."""
+        """:func:`read_shard` with these classes."""
         return read_shard(shard, self.classes, self.names)
 
     def _scan(self, shards: list[str], classes: int | None) -> tuple[dict[str, int], int]:
-        """The number of samples of each shard, and the largest label; reads no image."""
+        """The number of samples of each shard, and the largest label, without reading images."""
         counts, largest, problem = dict.fromkeys(shards, 0), 0, None
         for shard in shards:
             for sample in read_shard(shard, classes, self.names, images=False):
@@ -128,7 +128,7 @@ class ShardImages:
 
 
 def stored_counts(path: Path, shards: list[str]) -> dict[str, int] | None:
-    """The number of images of each shard by INFO_FILE, if there is one."""
+    """The number of images of each shard from INFO_FILE, if there is one."""
     if not path.is_file():
         return None
     try:
@@ -144,17 +144,17 @@ def stored_counts(path: Path, shards: list[str]) -> dict[str, int] | None:
             f"data: {path} does not describe its shards ({error!r}); fix or remove it"
         ) from None
     for shard, count in counts.items():
-        # A sample has two files or more, each with a header of a block.
+        # A sample has at least two files, each with a header of one block.
         if type(count) is not int or not 0 <= count <= os.path.getsize(shard) // SAMPLE_BYTES:
             raise InputError(
                 f"data: {path} has the length {count!r:.40} for {Path(shard).name}, expected a number "
-                "of images that the shard has room for; fix or remove it"
+                "of images that fits into the shard; fix or remove it"
             )
     return counts
 
 
 def read_class_names(path: Path) -> list[str] | None:
-    """The names of the classes in order, one a line, if there is such a file."""
+    """The class names in order, one per line, if there is such a file."""
     if not path.is_file():
         return None
     try:
@@ -164,23 +164,25 @@ def read_class_names(path: Path) -> list[str] | None:
     while names and not names[-1]:
         names.pop()
     if not names or "" in names or len(set(names)) < len(names):
-        raise InputError(f"data: {path} must name each class once, one a line, without empty lines")
+        raise InputError(
+            f"data: {path} must name each class once, one per line, without empty lines"
+        )
     return names
 
 
 def find_shards(spec: str, split: str) -> tuple[list[str], Path | None]:
-    """The paths of a split's shards, sorted, and the data set's folder if ``spec`` is one.
+    """The sorted paths of a split's shards, and the dataset's folder if ``spec`` is one.
 
-    What exists under a literal name is not taken for a pattern.
+    Existing files and folders are never interpreted as patterns.
     """
     try:
         folder = Path(spec).expanduser()
-    except RuntimeError as error:  # ~name of a user whom the system does not know
-        raise InputError(f"data: {spec}: {error}; write the folder out") from None
+    except RuntimeError as error:  # ~name of an unknown user
+        raise InputError(f"data: {spec}: {error}; give the full path") from None
     is_folder = spec != "" and folder.is_dir()
     if not is_folder and "{split}" not in spec:
         raise InputError(
-            f"data: webdataset:{spec} is no folder; give one, or names of shards with {{split}}"
+            f"data: webdataset:{spec} is not a folder; give one, or a pattern with {{split}}"
         )
     for name in SPLIT_NAMES[split]:
         if is_folder:
@@ -196,7 +198,7 @@ def find_shards(spec: str, split: str) -> tuple[list[str], Path | None]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that a pattern names. Its folders that exist as they are written are literal."""
+    """The paths that match a pattern. The names of existing folders in it are literal."""
     path = Path(pattern)
     if path.is_dir():
         return sorted(glob(f"{escape(pattern)}/*.tar"))
@@ -223,16 +225,16 @@ def expand(pattern: str) -> list[str]:
 def read_shard(
     shard: str, classes: int | None = None, names: Sequence[str] = (), images: bool = True
 ) -> Iterator[ShardSample | InputError]:
-    """The samples of a shard in order; in place of one without image or label, the error.
+    """The samples of a shard in order; an InputError stands for one without image or label.
 
     Args:
-        shard: path of an uncompressed tar file.
-        classes: how many there are; in place of a sample with a label outside is a LabelError.
-        names: of the classes, as labels may have them.
-        images: False leaves ``content`` empty.
+        shard: The path of an uncompressed tar file.
+        classes: The number of classes; a LabelError stands for a sample with a label outside.
+        names: The class names that may be used as labels.
+        images: If False, ``content`` is empty.
 
     Raises:
-        InputError: the shard is damaged from here on.
+        InputError: The shard is damaged from here on.
     """
     for key, files in grouped(shard, images):
         try:
@@ -244,7 +246,7 @@ def read_shard(
 def sample_of(
     place: str, files: dict[str, bytes | None], classes: int | None, names: Sequence[str]
 ) -> ShardSample:
-    """The sample that ``files`` are, by suffix; see :func:`read_shard`."""
+    """The sample that consists of ``files`` (suffix → content); see :func:`read_shard`."""
     suffix = next((suffix for suffix in IMAGE_KEYS if suffix in files), None)
     given = {key: files[key] or b"" for key in LABEL_KEYS if key in files}
     if suffix is None or not given:
@@ -278,7 +280,7 @@ def sample_of(
 
 
 def parse_label(content: bytes, key: str, names: Sequence[str]) -> int | None:
-    """The number of a class that is given by number or name, in JSON perhaps as a label key."""
+    """The class number of a label that is a number or a name, or JSON with a label key."""
     value = content.decode("utf-8", "replace").strip()
     if key == "json":
         try:
@@ -296,10 +298,10 @@ def parse_label(content: bytes, key: str, names: Sequence[str]) -> int | None:
 
 
 def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """The key of each sample with its files by their suffixes in lower case.
+    """The key of each sample with its files by suffix in lower case.
 
-    A sample's files have the same name up to its first dot, as in the webdataset library. If there
-    are none of the form KEY.SUFFIX, those that are equal up to their last dot are a sample.
+    The files of a sample have the same name up to the first dot, as in the webdataset library. If no
+    file has the form KEY.SUFFIX, files with the same name up to the last dot are a sample.
     """
     for base, group in itertools.groupby(members(shard, images), lambda item: base_of(item[0])):
         plain: dict[str, bytes | None] = {}
@@ -310,7 +312,7 @@ def grouped(shard: str, images: bool) -> Iterator[tuple[str, dict[str, bytes | N
                 suffix = name.rpartition(".")[2].lower()
                 if suffix in files:
                     raise InputError(
-                        f"data: the shard {shard} has two files {name}, its rest is left out"
+                        f"data: the shard {shard} has two files {name}; the rest of it is skipped"
                     )
                 files[suffix] = content
             if stem == base:
@@ -337,9 +339,9 @@ def base_of(name: str) -> str:
 
 
 def members(shard: str, images: bool) -> Iterator[tuple[str, bytes | None]]:
-    """Names and contents of a shard's files; the content only of images (if asked for) and labels.
+    """Names and contents of a shard's files; only images (with ``images``) and labels are read.
 
-    For an image that is too large it is None.
+    The content of an image that is too large is None.
     """
     try:
         if not stat.S_ISREG(os.stat(shard).st_mode):
@@ -349,24 +351,24 @@ def members(shard: str, images: bool) -> Iterator[tuple[str, bytes | None]]:
             file.seek(0)
             tar: Any = tarfile.open(fileobj=file, mode="r:")
             for member in tar:
-                tar.members = []  # or it remembers all of them
+                tar.members = []  # so that tarfile does not keep all of them
                 parts = [part for part in member.name.split("/") if part not in (".", "..")]
                 if member.isreg() and "." in parts[-1] and not any(map(is_left_out, parts)):
                     yield member.name, content_of(tar, member, images)
-            # tarfile takes a damaged header for the end.
+            # tarfile treats a damaged header as the end.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {tar.offset:,}")
     except InputError:
         raise
-    except Exception as error:  # a damaged tar fails in ways of its own
+    except Exception as error:  # a damaged tar file can raise many exceptions
         raise InputError(
-            f"data: the shard {shard} cannot be read, its rest is left out ({error})"
+            f"data: the shard {shard} cannot be read; the rest of it is skipped ({error})"
         ) from None
 
 
 def is_left_out(part: str) -> bool:
-    """Hidden, or metadata of webdataset."""
+    """Whether a file or folder is hidden, or metadata of webdataset."""
     return is_ignored(part) or re.match("__.*__", part) is not None
 
 
@@ -388,7 +390,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int = -1) -> byte
 
 
 def check_uncompressed(shard: str, start: bytes) -> None:
-    """Raise an InputError if the file that begins so is a compressed tar."""
+    """Raise an InputError if the file with this ``start`` is a compressed tar."""
     for magic, kind in COMPRESSED.items():
         if start.startswith(magic):
             raise InputError(

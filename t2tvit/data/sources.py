@@ -1,4 +1,4 @@
-"""Where images come from: each source gives a split as PIL images with class indices."""
+"""Sources of images: each one opens a dataset split as PIL images with class indices."""
 
 import os
 import re
@@ -35,7 +35,7 @@ DIGITS = "0123456789"
 HELD_OUT_DIGITS = 360
 SPLIT_SEED = 0
 MOST_SYNTHETIC = 10_000_000
-# A data set on the Hugging Face Hub: never a path, an address or a data set with code in a folder.
+# A dataset on the Hugging Face Hub: never a path, a URL or a local dataset with code.
 HUB_NAME = re.compile(r"(?i:hfds)/[A-Za-z0-9]\w*[\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -55,8 +55,8 @@ class Images(Protocol):
 class Split:
     """Images of one split; :class:`~t2tvit.data.shards.ShardImages` can only be read as a stream.
 
-    ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts, by extension, the
-    files of an image folder that are not images.
+    ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts the files of an image
+    folder that are not images, by extension.
     """
 
     images: Images
@@ -81,13 +81,14 @@ def open_split(
     """The ``"train"`` or ``"val"`` split of ``SOURCE[:PATH]``.
 
     Args:
-        spec: one of :data:`SOURCES`, with its path (or count of images) after a colon.
-        img_size: of the images that ``synthetic`` makes up.
-        num_classes: of ``synthetic``; of ``webdataset``, where a label outside is an error.
-        class_names: a resumed run's. An image folder of the same classes takes this order.
+        spec: One of :data:`SOURCES`, with its path (or number of images) after a colon.
+        img_size: Image size of ``synthetic``.
+        num_classes: Number of classes of ``synthetic``, and of ``webdataset``, where a label outside
+            is an error.
+        class_names: Those of a resumed run. An image folder with the same classes uses this order.
 
     Raises:
-        InputError: an unknown source, or one whose files are missing, damaged or mismatched.
+        InputError: The source is unknown, or its files are missing, damaged or do not fit together.
     """
     source, colon, rest = spec.partition(":")
     channels_of(spec)
@@ -126,12 +127,12 @@ def open_split(
 def _folder(path: str) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # ~name of a user whom the system does not know
-        raise InputError(f"data: {path}: {error}; write the folder out") from None
+    except RuntimeError as error:  # ~name of an unknown user
+        raise InputError(f"data: {path}: {error}; give the full path") from None
 
 
 def channels_of(spec: str) -> int:
-    """Channels of the images of ``SOURCE[:PATH]``; an InputError for an unknown source."""
+    """Channels of the images of ``SOURCE[:PATH]``; raises an InputError for an unknown source."""
     source = spec.partition(":")[0]
     if source not in SOURCES:
         raise InputError(f"data: {unknown_name('source', source, SOURCES)}")
@@ -155,7 +156,7 @@ class ArrayImages:
 
 
 class SyntheticImages:
-    """Noise and random labels, the same for every reader: image ``i`` comes from (seed, i)."""
+    """Random images and labels. Image ``i`` depends only on (seed, i)."""
 
     def __init__(self, count: int, seed: int, img_size: tuple[int, int], num_classes: int):
         self.count, self.seed = count, seed
@@ -204,7 +205,7 @@ def _cifar(name: str, folder: Path, split: str) -> Split:
 
 
 class TimmImages:
-    """The images of one of timm's data sets as RGB, read by :func:`load_image` if they are files."""
+    """The images of a timm dataset as RGB, read by :func:`load_image` if they are files."""
 
     def __init__(self, images: Any, class_names: list[str]):
         self.images, self.class_names = images, class_names
@@ -232,7 +233,7 @@ class TimmImages:
         return image, int(label)
 
     def digest(self) -> str:
-        """Of the files or labels that the data set lists, else of the number of images alone."""
+        """A digest of the files or labels that the dataset lists, else of the number of images."""
         if hasattr(self.images, "samples") and hasattr(self.images, "root"):  # image files
             paths, labels = zip(*self.images.samples)
             return digest_of_files(str(self.images.root), paths, labels)
@@ -253,8 +254,8 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
         not HUB_NAME.fullmatch(name) or os.path.exists(name.partition("/")[2])
     ):
         raise InputError(
-            f"data: got 'timm:{name}', expected timm:hfds/OWNER/NAME of the Hugging Face Hub, which is "
-            "neither an address nor the path of a file or folder"
+            f"data: got 'timm:{name}', expected timm:hfds/OWNER/NAME of the Hugging Face Hub, not a URL or "
+            "the path of a file or folder"
         )
     wanted = "train" if split == "train" else "validation"
     try:
@@ -269,7 +270,7 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
             f"data: timm's {name} has no random access, which an exact resume needs, or is "
             f"unknown ({' '.join(str(error).split())[:200]})"
         ) from None
-    except Exception as error:  # whatever the data set's own library raises
+    except Exception as error:  # depends on the library of the dataset
         raise InputError(
             f"data: timm cannot open {name}, split {wanted}: {' '.join(str(error).split())[:200]}"
         ) from None
@@ -280,7 +281,7 @@ def _timm(name: str, split: str, num_classes: int | None) -> Split:
 
 
 def _class_names(images: Any) -> list[str]:
-    """What a data set of timm, torchvision or the Hugging Face hub calls its classes, in order."""
+    """The class names of a dataset of timm, torchvision or the Hugging Face Hub, in order."""
     if hasattr(images, "classes"):
         return [str(name) for name in images.classes]
     reader = images.reader
@@ -330,7 +331,7 @@ def _image_folder(root: Path, split: str, class_names: list[str] | None) -> Spli
         if difference:
             raise InputError(
                 f"data: {root}/train and {root}/val differ in their class folders: "
-                f"{', '.join(sorted(difference)[:5])}; give both the same"
+                f"{', '.join(sorted(difference)[:5])}; give both the same class folders"
             )
     if class_names is not None and sorted(class_names) == sorted(classes):
         classes = class_names

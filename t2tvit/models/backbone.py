@@ -18,7 +18,7 @@ from t2tvit.models.t2t_module import T2TModule
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear weights: normal of deviation 0.02, truncated; their biases: zero."""
+    """Initialise linear layers: truncated normal weights with deviation 0.02, zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -30,7 +30,7 @@ def attend(
 ) -> Tensor:
     """Multi-head attention over (B, T, dim); head h has the channels h·dim/num_heads onwards."""
     q, k, v = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    # PyTorch's fused attentions have no tangent and no second derivative.
+    # PyTorch's fused attentions do not support forward-mode AD and second derivatives.
     transformed = active_transform((q, k, v)) is not None
     with sdpa_kernel(SDPBackend.MATH) if transformed else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -41,10 +41,10 @@ class Attention(nn.Module):
     """Multi-head self-attention over (B, T, dim), without bias on queries, keys and values.
 
     Args:
-        dim: width; a multiple of ``num_heads``.
-        qk_scale: softmax scale; None is (dim / num_heads)^-½.
-        attn_drop: dropout of the attention weights.
-        proj_drop: dropout of the output.
+        dim: Width, a multiple of ``num_heads``.
+        qk_scale: Softmax scale; None means (dim / num_heads)^-½.
+        attn_drop: Dropout of the attention weights.
+        proj_drop: Dropout of the output.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def init_inputs(self, dim: int) -> None:
-        """Make the parameters of :meth:`inputs`."""
+        """Create the parameters of :meth:`inputs`."""
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return self.qkv(x).chunk(3, dim=2)
 
     def output(self, y: Tensor) -> Tensor:
-        """What is made of the heads' concatenated output (B, T, dim), before its dropout."""
+        """Project the concatenated output (B, T, dim) of the heads, before dropout."""
         return self.proj(y)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """dim → hidden_dim → dim with a GELU between, and dropout after both."""
+    """Linear layers dim → hidden_dim → dim with GELU between them, and dropout after each."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
@@ -101,7 +101,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a sample's branch is dropped with probability ``rate``."""
+    """Stochastic depth: in training, the branch of a sample is dropped with probability ``rate``."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -149,21 +149,21 @@ class T2TBackbone(nn.Module):
     """T2T module, class token and positions, a stack of blocks, norm and head.
 
     Args:
-        blocks: modules (B, 1 + T, embed_dim) → … → (B, 1 + T, num_features).
-        embed_dim: width of the tokens that enter the blocks.
-        num_features: width of those that leave them.
-        img_size: the input size for which the positions are made, an integer or (height, width).
-            Images of any other size ≥ 16 are taken too; the positions are then resized.
-        in_chans: channels of the image.
-        num_classes: outputs of the head; 0 for none.
-        tokens_type: layers of the T2T module: "performer", "transformer" or "convolution"; or "patch"
-            for 16 × 16 patches in its place, as in ViT.
-        token_dim: width inside the T2T module.
-        drop_rate: dropout after the positions.
-        fused_kernels: see :meth:`set_fused_kernels`.
+        blocks: Modules (B, 1 + T, embed_dim) → … → (B, 1 + T, num_features).
+        embed_dim: Width of the input of the blocks.
+        num_features: Width of the output of the blocks.
+        img_size: The image size of the position embedding, an integer or (height, width). For images
+            of any other size ≥ 16, the position embedding is resized.
+        in_chans: Channels of the image.
+        num_classes: Outputs of the head; 0 for no head.
+        tokens_type: Layers of the T2T module: "performer", "transformer" or "convolution"; or "patch"
+            to replace the module by 16 × 16 patches, as in ViT.
+        token_dim: Width inside the T2T module.
+        drop_rate: Dropout after the position embedding.
+        fused_kernels: See :meth:`set_fused_kernels`.
 
     Raises:
-        InputError: an argument is not as described.
+        InputError: An argument is invalid.
     """
 
     def __init__(
@@ -210,27 +210,27 @@ class T2TBackbone(nn.Module):
         return self.tokens_to_token.backend or "auto"
 
     def set_fused_kernels(self, name: str) -> None:
-        """Choose what computes the T2T module from the next forward on.
+        """Choose the backend of the T2T module.
 
         Args:
-            name: a backend of `t2t_kernels` ("reference", "cpu", "triton", "cuda"), which must then
-                be able to run, or "auto" for the first that can.
+            name: A backend of `t2t_kernels` ("reference", "cpu", "triton", "cuda"), whose forward
+                fails if it cannot run, or "auto" for the first available one.
 
         Raises:
-            InputError: no such backend.
+            InputError: The backend is unknown.
         """
         self.tokens_to_token.set_fused_kernels(name)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward instead of keeping their activations."""
+        """Recompute the blocks in the backward instead of saving their activations."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The head: a Linear, or an Identity where there are no classes."""
+        """The head: a Linear, or an Identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a newly initialised head of ``num_classes`` outputs (0: none) in the head's place."""
+        """Replace the head by a newly initialised one with ``num_classes`` outputs (0: none)."""
         self.num_classes = check_integer("num_classes", num_classes, least=0)
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
@@ -241,7 +241,7 @@ class T2TBackbone(nn.Module):
             init_weights(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the trainable parameters that are not one-dimensional and yet not decayed."""
+        """Names of the parameters without weight decay that are not one-dimensional."""
         return {"cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -275,7 +275,7 @@ class T2TBackbone(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The class token's features (B, num_features), or with the head on it, the logits."""
+        """The logits (B, num_classes); with ``pre_logits`` the class token's (B, num_features)."""
         x = x[:, 0]
         return x if pre_logits else self.head(x)
 
@@ -288,20 +288,20 @@ class T2TVisionTransformer(T2TBackbone):
     """T2T-ViT with equal blocks (section 3.2 of the T2T-ViT paper).
 
     Args:
-        embed_dim: width.
-        depth: number of blocks.
-        num_heads: attention heads, a divisor of ``embed_dim``.
-        mlp_ratio: hidden width of the MLP over ``embed_dim``.
-        qk_scale: softmax scale; None is (embed_dim / num_heads)^-½.
-        drop_rate: dropout after the positions, the attention's output and the MLP's layers.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        attention_layer: called with (dim, num_heads, qk_scale, attn_drop, proj_drop).
-        mlp_layer: called with (dim, hidden_dim, drop).
-        stem: the keyword arguments of :class:`T2TBackbone`.
+        embed_dim: Width.
+        depth: Number of blocks.
+        num_heads: Attention heads, a divisor of ``embed_dim``.
+        mlp_ratio: Hidden width of the MLP, relative to ``embed_dim``.
+        qk_scale: Softmax scale; None means (embed_dim / num_heads)^-½.
+        drop_rate: Dropout after the position embedding, the attention's output and the MLP's layers.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        attention_layer: Called with (dim, num_heads, qk_scale, attn_drop, proj_drop).
+        mlp_layer: Called with (dim, hidden_dim, drop).
+        stem: The keyword arguments of :class:`T2TBackbone`.
 
     Raises:
-        InputError: an argument is not as described.
+        InputError: An argument is invalid.
     """
 
     def __init__(

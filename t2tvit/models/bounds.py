@@ -1,17 +1,17 @@
-"""Checks that the models share. Each error names argument, got, expected."""
+"""Checks of arguments that the models share. Each error names argument, got, expected."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from t2tvit.errors import InputError
 
 MIN_SIZE = 16
-# No published model comes near these. A count of layers may be given in parts, which are added.
+# Far above any published model. If a number of layers is given per stage, the stages are added.
 LARGEST, LARGEST_DEPTH = 1_000_000, 1000
 DEPTHS = ("depth", "depths", "stages", "layers", "num_stages", "depth_multiplier")
 
 
 def check_bounds(args: Mapping[str, object]) -> None:
-    """Raise an InputError if a model with these arguments would take all memory or time to build."""
+    """Raise an InputError if building a model with these arguments would need too much memory or time."""
     for name, value in args.items():
         numbers = [abs(number) for number in _numbers(value)]
         size, most = max(numbers, default=0), LARGEST
@@ -30,7 +30,7 @@ def _numbers(value: object) -> Iterator[float]:
 
 
 def check_integer(name: str, value: object, least: int = 1) -> int:
-    """``value``, if it is an integer of at least ``least``."""
+    """Return ``value`` if it is an integer of at least ``least``, else raise an InputError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"{name}: got {value!r}, expected an integer")
     if value < least:
@@ -39,7 +39,7 @@ def check_integer(name: str, value: object, least: int = 1) -> int:
 
 
 def check_rate(name: str, value: object) -> float:
-    """``value``, if it is a probability below 1."""
+    """Return ``value`` if it is a probability below 1, else raise an InputError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InputError(f"{name}: got {value!r}, expected a number")
     if not 0 <= value < 1:
@@ -48,7 +48,7 @@ def check_rate(name: str, value: object) -> float:
 
 
 def check_positive(name: str, value: object) -> float:
-    """``value``, if it is a positive number."""
+    """Return ``value`` if it is a positive number, else raise an InputError."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InputError(f"{name}: got {value!r}, expected a number")
     if not 0 < value < float("inf"):
@@ -57,7 +57,7 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_image_size(value: object) -> tuple[int, int]:
-    """``img_size`` as (height, width), from one integer or a pair of them."""
+    """``img_size``, an integer or a pair, as (height, width)."""
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
         raise InputError(f"img_size: got {value!r}, expected an integer or (height, width)")

@@ -1,4 +1,4 @@
-"""Loading of published and own checkpoints into a model, without ever running code from a file."""
+"""Loads our and published checkpoints into a model, without running code from a file."""
 
 import logging
 import math
@@ -20,53 +20,53 @@ from t2tvit.models.variants import DenseBlock, GhostAttention, SEAttention
 
 _logger = logging.getLogger(__name__)
 
-# Where a checkpoint may keep its weights, the preferred place first: averages before the last ones.
+# Names of entries with weights, in order of preference: averages before the last weights.
 WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict"),
     *("model_state", "net", "weights"),
 )
-# How deep in a checkpoint its weights may be.
+# The maximum nesting depth of weights in a checkpoint.
 DEPTH = 3
-# What DataParallel and torch.compile put before every name, also repeatedly.
+# Prefixes that DataParallel and torch.compile add to every name, possibly repeated.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# What frameworks put before the names of a whole T2T-ViT, such as "backbone.".
+# A prefix that a framework adds to all names of a T2T-ViT, such as "backbone.".
 OUTER_PREFIX = re.compile(r"(.+?\.)tokens_to_token\.")
 BLOCK = re.compile(r"blocks\.(\d+)\.(?!linear\.)")
-# A tensor that only one kind of tokens has, under "tokens_to_token.".
+# For each kind of tokens, a tensor under "tokens_to_token." that only it has.
 TOKENS = {
     "performer": "attention1.w",
     "transformer": "attention1.attn.qkv.weight",
     "convolution": "attention1.weight",
     "patch": "proj.weight",
 }
-# Part of the names of tensors that only models with a kind of layer have.
+# For each kind of layer, a part of tensor names that only it has.
 LAYERS = {
     SEAttention: ".se_layer.",
     GhostAttention: ".cheap_operation_q.",
     DenseBlock: ".dense_linear.",
 }
-# Layers that read the image: their features or channels come in the order (channel, row, column).
+# Layers that read the image: their features or channels have the order (channel, row, column).
 STEM_NORMS = tuple(f"tokens_to_token.attention1.norm1.{part}" for part in ("weight", "bias"))
 STEM_QKV = "tokens_to_token.attention1.attn.qkv.weight"
 STEM_WEIGHTS = (
     *("tokens_to_token.attention1.kqv.weight", STEM_QKV),
     *("tokens_to_token.attention1.weight", "tokens_to_token.proj.weight"),
 )
-# What thop's profile adds to every module.
+# Counters that thop.profile adds to every module.
 COUNTERS = ("total_ops", "total_params")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did.
+    """The result of :func:`load_checkpoint`.
 
     Attributes:
-        wrapper: the checkpoint's entry that held the weights; None where they lay bare.
-        loaded: number of tensors copied into the model.
-        resized: the checkpoint's grid of positions and the model's, where they differ.
-        dropped_classes: number of classes of the checkpoint's head, where it was dropped; 0 where
-            the checkpoint has no head and the model has a new one.
-        in_chans: channels of the checkpoint's images and of the model's, where they differ.
+        wrapper: The checkpoint's entry with the weights; None if the checkpoint is a state dict.
+        loaded: Number of tensors copied into the model.
+        resized: The position grids of the checkpoint and the model, if they differ.
+        dropped_classes: Number of classes of the checkpoint's head, if it was dropped; 0 if the
+            checkpoint has no head and the model has a new one.
+        in_chans: Image channels of the checkpoint and the model, if they differ.
     """
 
     wrapper: str | None
@@ -83,26 +83,27 @@ def load_checkpoint(
     grid_size: tuple[int, int] | None = None,
     new_head: bool = True,
 ) -> LoadReport:
-    """Load the weights of a ``.safetensors`` file, or of one that ``torch.save`` wrote.
+    """Load the weights of a ``.safetensors`` file, or of a file written by ``torch.save``.
 
     The weights may be an entry of the checkpoint, whatever its name. If there are several, averages
     ("state_dict_ema", "model_ema", "ema") come before "state_dict", "model" and the like. Names may
-    begin with "module.", "_orig_mod." or another prefix that all share. The counters that thop adds
-    are left out. Positions of another number are resized to the model's grid. Weights for grey
-    images are adapted to colour images, and the other way round. The model gets a newly initialised
-    head if the checkpoint's has another number of classes or is missing. Each of these, and weights
-    that are not finite, is logged as a warning. The model is left as it was if anything is wrong.
+    begin with "module.", "_orig_mod." or another prefix that all share. Counters of thop are ignored.
+    Position embeddings are resized to the model's grid. Weights for grey images are adapted to colour
+    images, and vice versa. If the checkpoint's head is missing or has another number of classes, the
+    model gets a newly initialised head. Each of these, and non-finite weights, is logged as a
+    warning. If an error is raised, the model is unchanged.
 
     Args:
-        model: a model of this package.
-        path: the file.
-        grid_size: (h, w) of the checkpoint's tokens. Without it as many positions as the model's
-            are taken to be the same grid, and others to be a square one.
-        new_head: whether a head that is missing or of other classes is made anew, or an error.
+        model: A model of this package.
+        path: The file.
+        grid_size: (h, w) of the checkpoint's tokens. By default, the model's grid if the number of
+            positions is equal, else a square grid.
+        new_head: Whether to create a new head if it is missing or has another number of classes;
+            if False, this is an error.
 
     Raises:
-        InputError: the file cannot be read as a checkpoint without running code, or does not fit
-            the model; the message says what it is, or names the keys.
+        InputError: The file cannot be read as a checkpoint without running code, or does not fit the
+            model. The message says what the file is, or names the keys.
         TypeError: ``model`` is not a model of this package.
     """
     if not isinstance(model, T2TBackbone):
@@ -121,8 +122,8 @@ def load_checkpoint(
 
     if others := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
         raise InputError(
-            f"checkpoint: {path} holds weights that are {state[others[0]].dtype}, expected floating "
-            f"ones: {_some(others)}"
+            f"checkpoint: {path} holds weights that are {state[others[0]].dtype}, expected "
+            f"floating-point ones: {_some(others)}"
         )
     in_chans = _adapt_channels(state, own, model.tokens_to_token.in_chans, path)
     dropped_classes = None
@@ -167,14 +168,14 @@ def load_checkpoint(
 def read_state_dict(
     path: str | PathLike, *, warn: bool = True
 ) -> tuple[str | None, dict[str, Tensor]]:
-    """The name of the entry that holds a file's weights, and these, without prefixes.
+    """The name of the entry with a file's weights, and the weights without prefixes.
 
     Args:
-        path: the file.
-        warn: whether to log what is left out; not if the file is read once more.
+        path: The file.
+        warn: Whether to log ignored entries; False if the file will be read again.
 
     Raises:
-        InputError: the file cannot be read as a checkpoint without running code.
+        InputError: The file cannot be read as a checkpoint without running code.
     """
     path = Path(path)
     return _unwrap(read_file(path), path, _logger.warning if warn else lambda *_: None)
@@ -183,7 +184,7 @@ def read_state_dict(
 def _unwrap(
     content: object, path: Path, warn: Callable[..., None]
 ) -> tuple[str | None, dict[str, Tensor]]:
-    """The wrapper's name and the state dict in it, without prefixes."""
+    """The name of the wrapper and its state dict without prefixes."""
     if not isinstance(content, Mapping):
         raise InputError(
             f"checkpoint: got a {type(content).__name__} in {path}, expected a state dict"
@@ -205,42 +206,42 @@ def _unwrap(
             f"such as {', '.join(WRAPPERS[:-1])} or {WRAPPERS[-1]}"
         )
     state = {PREFIXES.sub("", name): tensor for name, tensor in entries.items()}
-    # What Lightning and other frameworks put before every name.
+    # A prefix that Lightning and other frameworks add to every name.
     outer = next((match[1] for match in map(OUTER_PREFIX.match, state) if match), "")
     if all(name.startswith(outer) for name in state):
         state = {name.removeprefix(outer): tensor for name, tensor in state.items()}
     if len(state) != len(entries):
-        raise InputError(f"checkpoint: names in {path} coincide without their prefixes")
+        raise InputError(f"checkpoint: names in {path} are not unique without their prefixes")
     counters = [name for name in state if name.rpartition(".")[2] in COUNTERS]
     if counters:
-        warn("%s: left out the counters of thop: %s", path, _some(counters, 2))
+        warn("%s: ignored the counters of thop: %s", path, _some(counters, 2))
     return wrapper or None, {name: state[name] for name in state if name not in counters}
 
 
 def _choose(content: Mapping, path: Path, warn: Callable[..., None]) -> str:
-    """The entry that holds the weights, a dotted path; empty if they are the content itself."""
+    """The dotted path of the entry with the weights; empty if the content is a state dict."""
     found = list(_state_dicts(content, "", 0, set()))
     if "" in found:
         return ""
     chosen = next((name for name in WRAPPERS if name in found), None)
     if chosen is None and len(found) > 1:
         raise InputError(
-            f"checkpoint: {path} holds several sets of weights: {_some(found)}; save the one you "
-            "mean in a file of its own"
+            f"checkpoint: {path} holds several sets of weights: {_some(found)}; save the one to "
+            "use in a file of its own"
         )
     if chosen is None and found:
         chosen = found[0]
     if chosen is None:
         return next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), "")
     if len(found) > 1:
-        warn("%s: holds the weights %s; %s is taken", path, ", ".join(found), chosen)
+        warn("%s: holds the weights %s; %s is used", path, ", ".join(found), chosen)
     return chosen
 
 
 def _state_dicts(content: Mapping, place: str, depth: int, seen: set[int]) -> Iterator[str]:
     """The dotted paths of all mappings in ``content`` whose values are the tensors of a model.
 
-    ``seen`` has the mappings that were searched: a small file can hold one in very many places.
+    ``seen`` has the searched mappings: a small file can contain the same one in very many places.
     """
     if id(content) in seen or not content or not all(isinstance(name, str) for name in content):
         return
@@ -256,7 +257,7 @@ def _state_dicts(content: Mapping, place: str, depth: int, seen: set[int]) -> It
 
 
 def _are_positions(positions: Tensor, own: Tensor) -> bool:
-    """Whether the two differ in the number of positions at most."""
+    """Whether the two differ at most in the number of positions."""
     return (
         positions.dim() == 3 and positions.shape[1] > 1 and positions.shape[::2] == own.shape[::2]
     )
@@ -265,13 +266,13 @@ def _are_positions(positions: Tensor, own: Tensor) -> bool:
 def _adapt_channels(
     state: dict[str, Tensor], own: Mapping[str, Tensor], in_chans: int, path: Path
 ) -> tuple[int, int] | None:
-    """Adapt weights for grey images to colour images, or the reverse; the two numbers of channels.
+    """Adapt weights for grey images to colour images, or vice versa; returns both channel numbers.
 
-    Colour weights see a grey image as three equal channels: projections are summed over the
-    channels or divided among them, and a norm's parameters averaged or repeated.
+    A grey image is treated as three equal channels: projections are summed over the channels or
+    divided among them, and parameters of norms are averaged or repeated.
 
     Raises:
-        InputError: other numbers of channels.
+        InputError: The numbers of channels are other ones.
     """
     weight = next((name for name in STEM_WEIGHTS if name in state and name in own), None)
     if weight is None or state[weight].dim() != own[weight].dim():
@@ -282,8 +283,8 @@ def _adapt_channels(
         return None
     if {old, new} != {1, 3}:
         raise InputError(
-            f"in_chans: {path} is for images of {old} channels, the model for {new}; only grey and "
-            "colour are adapted to each other"
+            f"in_chans: {path} is for images with {old} channels, the model for {new}; only grey and "
+            "colour can be adapted to each other"
         )
     for name in {weight, *STEM_NORMS} & state.keys():
         axis = 0 if name in STEM_NORMS else 1
@@ -292,7 +293,7 @@ def _adapt_channels(
             channels = channels * (old / new)
         state[name] = channels.repeat_interleave(new, axis).flatten(axis, axis + 1)
     if weight == STEM_QKV:
-        # The softmax scale is the token width^-½, so the queries must make up for another width.
+        # The softmax scale is the token width^-½, so the queries must compensate for another width.
         queries, rest = state[weight].tensor_split([len(state[weight]) // 3])
         state[weight] = torch.cat([queries * (new / old) ** 0.5, rest])
     return old, new
@@ -322,9 +323,9 @@ def _grid(
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """What a state dict is of: a published model if it has such blocks, and what they are.
+    """A description of the model of a state dict: its blocks, and its name if it is published.
 
-    Empty for a T2T-ViT without a class token, which tells the width.
+    Empty for a T2T-ViT without a class token, which is needed for the width.
     """
     kinds = [kind for kind, name in TOKENS.items() if f"tokens_to_token.{name}" in state]
     if not any(name.startswith("tokens_to_token.") for name in state):

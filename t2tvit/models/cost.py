@@ -1,4 +1,4 @@
-"""What a model's forward costs, counted and not timed."""
+"""Counts the multiply-adds of a model's forward."""
 
 import copy
 
@@ -11,10 +11,10 @@ from t2tvit.models.t2t_module import T2TModule
 
 
 def multiply_adds(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3) -> int:
-    """Multiply-adds of all matrix products and convolutions of one image's forward.
+    """Multiply-adds of all matrix products and convolutions in the forward of one image.
 
-    Counted while a copy of the model without memory runs an image of ``img_size`` in plain PyTorch;
-    norms, activations and the like are left out, as in published figures.
+    They are counted in plain PyTorch on the meta device for an image of ``img_size``. Norms,
+    activations and the like are not counted, as in published figures.
     """
     model = copy.deepcopy(model).to("meta").eval()
     for module in model.modules():
@@ -22,7 +22,7 @@ def multiply_adds(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3
             module.set_fused_kernels("reference")
     dtype = next(model.parameters()).dtype
     images = torch.empty(1, in_chans, *img_size, device="meta", dtype=dtype)
-    # The one attention that is made of products.
+    # The only attention that consists of products, so that they are counted.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() // 2

@@ -1,4 +1,4 @@
-"""Models that a file describes: only with arguments that a file may set, and of the file's size."""
+"""Checks of models that a file describes: allowed arguments, and a size that fits the file."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ def check_described(name: object, args: object, space: int, source: str) -> None
     """Raise unless a file may describe this model.
 
     Args:
-        name: of the model, as in :func:`t2tvit.create_model`, or ``timm:NAME``.
-        args: the arguments that build it.
-        space: size in bytes of the file with its weights, which bounds their number.
-        source: the file, for the message.
+        name: The name of the model, as in :func:`t2tvit.create_model`, or ``timm:NAME``.
+        args: The arguments that build it.
+        space: Size in bytes of the file with its weights, which limits their number.
+        source: The file, for the message.
 
     Raises:
-        InputError: an unknown model, an argument that a file may not set, a value that is no plain
-            one, or a model larger than the file.
+        InputError: The model is unknown, an argument is one that a file may not set or has a value
+            that is not plain, or the model is larger than the file.
     """
     if not isinstance(name, str) or not isinstance(args, dict):
         raise InputError(f"{source}: it does not describe a model")
@@ -47,7 +47,7 @@ def check_described(name: object, args: object, space: int, source: str) -> None
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{source}: no {name} can be built with {args}: {error}") from None
     count = sum(math.prod(value.shape) for value in model.state_dict().values())
-    if count > space:  # a number takes at least a byte
+    if count > space:  # a number needs at least one byte
         raise InputError(
             f"{source}: it describes a {name} of {count:,} numbers, but its file has {space:,} bytes"
         )

@@ -1,4 +1,4 @@
-"""The T2T module in the place of timm's ``PatchEmbed``: T2T tokens for any ViT of timm."""
+"""The T2T module as a replacement of timm's ``PatchEmbed``: T2T tokens for timm's ViTs."""
 
 from collections.abc import Callable
 
@@ -10,44 +10,44 @@ from t2tvit.models.backbone import init_weights
 from t2tvit.models.bounds import check_image_size
 from t2tvit.models.t2t_module import T2TModule
 
-# Pixels from one token to the next, as in a ViT with patches of 16.
+# Pixels from one token to the next, as in a ViT with patches of size 16.
 STRIDE = 16
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
 
 class T2TEmbed(nn.Module):
-    """Images (B, in_chans, H, W) to tokens, a drop-in for ``timm.layers.PatchEmbed``.
+    """Images (B, in_chans, H, W) to tokens; a drop-in replacement of ``timm.layers.PatchEmbed``.
 
-    ``timm.create_model("vit_tiny_patch16_224", embed_layer=t2tvit.T2TEmbed)`` is a ViT on fused T2T
-    tokens: as many tokens at 224 × 224 as of patches of 16, from overlapping soft splits with a
-    small attention between them (section 3.1 of the T2T-ViT paper). Its parameters are those of a
-    T2T-ViT, under ``tokens_to_token``.
+    ``timm.create_model("vit_tiny_patch16_224", embed_layer=t2tvit.T2TEmbed)`` is a ViT on T2T tokens:
+    it has as many tokens at 224 × 224 as with patches of size 16, from overlapping soft splits with
+    small attention layers between them (section 3.1 of the T2T-ViT paper). The parameters have the
+    names of a T2T-ViT, under ``tokens_to_token``.
 
-    The models that timm builds of ``VisionTransformer`` or ``VisionTransformerRelPos`` take it as
-    ``embed_layer``: ViT, DeiT, DeiT III, FlexiViT, DINOv2, CLIP, SigLIP and the like; those of other
-    patches than 16 with ``patch_size=16``. SAM's encoders take
+    timm's models of class ``VisionTransformer`` or ``VisionTransformerRelPos`` accept it as
+    ``embed_layer``: ViT, DeiT, DeiT III, FlexiViT, DINOv2, CLIP, SigLIP and similar ones. Models with
+    other patch sizes need ``patch_size=16``. SAM's encoders need
     ``functools.partial(T2TEmbed, output_fmt="NHWC")``. BeiT, EVA, RoPE ViTs and CaiT have no
-    ``embed_layer``; if their patches are of 16, replace it afterwards:
+    ``embed_layer``; if their patch size is 16, replace it afterwards:
     ``model.patch_embed = T2TEmbed(img_size, embed_dim=model.embed_dim)``, with
-    ``output_fmt="NHWC"`` for DINOv3. XCiT, Swin V2, PiT, VOLO and MLP-Mixer do not fit.
+    ``output_fmt="NHWC"`` for DINOv3. XCiT, Swin V2, PiT, VOLO and MLP-Mixer are not supported.
 
     Args:
-        img_size: an integer or (height, width), at least 16; None for no size in particular.
+        img_size: An integer or (height, width), at least 16; None for any size.
         patch_size: 16, the distance between tokens.
-        in_chans: channels of the image.
-        embed_dim: width of the tokens.
-        norm_layer: called with ``embed_dim``, makes the norm of the tokens; None for none.
-        flatten: tokens (B, T, embed_dim) if true, a map (B, embed_dim, h, w) if not.
+        in_chans: Channels of the image.
+        embed_dim: Width of the tokens.
+        norm_layer: Called with ``embed_dim`` to create the norm of the tokens; None for no norm.
+        flatten: Whether to return tokens (B, T, embed_dim) or a map (B, embed_dim, h, w).
         output_fmt: "NCHW", "NHWC", "NCL" or "NLC", instead of ``flatten``.
-        bias: whether the last projection has one.
-        strict_img_size: refuse images of another size than ``img_size``.
-        dynamic_img_pad: taken and not needed: soft splits take any size of 16 or more as it is.
-        tokens_type, token_dim: as in :class:`t2tvit.models.T2TModule`.
-        fused_kernels: as in :func:`t2tvit.create_model`.
-        device, dtype: of the parameters.
+        bias: Whether the last projection has a bias.
+        strict_img_size: Whether to refuse images of another size than ``img_size``.
+        dynamic_img_pad: Ignored: soft splits support any size from 16 without padding.
+        tokens_type, token_dim: As in :class:`t2tvit.models.T2TModule`.
+        fused_kernels: As in :func:`t2tvit.create_model`.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
-        InputError: an argument is not as described; in the forward, an image of another size.
+        InputError: An argument is invalid; in the forward, an image has another size.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class T2TEmbed(nn.Module):
         super().__init__()
         if output_fmt is None:
             output_fmt = "NLC" if flatten else "NCHW"
-        # timm hands over members of an enumeration whose value is the name.
+        # timm passes enumeration members whose value is the name.
         self.output_fmt = getattr(output_fmt, "value", output_fmt)
         if self.output_fmt not in FORMATS:
             known = unknown_name("format", self.output_fmt, FORMATS)
@@ -96,7 +96,7 @@ class T2TEmbed(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Expect images of another size; None leaves it."""
+        """Set the expected image size; None keeps the current one."""
         if patch_size not in (None, STRIDE, (STRIDE, STRIDE), [STRIDE, STRIDE]):
             raise InputError(
                 f"patch_size: got {patch_size}, T2T tokens are {STRIDE} pixels apart; build the model "
@@ -113,7 +113,7 @@ class T2TEmbed(nn.Module):
         return STRIDE if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Grid (h, w) of the tokens that an image of ``img_size`` gives."""
+        """Grid (h, w) of the tokens of an image of ``img_size``."""
         return self.tokens_to_token.grid_size(*img_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tokens of the plain Vision Transformer, for comparison with those of the T2T module."""
+"""The patch tokens of a plain Vision Transformer, for comparison with the T2T module."""
 
 from torch import Tensor, nn
 
@@ -12,14 +12,14 @@ PATCH = 16
 class PatchTokens(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, T, embed_dim), one per 16 × 16 pixels.
 
-    A rim that fills no patch is left out, as it is in the T2T module's place.
+    Pixels at the right and bottom that do not fill a patch are ignored.
 
     Args:
         in_chans: channels of the image.
         embed_dim: width of the tokens.
     """
 
-    backend = None  # a convolution of PyTorch's own
+    backend = None  # a convolution of PyTorch
 
     def __init__(self, in_chans: int, embed_dim: int):
         super().__init__()
@@ -29,10 +29,10 @@ class PatchTokens(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=PATCH, stride=PATCH)
 
     def set_fused_kernels(self, name: str) -> None:
-        """Take "auto" and "reference", which are the same here.
+        """Accept "auto" and "reference", which are equivalent here.
 
         Raises:
-            InputError: any other backend.
+            InputError: Any other backend.
         """
         if name not in ("auto", "reference"):
             raise InputError(
@@ -40,10 +40,10 @@ class PatchTokens(nn.Module):
             )
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""
+        """Grid (h, w) of the T = h·w tokens of an image of ``height`` × ``width``."""
         return height // PATCH, width // PATCH
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, embed_dim) of the images ``x``; raises what :class:`T2TModule` raises."""
+        """Tokens (B, T, embed_dim) of the images ``x``; raises the errors of :class:`T2TModule`."""
         check_images(x, self.in_chans, self.proj.weight)
         return self.proj(x).flatten(2).transpose(1, 2)

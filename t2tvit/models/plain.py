@@ -1,4 +1,4 @@
-"""Whether a fused operation computes what a submodule would."""
+"""Checks whether a fused operation may replace a submodule."""
 
 import functools
 import warnings
@@ -11,14 +11,14 @@ from torch.nn.modules import module as torch_module
 def why_not_plain(
     name: str, module: nn.Module, kind: type[nn.Module], *, bias: bool | None = True
 ) -> str | None:
-    """The reason why a fused operation cannot stand in for ``module``; None if it can.
+    """The reason why a fused operation cannot replace ``module``; None if it can.
 
     Args:
-        name: the module's name, for the reason.
-        kind: the class that the operation computes, with PyTorch's defaults.
-        bias: whether a linear module must have a bias; None if it may.
+        name: The module's name, for the reason.
+        kind: The class that the operation computes, with PyTorch's defaults.
+        bias: Whether a linear module must or must not have a bias; None if both are allowed.
     """
-    # A parametrised module is of a class of its own, derived from the original one.
+    # A parametrised module has a class of its own, derived from the original one.
     if type(module) is not kind and not (
         type(module).__base__ is kind and hasattr(module, "parametrizations")
     ):
@@ -31,7 +31,7 @@ def why_not_plain(
     ):
         return f"{name} has hooks"
     if torch_module._has_any_global_hook():
-        return "hooks on all modules are registered"
+        return "global module hooks are registered"
     if "forward" in module.__dict__:
         return f"{name} has a forward of its own"
     if kind is nn.LayerNorm:
@@ -44,8 +44,8 @@ def why_not_plain(
     if kind is nn.Linear:
         if bias is not None and bias != (module.bias is not None):
             return f"{name} has {'no' if bias else 'a'} bias"
-        # Quantised or distributed weights know their own linear. A parametrised weight is not stored,
-        # and computing it here would run its parametrisation once more.
+        # Quantised or distributed weights implement their own linear. A parametrised weight is not
+        # stored, and computing it here would run its parametrisation again.
         stored = type(module._parameters.get("weight"))
         if hasattr(stored, "__tensor_flatten__"):
             return f"{name} has a weight of type {stored.__name__}"
@@ -53,8 +53,8 @@ def why_not_plain(
 
 
 def announce(reason: str, backend: str | None) -> None:
-    """Warn once per process and reason that a layer is not fused; not while a graph is captured,
-    nor for the reference, which has no fused kernel."""
+    """Warn once per process and reason that a layer is not fused. There is no warning while a graph is
+    captured, and for the reference, which has no fused kernels."""
     if backend != "reference" and not torch.compiler.is_compiling():
         _warn_once(reason)
 

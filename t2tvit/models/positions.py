@@ -1,4 +1,4 @@
-"""Position embeddings: the fixed sinusoid, and its resizing to another grid of tokens."""
+"""Position embeddings: fixed sinusoids, and resizing to another grid of tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ def sinusoid(positions: int, dim: int) -> Tensor:
     """Sinusoidal embedding of shape (1, positions, dim); position 0 is the class token's.
 
     Entry j of position p is the sine (even j) or cosine (odd j) of p / 10000^(2⌊j/2⌋ / dim).
-    Computed in float64 and rounded to float32, the precision in which the published models hold it.
+    Computed in float64 and rounded to float32, the precision of the published models.
     """
     position = torch.arange(positions, dtype=torch.float64).unsqueeze(1)
     pair = torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor")
@@ -22,8 +22,8 @@ def sinusoid(positions: int, dim: int) -> Tensor:
 def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize (1, 1 + h·w, dim) from the grid ``old`` = (h, w) to the grid ``new``.
 
-    The class token's position is kept; the others are interpolated bicubically, in float32 at
-    least.
+    The class token's position is unchanged. The others are interpolated bicubically, at least in
+    float32.
     """
     class_position, grid = pos_embed[:, :1], pos_embed[:, 1:]
     grid = grid.to(torch.promote_types(grid.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What a file of weights holds, read without ever running code from it, or what it is instead."""
+"""Reads files of weights without running code, and says what other files are."""
 
 import argparse
 import json
@@ -19,15 +19,15 @@ import torch
 from t2tvit.errors import InputError
 from t2tvit.files import check_file
 
-# How torch.load names what it will not read with weights_only.
+# The part of torch.load's error that names what weights_only refuses.
 UNSAFE = re.compile(r"(?i)unsupported (?:global|class|type)\S* (?:GLOBAL )?([a-z_][\w.]*)")
 SAFETENSORS, TORCH = "safetensors", "torch"
-# The first bytes of a file that torch.save wrote before it wrote zip archives.
+# The first bytes of a file in torch.save's older format, before zip archives.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 HEADER_BYTES = 8
 PICKLE = b"\x80"
 ZIP, EMPTY_ZIP = b"PK\x03\x04", b"PK\x05\x06"
-# The first bytes of files that are not weights, and what each is.
+# The first bytes of files that are not weights, and their descriptions.
 BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"\xff\xd8\xff": "a JPEG image, not weights",
@@ -44,7 +44,7 @@ BEGINNINGS = {
     b"\x89HDF": "an HDF5 file; only PyTorch and safetensors files are read",
     b"\x93NUMPY": "a NumPy array; only PyTorch and safetensors files are read",
 }
-# Values that training scripts keep beside the weights. Each becomes an Ignored, so no code runs.
+# Types of values that training scripts save with the weights. They become Ignored, so no code runs.
 HARMLESS = (
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
@@ -53,20 +53,20 @@ HARMLESS = (
     *("pathlib.PureWindowsPath", "pathlib.Path"),
     *("pathlib._local.PosixPath", "pathlib._local.WindowsPath"),
 )
-# What a pickle of tensors and plain values names.
+# Names that a pickle of tensors and plain values contains.
 OF_TENSORS = re.compile(
     r"torch\.(_utils\._rebuild\w+|_tensor\._rebuild\w+|nn\.parameter\.Parameter|storage\.\w+"
     r"|[A-Z]\w+|b?float\w+|u?int\w+|complex\w+|bool|device|serialization\._get_layout)"
     r"|collections\.OrderedDict|argparse\.Namespace"
 )
-# Called with a number, it fills so many bytes of memory.
+# Called with a number, it allocates this many bytes of memory.
 BYTEARRAY = ("builtins.bytearray", "__builtin__.bytearray")
-# torch.save's older format has four pickles before the bytes of the tensors.
+# torch.save's older format has four pickles before the data of the tensors.
 PICKLES = 4
 
 
 class Ignored:
-    """Stands for a value beside the weights that is of no use here."""
+    """Replaces a value that is saved with the weights but not needed."""
 
     def __init__(self, *_):
         pass
@@ -76,12 +76,12 @@ class Ignored:
 
 
 def read_file(path: str | PathLike) -> object:
-    """The content of a ``.safetensors`` file, or of one that ``torch.save`` wrote, on the CPU.
+    """The content of a ``.safetensors`` file, or of a file written by ``torch.save``, on the CPU.
 
-    Either is recognised by its content, whatever the file's name.
+    The format is recognised by the content, not the file's name.
 
     Raises:
-        InputError: the file is something else, damaged, or cannot be read without running code.
+        InputError: The file is something else, damaged, or cannot be read without running code.
     """
     path = Path(path)
     return _read_safetensors(path) if kind_of(path) == SAFETENSORS else _read_torch(path)
@@ -91,7 +91,7 @@ def kind_of(path: Path) -> str:
     """``SAFETENSORS`` or ``TORCH``.
 
     Raises:
-        InputError: the file is missing or of another kind; the message says what it is.
+        InputError: The file is missing or of another kind; the message says what it is.
     """
     if os.path.isdir(path):
         if (path / "best.safetensors").is_file():
@@ -125,7 +125,7 @@ def kind_of(path: Path) -> str:
     with path.open("rb") as file:
         is_pickle = head.startswith(PICKLE) or any(_names(file))
     if is_pickle:
-        raise _is(path, "a pickle that torch.save did not write; it could run code and is not read")
+        raise _is(path, "a pickle not written by torch.save; it could run code, so it is not read")
     if head[257:262] == b"ustar" or tarfile.is_tarfile(path):
         raise _is(path, "a tar archive; unpack it and give the file inside")
     _check_text(path, head)
@@ -133,7 +133,7 @@ def kind_of(path: Path) -> str:
 
 
 def _names(file: IO[bytes]) -> Iterator[str]:
-    """The classes and functions that the pickles from here on name, up to the first damage."""
+    """The names of classes and functions in the pickles from here on, up to the first damage."""
     try:
         for _ in range(PICKLES):
             words, latest = ["", ""], None
@@ -159,7 +159,7 @@ def _names(file: IO[bytes]) -> Iterator[str]:
 
 
 def _names_in(path: Path) -> list[str]:
-    """:func:`_names` of a file that ``torch.save`` wrote."""
+    """:func:`_names` of a file written by ``torch.save``."""
     with path.open("rb") as file:
         if file.read(len(ZIP)) != ZIP:
             file.seek(0)
@@ -174,13 +174,13 @@ def _is(path: Path, what: str) -> InputError:
 
 
 def _check_text(path: Path, head: bytes) -> None:
-    """Raise an error that says what kind of text a file is, if it is text."""
+    """If a file is text, raise an error that says what kind of text."""
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
     if text[:1] == "<":
         raise _is(
             path,
-            "an HTML page, not weights; open the address in a browser to see why, and download the "
-            "file again",
+            "an HTML page, not weights; open its URL in a browser to see why, and download the file "
+            "again",
         )
     if b"\0" in head or len(text) < 0.9 * len(head.strip()):
         return
@@ -192,7 +192,7 @@ def _check_text(path: Path, head: bytes) -> None:
 
 
 def _check_zip(path: Path, size: int) -> None:
-    """Raise unless a zip archive is a checkpoint that is no larger in memory than on the disk."""
+    """Raise unless a zip archive is a checkpoint that is no larger in memory than on disk."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -200,10 +200,10 @@ def _check_zip(path: Path, size: int) -> None:
         raise _is(path, "truncated or damaged; download or copy it again") from None
     names = {record.filename.partition("/")[2] or record.filename for record in records}
     if any(name.startswith(("models/", "archive_format", "data/aotinductor")) for name in names):
-        raise _is(path, "an exported program, not weights; give the file that it was exported from")
+        raise _is(path, "an exported program, not weights; give the file it was exported from")
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
         raise _is(
-            path, "a TorchScript archive, which holds code; give the weights it was made from"
+            path, "a TorchScript archive, which contains code; give the weights it was made from"
         )
     if any(name.endswith(".npy") for name in names):
         raise _is(path, "a NumPy archive; only PyTorch and safetensors files are read")
@@ -240,19 +240,19 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise _is(
             path,
             "the training state of a run, not weights; give best.safetensors or last.safetensors "
-            "beside it, or continue the run with --resume",
+            "in its folder, or resume the run with --resume",
         )
     return state
 
 
 def _read_torch(path: Path) -> object:
-    # A Namespace of options, which published checkpoints hold, runs no code when it is read.
+    # Published checkpoints contain a Namespace of options, which runs no code when it is read.
     allowed: list = [argparse.Namespace, *((Ignored, name) for name in HARMLESS)]
     names = _names_in(path)
     if any(name in BYTEARRAY for name in names):
-        raise _unsafe(path, "a bytearray, and reading that could fill the memory")
+        raise _unsafe(path, "a bytearray, and reading it could fill the memory")
     try:
-        # From an open file, as torch.load judges a path by its extension.
+        # From an open file, because torch.load interprets the extension of a path.
         with (
             path.open("rb") as file,
             torch.serialization.safe_globals(allowed),
@@ -270,12 +270,12 @@ def _read_torch(path: Path) -> object:
         ]
         if found or foreign:
             name = found[1] if found else foreign[0][:80]
-            raise _unsafe(path, f"{name}, and reading that could run code") from error
+            raise _unsafe(path, f"{name}, and reading it could run code") from error
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
             raise InputError(
-                f"checkpoint: {path} holds more than tensors and plain values, and reading that "
-                "could run code, or it is damaged, so it is not read. Ask whoever made the file "
-                "for its state dict alone, best as safetensors"
+                f"checkpoint: {path} is damaged or holds more than tensors and plain values, and reading "
+                "it could run code, so it is not read. Ask the author of the file for its state dict "
+                "only, preferably as safetensors"
             ) from error
         cause = str(error).strip().split("\n")[0][:120]
         raise _is(
@@ -288,15 +288,15 @@ def _read_torch(path: Path) -> object:
 
 def _unsafe(path: Path, what: str) -> InputError:
     return InputError(
-        f"checkpoint: {path} holds {what}, so it is not read. Ask whoever made the file for its "
-        "state dict alone, best as safetensors"
+        f"checkpoint: {path} holds {what}, so it is not read. Ask the author of the file for its "
+        "state dict only, preferably as safetensors"
     )
 
 
 def _check_tensors(content: object, path: Path) -> None:
-    """Raise unless every tensor in nested mappings is a plain one that its file had room for."""
+    """Raise unless every tensor in nested mappings is plain and not larger than the file."""
     size, waiting = path.stat().st_size, [content]
-    seen = set()  # a small file can hold one mapping in very many places
+    seen = set()  # a small file can contain the same mapping in very many places
     while waiting:
         value = waiting.pop()
         if isinstance(value, Mapping) and id(value) not in seen:
@@ -313,6 +313,6 @@ def _check_tensors(content: object, path: Path) -> None:
         if value.numel() * value.element_size() > size:
             raise _is(
                 path,
-                f"a file of {size} bytes with a tensor of {tuple(value.shape)}, for which it has "
-                "no room, so it is not read",
+                f"a file of {size} bytes with a larger tensor of {tuple(value.shape)}, so it is not "
+                "read",
             )

@@ -1,4 +1,4 @@
-"""The published models and the paper's baselines by name: their configurations, published figures, and `create_model`."""
+"""The published models and the paper's baselines: configurations, published figures, `create_model`."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ class ModelConfig:
     """A published model, or a baseline.
 
     Attributes:
-        architecture: the class.
-        options: the keyword arguments that make it this model.
-        params: number of parameters, frozen ones included, with 1000 classes.
-        gmacs: 10⁹ multiply-adds of a forward at 224 × 224, as published; None where none was.
-        top1: published ImageNet-1k top-1 accuracy in percent; None where none was published.
-        top1_384: the same after fine-tuning at 384 × 384.
+        architecture: The class.
+        options: The keyword arguments of this model.
+        params: Number of parameters, including frozen ones, with 1000 classes.
+        gmacs: Published 10⁹ multiply-adds of a forward at 224 × 224; None if unpublished.
+        top1: Published ImageNet-1k top-1 accuracy in percent; None if unpublished.
+        top1_384: The same after fine-tuning at 384 × 384.
     """
 
     architecture: type[T2TBackbone]
@@ -98,7 +98,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 # ViT and its variants, for comparison: the same blocks on 16 × 16 patches. The sizes of the wide and
-# the dense one are not published.
+# dense variants are not published.
 BASELINES: dict[str, ModelConfig] = {
     "vit_s_16": _vit(768, 8, 8, 3, params=48_754_408, gmacs=10.1, top1=78.1),
     "vit_b_16": _vit(768, 12, 12, 4, params=86_540_008),
@@ -116,7 +116,7 @@ BASELINES: dict[str, ModelConfig] = {
 
 
 def list_models(baselines: bool = False) -> list[str]:
-    """The names of the published T2T-ViTs; with ``baselines`` also the ViTs to compare them with."""
+    """The names of the published T2T-ViTs; with ``baselines`` also those of the paper's ViTs."""
     return [*MODELS, *(BASELINES if baselines else ())]
 
 
@@ -133,23 +133,23 @@ def create_model(
     """Build a model with newly initialised weights.
 
     Args:
-        name: one of :func:`list_models`, baselines included.
-        fused_kernels: what computes the T2T module: "auto", "reference", "cpu", "triton" or "cuda".
-        img_size: the usual input size, an integer or (height, width), at least 16. The model takes
-            other sizes too, with resized positions.
-        num_classes: outputs of the head; 0 for none.
-        in_chans: channels of the image.
-        drop_path_rate: stochastic depth of the last block.
-        kw: what shall differ from the published configuration: tokens_type, token_dim, embed_dim,
-            depth, num_heads, mlp_ratio, qk_scale, drop_rate, attn_drop_rate, attention_layer,
-            mlp_layer; for the dense models, stages and growth_rate instead of depth and the layers.
+        name: One of :func:`list_models`, including baselines.
+        fused_kernels: Backend of the T2T module: "auto", "reference", "cpu", "triton" or "cuda".
+        img_size: The usual image size, an integer or (height, width), at least 16. For other sizes,
+            the position embedding is resized.
+        num_classes: Outputs of the head; 0 for no head.
+        in_chans: Channels of the image.
+        drop_path_rate: Stochastic depth of the last block.
+        kw: Changes to the published configuration: tokens_type, token_dim, embed_dim, depth,
+            num_heads, mlp_ratio, qk_scale, drop_rate, attn_drop_rate, attention_layer, mlp_layer; for
+            the dense models, stages and growth_rate instead of depth and the layers.
 
     Returns:
-        The model, in training mode, float32, with timm's ``pretrained_cfg`` of the preprocessing,
-        and ``create_args``, the arguments that build it again.
+        The model in training mode, float32. Its ``pretrained_cfg`` is timm's description of the
+        preprocessing, and ``create_args`` are the arguments to build it again.
 
     Raises:
-        InputError: an unknown name or option, or an option that does not fit.
+        InputError: A name or option is unknown or invalid.
     """
     known_models = MODELS | BASELINES
     if not isinstance(name, str) or name not in known_models:
@@ -189,10 +189,10 @@ def _options(architecture: type[T2TBackbone]) -> list[str]:
 def pretrained_cfg(
     name: str, img_size: tuple[int, int] = (224, 224), num_classes: int = 1000, in_chans: int = 3
 ) -> dict[str, Any]:
-    """The published preprocessing in the form of timm's ``pretrained_cfg``.
+    """The published preprocessing in the format of timm's ``pretrained_cfg``.
 
-    The evaluation crop is 0.9 of the image, and all of it from 384 pixels on. Images of other than
-    3 channels get the mean of ImageNet's statistics in each.
+    The evaluation crop is 0.9 of the image, and the whole image from 384 pixels on. Without 3
+    channels, each channel gets the mean of ImageNet's statistics.
     """
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if in_chans != 3:

@@ -1,11 +1,11 @@
-"""The tokens-to-token module: an image becomes a short sequence of tokens.
+"""The tokens-to-token module: turns an image into a short sequence of tokens.
 
-Three soft splits with a layer after each of the first two and a linear projection after the third
-(section 3.1 of the T2T-ViT paper). The modules hold the parameters under the names of the published
-checkpoints; `t2t_kernels` does the computing.
+It has three soft splits, with a layer after each of the first two and a linear projection after the
+third (section 3.1 of the T2T-ViT paper). The modules hold the parameters with the names of the
+published checkpoints; `t2t_kernels` has the operations.
 
-The fused operations read the parameters of the submodules and do not call them. If a submodule is not
-what they compute (it has hooks, was replaced or wrapped), the layer calls its submodules instead.
+The fused operations read the parameters of the submodules and do not call them. If a submodule differs
+from what they compute (it has hooks, was replaced or wrapped), the layer calls its submodules instead.
 """
 
 from typing import TypedDict
@@ -54,8 +54,8 @@ Call = tuple[str, dict[str, int]]
 class TokenPerformer(nn.Module):
     """Soft split and Performer layer with one head: (B, C, H, W) to (B, T, token_dim).
 
-    ``w`` holds token_dim // 2 random features, orthogonal rows of length √(token_dim // 2), frozen.
-    The two dropouts are 0.1 in training whatever the backbone's rates, as published.
+    ``w`` has token_dim // 2 frozen random features, orthogonal rows of length √(token_dim // 2). Both
+    dropout rates are 0.1 in training, as published, independent of the backbone's rates.
     """
 
     dropout = 0.1
@@ -202,7 +202,7 @@ class TokenTransformer(nn.Module):
 
 
 class TokenConvolution(nn.Conv2d):
-    """A convolution in a layer's place, for comparison: (B, C, H, W) to (B, T, token_dim)."""
+    """A convolution instead of a layer, for comparison: (B, C, H, W) to (B, T, token_dim)."""
 
     def __init__(self, in_chans: int, token_dim: int, split: SoftSplit):
         super().__init__(in_chans, token_dim, **split)
@@ -240,13 +240,13 @@ class T2TModule(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, T, embed_dim); T is 196 at 224 × 224.
 
     Args:
-        tokens_type: the first two layers: "performer", "transformer" or "convolution".
-        in_chans: channels of the image.
-        embed_dim: width of the tokens that come out.
-        token_dim: width inside the layers.
+        tokens_type: The first two layers: "performer", "transformer" or "convolution".
+        in_chans: Channels of the image.
+        embed_dim: Width of the returned tokens.
+        token_dim: Width inside the layers.
 
-    Any H, W ≥ 16 will do, in any memory format. ``backend`` is the kernels' backend; None lets them
-    choose.
+    Any H, W ≥ 16 and any memory format are supported. The attribute ``backend`` is the backend of the
+    kernels; None means the first available one.
     """
 
     def __init__(
@@ -271,10 +271,10 @@ class T2TModule(nn.Module):
         self.project = nn.Linear(token_dim * SPLITS[2]["kernel_size"] ** 2, embed_dim)
 
     def set_fused_kernels(self, name: str) -> None:
-        """Compute with the backend ``name`` from now on, "auto" for the first that can.
+        """Set the backend; "auto" for the first available one.
 
         Raises:
-            InputError: no such backend.
+            InputError: The backend is unknown.
         """
         if name != "auto" and name not in BACKENDS:
             known = ("auto", *BACKENDS)
@@ -297,7 +297,7 @@ class T2TModule(nn.Module):
         }
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Grid of the tokens (h, w), T = h·w, that an image of ``height`` × ``width`` gives."""
+        """Grid (h, w) of the T = h·w tokens of an image of ``height`` × ``width``."""
         for split in SPLITS:
             height, width = output_size(height, width, **split)
         return height, width
@@ -307,17 +307,17 @@ class T2TModule(nn.Module):
 
         Raises:
             InputError: ``x`` is not a tensor (B, in_chans, H, W) with H, W ≥ 16.
-            TypeError, ValueError: its dtype or device is not the parameters'.
-            BackendUnavailable: the backend that was named cannot run here.
+            TypeError, ValueError: Its dtype or device is not that of the parameters.
+            BackendUnavailable: The named backend cannot run here.
         """
         reason = why_not_plain("project", self.project, nn.Linear, bias=None)
         like = next(self.parameters()) if reason else self.project.weight
         check_images(x, self.in_chans, like)
-        # ONNX has plain operators only.
+        # ONNX only supports plain operators.
         backend = "reference" if torch.onnx.is_in_onnx_export() else self.backend
         for layer, split in ((self.attention1, SPLITS[0]), (self.attention2, SPLITS[1])):
             grid = output_size(x.shape[2], x.shape[3], **split)
-            # The layer's tokens, seen as (B, h, w, E), are the next one's channels-last image.
+            # The tokens, viewed as (B, h, w, E), are a channels-last image for the next layer.
             x = layer(x, backend=backend).unflatten(1, grid).permute(0, 3, 1, 2)
         if reason is not None:
             announce(reason, backend)

@@ -1,6 +1,6 @@
-"""Registers the models with timm, so that ``timm.create_model("t2t_vit_14")`` builds one.
+"""Registers the models with timm, so that ``timm.create_model("t2t_vit_14")`` works.
 
-Importing this module does it, once, and needs timm.
+Importing this module registers them, and needs timm.
 """
 
 from timm.models import generate_default_cfgs, register_model
@@ -20,7 +20,7 @@ def _entrypoint(name: str):
         cache_dir=None,
         **kwargs,
     ):
-        kwargs.pop("pretrained_model_args", None)  # what timm found, already among the others
+        kwargs.pop("pretrained_model_args", None)  # timm passes the same values as other arguments, too
         source = _address(pretrained_cfg) if pretrained else None
         if pretrained and source is None:
             raise InputError(
@@ -37,7 +37,7 @@ def _entrypoint(name: str):
 
 
 def _address(pretrained_cfg) -> str | None:
-    """Where timm found what it asks for, if in a folder or on the Hub."""
+    """The address of weights that timm found in a folder or on the Hub, if any."""
     if not isinstance(pretrained_cfg, dict):
         return None
     if pretrained_cfg.get("source") == "local-dir":

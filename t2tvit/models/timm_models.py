@@ -1,4 +1,4 @@
-"""Models of timm under the name ``timm:NAME``, built with the arguments of our own."""
+"""timm's models under the name ``timm:NAME``, built with the same arguments as our models."""
 
 from collections.abc import Mapping
 
@@ -27,12 +27,12 @@ TIMM_ARGUMENTS = {
 
 
 def check_timm_arguments(name: str, args: Mapping[str, object]) -> None:
-    """Raise an InputError unless all that ``args`` do is to shape a network of bounded size."""
+    """Raise an InputError unless ``args`` only shape a network, with bounded values."""
     for key in args:
         if key not in TIMM_ARGUMENTS:
             raise InputError(
-                f"model {name}: the argument {str(key)[:80]!r} is not one that shapes the network; "
-                "leave it out, and give weights as --init FILE"
+                f"model {name}: the argument {str(key)[:80]!r} does not shape the network; remove it, "
+                "and give weights as --init FILE"
             )
     check_bounds(args)
 
@@ -46,18 +46,18 @@ def create_timm_model(
     drop_path_rate: float = 0.0,
     **kw,
 ) -> nn.Module:
-    """Build a model of timm with newly initialised weights.
+    """Build a timm model with newly initialised weights.
 
     Args:
-        name: ``timm:`` and a name that timm knows.
-        img_size: an integer or (height, width); only models that are made for one size are told.
-        num_classes: outputs of the head.
-        in_chans: channels of the image.
-        drop_path_rate: stochastic depth.
-        kw: further arguments of ``timm.create_model`` that are among TIMM_ARGUMENTS.
+        name: ``timm:`` and a name of timm.
+        img_size: An integer or (height, width); passed only to models with a fixed input size.
+        num_classes: Outputs of the head.
+        in_chans: Channels of the image.
+        drop_path_rate: Stochastic depth.
+        kw: Further arguments of ``timm.create_model``; those in TIMM_ARGUMENTS are allowed.
 
     Raises:
-        InputError: timm does not know the model, or the model does not take an argument.
+        InputError: timm does not know the model, or the model does not support an argument.
     """
     import timm
 
@@ -73,7 +73,7 @@ def create_timm_model(
         options["drop_path_rate"] = drop_path_rate
     try:
         return timm.create_model(bare, **options)
-    # What timm and PyTorch raise for arguments that do not fit has no narrower base.
+    # The errors of timm and PyTorch for invalid arguments have no narrower base.
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise

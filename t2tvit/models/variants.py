@@ -1,4 +1,4 @@
-"""What CNN designs become in T2T-ViT: SE, Ghost and Dense (section 3.2 of the T2T-ViT paper).
+"""Designs of CNNs in T2T-ViT: SE, Ghost and Dense (section 3.2 of the T2T-ViT paper).
 
 The paper's ResNeXt (32 heads) and wide (768 channels, 4 blocks) are plain configurations.
 """
@@ -14,7 +14,7 @@ from t2tvit.models.bounds import check_integer, check_rate
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel of (B, T, dim) by a gate in (0, 1), a function of its mean over T."""
+    """Scales each channel of (B, T, dim) by a gate in (0, 1), computed from the means over T."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -33,7 +33,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SEAttention(Attention):
-    """Attention whose output's channels pass a squeeze-excitation gate before the dropout."""
+    """Attention with a squeeze-excitation gate on its output, before the dropout."""
 
     def __init__(self, dim: int, *args, **kwargs):
         super().__init__(dim, *args, **kwargs)
@@ -44,9 +44,9 @@ class SEAttention(Attention):
 
 
 class CheapOperation(nn.Module):
-    """Depthwise 1 × 1 convolution without bias over the channels of (B, T, dim): one factor each.
+    """Depthwise 1 × 1 convolution without bias over (B, T, dim): one factor per channel.
 
-    The weight has a Conv1d's shape (dim, 1, 1) and its default initialisation, uniform in ±1.
+    The weight has the shape (dim, 1, 1) and the default initialisation of a Conv1d, uniform in ±1.
     """
 
     def __init__(self, dim: int):
@@ -58,7 +58,7 @@ class CheapOperation(nn.Module):
 
 
 class GhostAttention(Attention):
-    """Attention whose queries, keys and values are one half linear, one half cheaply made of it."""
+    """Attention whose queries, keys and values are half linear and half cheap operations on them."""
 
     def init_inputs(self, dim: int) -> None:
         if dim % 2 != 0:
@@ -80,7 +80,7 @@ class GhostAttention(Attention):
 
 
 class GhostMlp(nn.Module):
-    """MLP whose hidden layer is one third linear, two thirds cheaply made of it."""
+    """MLP whose hidden layer is one third linear and two thirds cheap operations on it."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
@@ -101,7 +101,7 @@ class GhostMlp(nn.Module):
 
 
 class DenseBlock(Block):
-    """Block that appends ``growth_rate`` channels, made of its result, to its input."""
+    """Block that appends ``growth_rate`` channels, computed from its result, to its input."""
 
     def __init__(self, dim: int, growth_rate: int, *args, **kwargs):
         super().__init__(dim, *args, **kwargs)
@@ -127,20 +127,20 @@ class T2TDenseVisionTransformer(T2TBackbone):
     """T2T-ViT with densely connected blocks.
 
     Args:
-        embed_dim: width of the first block; the class token and the positions have it too.
-        stages: number of blocks of each stage; between two stages the width is halved.
-        growth_rate: channels that a block adds.
-        num_heads: attention heads, a divisor of every block's width.
-        mlp_ratio: hidden width of the MLP over the block's.
-        qk_scale: softmax scale; None is (width / num_heads)^-½.
-        drop_rate: dropout after the positions, the attention's output and the MLP's layers.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth. As published, every block of stage i has the i-th of
-            12 values that grow linearly from 0 to this rate, of which only the first 4 are used.
-        stem: the keyword arguments of :class:`T2TBackbone`.
+        embed_dim: Width of the first block, the class token and the position embedding.
+        stages: Number of blocks of each stage; the width is halved between stages.
+        growth_rate: Channels that a block adds.
+        num_heads: Attention heads, a divisor of every block's width.
+        mlp_ratio: Hidden width of the MLP, relative to the block's width.
+        qk_scale: Softmax scale; None means (width / num_heads)^-½.
+        drop_rate: Dropout after the position embedding, the attention's output and the MLP's layers.
+        attn_drop_rate: Dropout of the attention weights.
+        drop_path_rate: Stochastic depth. As published, every block of stage i has the i-th of 12
+            values that grow linearly from 0 to this rate; only the first 4 values are used.
+        stem: The keyword arguments of :class:`T2TBackbone`.
 
     Raises:
-        InputError: an argument is not as described.
+        InputError: An argument is invalid.
     """
 
     def __init__(

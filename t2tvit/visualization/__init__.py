@@ -1,1 +1,1 @@
-"""What the layers of a model make of an image, as PNGs and one page."""
+"""What the layers of a model compute for images, as PNGs and a page."""

@@ -17,15 +17,15 @@ from torch import Tensor
 from t2tvit.figures import FONT, drawable, literal_text
 from t2tvit.files import write_figure
 
-# Told apart by people of any colour vision.
+# Distinguishable with any colour vision.
 DEAD_COLOR, EXPLODING_COLOR, PLAIN_COLOR = (0, 114, 178), (213, 94, 0), (255, 255, 255)
 TEXT_COLOR = (26, 26, 26)
-# In pixels: the frame of a cell, and the height of a heading.
+# In pixels: width of a cell's frame, height of a heading.
 BORDER, LINE = 3, 18
 
 
 def colored(values: Tensor) -> np.ndarray:
-    """A map (h, w) as colours (h, w, 3), uint8, dark for its least and bright for its largest."""
+    """A map (h, w) as colours (h, w, 3), uint8, from dark (minimum) to bright (maximum)."""
     values = values.double().nan_to_num(0, 0, 0).numpy()
     low, high = values.min(), values.max()
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
@@ -40,10 +40,10 @@ def mosaic(
     heads: Sequence[str] = (),
     rows: Sequence[str] = (),
 ) -> Image.Image:
-    """Cells (h, w, 3) row by row, all as large as the first, its longer side ``side`` pixels.
+    """Cells (h, w, 3) row by row, all resized so that the longer side of the first is ``side``.
 
-    Each has a frame of its own of ``colors``; ``heads`` are written above the columns, ``rows`` to
-    the left of the rows.
+    ``colors`` are the frames of the cells, ``heads`` the headings of the columns, ``rows`` the labels
+    to the left of the rows.
     """
     font = heading_font()
     h, w = cells[0].shape[:2]
@@ -88,7 +88,7 @@ def feature_grid(
 
 
 def overlay(picture: Image.Image, values: Tensor) -> np.ndarray:
-    """A map laid over the picture that it was made of."""
+    """A map, blended with its picture."""
     heat = Image.fromarray(colored(values)).resize(picture.size, Image.Resampling.BICUBIC)
     return np.asarray(Image.blend(picture.convert("RGB"), heat, 0.6))
 
@@ -107,7 +107,7 @@ def components(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
 
 
 def marked(cell: np.ndarray, position: tuple[int, int]) -> np.ndarray:
-    """The map with the pixel of a query in another colour."""
+    """The map with one pixel marked."""
     cell = cell.copy()
     cell[position] = EXPLODING_COLOR
     return cell
@@ -116,7 +116,7 @@ def marked(cell: np.ndarray, position: tuple[int, int]) -> np.ndarray:
 def draw_approximation(
     errors: Mapping[int, float], own: tuple[int, float], uniform: float, title: str, path: Path
 ) -> None:
-    """Distance from the softmax by the number of features."""
+    """Draw the distance from softmax over the number of features."""
     with literal_text([title]):
         write_figure(path, approximation(errors, own, uniform, title), dpi=110)
 

@@ -1,4 +1,4 @@
-"""The HTML page that shows the pictures and says what they are."""
+"""The HTML page with pictures and descriptions."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -68,7 +68,7 @@ class Page:
         self.parts.append(f'<div class="table"><table>\n{rows}\n</table></div>')
 
     def pictures(self, *files: tuple[str, str]) -> None:
-        """Files beside the page with their captions, next to one another."""
+        """A row of picture files with captions."""
         figures = "".join(
             f'<figure><img src="{escape(name)}" alt="{escape(caption)}" loading="lazy">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -77,7 +77,7 @@ class Page:
         self.parts.append(f'<div class="row">{figures}</div>')
 
     def folded(self, summary: str, name: str, opened: bool) -> None:
-        """A picture that can be folded away."""
+        """A picture that can be collapsed."""
         state = " open" if opened else ""
         self.parts.append(
             f"<details{state}><summary>{escape(summary)}</summary>"
@@ -99,5 +99,5 @@ class Page:
 
 
 def escape(text: str) -> str:
-    """``text`` for HTML: one line, of characters that a file in UTF-8 can hold."""
+    """``text`` escaped for HTML, on one line, without characters that UTF-8 cannot encode."""
     return html.escape(printable(text))

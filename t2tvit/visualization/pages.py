@@ -1,4 +1,4 @@
-"""A page on what the layers of any model make of images, with its PNGs."""
+"""A page with PNGs that shows what the layers of any model compute for images."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def visualize(
         channels: to show of each layer at most.
 
     Raises:
-        InputError: the folder cannot be written to, or the model has no layers that can be shown.
+        InputError: The folder cannot be written to, or the model has no layers that can be shown.
     """
     recorded = record(model, images)
     if not recorded.layers:
@@ -128,7 +128,7 @@ def show_layers(page: Page, layers: Sequence[Layer]) -> list[dict]:
 
 
 def finite(value: float) -> float | None:
-    """``value`` as JSON can hold it."""
+    """``value``, or None if it is not finite, which JSON does not support."""
     return value if math.isfinite(value) else None
 
 
@@ -136,8 +136,8 @@ def show_features(page: Page, layers: Sequence[Layer], pictures, channels: int) 
     page.heading("Feature maps")
     page.text(
         "Each channel is scaled to its own range, dark to bright. Frames mark dead and exploding "
-        "channels. Of a layer with more channels than are shown, some of the dead and exploding "
-        "ones are shown and the others are evenly spaced."
+        "channels. If a layer has too many channels, some of the dead and exploding ones are shown, and "
+        "the others are evenly spaced."
     )
     for number, layer in enumerate(layers):
         dead, exploding = layer.dead, layer.exploding
@@ -158,7 +158,7 @@ def some(numbers: Sequence[int], most: int = 8) -> str:
 
 
 def choose(count: int, wanted: int, dead: Sequence[int], exploding: Sequence[int]) -> list[int]:
-    """Channels to show: some marked ones of either kind, the others evenly spaced."""
+    """Channels to show: some dead and exploding ones, the others evenly spaced."""
     wanted = min(count, wanted)
     marked = [*exploding[: wanted // 4], *dead[: wanted // 4]]
     others = [index for index in range(count) if index not in set(marked)]
@@ -168,7 +168,7 @@ def choose(count: int, wanted: int, dead: Sequence[int], exploding: Sequence[int
 
 
 def show_token_maps(page: Page, recorded: Recorded, pictures, model: nn.Module) -> None:
-    """The soft splits: the tokens' size, and their principal components before and after."""
+    """Show the soft splits: norm of the tokens, and principal components before and after."""
     names = [name for name, module in model.named_modules() if isinstance(module, T2TModule)]
     if not any(names):
         return

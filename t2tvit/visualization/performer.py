@@ -1,4 +1,4 @@
-"""What a Performer layer attends to, and how well its random features stand for a softmax."""
+"""The attention of a Performer layer, and how well its random features approximate softmax."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from t2t_kernels import soft_split_linear
 from t2tvit.models import TokenPerformer, TokenTransformer
 
-# Queries that the comparison is made for, evenly over the map, and numbers of fresh features.
+# The number of queries to compare, evenly spaced over the map, and numbers of new features.
 QUERIES = 256
 FEATURE_COUNTS = (32, 64, 128, 256, 512, 1024)
 EPS = 1e-8
@@ -17,11 +17,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Approximation:
-    """How far attention is from the softmax, averaged over the queries of all images.
+    """The difference of an attention from softmax, averaged over the queries of all images.
 
-    ``distance`` is the share of the weights that lies elsewhere, 0 for the same and 1 for none in
-    common; ``output_error`` the relative error of the attended values; ``mass`` the sum of a
-    query's weights, less than 1 by what the published eps takes, which counts as elsewhere.
+    ``distance`` is the share of the softmax weights that the attention does not cover, from 0 (equal)
+    to 1 (nothing in common). ``output_error`` is the relative error of the output. ``mass`` is the sum
+    of a query's weights, which the published eps makes less than 1; the rest counts as not covered.
     """
 
     distance: float
@@ -31,12 +31,12 @@ class Approximation:
 
 @dataclass(frozen=True)
 class Study:
-    """A T2T layer on images: ``maps`` has, per image and position in ``positions``, the attention.
+    """The attention of a T2T layer for images, at the queries in ``positions``.
 
-    ``maps`` (B, positions, h, w) is what the layer computes, ``softmax`` the same of exp(q·k),
-    which the Performer's features approximate, and which a transformer layer computes itself with
-    its scale. ``approximations`` has that of the layer's own features under "own", of a uniform
-    attention under "uniform", and of fresh ones under their number; none for a transformer layer.
+    ``maps`` (B, positions, h, w) is the attention of the layer, ``softmax`` that of exp(q·k), which the
+    Performer's features approximate. For a transformer layer both are equal. ``approximations`` has
+    the layer's own features under "own", a uniform attention under "uniform", and new features under
+    their number; it is empty for a transformer layer.
     """
 
     positions: list[tuple[int, int]]
@@ -47,7 +47,7 @@ class Study:
 
 @torch.no_grad()
 def study(layer: TokenPerformer | TokenTransformer, x: Tensor, grid: tuple[int, int]) -> Study:
-    """Look at a layer's attention for the maps ``x`` (B, C, H, W), whose tokens make ``grid``."""
+    """Compute the attention of a layer for the maps ``x`` (B, C, H, W) with tokens on ``grid``."""
     performer = isinstance(layer, TokenPerformer)
     linear = layer.kqv if performer else layer.attn["qkv"]
     projected = soft_split_linear(
@@ -90,7 +90,7 @@ def softmax_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def feature_attention(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
-    """Weights (B, queries, T) that positive random features ``w`` (m, E) give, with the eps."""
+    """Weights (B, queries, T) of positive random features ``w`` (m, E), with the published eps."""
     log_k = k @ w.t() - k.square().sum(2, keepdim=True) / 2
     log_q = q @ w.t() - q.square().sum(2, keepdim=True) / 2
     # Maxima that cancel keep the exponentials in range.
@@ -102,9 +102,9 @@ def feature_attention(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
 
 
 def orthogonal_features(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """Fresh features (count, width): blocks of orthogonal rows of length √width, without bias.
+    """New unbiased features (count, width): blocks of orthogonal rows of length √width.
 
-    The published ones have rows of length √count: they stand for another kernel than the softmax's.
+    The published ones have rows of length √count and approximate another kernel than softmax.
     """
     blocks: list[Tensor] = []
     while sum(len(block) for block in blocks) < count:

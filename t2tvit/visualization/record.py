@@ -1,4 +1,4 @@
-"""What a model computes on its way: feature maps, attention, and the inputs of its T2T layers."""
+"""Records feature maps, attention, and the inputs of T2T layers during a forward."""
 
 import math
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from t2tvit.models import T2TModule
 from t2tvit.models.backbone import Attention
 
-# Class, distillation and register tokens that may stand before those of the image.
+# The maximum number of class, distillation and register tokens before those of the image.
 MOST_PREFIX_TOKENS = 8
-# A grid's shape is the image's, up to the rounding of small grids.
+# The aspect ratio of a grid is that of the image, up to the rounding of small grids.
 MOST_DISTORTION = 0.2
-# An attention whose recomputed output is further off than this is of a kind not known here.
+# If the recomputed output of an attention has a larger error, its kind is unknown.
 ATTENTION_ERROR = 1e-3
-# A channel is dead if nowhere larger than DEAD of the layer's largest value, and exploding if
-# somewhere not finite or EXPLODING times as large as the median channel's largest value.
+# A channel is dead if it is nowhere larger than DEAD times the layer's largest value, and exploding if
+# it is somewhere not finite or EXPLODING times as large as the median channel's largest value.
 DEAD = 1e-7
 EXPLODING = 10.0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The feature maps (B, C, h, w) of one layer, and which channels are dead or exploding.
+    """The feature maps (B, C, h, w) of a layer, and its dead and exploding channels.
 
-    Dead is a channel that is so in every image, exploding one that is so in any.
+    A dead channel is dead in every image, an exploding one explodes in at least one image.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Layer:
 
     @cached_property
     def peaks(self) -> Tensor:
-        """Largest magnitude of each channel in each image (B, C); infinite where not finite."""
+        """Largest magnitude of each channel in each image (B, C); infinite if not finite."""
         return self.maps.abs().nan_to_num(math.inf, math.inf, math.inf).amax((2, 3))
 
     @cached_property
@@ -49,17 +49,17 @@ class Layer:
     def exploding(self) -> list[int]:
         median = self.peaks.median(1, keepdim=True).values
         too_large = (self.peaks > EXPLODING * median) | ~self.peaks.isfinite()
-        # Where most channels are dead, nothing can be said to be too large beside them.
+        # If most channels are dead, the median is no reference.
         too_large &= (median > 0) | ~self.peaks.isfinite()
         return torch.nonzero(too_large.any(0)).flatten().tolist()
 
 
 @dataclass
 class Attended:
-    """Attention of the class token, or of the average token of a model that has none.
+    """Attention of the class token; without a class token, the average over all tokens.
 
-    ``heads`` has (B, heads, h, w) for each layer; ``rollout`` (B, h, w) multiplies the layers'
-    mean attention, each with its skip (Abnar and Zuidema, "Quantifying attention flow", 2020).
+    ``heads`` has (B, heads, h, w) for each layer. ``rollout`` (B, h, w) is the product of the layers'
+    mean attentions with skips (Abnar and Zuidema, "Quantifying attention flow", 2020).
     """
 
     names: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Attended:
 
 @dataclass(frozen=True)
 class Recorded:
-    """``t2t`` has the T2T modules' layers with the maps that went into them."""
+    """``t2t`` has the layers of T2T modules with their names and input maps."""
 
     logits: Tensor
     layers: list[Layer]
@@ -80,7 +80,7 @@ class Recorded:
 
 @torch.no_grad()
 def record(model: nn.Module, images: Tensor) -> Recorded:
-    """Run ``images`` (B, C, H, W) through a model and keep what its layers make of them."""
+    """Run a model on ``images`` (B, C, H, W) and record the outputs of its layers."""
     size = (images.shape[2], images.shape[3])
     layers, t2t, attentions = [], [], _Attentions(size)
     handles = []
@@ -121,7 +121,7 @@ def join(*names: str) -> str:
 
 
 def layers_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's layers in order: what its containers, and its T2T module, hold."""
+    """The model's layers in order: the members of its containers and of its T2T module."""
     for name, module in model.named_children():
         name = join(prefix, name)
         if isinstance(module, nn.Identity | nn.Dropout):
@@ -139,7 +139,7 @@ def layers_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def as_maps(output: object, size: tuple[int, int]) -> Tensor | None:
-    """A layer's output as maps (B, C, h, w) of images of ``size``; None where it has none."""
+    """A layer's output as maps (B, C, h, w) for images of ``size``; None if that is not possible."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     if output.dim() == 4:
@@ -155,7 +155,7 @@ def as_maps(output: object, size: tuple[int, int]) -> Tensor | None:
 
 
 def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
-    """How many of ``tokens`` stand before the image's, and the grid (h, w) of these."""
+    """The number of prefix tokens among ``tokens``, and the grid (h, w) of the image's tokens."""
     found = []
     for prefix in range(min(MOST_PREFIX_TOKENS + 1, tokens)):
         count = tokens - prefix
@@ -167,7 +167,7 @@ def grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, tuple[int, int]] |
 
 
 def _distortion(h: int, w: int, size: tuple[int, int]) -> float:
-    """How far a grid's shape is from the image's: the logarithm of their aspects' ratio."""
+    """The absolute logarithm of the ratio of a grid's aspect ratio and the image's."""
     return abs(math.log(h / w * size[1] / size[0]))
 
 
@@ -202,7 +202,7 @@ class _Attentions:
 
 
 def is_plain(attention: nn.Module) -> bool:
-    """Whether an attention of timm's looks like its plain one."""
+    """Whether a module has the attributes of timm's plain attention."""
     qkv, proj = getattr(attention, "qkv", None), getattr(attention, "proj", None)
     return (
         isinstance(qkv, nn.Linear)
@@ -214,10 +214,10 @@ def is_plain(attention: nn.Module) -> bool:
 
 
 def probabilities(attention: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
-    """Attention weights (B, heads, N, N) that made ``output`` of ``x``; None for unknown kinds.
+    """Attention weights (B, heads, N, N) for the input ``x``; None for unknown kinds of attention.
 
-    Known are the attention of this package and timm's plain one. That they are understood is
-    checked: what the weights make of the values must be the output.
+    The attention of this package and timm's plain one are supported. The output that follows from
+    the weights must agree with ``output``.
     """
     if not isinstance(x, Tensor) or x.dim() != 3 or not isinstance(output, Tensor):
         return None

@@ -1,4 +1,4 @@
-"""The model that ``t2tvit visualize`` shows, from a checkpoint, a name or timm, and its images."""
+"""The model and the images that ``t2tvit visualize`` shows."""
 
 import sys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from t2tvit.training.pipeline import Normalize, eval_transform
 from t2tvit.visualization.page import Page
 from t2tvit.visualization.pages import visualize
 
-# Images on a page: of a run's held-out ones, and of those that the user names.
+# The number of held-out images, and the maximum number of given images on a page.
 HELD_OUT_IMAGES, MOST_IMAGES = 4, 16
 
 
@@ -68,7 +68,7 @@ def new_subject(config: RunConfig) -> Subject:
 
 
 def timm_subject(options: dict, checkpoint: Path | None, pretrained: bool) -> Subject:
-    """A model of timm, with its own weights, those of a file, or new ones."""
+    """A timm model with timm's weights, those of a file, or new ones."""
     import timm
 
     name = options.pop("model").removeprefix(TIMM)
@@ -85,7 +85,7 @@ def timm_subject(options: dict, checkpoint: Path | None, pretrained: bool) -> Su
         arguments_of_model["img_size"] = wanted.img_size
     try:
         model = timm.create_model(name, pretrained=pretrained, **arguments_of_model)
-    # timm's models, its loading and its downloads fail in ways of their own.
+    # timm's models, loading and downloads raise many kinds of exceptions.
     except Exception as error:
         raise InputError(f"--model {TIMM}{name}: {type(error).__name__}: {error}") from None
     if checkpoint is not None:
@@ -108,7 +108,7 @@ def timm_subject(options: dict, checkpoint: Path | None, pretrained: bool) -> Su
 def show(
     subject: Subject, images: Sequence[Path], folder: Path, channels: int, world: World
 ) -> None:
-    """Write the page of a model and ``images``; without any, :func:`open_images` chooses them."""
+    """Write the page of a model and ``images``; :func:`open_images` chooses the default."""
     pictures = open_images(images, subject)
     transform = eval_transform(subject.config)
     pixels = torch.stack([transform(picture) for _, picture in pictures])
@@ -124,9 +124,9 @@ def show(
 
 
 def open_images(given: Sequence[Path], subject: Subject) -> list[tuple[str, Image.Image]]:
-    """The images with their names: files and those in folders, or held-out ones of the run.
+    """Images with their names: given files and those in folders, or held-out images of the run.
 
-    Without either, the two photographs that scikit-learn ships.
+    The default is two photographs from scikit-learn.
     """
     channels = len(subject.mean)
     if channels not in MODES:
@@ -151,5 +151,5 @@ def open_images(given: Sequence[Path], subject: Subject) -> list[tuple[str, Imag
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """A uint8 image (C, H, W) as the model sees it."""
+    """A preprocessed uint8 image (C, H, W) as a PIL image."""
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())

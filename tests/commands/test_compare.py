@@ -120,10 +120,10 @@ def test_it_goes_on_where_it_was_stopped(compared, capsys):
         ({"models": {}}, "models: got {}, expected a name for each model"),
         (
             {"models": {"a": {"depth": 3}}},
-            "models: a: got {'depth': 3}, expected keys, model among",
+            "models: a: got {'depth': 3}, expected keys including model",
         ),
         ({"models": {"a": {"model": "vit_s_16", "lr": 1}}}, "models: a: unknown key 'lr'"),
-        ({"models": {"a b": {"model": "x"}, "a-b": {"model": "y"}}}, "differ in punctuation alone"),
+        ({"models": {"a b": {"model": "x"}, "a-b": {"model": "y"}}}, "differ only in punctuation"),
         ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], expected different whole numbers"),
         ({"seeds": ["x"]}, "seeds: got 'x', expected a whole number"),
         ({"epoch": 3}, "unknown key 'epoch'"),

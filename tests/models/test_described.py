@@ -174,7 +174,7 @@ def test_metadata_of_a_file_of_weights(tmp_path, change, message):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (dict(pretrained=True), "'pretrained' is not one that shapes the network"),
+        (dict(pretrained=True), "'pretrained' does not shape the network"),
         (dict(pretrained_cfg=dict(file="a.pth")), "'pretrained_cfg' is not one"),
         (dict(checkpoint_path="a.pth"), "'checkpoint_path' is not one"),
         (dict(features_only=True), "'features_only' is not one"),

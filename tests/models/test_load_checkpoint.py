@@ -102,7 +102,7 @@ def test_one_of_several_is_taken_and_named(tmp_path, caplog):
     torch.save(content, tmp_path / "a.pth")
     assert load_checkpoint(model, tmp_path / "a.pth").wrapper == "model_ema"
     assert_same_weights(model, average.state_dict())
-    assert "holds the weights model, model_ema; model_ema is taken" in caplog.text
+    assert "holds the weights model, model_ema; model_ema is used" in caplog.text
 
 
 def test_counters_of_thop_are_left_out(tmp_path, caplog):
@@ -113,7 +113,7 @@ def test_counters_of_thop_are_left_out(tmp_path, caplog):
     torch.save(state, tmp_path / "a.pth")
     load_checkpoint(model, tmp_path / "a.pth")
     assert_same_weights(model, source.state_dict())
-    assert "left out the counters of thop: total_ops, total_params and 1 more" in caplog.text
+    assert "ignored the counters of thop: total_ops, total_params and 1 more" in caplog.text
 
 
 def test_the_content_counts_and_not_the_name(tmp_path):
@@ -312,7 +312,9 @@ def test_a_published_model_is_recognised(tmp_path, name):
 def test_weights_that_are_not_floating(tmp_path, dtype):
     state = {key: tensor.to(dtype) for key, tensor in small_model(1).state_dict().items()}
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=f"holds weights that are {dtype}, expected floating ones"):
+    with pytest.raises(
+        InputError, match=f"holds weights that are {dtype}, expected floating-point"
+    ):
         load_checkpoint(small_model(2), tmp_path / "a.pth")
 
 
@@ -488,7 +490,7 @@ UNREADABLE = [
     ("a.pth", compressed, "torch.save does not compress"),
     ("a.safetensors", training_state, "is the training state of a run"),
     ("a.pth", module, r"holds torch\.nn\.modules\.linear\.Linear"),
-    ("a.pth", pickled_module, "is a pickle that torch.save did not write"),
+    ("a.pth", pickled_module, "is a pickle not written by torch.save"),
     ("a.pth", lambda path, state: torch.save([1], path), "got a list in .* expected a state dict"),
     ("a.pth", lambda path, state: torch.save({}, path), "holds nothing"),
     ("a.pth", lambda path, state: torch.save({"model": {}}, path), "in its model nothing"),
@@ -497,7 +499,7 @@ UNREADABLE = [
     (
         "a.pth",
         lambda path, state: torch.save({**state, **prefixed(state, "module.")}, path),
-        "coincide without their prefixes",
+        "are not unique without their prefixes",
     ),
     (
         "a.pth",
@@ -507,7 +509,7 @@ UNREADABLE = [
     (
         "a.pth",
         lambda path, state: torch.save({"pos_embed": torch.ones(1).expand(10**9)}, path),
-        r"tensor of \(1000000000,\), for which it has no room",
+        r"with a larger tensor of \(1000000000,\)",
     ),
     (
         "a.pth",

@@ -131,7 +131,7 @@ def test_hook_on_all_modules_fires(kind):
     module, seen = new(kind), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
     try:
-        with pytest.warns(UserWarning, match="hooks on all modules"):
+        with pytest.warns(UserWarning, match="global module hooks"):
             module(images())
     finally:
         handle.remove()

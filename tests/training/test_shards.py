@@ -168,7 +168,7 @@ def test_a_sample_without_a_number_costs_no_other(shards, tmp_path, label):
 def test_shards_that_are_not_there_are_said(shards, tmp_path):
     for spec, message in (
         (tmp_path, "has no shards for train"),
-        (tmp_path / "train-{000..004}.tar", "is no folder; give one, or names of shards"),
+        (tmp_path / "train-{000..004}.tar", "is not a folder; give one, or a pattern with"),
         (shards / "{split}-{000..009}.tar", "train-005.tar does not exist"),
     ):
         with pytest.raises(InputError, match=message):
