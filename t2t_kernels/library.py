@@ -1,7 +1,7 @@
 """Registers operations with torch.library: one schema, fake and gradient, and a namespace per backend.
 
 ``torch.ops.t2t_cpu.soft_split``, ``torch.ops.t2t_triton.soft_split`` and
-``torch.ops.t2t_cuda.soft_split`` have the same contract; the namespace names the backend in graphs
+``torch.ops.t2t_cuda.soft_split`` have the same contract; the namespace shows the backend in graphs
 and profiler traces. Implementations register themselves when their backend is loaded: C++ from
 ``csrc/``, Triton from Python.
 """
@@ -47,14 +47,14 @@ def declare(
     """Declare an operation in every backend's namespace.
 
     Args:
-        name: the operation's name, as in ``torch.ops.t2t_cpu.<name>``.
-        arguments: of the operator: a NamedTuple with the type of each. The functions below get it as
-            ``call``.
-        results: in torch.library's notation.
+        name: The operation's name, as in ``torch.ops.t2t_cpu.<name>``.
+        arguments: A NamedTuple with the names and types of the operator's arguments. The functions
+            below get an instance, ``call``.
+        results: The results in torch.library's notation.
         fake: ``fake(call)``: shapes, dtypes and strides of the results, for tracing.
-        setup_context, backward: as for :func:`register_gradient`.
-        flops: ``flops(call)``, with shapes for tensors: operations of the matrix products, for
-            ``torch.utils.flop_counter``. What a kernel computes twice counts once.
+        setup_context, backward: As in :func:`register_gradient`.
+        flops: ``flops(call)``, with shapes for tensors: the operations of matrix products, for
+            ``torch.utils.flop_counter``. Recomputation is not counted.
     """
     hints = get_type_hints(arguments).items()
     schema = ", ".join(f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in hints)
@@ -75,7 +75,7 @@ def declare(
 
 
 def _of_arguments(flops: Callable[..., int], arguments: type[NamedTuple]) -> Callable[..., int]:
-    """The formula ``flops`` of a call, as a function of the operator's arguments."""
+    """The formula ``flops(call)`` as a function of the operator's arguments."""
 
     def formula(*values, out_shape=None, **named) -> int:
         return flops(arguments(*values, **named))
@@ -93,10 +93,10 @@ def register_gradient(
     """Give the operator ``name`` of ``namespace`` a gradient.
 
     Args:
-        backward: ``backward(ops, ctx, *grads)``; ``ops`` is the namespace of the backend that ran the
-            forward, so that its gradient is served by the same one. Returns gradients by the names
-            of the arguments; those that are missing have none.
-        setup_context: ``setup_context(ctx, call, output)``: what is kept for the backward.
+        backward: ``backward(ops, ctx, *grads)``, which returns gradients by argument name; missing
+            arguments have none. ``ops`` is the namespace of the backend of the forward, so that the
+            same backend computes the gradient.
+        setup_context: ``setup_context(ctx, call, output)``, which saves tensors for the backward.
     """
 
     def named_setup_context(ctx, inputs, output) -> None:
@@ -113,7 +113,7 @@ def register_gradient(
 
 
 def _load_and_call(backend: str, qualified: str) -> Callable:
-    """The operator until its backend is loaded, for instance in an exported program: loads it."""
+    """A kernel that loads the backend at the first call, for instance in an exported program."""
 
     def kernel(*arguments):
         device = next(value.device for value in arguments if isinstance(value, Tensor))
@@ -122,7 +122,7 @@ def _load_and_call(backend: str, qualified: str) -> Callable:
             reason = "its build has no such operator; build it again with `pip install .`"
         if reason is not None:
             raise BackendUnavailable(f"cannot run {qualified} on the {backend} backend: {reason}")
-        # Registered now, and called instead.
+        # The operator is registered now.
         return _operator(qualified)(*arguments)
 
     return kernel

@@ -43,7 +43,9 @@ class Preparation:
         from t2tvit.training.pipeline import eval_transform
 
         if len(mean) not in MODES:
-            raise InputError(f"images are grey or colour, but the model has {len(mean)} input channels")
+            raise InputError(
+                f"images are grey or colour, but the model has {len(mean)} input channels"
+            )
         self.mode = MODES[len(mean)]
         self.resize = eval_transform(config)
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))

@@ -53,7 +53,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split; :class:`~t2tvit.data.shards.ShardImages` can only be read as a stream.
+    """Images of a dataset split; :class:`~t2tvit.data.shards.ShardImages` can only be streamed.
 
     ``mean`` and ``std`` are per channel, of values in [0, 1]. ``skipped`` counts the files of an image
     folder that are not images, by extension.

@@ -20,7 +20,9 @@ def _entrypoint(name: str):
         cache_dir=None,
         **kwargs,
     ):
-        kwargs.pop("pretrained_model_args", None)  # timm passes the same values as other arguments, too
+        kwargs.pop(
+            "pretrained_model_args", None
+        )  # timm passes the same values as other arguments, too
         source = _address(pretrained_cfg) if pretrained else None
         if pretrained and source is None:
             raise InputError(

@@ -29,7 +29,7 @@ figcaption { color: #555; }
 
 
 class Page:
-    """Sections, tables and pictures in ``folder``; the page itself is written in one go."""
+    """Collects sections, tables and pictures in ``folder``, and writes the page."""
 
     def __init__(self, folder: Path, title: str):
         self.folder, self.title = folder, title

@@ -35,15 +35,16 @@ def visualize(
     class_names: Sequence[str] | None = None,
     channels: int = 64,
 ) -> None:
-    """Fill and write ``page``, with its PNGs and ``layers.json``: what a model makes of images.
+    """Fill and write ``page``, its PNGs and ``layers.json``: what a model computes for images.
 
     Args:
-        model: any, in evaluation mode; what it has of T2T layers and attention is shown too.
-        images: (B, C, H, W), as the model takes them.
-        pictures: their names, and how they look.
-        page: empty; its folder is made, and files of the same names are overwritten.
-        class_names: of the model's outputs; numbers are shown without.
-        channels: to show of each layer at most.
+        model: Any model in evaluation mode. T2T layers and attention are shown if it has them.
+        images: The model's input (B, C, H, W).
+        pictures: Their names and pictures.
+        page: An empty page. Its folder is created if missing, and files of the same names are
+            overwritten.
+        class_names: Names of the model's outputs; numbers are shown without them.
+        channels: The maximum number of channels to show per layer.
 
     Raises:
         InputError: The folder cannot be written to, or the model has no layers that can be shown.
