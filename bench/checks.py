@@ -1,4 +1,4 @@
-"""No time is taken of a wrong result."""
+"""Checks the results of rows; rows with wrong results are not timed."""
 
 import functools
 from dataclasses import replace
@@ -11,21 +11,21 @@ from bench.rivals import RIVALS
 from bench.workloads import gradients, workload
 
 SEED = 0
-# Of plain PyTorch's error, for our kernels; and roundings, for what it happens to get exactly.
+# Allowed error of our kernels: a multiple of plain PyTorch's error, plus roundings in case that is 0.
 ALLOWED, ROUNDINGS = 2, 4
-# A rival is not to be ruled out for its roundings, only for computing something else.
+# Rivals may have a larger error, so that rounding alone excludes none.
 RIVALS_ALLOWED = 20
 
 
 class ParityError(AssertionError):
-    """A row computes something else than its reference."""
+    """The results of a row differ from its reference."""
 
 
 def check(row: Row, found: list[Tensor]) -> None:
     """Raise a ParityError if a row's :func:`results` are worse than twice plain PyTorch's.
 
-    The error is that of the whole tensor, against float64, in the Euclidean norm; what is not
-    finite is wrong. A rival may err ten times as much.
+    The error is the Euclidean norm of the difference of a whole tensor from float64. Non-finite values
+    are wrong. A rival may have ten times the error.
     """
     if row.backend == "reference":
         return
@@ -42,18 +42,18 @@ def assert_as_accurate(row: Row, ours, plain, exact) -> None:
         if not error <= allowed:
             what = "result" if i == 0 else f"gradient {i - 1}"
             raise ParityError(
-                f"{row.name}: {what} is off by {error:.1e}, allowed are {allowed:.1e}; not timed"
+                f"{row.name}: {what} has an error of {error:.1e}, expected at most {allowed:.1e}; not timed"
             )
 
 
 @functools.lru_cache(maxsize=1)
 def expected(row: Row) -> tuple[list[Tensor], list[Tensor]]:
-    """Of the reference, in the row's dtype and in float64: shared by the row's backends."""
+    """Results of the reference in the row's dtype and in float64, shared by all backends."""
     return results(row), results(row, exact=True)
 
 
 def results(row: Row, exact: bool = False) -> list[Tensor]:
-    """The result and, unless it is a forward pass, the gradients of a fixed random weighting."""
+    """The result and, except for forward passes, the gradients for a fixed random weighting."""
     ready = workload(row, exact, SEED)
     y = ready.forward()
     # A captured graph reuses the memory of its results.

@@ -1,4 +1,4 @@
-"""The options of ``pytest bench/``, its rows, and at the end a table of what was gained."""
+"""The options and rows of ``pytest bench/``, and a table of speed-ups at the end."""
 
 import platform
 import time
@@ -22,18 +22,18 @@ def pytest_addoption(parser):
         "--batch",
         type=int,
         metavar="N",
-        help="images per call (default: what suits the device; 1 with --benchmark-disable)",
+        help="images per call (default: depends on the device; 1 with --benchmark-disable)",
     )
     group.addoption(
         "--compiled",
         action="store_true",
-        help="also the rivals that torch.compile makes: seconds to minutes each to compile",
+        help="also rivals with torch.compile; compiling takes seconds to minutes for each",
     )
     group.addoption(
         "--memory",
         type=float,
         metavar="GIB",
-        help="also the largest batch that each model trains in so much memory",
+        help="also the largest batch that each model can train with in this much memory",
     )
 
 
@@ -51,7 +51,7 @@ def pytest_configure(config):
 
 
 class Progress:
-    """Says from time to time how many rows are done and how long the others may take."""
+    """Prints regularly how many rows are done and an estimate of the time left."""
 
     def __init__(self, config):
         self.config, self.done = config, 0
@@ -121,7 +121,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = [row for row in rows if "speedup_vs_reference" in row.extra_info]
     if not rows:
         return
-    terminalreporter.section("against the reference, in turns in one process")
+    terminalreporter.section("relative to the reference, in turns in one process")
     width = max(len(row.name) for row in rows)
     for row in rows:
         info = row.extra_info

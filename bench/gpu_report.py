@@ -1,10 +1,9 @@
 """``make gpu-report``: build, check and measure the kernels on a GPU, in under 10 minutes.
 
-Every part is a process of its own, so that one that fails, hangs or breaks the GPU's context does not
-take the others with it. The parts share one budget in the order of their importance; each leaves those
-after it the seconds that they need at least. Nothing is downloaded: the Python that runs this
-has torch and the test tools. What is kept goes to one folder: ``result.json``, its tables and
-plots, and ``log.txt``.
+Every part runs in its own process, so that a part that fails, hangs or breaks the GPU's context does not
+affect the others. The parts share a time budget in order of importance; each leaves the minimum time of
+the later ones. Nothing is downloaded: this Python must have torch and the test tools. All output goes to
+one folder: ``result.json``, its tables and plots, and ``log.txt``.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 OPERATIONS = sorted(path.parent.name for path in (ROOT / "t2t_kernels").glob("*/api.py"))
 BUDGET, REPORT_SECONDS, FULL_SECONDS = 560, 45, 1800
-# The tests of each dtype, by words of their names.
+# Expressions that select the tests of each dtype by name.
 PARITY = {
     "float32": "float32",
     "float16": "float16 and not bfloat16",
@@ -34,19 +33,19 @@ PARITY = {
     "others": "not float32 and not float16",
 }
 CUDA_LIBRARY = ROOT / "t2t_kernels" / "_cuda.so"
-# To write what was measured, once told to stop.
+# Seconds for writing measurements after a part is told to stop.
 GRACE = 15
 LINES = 60
-# What would choose other kernels, or none, behind the back of the rows.
+# Environment variables that would change the kernels of the rows.
 UNSET = ("T2T_BACKEND", "TRITON_INTERPRET")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of this Python, the seconds it may take and those that the parts before it leave it.
+    """A command of this Python, its time limit, and the minimum time that earlier parts leave for it.
 
-    ``run`` is the benchmark's file that it writes, if any. Parts that are not ``timed`` run at
-    once. ``under`` is a program that runs the command, as a checker of memory does.
+    ``run`` is the benchmark file that it writes, if any. Parts that are not ``timed`` run in parallel.
+    ``under`` is a program that runs the command, such as a memory checker.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Part:
 
 
 def parts(full: bool, folder: Path) -> list[Part]:
-    """All that is done before the report; ``full`` leaves nothing out and takes its time."""
+    """All parts before the report; with ``full`` all rows, without the short time limits."""
 
     def limit(seconds: int) -> int:
         return FULL_SECONDS if full else seconds
@@ -76,7 +75,7 @@ def parts(full: bool, folder: Path) -> list[Part]:
         Part("build", ("setup.py", "build_ext", "--inplace"), limit(180), 150),
         Part("info", ("-m", "t2t_kernels.info"), limit(20), 5),
     ]
-    # All at once, by dtype too: most of their time is Triton's compiler, one core each.
+    # In parallel, also by dtype: most of the time is spent in Triton's compiler, which uses one core.
     for name, (dtype, chosen) in itertools.product(OPERATIONS, PARITY.items()):
         tests = (
             "-m",
@@ -91,7 +90,7 @@ def parts(full: bool, folder: Path) -> list[Part]:
         tests = ("-m", "pytest", "tests/kernels", "-q", "-k", "cuda and test_parity and bfloat16")
         under = (checker, "--tool", "memcheck", "--error-exitcode", "1")
         found.append(Part("compute-sanitizer", tests, limit(60), 30, under=under))
-    # On a GPU half precision is what trains, and layers are what models call; FULL=1 measures all.
+    # Models train in half precision and call layers, so these rows come first; FULL=1 measures all.
     rows = "" if full else " and bf16 and (full or forward and (layer or module))"
     for name in (*OPERATIONS, "_module"):
         what = f"bench {name.replace('_module', 'modules')}"
@@ -109,7 +108,7 @@ def parts(full: bool, folder: Path) -> list[Part]:
 
 
 def memory_checker() -> str | None:
-    """compute-sanitizer, of the path or of the CUDA toolkit, if there is one."""
+    """The path of compute-sanitizer, from PATH or the CUDA toolkit, if there is one."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     toolkit = os.path.join(CUDA_HOME, "bin") if CUDA_HOME else None
@@ -117,18 +116,18 @@ def memory_checker() -> str | None:
 
 
 def run(part: Part, end: float) -> tuple[str, str]:
-    """Run a part until it ends, or its time or that of all parts does.
+    """Run a part until it ends, or until its time limit or that of all parts.
 
     Args:
-        end: of all parts, in seconds of ``time.monotonic``.
+        end: The end of all parts, in seconds of ``time.monotonic``.
 
     Returns:
-        How it went, in a line, and what it wrote.
+        A line with the outcome, and the output.
     """
     started = time.monotonic()
     seconds = min(part.seconds, end - started)
     if seconds <= 0:
-        return "not begun: no time was left", ""
+        return "not started: no time was left", ""
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     environment["PYTHONUNBUFFERED"] = "1"
     with tempfile.TemporaryFile() as output:
@@ -144,13 +143,13 @@ def run(part: Part, end: float) -> tuple[str, str]:
             status = process.wait(seconds)
             ended = "done" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
-            ended = "stopped: its time was up"
-            # pytest then writes what it has measured.
+            ended = "stopped: time limit reached"
+            # pytest then writes its measurements.
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
-            # Its compilers and workers are of its session.
+            # Its compilers and workers belong to its session.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -163,7 +162,7 @@ def run(part: Part, end: float) -> tuple[str, str]:
 
 
 def verdicts(output: str) -> str:
-    """What pytest said of its tests, even if it was stopped before its last line."""
+    """The counts of pytest's outcomes, even if it was stopped before its last line."""
     last = re.findall(
         r"^=*\s*(\d+ (?:passed|failed|skipped).*?) in [\d.]+s.*$", output, re.MULTILINE
     )
@@ -173,11 +172,11 @@ def verdicts(output: str) -> str:
         word: len(re.findall(rf" {word}\b", output)) for word in ("PASSED", "FAILED", "ERROR")
     }
     said = ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
-    return f": {said} by then" if said else ""
+    return f": {said} until then" if said else ""
 
 
 def table(lines: list[tuple[str, str]], result: dict | None) -> str:
-    """At most 60 lines: how the parts went, then the rows, the failed first."""
+    """At most 60 lines: the outcome of each part, failed rows, and measured rows."""
     width = max(len(name) for name, _ in lines)
     text = [f"{name:<{width}}  {how}" for name, how in lines]
     if result is not None:
@@ -202,22 +201,22 @@ def table(lines: list[tuple[str, str]], result: dict | None) -> str:
 
 
 def why_not() -> str | None:
-    """The reason why nothing can be measured here; None where it can."""
+    """The reason why nothing can be measured here; None if it can."""
     try:
         import torch
     except ImportError as error:
         return f"{sys.executable} has no torch ({error}); name another: make gpu-report PYTHON=..."
     if not torch.cuda.is_available():
-        return (
-            f"torch {torch.__version__} sees no CUDA device: this measures a GPU, and there is none"
-        )
+        return f"torch {torch.__version__} sees no CUDA device; this command measures a GPU"
     return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the report")
-    parser.add_argument("--full", action="store_true", help="every row: hours rather than minutes")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder of the report"
+    )
+    parser.add_argument("--full", action="store_true", help="measure every row, which takes hours")
     arguments = parser.parse_args()
     reason = why_not()
     if reason is not None:
@@ -227,7 +226,7 @@ def main() -> int:
 
 
 def in_turn(chosen: list[Part]) -> list[tuple[list[Part], int]]:
-    """The parts that run together, in order, and the seconds that those after them need at least."""
+    """Groups of parts that run together, in order, each with the minimum time of later groups."""
     groups = []
     for timed, group in itertools.groupby(chosen, key=lambda part: part.timed):
         together = list(group)
@@ -237,7 +236,7 @@ def in_turn(chosen: list[Part]) -> list[tuple[list[Part], int]]:
 
 
 def measure(folder: Path, full: bool) -> int:
-    """Run all parts, then the report; 0 if all of them went well, else 1."""
+    """Run all parts and then the report; returns 0 if all succeeded, else 1."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("run-*.json"), *folder.glob("result*")):
         stale.unlink()
@@ -256,7 +255,7 @@ def measure(folder: Path, full: bool) -> int:
         for group, reserved in in_turn(chosen):
             note(group, end - reserved)
             if group[0].name == "build" and not CUDA_LIBRARY.exists():
-                lines.append(("CUDA library", "not built, measured without it: see log.txt"))
+                lines.append(("CUDA library", "not built, see log.txt; measured without it"))
         runs = [str(part.run) for part in chosen if part.run is not None and part.run.exists()]
         arguments = ("-m", "bench.report", "--output", str(folder), *runs)
         note([Part("report", arguments, REPORT_SECONDS)], float("inf"))

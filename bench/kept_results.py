@@ -1,4 +1,4 @@
-"""The results of ``bench/results``: made from runs of ``pytest bench/``, kept by device and date."""
+"""The results in ``bench/results``: collected from runs of ``pytest bench/``, by device and date."""
 
 import datetime
 import itertools
@@ -15,16 +15,16 @@ PREDICTED = "predicted"  # a folder of RESULTS without measurements (see bench.p
 # The names of a result's ceilings.
 COPY = "copy, GB/s"
 PRODUCTS = {"fp32": "float32 products, TFLOP/s", "bf16": "bfloat16 products, TFLOP/s"}
-# Backends of plain PyTorch, and our own.
+# Backends of plain PyTorch, and ours.
 PLAIN = ("reference", "eager")
 OURS = (*(name for name in BACKENDS if name not in PLAIN), "fused", "fused-compile")
 
 
 def collect(runs: list[Path]) -> dict:
-    """One result of the parts of a run: device, date, versions, ceilings, each row's figures.
+    """Merge the parts of a run into a result: device, date, versions, ceilings and rows.
 
     Raises:
-        ValueError: a file is not what pytest bench/ wrote, or the parts are of different devices.
+        ValueError: A file was not written by pytest bench/, or the parts are from different devices.
     """
     if not runs:
         raise ValueError("no RUN.json was given")
@@ -49,7 +49,7 @@ def collect(runs: list[Path]) -> dict:
         {"name": row["param"], **row["extra_info"]}
         for part in parts
         for row in part["benchmarks"]
-        # Without these, the run was interrupted in the midst of the row.
+        # Without these, the run was interrupted during the row.
         if row["param"] not in names and "tflops" in row["extra_info"]
     ]
     return {
@@ -63,10 +63,10 @@ def collect(runs: list[Path]) -> dict:
 
 
 def share_ceilings(rows: list[dict], measured: list[dict[str, float]]) -> dict[str, float]:
-    """The highest of each ceiling, to which every row's figures then refer.
+    """Use the highest value of each ceiling for all rows, and return these values.
 
-    It is measured again beside every row; on a machine that others use too, a row can be faster than
-    what was measured beside it.
+    A ceiling is measured again with every row. On a shared machine, a row can be faster than the ceiling
+    that was measured with it.
     """
     ceilings = {name: max(each[name] for each in measured) for name in measured[0]}
     for row in rows:
@@ -84,7 +84,7 @@ def share_ceilings(rows: list[dict], measured: list[dict[str, float]]) -> dict[s
 
 
 def describe(run: dict) -> str:
-    """The device of a run: a GPU's name, or the processor and the threads that worked."""
+    """The device of a run: the GPU's name, or the processor and the number of threads."""
     device = run["benchmarks"][0]["extra_info"]["device"]
     if device != "cpu":
         return device
@@ -99,7 +99,7 @@ def keep(result: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date']}.json"
     names = {row["name"] for row in result["rows"]}
-    # A second run of the day replaces the first only if it has all of its rows.
+    # A second run on the same day replaces the first only if it has all of its rows.
     for again in itertools.count(2):
         if not path.exists():
             break
@@ -112,12 +112,12 @@ def keep(result: dict) -> Path:
 
 
 def group(row: dict) -> str:
-    """A row's name without its backend: what is compared with each other."""
+    """A row's name without its backend; rows of the same group are compared."""
     return row["name"].removesuffix(f"-{row['backend']}")
 
 
 def age(path: Path) -> tuple[str, int]:
-    """The date of a kept result and, of several on one day, its number: the newest is the largest."""
+    """The date of a kept result, and its number among several on one day; the largest is the newest."""
     year, month, day, *again = path.stem.split("-")
     return f"{year}-{month}-{day}", int(again[0]) if again else 1
 

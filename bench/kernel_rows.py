@@ -1,7 +1,6 @@
-"""What is measured: operation × size × batch × dtype × pass × backend.
+"""The measured rows: operation × size × batch × dtype × pass × backend.
 
-A backend that gains a kernel gains its rows here by itself, from the table of operations; rivals
-come from :mod:`bench.rivals`.
+The rows of a kernel follow from the table of operations. Rivals come from :mod:`bench.rivals`.
 """
 
 import itertools
@@ -18,7 +17,7 @@ DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 EMBED, FEATURES, CLASS_WIDTH = 64, 32, 384
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "backward", "full")
-# The tokens-to-token module as a whole: its layers' operation.
+# Whole tokens-to-token modules, with the operation of their layers.
 MODULES = {"performer_module": "performer_layer", "transformer_module": "transformer_layer"}
 IMAGE = "224"
 
@@ -55,7 +54,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. ``size`` is a layer or, for a whole module, the image's side."""
+    """A measurement. ``size`` is a layer or, for a whole module, the image size."""
 
     op: str
     size: str
@@ -72,12 +71,12 @@ class Row:
 def sizes(op: str) -> tuple[str, ...]:
     if op in MODULES:
         return (IMAGE,)
-    # The third split is followed by a projection alone.
+    # Only a projection follows the third split.
     return tuple(LAYERS) if op.startswith("soft_split") else ("L1", "L2")
 
 
 def batch_of(op: str) -> int:
-    """Images per call: enough for the device, few enough for the reference's T×T scores."""
+    """Images per call: enough to use the device, and few enough for the reference's T×T scores."""
     if DEVICE.type == "cpu":
         return 4
     return 32 if op.startswith("t") else 128
@@ -99,9 +98,9 @@ def rows(batch: int | None = None, compiled: bool = False, smoke: bool = False) 
     """Every row that this machine can run.
 
     Args:
-        batch: images per call; None chooses for the device.
-        compiled: with the rivals that torch.compile makes, of full passes: each takes a while.
-        smoke: without the backward of 3136² scores, which takes seconds on a CPU.
+        batch: Images per call; None for the default of the device.
+        compiled: Include rivals with torch.compile, for full passes only, because compiling is slow.
+        smoke: Exclude the backward of 3136² scores, which takes seconds on a CPU.
     """
     found = []
     for op in (*OPERATIONS, *MODULES):

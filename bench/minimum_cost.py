@@ -1,8 +1,8 @@
-"""Operations and bytes that a call cannot do without, in closed form.
+"""The minimum operations and bytes of a call, in closed form.
 
-Operations are those of the matrix products, 2 per multiply-add: what a kernel computes twice, to
-save memory, does not count. Bytes are the compulsory traffic: what goes in is read once, what comes
-out is written once, and nothing between touches memory.
+Operations are those of matrix products, 2 per multiply-add, without recomputation. Bytes are the
+compulsory traffic: each input is read once, each output is written once, and intermediate results are
+not counted.
 
 T tokens of n elements, E = 64, m = 32 random features, O outputs, B images.
 """
@@ -20,9 +20,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Elements that go in and out: maps and result per image, parameters once.
+    """Numbers of elements of inputs and outputs: maps and result per image, parameters once.
 
-    ``learned`` of the parameters and, if ``map_gradient``, the maps receive a gradient.
+    ``learned`` parameters receive a gradient, and with ``map_gradient`` also the maps.
     """
 
     maps: int
@@ -33,7 +33,7 @@ class Tensors:
 
 
 def cost(row: Row) -> Cost:
-    """Of one call of ``row``: its whole batch, its pass."""
+    """The cost of a call of ``row``: its pass for the whole batch."""
     forward, backward = _flops(row.op, row.size)
     flops = {"forward": forward, "backward": backward, "full": forward + backward}[row.direction]
     return Cost(row.batch * flops, minimum_bytes(row))
@@ -46,7 +46,7 @@ def minimum_bytes(row: Row) -> int:
     constant = 4 * tensors.constant
     forward = itemsize * (into + row.batch * tensors.result) + constant
     gradients = tensors.learned + row.batch * tensors.maps * tensors.map_gradient
-    # A copy needs nothing but the result's gradient.
+    # The backward of a copy only needs the gradient of the result.
     needed = 0 if row.op == "soft_split" else into
     backward = itemsize * (needed + row.batch * tensors.result + gradients) + constant
     return {"forward": forward, "backward": backward, "full": forward + backward}[row.direction]
@@ -64,13 +64,13 @@ def _flops(op: str, size: str) -> tuple[int, int]:
         return 0, 0
     if op == "soft_split_linear":
         product = 2 * tokens * width * _outputs(size)
-        # G = Σ dy ûᵀ gives the gradients of W and of the norm; the image's own is not asked for.
+        # G = Σ dy ûᵀ gives the gradients of W and of the norm. The image needs no gradient.
         return product, product * (1 if size == "L1" else 2)
     if op == "performer_attention":
         # w·k, w·q; Σ φ(k) vᵀ, φ(q) S; φ(q) Σ φ(k).
         features, sums, normalizer = 2, 2, 2 * tokens * FEATURES
         product = 2 * tokens * EMBED * FEATURES
-        # w is constant: the products with it have one gradient, the others two.
+        # w is constant: products with it have one gradient, all others two.
         return (features + sums) * product + normalizer, (
             (features + 2 * sums) * product + 2 * normalizer
         )

@@ -1,4 +1,4 @@
-"""Whole models: rows, steps, and what their computing costs. Synthetic images, no loader."""
+"""Rows and steps of whole models, with synthetic images and no loader."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SIZE = 224
 
 @dataclass(frozen=True)
 class ModelRow:
-    """``backend``: "reference" or "fused", for a rival "eager", each perhaps with "-compile"."""
+    """``backend`` is "reference" or "fused", or "eager" for a rival, optionally with "-compile"."""
 
     model: str
     batch: int
@@ -36,7 +36,7 @@ class ModelRow:
 
     @property
     def plain(self) -> str:
-        """The backend that this row's is measured against."""
+        """The backend to compare this row with."""
         return "eager" if self.model in RIVALS else "reference"
 
 
@@ -60,7 +60,7 @@ def build(row: ModelRow) -> nn.Module:
     if row.model in RIVALS:
         model = timm.create_model(row.model, num_classes=CLASSES)
         if row.model == "resnet50":
-            # Convolutions are fastest so.
+            # The fastest memory format for convolutions.
             model = model.to(memory_format=torch.channels_last)
     else:
         fused = "auto" if kind == "fused" else kind

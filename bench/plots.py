@@ -1,4 +1,4 @@
-"""The plots of a result: speed-ups, roofline, memory against batch. PNG files beside it."""
+"""The plots of a result as PNG files: speed-ups, roofline, memory against batch."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bench.kept_results import COPY, OURS, PLAIN, PRODUCTS, group
 from t2tvit.figures import drawable, fitted, literal_text
 from t2tvit.files import write_figure
 
-# Told apart by people of any colour vision.
+# Distinguishable with any colour vision.
 OURS_COLOR, RIVAL_COLOR, PLAIN_COLOR = "#0072B2", "#E69F00", "#777777"
 DTYPE_COLORS = {"fp32": "#D55E00", "bf16": "#0072B2"}
 MARKERS = "osD^vP*X<>hpd8"
@@ -17,7 +17,7 @@ TITLE_SIZE = 10  # points
 
 
 def draw(result: dict, path: Path) -> list[Path]:
-    """Every plot that ``result`` has figures for, named after ``path``; the files written."""
+    """Draw every plot that ``result`` has figures for, named after ``path``; returns the files."""
     written = []
     with literal_text([result["device"]]):
         for name, plot in (("speedup", speedup), ("roofline", roofline), ("memory", memory)):
@@ -36,7 +36,7 @@ def entitle(figure: Figure, title: str) -> None:
 
 
 def speedup(result: dict) -> Figure | None:
-    """A bar per row of the full passes: how many times as fast as the reference."""
+    """A bar per row of full passes: the speed relative to the reference."""
     rows = [
         row
         for row in result["rows"]
@@ -75,7 +75,7 @@ def speedup(result: dict) -> Figure | None:
 
 
 def roofline(result: dict) -> Figure | None:
-    """Each kernel of the full passes as a point under what the device was seen to reach."""
+    """A point for each kernel of full passes, below the measured ceilings of the device."""
     rows = [
         row
         for row in result["rows"]
@@ -123,9 +123,9 @@ def roofline(result: dict) -> Figure | None:
 
 
 def memory(result: dict) -> Figure | None:
-    """Memory of a training step against images per batch, ours beside plain PyTorch's."""
+    """Memory of a training step against images per batch, for ours and plain PyTorch."""
     rows = [row for row in result["rows"] if "memory_mib_by_batch" in row]
-    # One dtype says it: the narrower.
+    # Only one dtype is shown: bfloat16 if there is one.
     dtypes = {row["dtype"] for row in rows}
     rows = [row for row in rows if row["dtype"] == ("bf16" if "bf16" in dtypes else "fp32")]
     if not rows:

@@ -1,11 +1,10 @@
-"""``python -m bench.regressions A B``: what became slower or hungrier from result A to result B.
+"""``python -m bench.regressions A B``: rows that became slower or need more memory from A to B.
 
-A row is slower if the 20th to 80th percentiles of its seconds lie apart, and those of its ratio to
-the reference, taken in turns with it, do so too: a machine that was slower as a whole is no
-regression, nor is a reference that became faster. Plain PyTorch has no such ratio: where its rows
-are slower, that is noted, and is no regression.
+A row is slower if the ranges from the 20th to the 80th percentile overlap neither for its seconds nor
+for its ratio to the reference. So neither a slower machine nor a faster reference is a regression. Rows
+of plain PyTorch have no ratio: if they are slower, this is only noted.
 
-Exit status: 0 none, 1 a regression, 2 files that cannot be compared.
+Exit status: 0 no regression, 1 a regression, 2 the files cannot be compared.
 """
 
 import argparse
@@ -15,16 +14,16 @@ from pathlib import Path
 
 from bench.kept_results import PLAIN
 
-# Bytes are counted, not sampled: this much is rounding, or an allocator's.
+# Allowed relative difference of memory, because of rounding and the allocator.
 MEMORY_SLACK = 0.02
 NEEDED = ("name", "backend", "seconds_percentiles_20_80", "speedup_percentiles_20_80")
 
 
 def load(path: Path) -> dict:
-    """A kept result.
+    """Read a kept result.
 
     Raises:
-        ValueError: the file is none.
+        ValueError: The file is not a result.
     """
     try:
         result = json.loads(path.read_text())
@@ -41,18 +40,18 @@ def load(path: Path) -> dict:
 
 
 def apart(old: dict, new: dict) -> bool:
-    """Whether ``new`` has the longer seconds, without a common range."""
+    """Whether ``new`` took longer, and the ranges of seconds do not overlap."""
     return new["seconds_percentiles_20_80"][0] > old["seconds_percentiles_20_80"][1]
 
 
 def slower(old: dict, new: dict) -> bool:
-    """Whether ``new`` took longer than ``old``, beyond the noise of both."""
+    """Whether ``new`` is slower than ``old``, beyond the noise of both."""
     return apart(old, new) and (
         new["speedup_percentiles_20_80"][1] < old["speedup_percentiles_20_80"][0]
     )
 
 
-def hungrier(old: dict, new: dict) -> str | None:
+def needs_more(old: dict, new: dict) -> str | None:
     for key in ("peak_mib", "saved_mib_per_image"):
         if key in old and key in new and new[key] > old[key] * (1 + MEMORY_SLACK):
             return f"{key} {old[key]:.3f} → {new[key]:.3f}"
@@ -64,10 +63,10 @@ def milliseconds(old: dict, new: dict) -> str:
 
 
 def regressions(old: dict, new: dict) -> list[str]:
-    """A line for each row of both results that became worse, or failed where it did not.
+    """A line for each row of both results that became worse or now fails.
 
     Raises:
-        ValueError: the results are of different devices, or have no row in common.
+        ValueError: The results are from different devices, or have no row in common.
     """
     if old["device"] != new["device"]:
         raise ValueError(
@@ -84,7 +83,7 @@ def regressions(old: dict, new: dict) -> list[str]:
                 f"slower: {name}: {milliseconds(a, b)}, "
                 f"{a['speedup_vs_reference']:.2f} → {b['speedup_vs_reference']:.2f}×"
             )
-        if more := hungrier(a, b):
+        if more := needs_more(a, b):
             found.append(f"more memory: {name}: {more}")
     found += [f"fails now: {name}" for name in old["rows"] if name in new["failed"]]
     return found

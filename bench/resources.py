@@ -1,4 +1,4 @@
-"""What only the benchmarks measure: launches, peak memory, the largest batch that fits."""
+"""Measurements of the benchmarks only: launches, peak memory, the largest batch that fits."""
 
 import ctypes
 import multiprocessing
@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from t2t_kernels.measure import peak_allocated
 
 Step = Callable[[], object]
-# Of the largest batch: what the models' recipes use are multiples of it.
+# The largest batch is rounded to a multiple of this.
 GRAIN = 8
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def launches(step: Step, device: torch.device) -> int:
-    """Kernels, copies and fills that ``step`` starts on a GPU; ranges that code marks do not count."""
+    """Kernels, copies and fills that ``step`` launches on a GPU, without profiler annotations."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize(device)
@@ -38,14 +38,14 @@ def can_measure_peak(device: torch.device) -> bool:
 
 
 def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int:
-    """Bytes that a step of ``row`` takes at its peak, beyond its inputs.
+    """Peak bytes of a step of ``row``, beyond its inputs.
 
-    On a GPU what PyTorch allocates; on a CPU the resident memory of a fresh process, which only
-    Linux records (:func:`can_measure_peak`).
+    On a GPU, the bytes that PyTorch allocates; on a CPU, the resident memory of a fresh process, which
+    can only be measured on Linux (:func:`can_measure_peak`).
 
     Args:
-        prepare: a function of a module, called with ``row``; it makes the step.
-        row: a dataclass with a field ``batch``.
+        prepare: A module-level function that returns the step of ``row``.
+        row: A dataclass with a field ``batch``.
     """
     if device.type == "cuda":
         step = prepare(row)
@@ -58,12 +58,12 @@ def peak_memory(prepare: Callable[..., Step], row, device: torch.device) -> int:
 
 def _peak_resident(prepare: Callable[..., Step], row, threads: int) -> int:
     torch.set_num_threads(threads)
-    # What is freed goes back at once: kept blocks would make the peak a matter of luck.
+    # Return freed memory to the system at once: cached blocks would make the peak vary.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    # The libraries' own buffers, which a first call allocates.
+    # The first call allocates buffers of libraries.
     prepare(replace(row, batch=1))()
     step = prepare(row)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current resident memory
     before = _status("VmRSS")
     for _ in range(2):  # the optimiser's state appears with the first update
         step()
@@ -80,12 +80,12 @@ def _status(key: str) -> int:
 def memory_figures(
     row, step: Step, mib: Callable[..., float], device: torch.device, trains: bool, growth: bool
 ) -> dict:
-    """Peak allocation of ``step`` on a GPU; elsewhere what is saved for backward, per image.
+    """Peak allocation of ``step`` on a GPU; on a CPU the memory saved for backward, per image.
 
     Args:
-        mib: called with a row, gives the same in MiB for its whole batch.
-        trains: whether the row has a backward.
-        growth: also for a quarter, a half and all of the batch, as pairs of images and MiB.
+        mib: A function that returns the same in MiB for the whole batch of a row.
+        trains: Whether the row has a backward.
+        growth: Also measure a quarter, a half and all of the batch, as pairs of images and MiB.
     """
     if device.type == "cuda":
         figures: dict = {"peak_mib": peak_allocated(step, device) / MIB}
@@ -100,8 +100,8 @@ def memory_figures(
 def largest_batch(prepare: Callable[..., Step], row, budget: int, device: torch.device) -> int:
     """Images per training step that fit into ``budget`` bytes, a multiple of 8 (or 0).
 
-    On a GPU found by trial: the step runs, or runs out of memory. On a CPU extrapolated, from the
-    peaks at two batches and a straight line.
+    On a GPU it is found by trial: the step runs, or runs out of memory. On a CPU it is extrapolated
+    linearly from the peaks of two batches.
     """
     if device.type != "cuda":
         small, large = (
@@ -130,10 +130,10 @@ def largest_batch(prepare: Callable[..., Step], row, budget: int, device: torch.
 
 
 def extrapolated(batch: int, small: int, large: int, budget: int) -> int:
-    """The batch that takes ``budget``, where ``batch`` takes ``small`` and twice as many ``large``.
+    """The batch that needs ``budget`` bytes if ``batch`` needs ``small`` and twice ``batch`` ``large``.
 
     Raises:
-        ValueError: more images take no more memory: there is no line to follow.
+        ValueError: More images do not need more memory, so extrapolation is not possible.
     """
     per_image = (large - small) / batch
     if per_image <= 0:
@@ -143,7 +143,7 @@ def extrapolated(batch: int, small: int, large: int, budget: int) -> int:
 
 
 def bisect(fits: Callable[[int], bool], start: int) -> int:
-    """The largest multiple of 8 that fits: doubled from ``start`` until none does, then halved."""
+    """The largest multiple of 8 that fits, by doubling from ``start`` and then bisection."""
     low, high = 0, max(GRAIN, start // GRAIN * GRAIN)
     while fits(high):
         low, high = high, 2 * high

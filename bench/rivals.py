@@ -1,4 +1,4 @@
-"""What the kernels are measured against, besides the eager reference in the row's own dtype.
+"""Rivals of the kernels, besides the eager reference in the row's own dtype.
 
 A rival is the reference run in another way: under autocast, through torch.compile, with the soft
 split as a convolution, or with one of PyTorch's own softmax attentions.
@@ -29,8 +29,8 @@ SDPA = {
 
 @dataclass(frozen=True)
 class Rival:
-    """``applies(op, size, dtype, device)`` says for which rows; ``wrap`` makes its call of the
-    reference's; ``compiled`` if that goes through torch.compile."""
+    """``applies(op, size, dtype, device)`` selects its rows, ``wrap`` turns the reference's call into
+    its own, and ``compiled`` says whether that uses torch.compile."""
 
     applies: Callable[[str, str, str, torch.device], bool]
     wrap: Callable[[Call, str, torch.device], Call]
@@ -46,14 +46,14 @@ def convolves(op: str) -> bool:
 
 
 def sdpa_runs(name: str, dtype: str, device: torch.device) -> bool:
-    """Which of PyTorch's attentions take the rows' tensors: one head of 64 channels, no mask."""
+    """Whether an attention of PyTorch supports the rows' tensors: one head, 64 channels, no mask."""
     if device.type == "cpu":
         return name in ("sdpa-flash", "sdpa-math")
     return dtype == "bf16" or name in ("sdpa-efficient", "sdpa-math")
 
 
 def best_sdpa(dtype: str, device: torch.device) -> str:
-    """The fastest published for the device: it goes into every compiled rival of softmax layers."""
+    """The fastest attention for the device, according to publications; used by compiled rivals."""
     if device.type == "cpu":
         return "sdpa-flash"
     if dtype == "fp32":
@@ -62,7 +62,7 @@ def best_sdpa(dtype: str, device: torch.device) -> str:
 
 
 def autocast(call: Call, dtype: str, device: torch.device) -> Call:
-    """Tensors in float32, products in bfloat16: how most training code runs."""
+    """Tensors in float32, products in bfloat16, as in most training code."""
 
     def run() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -86,10 +86,10 @@ def compiled(
     mode: str | None = None,
     soft_split_linear: Callable[..., Tensor] = soft_split_linear_reference.soft_split_linear,
 ) -> Callable[[Call, str, torch.device], Call]:
-    """The reference through torch.compile, with PyTorch's best softmax attention in it."""
+    """The reference with torch.compile and PyTorch's best softmax attention."""
 
     def wrap(call: Call, dtype: str, device: torch.device) -> Call:
-        # A row compiled before must not count against dynamo's limit of recompilations.
+        # So that earlier rows do not count towards dynamo's limit of recompilations.
         torch.compiler.reset()
         graph = torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
 
@@ -110,7 +110,7 @@ def compiled(
 
 @contextlib.contextmanager
 def pytorch_attention(name: str) -> Iterator[None]:
-    """The reference's softmax attention is PyTorch's own, by the SDPA backend ``name``."""
+    """A context in which the reference uses PyTorch's attention with the SDPA backend ``name``."""
     with (
         sdpa_kernel(SDPA[name]),
         mock.patch.object(token_attention_reference, "token_attention", scaled_dot_product),
@@ -124,7 +124,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tens
 
 
 def sdpa_applies(name: str) -> Callable[[str, str, str, torch.device], bool]:
-    """Whether the SDPA backend ``name`` serves a row."""
+    """A function that says whether the SDPA backend ``name`` applies to a row."""
     return lambda op, size, dtype, device: softmax(op) and sdpa_runs(name, dtype, device)
 
 
@@ -143,13 +143,13 @@ def convolution_form(
 ) -> Tensor:
     """Soft split, LayerNorm and Linear as one convolution and two scalars per token.
 
-    With W_g = W·diag(γ), y = r (W_g u − μ W_g·1) + W β + b, where μ and 1/r² − eps are the mean and
-    the variance of the patch u, its zero padding included.
+    With W_g = W·diag(γ), y = r (W_g u − μ W_g·1) + W β + b. μ and 1/r² − eps are the mean and the
+    variance of the patch u, including its zero padding.
     """
     kernel = weight if norm_weight is None else weight * norm_weight
     filters = kernel.unflatten(1, (x.shape[1], kernel_size, kernel_size))
     y = F.conv2d(x, filters, stride=stride, padding=padding)
-    # PyTorch's attentions want a token's channels side by side.
+    # PyTorch's attentions need adjacent channels.
     y = y.flatten(2).transpose(1, 2).contiguous()
     if norm_bias is None:
         return y if bias is None else y + bias
@@ -169,7 +169,7 @@ def convolution_form_channels_last(x: Tensor, *args, **options) -> Tensor:
 
 
 RIVALS = {
-    # Autocast leaves the dtype of a copy alone.
+    # Autocast does not change the dtype of a copy.
     "autocast": Rival(
         lambda op, size, dtype, device: dtype == "bf16" and op != "soft_split", autocast
     ),

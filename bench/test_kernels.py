@@ -1,4 +1,4 @@
-"""Speed and memory of every operation, layer and module, by backend, beside the reference's."""
+"""Speed and memory of every operation, layer and module by backend, relative to the reference."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_kernels(benchmark, row: Row, device_name: str):
 
 
 def mib(row: Row) -> float:
-    """Of the row's call: the peak allocation on a GPU, what is saved for backward elsewhere."""
+    """The peak allocation of the row's call on a GPU; on a CPU the memory saved for backward."""
     if DEVICE.type == "cuda":
         return peak_allocated(step(row), DEVICE) / MIB
     ready = workload(row)

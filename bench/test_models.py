@@ -1,4 +1,4 @@
-"""Images per second, use of the device and memory of whole models: ours, plain, and timm's."""
+"""Images per second, utilisation and memory of whole models: ours, plain PyTorch and timm's."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
     benchmark.extra_info.update(memory_figures(row, ours, mib, DEVICE, trains, growth))
     if median is None:
         return
-    # Batch normalisation trains on no fewer than two.
+    # Batch normalisation needs at least two images.
     images = batch_of(replace(plain, batch=2))[0]
     flops = row.batch * flops_per_image(build(plain), images, trains)
     ceiling = matmul_ceiling(DEVICE, DTYPES[row.dtype])
@@ -79,7 +79,7 @@ def test_models(benchmark, row: ModelRow, device_name: str, pytestconfig):
 
 
 def mib(row: ModelRow) -> float:
-    """Of a training step: the peak allocation on a GPU, what is saved for backward elsewhere."""
+    """The peak allocation of a training step on a GPU; on a CPU the memory saved for backward."""
     if DEVICE.type == "cuda":
         return peak_memory(step, row, DEVICE) / MIB
     model, (images, labels) = build(row).train(), batch_of(row)

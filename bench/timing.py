@@ -1,4 +1,4 @@
-"""A row's time, taken in turns with its reference's, and handed to pytest-benchmark."""
+"""Times a row and its reference in turns, and passes the results to pytest-benchmark."""
 
 import time
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from t2t_kernels.measure import interleave, percentiles
 
 Result = TypeVar("Result")
 REPETITIONS = 9
-# Of one repetition: dozens of a layer's calls on a GPU, one or a few on a CPU.
+# Seconds per repetition: dozens of calls of a layer on a GPU, one or a few on a CPU.
 SECONDS = {"cpu": 0.1, "cuda": 0.02}
 
 
 class Clock:
-    """pytest-benchmark's timer: it advances by what was measured in turns."""
+    """The timer of pytest-benchmark, which advances by the measured seconds."""
 
     now = 0.0
 
@@ -30,7 +30,7 @@ clock = Clock()
 
 
 def first_call(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds of a call that has everything to do still, compilation too; and what it returns."""
+    """Seconds of the first call, including compilation, and its result."""
     started = time.perf_counter()
     result = call()
     if device.type == "cuda":
@@ -45,14 +45,14 @@ def take_turns(
     device: torch.device,
     cold: bool = False,
 ) -> float | None:
-    """Time ``step`` and, in turns with it, ``reference``; the figures go to ``benchmark``.
+    """Time ``step`` and ``reference`` in turns; the figures are added to ``benchmark``.
 
     Args:
-        reference: None if the row is its own.
-        cold: as in :func:`t2t_kernels.measure.seconds_per_call`.
+        reference: None if the row is its own reference.
+        cold: As in :func:`t2t_kernels.measure.seconds_per_call`.
 
     Returns:
-        Median seconds; None where times are not asked for, and the step just runs.
+        Median seconds; None if benchmarks are disabled and the step only runs.
     """
     if not benchmark.enabled:
         benchmark(step)

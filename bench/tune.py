@@ -1,8 +1,8 @@
-"""``python -m bench.tune``: the launch parameters that are fastest on the GPU it runs on.
+"""``python -m bench.tune``: finds the fastest launch parameters on this GPU.
 
-Measures the model's layers for every candidate and prints the entries for
-``t2t_kernels._triton.TABLES``; nothing is tuned in a user's step. Candidates that do not compile,
-for want of shared memory, drop out.
+It measures the model's layers for every candidate and prints entries for
+``t2t_kernels._triton.TABLES``; nothing is tuned at run time. Candidates that do not compile because of
+their shared memory are skipped.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SOFTMAX_CANDIDATES = [
         (32, 64, 128), (4, 8), (2, 3), (32, 64, 128)
     )
 ]
-# Which operation and pass each pair of the table serves.
+# The operation and pass that use each pair of the table.
 SERVES = {
     "project": ("performer_layer", "forward"),
     "weight_gradient": ("performer_layer", "full"),
@@ -40,12 +40,12 @@ SERVES = {
     "softmax_backward": ("token_attention", "full"),
 }
 REPETITIONS = 5
-# In the order of a pair.
+# The order in a pair.
 DTYPES = ("bf16", "fp32")
 
 
 def steps(op: str, direction: str, dtype: str) -> dict:
-    """The model's calls of ``op``, by layer: forward alone or with its backward."""
+    """The model's calls of ``op`` by layer, for the pass ``direction``."""
     return {
         size: step(Row(op, size, batch_of(op), dtype, direction, "triton")) for size in sizes(op)
     }
@@ -61,19 +61,19 @@ def seconds(field: str, is_float32: int, candidate: Launch, runs: dict) -> float
     with mock.patch.object(_triton, "_table_of", lambda capability: changed):
         try:
             taken = interleave(runs, REPETITIONS, DEVICE, cold=True)
-        except Exception as error:  # the compiler's own, of many types
+        except Exception as error:  # the compiler raises many types
             print(f"  {candidate}: {type(error).__name__}")
             return None
     return sum(percentiles(values)[0] for values in taken.values())
 
 
 def tune(fields: list[str], dtypes: list[str], limit_seconds: float) -> bool:
-    """Measure the candidates of every pair; returns whether the time was enough for all of them."""
+    """Measure the candidates of every pair; returns whether there was enough time for all."""
     end = time.monotonic() + limit_seconds
     pairs = list(itertools.product(fields, dtypes))
     for done, (field, dtype) in enumerate(pairs):
         served = SERVES[field]
-        # A pair may take its share of the time that is left.
+        # Each pair gets an equal share of the remaining time.
         share = time.monotonic() + (end - time.monotonic()) / (len(pairs) - done)
         print(f"{field}, {dtype}: {served[0]} {served[1]}", flush=True)
         runs = steps(*served, dtype)
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=SERVES,
         default=list(SERVES),
-        help="of the table (default: all)",
+        help="fields of the table (default: all)",
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: both"
@@ -108,11 +108,11 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         default=540.0,
         metavar="S",
-        help="for everything, shared equally; what is left out is said (default: 540)",
+        help="total time, shared equally; skipped candidates are reported (default: 540)",
     )
     arguments = parser.parse_args(argv)
     if DEVICE.type != "cuda":
-        parser.error("no CUDA device: it measures a GPU")
+        parser.error("no CUDA device; this command measures a GPU")
     print(torch.cuda.get_device_name(), torch.__version__)
     return 0 if tune(arguments.fields, arguments.dtypes, arguments.limit_seconds) else 1
 

@@ -1,4 +1,4 @@
-"""The tensors of a row and its call, ready to be checked or timed."""
+"""The tensors and the call of a row, for checks and timing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,17 +29,17 @@ from t2t_kernels import (
 )
 from t2tvit.models.t2t_module import T2TModule
 
-# Of the layers in training, as published.
+# The dropout rate of the layers in training, as published.
 DROPOUT = 0.1
-# Of keys and queries: where trained models work, and eps does not rule the Performer.
+# The RMS of keys and queries: as in trained models, and such that eps does not dominate the Performer.
 RMS = 0.5
 
 
 @dataclass
 class Workload:
-    """``forward()`` is the row's call; ``leaves`` are what its backward differentiates.
+    """``forward()`` is the row's call, ``leaves`` are the tensors with gradients.
 
-    ``shape`` is that of the input.
+    ``shape`` is the shape of the input.
     """
 
     forward: Callable[[], Tensor]
@@ -48,12 +48,12 @@ class Workload:
 
 
 def workload(row: Row, exact: bool = False, seed: int | None = None) -> Workload:
-    """The row's numbers, the same for every backend, and its call.
+    """The row's tensors, with the same values for every backend, and its call.
 
     Args:
-        exact: the same numbers, rounded to the row's dtype, as float64.
-        seed: of the dropouts, so that backends can be compared; a whole module is then without
-            any. None draws as in training, each backend in its own way.
+        exact: Use float64 with the same values, rounded to the row's dtype.
+        seed: Seed of dropout, so that backends can be compared; whole modules then use no dropout. With
+            None, each backend draws masks in its own way, as in training.
     """
     torch.manual_seed(0)
     dtype = DTYPES[row.dtype]
@@ -72,7 +72,7 @@ def workload(row: Row, exact: bool = False, seed: int | None = None) -> Workload
 
 
 def step(row: Row) -> Callable[[], object]:
-    """What is timed: the pass of ``row``."""
+    """The function to time: the pass of ``row``."""
     ready = workload(row)
     if row.direction == "forward":
         return ready.forward
@@ -89,7 +89,7 @@ def gradients(ready: Workload, y: Tensor, grad: Tensor, **options) -> tuple[Tens
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Random tensors that hold numbers of ``dtype``, stored as ``stored``."""
+    """Random tensors with values of ``dtype``, stored as ``stored``."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -119,9 +119,9 @@ def _map_operation(row: Row, numbers: _Numbers, seed: int | None):
     shape = (row.batch, layer.channels, layer.size, layer.size)
     x = random(*shape)
     if row.size != "L1":
-        # A layer's output is the next one's channels-last map.
+        # The output of a layer is a channels-last map for the next layer.
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
-    # The first layer's map is the image, which asks for no gradient.
+    # The first layer's map is the image, which needs no gradient.
     leaves = [] if row.size == "L1" and row.op != "soft_split" else [x]
     if row.op == "soft_split":
         return lambda backend: soft_split(x, **layer.split, backend=backend), leaves, shape

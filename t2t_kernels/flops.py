@@ -18,7 +18,7 @@ COUNTER = "torch.utils.flop_counter"
 
 
 class _Formulas(MetaPathFinder):
-    """Formulas that wait until somebody imports the counter, which itself imports Triton."""
+    """Registers formulas when the counter is imported; importing it here would import Triton."""
 
     def __init__(self):
         self.waiting: list[tuple] = []
@@ -47,7 +47,7 @@ if COUNTER not in sys.modules:
 
 
 def register(operator, formula: Callable[..., int]) -> None:
-    """Let ``torch.utils.flop_counter`` count ``operator``; ``formula`` is called with shapes."""
+    """Register ``formula``, a function of shapes, for ``operator`` with the FLOP counter."""
     if COUNTER in sys.modules:
         sys.modules[COUNTER].register_flop_formula(operator)(formula)
     else:

@@ -25,7 +25,7 @@ class PerformerLayerParams(NamedTuple):
     mlp_2_bias: Tensor  # (E,)
 
     def sizes(self, channels: int, kernel_size: int, stride: int) -> dict[str, int]:
-        """The sizes of a call that kernels may not take, for a map of so many ``channels``."""
+        """The sizes that kernels may not support, for a map with ``channels`` channels."""
         return {
             "E": self.w.shape[1],
             "m": self.w.shape[0],

@@ -23,7 +23,7 @@ class TransformerLayerParams(NamedTuple):
     mlp_fc2_bias: Tensor  # (E,)
 
     def sizes(self, channels: int, kernel_size: int, stride: int) -> dict[str, int]:
-        """The sizes of a call that kernels may not take, for a map of so many ``channels``."""
+        """The sizes that kernels may not support, for a map with ``channels`` channels."""
         return {
             "E": self.attn_proj_weight.shape[0],
             "M": self.mlp_fc1_weight.shape[0],

@@ -122,7 +122,7 @@ def test_a_sabotaged_kernel_is_refused(where, monkeypatch):
     row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
     checks.check(row, checks.results(row))
     monkeypatch.setattr(workloads, "soft_split", sabotaged(workloads.soft_split, where))
-    with pytest.raises(checks.ParityError, match=f"{row.name}: {where} is off by"):
+    with pytest.raises(checks.ParityError, match=f"{row.name}: {where} has an error of"):
         checks.check(row, checks.results(row))
 
 

@@ -292,17 +292,17 @@ def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypat
     )
     assert gpu_report.measure(tmp_path, False) == 1
     out = capsys.readouterr().out
-    assert "aborts: exit status -6" in out and "hangs: stopped: its time was up" in out
+    assert "aborts: exit status -6" in out and "hangs: stopped: time limit reached" in out
     assert "tests: done in" in out and "3 passed, 1 skipped" in out
     # Told to stop, it has time to write what it has.
-    assert "writes: stopped: its time was up" in out
+    assert "writes: stopped: time limit reached" in out
     assert "what there is" in (tmp_path / "log.txt").read_text()
     # No row was measured, and the report says so.
     assert "no RUN.json was given" in (tmp_path / "log.txt").read_text()
 
 
 def test_no_part_begins_without_time():
-    assert gpu_report.run(script("late", "print()"), 0)[0].startswith("not begun")
+    assert gpu_report.run(script("late", "print()"), 0)[0].startswith("not started")
 
 
 def test_the_last_table_has_at_most_60_lines(result):
@@ -364,7 +364,7 @@ def test_a_failed_cuda_build_is_said_and_the_rest_measured(tmp_path, monkeypatch
     )
     assert gpu_report.measure(tmp_path, False) == 1
     out = capsys.readouterr().out
-    assert "CUDA library  not built, measured without it" in out and "next: done" in out
+    assert "CUDA library  not built, see log.txt; measured without it" in out and "next: done" in out
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):

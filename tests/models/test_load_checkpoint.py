@@ -320,7 +320,7 @@ def test_weights_that_are_not_floating(tmp_path, dtype):
 
 def test_other_numbers_of_channels(tmp_path):
     torch.save(small_model(1, in_chans=4).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(InputError, match="is for images of 4 channels, the model for 3"):
+    with pytest.raises(InputError, match="is for images with 4 channels, the model for 3"):
         load_checkpoint(small_model(2), tmp_path / "a.pth")
 
 
