@@ -175,11 +175,11 @@ def test_metadata_of_a_file_of_weights(tmp_path, change, message):
     "args, message",
     [
         (dict(pretrained=True), "'pretrained' does not shape the network"),
-        (dict(pretrained_cfg=dict(file="a.pth")), "'pretrained_cfg' is not one"),
-        (dict(checkpoint_path="a.pth"), "'checkpoint_path' is not one"),
-        (dict(features_only=True), "'features_only' is not one"),
-        (dict(scriptable=True), "'scriptable' is not one"),
-        (dict(kwargs_filter=["a"]), "'kwargs_filter' is not one"),
+        (dict(pretrained_cfg=dict(file="a.pth")), "'pretrained_cfg' does not shape"),
+        (dict(checkpoint_path="a.pth"), "'checkpoint_path' does not shape"),
+        (dict(features_only=True), "'features_only' does not shape"),
+        (dict(scriptable=True), "'scriptable' does not shape"),
+        (dict(kwargs_filter=["a"]), "'kwargs_filter' does not shape"),
         (
             dict(layers=[10**8, 1, 1, 1]),
             r"layers: got \[100000000, 1, 1, 1\], expected at most 1,000",

@@ -346,7 +346,7 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     content = {"state_dict": small_model().state_dict(), "args": Code(proof)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        InputError, match=r"could run code, so it is not read.*state dict alone"
+        InputError, match=r"could run code, so it is not read.*state dict only"
     ) as caught:
         load_checkpoint(small_model(), path)
     assert not proof.exists()
