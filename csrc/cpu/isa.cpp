@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include <torch/headeronly/util/Exception.h>
+#include "../cuda/checks.h"
 
 namespace t2t {
 namespace {
@@ -44,7 +44,7 @@ const Kernels& choose() {
     if (std::string(tables[i]->name) == name) return *tables[i];
     names += (i ? ", " : "") + std::string(tables[i]->name);
   }
-  STD_TORCH_CHECK(false, "T2T_CPU_ISA: got '", name, "', expected one that this CPU runs: ", names);
+  T2T_CHECK(false, "T2T_CPU_ISA: got '", name, "', expected one that this CPU runs: ", names);
 }
 
 }  // namespace

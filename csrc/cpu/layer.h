@@ -76,16 +76,17 @@ class TailParameters {
   std::vector<Memory> memory_;
 };
 
-inline void check_tail(const char* name, const TailTensors& t, ScalarType dtype) {
+inline void check_tail(const char* name, const TailNames& names, const TailTensors& t,
+                       ScalarType dtype) {
   const int64_t embed = t.proj_weight.size(0), hidden = t.mlp_in_weight.size(0);
-  check(name, "projection's weight", t.proj_weight, {embed, embed}, dtype);
-  check(name, "projection's bias", t.proj_bias, {embed}, dtype);
-  check(name, "norm2_weight", t.norm_weight, {embed}, dtype);
-  check(name, "norm2_bias", t.norm_bias, {embed}, dtype);
-  check(name, "MLP's first weight", t.mlp_in_weight, {hidden, embed}, dtype);
-  check(name, "MLP's first bias", t.mlp_in_bias, {hidden}, dtype);
-  check(name, "MLP's second weight", t.mlp_out_weight, {embed, hidden}, dtype);
-  check(name, "MLP's second bias", t.mlp_out_bias, {embed}, dtype);
+  check_tensor(name, names.proj_weight, t.proj_weight, {embed, embed}, dtype);
+  check_tensor(name, names.proj_bias, t.proj_bias, {embed}, dtype);
+  check_tensor(name, names.norm_weight, t.norm_weight, {embed}, dtype);
+  check_tensor(name, names.norm_bias, t.norm_bias, {embed}, dtype);
+  check_tensor(name, names.mlp_in_weight, t.mlp_in_weight, {hidden, embed}, dtype);
+  check_tensor(name, names.mlp_in_bias, t.mlp_in_bias, {hidden}, dtype);
+  check_tensor(name, names.mlp_out_weight, t.mlp_out_weight, {embed, hidden}, dtype);
+  check_tensor(name, names.mlp_out_bias, t.mlp_out_bias, {embed}, dtype);
 }
 
 // Rows of padded floats as a parameter's gradient.

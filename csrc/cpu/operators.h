@@ -19,6 +19,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "../cuda/checks.h"
 #include "isa.h"
 
 namespace t2t {
@@ -48,24 +49,15 @@ class Memory {
   std::unique_ptr<void, Free> p_;
 };
 
-inline const TypedKernels& typed_kernels(const char* name, const Tensor& x) {
+inline const TypedKernels& typed_kernels(const char* name, const char* argument, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return kernels().of_float;
     case ScalarType::BFloat16: return kernels().of_bf16;
     case ScalarType::Half: return kernels().of_half;
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
+      T2T_CHECK(false, name, ": ", argument, ": got ", dtype_name(x.scalar_type()),
+                ", expected float32, bfloat16 or float16");
   }
-}
-
-// Checks a parameter's shape and type, without which a kernel would read out of bounds.
-inline void check(const char* name, const char* argument, const Tensor& tensor,
-                  std::initializer_list<int64_t> shape, ScalarType dtype) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.scalar_type() == dtype;
-  int64_t i = 0;
-  for (int64_t size : shape) same = same && tensor.size(i++) == size;
-  STD_TORCH_CHECK(same, name, ": ", argument, " has the wrong shape or dtype");
 }
 
 // A parameter as adjacent floats.
@@ -87,18 +79,20 @@ inline void check_split(const char* name, int64_t channels, int64_t height, int6
                         int64_t kernel, int64_t stride, int64_t padding) {
   constexpr int64_t largest = std::numeric_limits<int32_t>::max();
   constexpr int64_t largest_step = std::numeric_limits<int16_t>::max();
-  STD_TORCH_CHECK(kernel >= 1 && kernel <= largest_step && stride >= 1 && stride <= largest_step &&
-                      padding >= 0 && padding <= largest_step,
-                  name, ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
-  STD_TORCH_CHECK(channels <= largest / (kernel * kernel) && height <= largest && width <= largest,
-                  name, ": ", channels, " channels of ", height, "x", width, " are too many");
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
-                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  T2T_CHECK(kernel >= 1 && kernel <= largest_step && stride >= 1 && stride <= largest_step &&
+                padding >= 0 && padding <= largest_step,
+            name, ": got kernel_size ", kernel, ", stride ", stride, " and padding ", padding,
+            ", expected kernel_size and stride from 1, padding from 0, and each up to ",
+            largest_step);
+  T2T_CHECK(channels <= largest / (kernel * kernel) && height <= largest && width <= largest, name,
+            ": x: got ", channels, " channels of ", height, "x", width, ", expected at most ",
+            largest / (kernel * kernel), " channels and ", largest, " in each direction");
+  check_kernel_fits(name, height, width, kernel, padding);
 }
 
 inline Split make_split(const char* name, const Tensor& x, int64_t kernel, int64_t stride,
                         int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4, name, ": x must have 4 dimensions, has ", x.dim());
+  check_dims(name, "x", x, 4, "4 dimensions (B, C, H, W)");
   const int64_t height = x.size(2), width = x.size(3);
   check_split(name, x.size(1), height, width, kernel, stride, padding);
   return {x.size(0),

@@ -43,9 +43,9 @@ void add_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first,
 SavedSums::SavedSums(const char* name, int64_t batch, const Features& w, const Tensor& maximum,
                      const Tensor& normalizer, const Tensor& sums)
     : maximum(as_floats(maximum)), normalizer(as_floats(normalizer)), sums(as_floats(sums)) {
-  check(name, "maximum", maximum, {batch, w.count}, ScalarType::Float);
-  check(name, "normalizer", normalizer, {batch, w.count}, ScalarType::Float);
-  check(name, "sums", sums, {batch, w.count, w.embed}, ScalarType::Float);
+  check_tensor(name, "maximum", maximum, {batch, w.count}, ScalarType::Float);
+  check_tensor(name, "normalizer", normalizer, {batch, w.count}, ScalarType::Float);
+  check_tensor(name, "sums", sums, {batch, w.count, w.embed}, ScalarType::Float);
 }
 
 void SavedSums::store(int64_t image, const Features& w, const KeySums& from) const {
@@ -74,18 +74,19 @@ namespace {
 constexpr const char* kName = "performer_attention";
 
 void check_tokens(const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w) {
-  STD_TORCH_CHECK(v.dim() == 3, kName, ": v must have 3 dimensions, has ", v.dim());
-  STD_TORCH_CHECK(v.size(1) >= 1 && v.size(2) >= 1, kName, ": no tokens or no channels");
-  check(kName, "k", k, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
-  check(kName, "q", q, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
-  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == v.size(2), kName,
-                  ": w has the wrong shape");
+  check_dims(kName, "v", v, 3, "3 dimensions (B, T, E)");
+  T2T_CHECK(v.size(1) >= 1 && v.size(2) >= 1, kName, ": v: got shape ", shape_text(v.sizes()),
+            ", expected (B, T, E) with T and E at least 1");
+  check_tensor(kName, "k", k, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
+  check_tensor(kName, "q", q, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
+  T2T_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == v.size(2), kName, ": w: got shape ",
+            shape_text(w.sizes()), ", expected (m, ", v.size(2), ") with m at least 1");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(const Tensor& k, const Tensor& q,
                                                                const Tensor& v, const Tensor& w,
                                                                double eps) {
-  const TypedKernels& kernels = typed_kernels(kName, v);
+  const TypedKernels& kernels = typed_kernels(kName, "v", v);
   check_tokens(k, q, v, w);
   const FeatureParameters parameters(w, eps);
   const Features& f = parameters.features();
@@ -114,9 +115,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(const Tensor& k, 
 std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(
     const Tensor& grad, const Tensor& k, const Tensor& q, const Tensor& v, const Tensor& w,
     const Tensor& maximum, const Tensor& normalizer, const Tensor& sums, double eps) {
-  const TypedKernels& kernels = typed_kernels(kName, v);
+  const TypedKernels& kernels = typed_kernels(kName, "v", v);
   check_tokens(k, q, v, w);
-  check(kName, "grad", grad, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
+  check_tensor(kName, "grad", grad, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
   const FeatureParameters parameters(w, eps);
   const Features& f = parameters.features();
   const int64_t batch = v.size(0), tokens = v.size(1), chunks = forward_chunks(tokens);

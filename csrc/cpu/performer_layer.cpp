@@ -18,8 +18,7 @@ constexpr uint64_t kAfterProj = 0, kAfterMlp = 1;
 
 Dropout make_dropout(double p, const std::optional<Tensor>& seed, uint64_t site) {
   if (p == 0) return {0, site, 0, 1.f};
-  STD_TORCH_CHECK(seed.has_value() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  kName, ": seed must be an int64 tensor of one element");
+  check_seed(kName, seed);
   const auto value = *static_cast<const int64_t*>(seed->const_data_ptr());
   const double threshold = std::nearbyint(p * 65536);
   return {static_cast<uint64_t>(value), site, static_cast<uint32_t>(threshold),
@@ -29,15 +28,17 @@ Dropout make_dropout(double p, const std::optional<Tensor>& seed, uint64_t site)
 void check_parameters(const Split& split, const Tensor& x, const Tensor& w,
                       const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& kqv_weight,
                       const Tensor& kqv_bias, const TailTensors& t) {
+  check_dims(kName, "proj_weight", t.proj_weight, 2, "a matrix (E, E)");
+  check_dims(kName, "mlp_0_weight", t.mlp_in_weight, 2, "a matrix (M, E)");
   const int64_t n = split.patch(), embed = t.proj_weight.size(0);
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == embed, kName,
-                  ": w has the wrong shape");
-  check(kName, "norm1_weight", norm_weight, {n}, dtype);
-  check(kName, "norm1_bias", norm_bias, {n}, dtype);
-  check(kName, "kqv_weight", kqv_weight, {3 * embed, n}, dtype);
-  check(kName, "kqv_bias", kqv_bias, {3 * embed}, dtype);
-  check_tail(kName, t, dtype);
+  T2T_CHECK(w.dim() == 2 && w.size(0) >= 1 && w.size(1) == embed, kName, ": w: got shape ",
+            shape_text(w.sizes()), ", expected (m, ", embed, ") with m at least 1");
+  check_tensor(kName, "norm1_weight", norm_weight, {n}, dtype);
+  check_tensor(kName, "norm1_bias", norm_bias, {n}, dtype);
+  check_tensor(kName, "kqv_weight", kqv_weight, {3 * embed, n}, dtype);
+  check_tensor(kName, "kqv_bias", kqv_bias, {3 * embed}, dtype);
+  check_tail(kName, kPerformerTail, t, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     const Tensor& mlp_0_weight, const Tensor& mlp_0_bias, const Tensor& mlp_2_weight,
     const Tensor& mlp_2_bias, const std::optional<Tensor>& seed, int64_t kernel_size,
     int64_t stride, int64_t padding, double eps, double dropout_p) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,  proj_bias,  norm2_weight, norm2_bias,
                             mlp_0_weight, mlp_0_bias, mlp_2_weight, mlp_2_bias};
@@ -104,7 +105,7 @@ Gradients performer_layer_backward(
     const Tensor& mlp_2_weight, const Tensor& mlp_2_bias, const std::optional<Tensor>& seed,
     const Tensor& maximum, const Tensor& normalizer, const Tensor& sums, int64_t kernel_size,
     int64_t stride, int64_t padding, double eps, double dropout_p, bool need_x) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,  proj_bias,  norm2_weight, norm2_bias,
                             mlp_0_weight, mlp_0_bias, mlp_2_weight, mlp_2_bias};
@@ -117,7 +118,7 @@ Gradients performer_layer_backward(
   const TailParameters parameters(kernels, tensors, make_dropout(dropout_p, seed, kAfterProj),
                                   make_dropout(dropout_p, seed, kAfterMlp), true);
   const Tail& tail = parameters.tail();
-  check(kName, "grad", grad, {split.batch, split.tokens(), f.embed}, x.scalar_type());
+  check_tensor(kName, "grad", grad, {split.batch, split.tokens(), f.embed}, x.scalar_type());
   const SavedSums saved(kName, split.batch, f, maximum, normalizer, sums);
 
   const Cut cut(split, threads());

@@ -131,14 +131,14 @@ void gather_rows(const Geometry& g, const T* grad, const int64_t (&strides)[3], 
 
 // Calls f with a value of the tensor's element type.
 template <typename F>
-void with_element_type(ScalarType dtype, const F& f) {
+void with_element_type(const char* argument, ScalarType dtype, const F& f) {
   switch (dtype) {
     case ScalarType::Float: return f(float{});
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
     case ScalarType::Half: return f(torch::headeronly::Half{});
     default:
-      STD_TORCH_CHECK(false, "soft_split: expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(dtype));
+      T2T_CHECK(false, "soft_split: ", argument, ": got ", t2t::dtype_name(dtype),
+                ", expected float32, bfloat16 or float16");
   }
 }
 
@@ -148,12 +148,12 @@ int64_t rows_per_thread(int64_t elements_per_row) {
 }
 
 Tensor soft_split(const Tensor& x, int64_t kernel_size, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4, "soft_split: x must have 4 dimensions, has ", x.dim());
+  t2t::check_dims("soft_split", "x", x, 4, "4 dimensions (B, C, H, W)");
   const Geometry g =
       make_geometry(x.size(0), x.size(1), x.size(2), x.size(3), kernel_size, stride, padding);
   Tensor tokens = torch::stable::new_empty(x, {g.batch, g.rows * g.columns, g.token_width()});
   const int64_t strides[4] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-  with_element_type(x.scalar_type(), [&](auto zero) {
+  with_element_type("x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(tokens.mutable_data_ptr());
@@ -166,21 +166,19 @@ Tensor soft_split(const Tensor& x, int64_t kernel_size, int64_t stride, int64_t 
 
 Tensor soft_split_backward(const Tensor& grad, int64_t height, int64_t width, int64_t kernel_size,
                            int64_t stride, int64_t padding, bool channels_last) {
-  STD_TORCH_CHECK(grad.dim() == 3, "soft_split_backward: grad must have 3 dimensions, has ",
-                  grad.dim());
-  STD_TORCH_CHECK(kernel_size >= 1 && kernel_size <= 32767, "soft_split_backward: kernel_size ",
-                  kernel_size);
+  t2t::check_dims("soft_split_backward", "grad", grad, 3, "3 dimensions (B, T, C*k*k)");
+  T2T_CHECK(kernel_size >= 1 && kernel_size <= 32767, "soft_split_backward: kernel_size: got ",
+            kernel_size, ", expected from 1 to 32767");
   const Geometry g = make_geometry(grad.size(0), grad.size(2) / (kernel_size * kernel_size), height,
                                    width, kernel_size, stride, padding);
-  STD_TORCH_CHECK(grad.size(1) == g.rows * g.columns && grad.size(2) == g.token_width(),
-                  "soft_split_backward: grad (", grad.size(0), ", ", grad.size(1), ", ",
-                  grad.size(2), ") is not the gradient of a ", height, "x", width, " map");
+  t2t::check_tensor("soft_split_backward", "grad", grad,
+                    {grad.size(0), g.rows * g.columns, g.token_width()}, grad.scalar_type());
   Tensor result = torch::stable::empty({g.batch, g.channels, height, width}, grad.scalar_type(),
                                        std::nullopt, grad.device(), std::nullopt,
                                        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                                      : torch::headeronly::MemoryFormat::Contiguous);
   const int64_t strides[3] = {grad.stride(0), grad.stride(1), grad.stride(2)};
-  with_element_type(grad.scalar_type(), [&](auto zero) {
+  with_element_type("grad", grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* from = static_cast<const T*>(grad.const_data_ptr());
     T* to = static_cast<T*>(result.mutable_data_ptr());

@@ -106,12 +106,12 @@ constexpr const char* kName = "soft_split_linear";
 void check_parameters(const Split& split, const Tensor& x, const Tensor& weight,
                       const std::optional<Tensor>& norm_weight,
                       const std::optional<Tensor>& norm_bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");
-  check(kName, "weight", weight, {weight.size(0), split.patch()}, x.scalar_type());
-  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), kName, ": half a norm");
+  check_dims(kName, "weight", weight, 2, "a matrix (O, C*k*k)");
+  check_tensor(kName, "weight", weight, {weight.size(0), split.patch()}, x.scalar_type());
+  check_norm(kName, norm_weight, norm_bias);
   if (norm_weight) {
-    check(kName, "norm_weight", *norm_weight, {split.patch()}, x.scalar_type());
-    check(kName, "norm_bias", *norm_bias, {split.patch()}, x.scalar_type());
+    check_tensor(kName, "norm_weight", *norm_weight, {split.patch()}, x.scalar_type());
+    check_tensor(kName, "norm_bias", *norm_bias, {split.patch()}, x.scalar_type());
   }
 }
 
@@ -119,11 +119,11 @@ Tensor soft_split_linear(const Tensor& x, const Tensor& weight, const std::optio
                          const std::optional<Tensor>& norm_weight,
                          const std::optional<Tensor>& norm_bias, int64_t kernel_size,
                          int64_t stride, int64_t padding, double eps) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   check_parameters(split, x, weight, norm_weight, norm_bias);
   const int64_t outputs = weight.size(0), chunks = forward_chunks(split.tokens());
-  if (bias) check(kName, "bias", *bias, {outputs}, x.scalar_type());
+  if (bias) check_tensor(kName, "bias", *bias, {outputs}, x.scalar_type());
   Tensor y = torch::stable::new_empty(x, {split.batch, split.tokens(), outputs});
   const ProjectionParameters parameters(kernels, split, weight, bias, norm_weight, norm_bias, 1,
                                         eps, false);
@@ -140,11 +140,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
     int64_t kernel_size, int64_t stride, int64_t padding, double eps, bool need_x) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   check_parameters(split, x, weight, norm_weight, norm_bias);
   const int64_t outputs = weight.size(0), n = split.patch();
-  check(kName, "grad", grad, {split.batch, split.tokens(), outputs}, x.scalar_type());
+  check_tensor(kName, "grad", grad, {split.batch, split.tokens(), outputs}, x.scalar_type());
   const ProjectionParameters parameters(kernels, split, weight, std::nullopt, norm_weight,
                                         norm_bias, 1, eps, need_x);
   const Projection& p = parameters.projection();

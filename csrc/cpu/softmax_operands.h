@@ -43,8 +43,8 @@ struct SavedStatistics {
                   const Tensor& normalizer)
       : maximum(torch::stable::contiguous(maximum)),
         normalizer(torch::stable::contiguous(normalizer)) {
-    check(name, "maximum", maximum, {batch, tokens}, ScalarType::Float);
-    check(name, "normalizer", normalizer, {batch, tokens}, ScalarType::Float);
+    check_tensor(name, "maximum", maximum, {batch, tokens}, ScalarType::Float);
+    check_tensor(name, "normalizer", normalizer, {batch, tokens}, ScalarType::Float);
   }
 
   SoftmaxRows operator[](int64_t image) const {

@@ -13,16 +13,17 @@ namespace {
 constexpr const char* kName = "token_attention";
 
 Softmax make_softmax(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  STD_TORCH_CHECK(v.dim() == 3, kName, ": v must have 3 dimensions, has ", v.dim());
-  STD_TORCH_CHECK(v.size(1) >= 1 && v.size(2) >= 1, kName, ": no tokens or no channels");
-  check(kName, "q", q, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
-  check(kName, "k", k, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
+  check_dims(kName, "v", v, 3, "3 dimensions (B, T, E)");
+  T2T_CHECK(v.size(1) >= 1 && v.size(2) >= 1, kName, ": v: got shape ", shape_text(v.sizes()),
+            ", expected (B, T, E) with T and E at least 1");
+  check_tensor(kName, "q", q, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
+  check_tensor(kName, "k", k, {v.size(0), v.size(1), v.size(2)}, v.scalar_type());
   return {v.size(1), v.size(2), static_cast<float>(scale)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_attention(const Tensor& q, const Tensor& k,
                                                            const Tensor& v, double scale) {
-  const TypedKernels& kernels = typed_kernels(kName, v);
+  const TypedKernels& kernels = typed_kernels(kName, "v", v);
   const Softmax s = make_softmax(q, k, v, scale);
   const int64_t batch = v.size(0), chunks = forward_chunks(s.tokens);
   const Tensor y = torch::stable::new_empty(v, {batch, s.tokens, s.embed});
@@ -55,11 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_attention(const Tensor& q, cons
 std::tuple<Tensor, Tensor, Tensor> token_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& attended,
     const Tensor& maximum, const Tensor& normalizer, double scale) {
-  const TypedKernels& kernels = typed_kernels(kName, v);
+  const TypedKernels& kernels = typed_kernels(kName, "v", v);
   const Softmax s = make_softmax(q, k, v, scale);
   const int64_t batch = v.size(0), chunks = forward_chunks(s.tokens);
-  check(kName, "grad", grad, {batch, s.tokens, s.embed}, v.scalar_type());
-  check(kName, "attended", attended, {batch, s.tokens, s.embed}, ScalarType::Float);
+  check_tensor(kName, "grad", grad, {batch, s.tokens, s.embed}, v.scalar_type());
+  check_tensor(kName, "attended", attended, {batch, s.tokens, s.embed}, ScalarType::Float);
   const SavedStatistics statistics(kName, batch, s.tokens, maximum, normalizer);
   const auto like_v = [&] { return torch::stable::new_empty(v, {batch, s.tokens, s.embed}); };
   const Tensor grad_q = like_v(), grad_k = like_v(), grad_v = like_v();

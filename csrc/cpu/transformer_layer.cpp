@@ -19,13 +19,13 @@ constexpr Dropout kNoDropout{0, 0, 0, 1.f};
 
 void check_parameters(const Split& split, const Tensor& x, const Tensor& norm_weight,
                       const Tensor& norm_bias, const Tensor& qkv_weight, const TailTensors& t) {
-  STD_TORCH_CHECK(t.proj_weight.dim() == 2 && t.mlp_in_weight.dim() == 2, kName,
-                  ": a weight is not a matrix");
+  check_dims(kName, "attn_proj_weight", t.proj_weight, 2, "a matrix (E, E)");
+  check_dims(kName, "mlp_fc1_weight", t.mlp_in_weight, 2, "a matrix (M, E)");
   const int64_t n = split.patch(), embed = t.proj_weight.size(0);
-  check(kName, "norm1_weight", norm_weight, {n}, x.scalar_type());
-  check(kName, "norm1_bias", norm_bias, {n}, x.scalar_type());
-  check(kName, "attn_qkv_weight", qkv_weight, {3 * embed, n}, x.scalar_type());
-  check_tail(kName, t, x.scalar_type());
+  check_tensor(kName, "norm1_weight", norm_weight, {n}, x.scalar_type());
+  check_tensor(kName, "norm1_bias", norm_bias, {n}, x.scalar_type());
+  check_tensor(kName, "attn_qkv_weight", qkv_weight, {3 * embed, n}, x.scalar_type());
+  check_tail(kName, kTransformerTail, t, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transformer_layer(
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transformer_layer(
     const Tensor& norm2_bias, const Tensor& mlp_fc1_weight, const Tensor& mlp_fc1_bias,
     const Tensor& mlp_fc2_weight, const Tensor& mlp_fc2_bias, int64_t kernel_size, int64_t stride,
     int64_t padding, double scale) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,    proj_bias,    norm2_weight,   norm2_bias,
                             mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias};
@@ -92,7 +92,7 @@ Gradients transformer_layer_backward(const Tensor& grad, const Tensor& x,
                                      const Tensor& attended, const Tensor& maximum,
                                      const Tensor& normalizer, int64_t kernel_size, int64_t stride,
                                      int64_t padding, double scale, bool need_x) {
-  const TypedKernels& kernels = typed_kernels(kName, x);
+  const TypedKernels& kernels = typed_kernels(kName, "x", x);
   const Split split = make_split(kName, x, kernel_size, stride, padding);
   const TailTensors tensors{proj_weight,    proj_bias,    norm2_weight,   norm2_bias,
                             mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias};
@@ -108,10 +108,10 @@ Gradients transformer_layer_backward(const Tensor& grad, const Tensor& x,
   const ProjectionParameters projection_of_v(kernels, split, v_weight, std::nullopt, norm1_weight,
                                              norm1_bias, 1, kSplitNormEps, false);
   const Projection& p_v = projection_of_v.projection();
-  for (const Tensor* tensor : {&grad, &q, &k}) {
-    check(kName, "a token's tensor", *tensor, {batch, tokens, s.embed}, x.scalar_type());
-  }
-  check(kName, "attended", attended, {batch, tokens, s.embed}, ScalarType::Float);
+  check_tensor(kName, "grad", grad, {batch, tokens, s.embed}, x.scalar_type());
+  check_tensor(kName, "q", q, {batch, tokens, s.embed}, x.scalar_type());
+  check_tensor(kName, "k", k, {batch, tokens, s.embed}, x.scalar_type());
+  check_tensor(kName, "attended", attended, {batch, tokens, s.embed}, ScalarType::Float);
   const SavedStatistics statistics(kName, batch, tokens, maximum, normalizer);
 
   const Cut cut(split, threads());

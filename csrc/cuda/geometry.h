@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+
+#include "checks.h"
 
 namespace t2t {
 
@@ -24,15 +25,16 @@ struct Geometry {
 inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels, int64_t height,
                               int64_t width, int64_t kernel, int64_t stride, int64_t padding) {
   constexpr int64_t largest = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest, name,
-                  ": kernel_size ", kernel, ", stride ", stride, ", padding ", padding);
-  STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel, name,
-                  ": a map of ", height, "x", width, " is smaller than the kernel ", kernel);
+  T2T_CHECK(kernel >= 1 && stride >= 1 && padding >= 0 && padding <= largest, name,
+            ": got kernel_size ", kernel, ", stride ", stride, " and padding ", padding,
+            ", expected kernel_size and stride of at least 1 and padding of at least 0");
+  check_kernel_fits(name, height, width, kernel, padding);
   // Within an image, pixels, tokens and the elements of a token are counted in 32 bits.
-  STD_TORCH_CHECK(
+  T2T_CHECK(
       std::max(height, width) + 2 * padding <= largest && channels <= largest / (kernel * kernel),
-      name, ": ", channels, " channels of ", height, "x", width, " with kernel_size ", kernel,
-      " and padding ", padding, " are too large");
+      name, ": x: got ", channels, " channels of ", height, "x", width, ", expected at most ",
+      largest / (kernel * kernel), " channels and ", largest - 2 * padding,
+      " in each direction for kernel_size ", kernel, " and padding ", padding);
   Geometry map = {};
   map.batch = batch;
   map.channels = static_cast<int>(channels);

@@ -7,8 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "checks.h"
 
 // The tests compile these sources as plain C++ too: the operators then take CPU tensors, and a
 // cuda_runtime.h of the tests' own runs the kernels' threads on the CPU.
@@ -22,7 +23,8 @@ namespace t2t {
 
 // A count of blocks as the first dimension of a grid.
 inline unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= 0x7FFFFFFF, "the input is too large: ", blocks, " blocks");
+  T2T_CHECK(blocks <= 0x7FFFFFFF, "the batch is too large: got ", blocks,
+            " blocks of threads, expected at most ", 0x7FFFFFFF, "; split the batch");
   return static_cast<unsigned>(blocks);
 }
 
@@ -54,8 +56,10 @@ class DeviceScope {
   template <typename Params>
   void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
               const Params& params) const {
-    STD_TORCH_CHECK(grid.y <= kMostRowsOfBlocks && grid.z <= kMostRowsOfBlocks, name,
-                    ": a grid of ", grid.x, "x", grid.y, "x", grid.z, " blocks is too large");
+    T2T_CHECK(grid.y <= kMostRowsOfBlocks && grid.z <= kMostRowsOfBlocks, name,
+              ": the batch is too large: got a grid of ", grid.x, "x", grid.y, "x", grid.z,
+              " blocks, expected at most ", kMostRowsOfBlocks,
+              " in the second and third dimension; split the batch");
     // More than every block may have without asking, static shared memory included.
     if (shared_bytes + kMostStaticSharedBytes > 48 * 1024) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -81,7 +85,7 @@ class DeviceScope {
     if (error == cudaSuccess) return;
     // Reported here: the next caller must not find it as its own.
     cudaGetLastError();
-    STD_TORCH_CHECK(false, what, ": ", cudaGetErrorString(error));
+    T2T_CHECK(false, what, ": ", cudaGetErrorString(error));
   }
 
   int device_ = 0;
@@ -93,14 +97,15 @@ class DeviceScope {
 
 // Calls `run` with a zero of the half type that the kernels have for a tensor's elements.
 template <typename Run>
-void with_half_type(const char* name, torch::headeronly::ScalarType type, Run&& run) {
+void with_half_type(const char* name, const char* argument, torch::headeronly::ScalarType type,
+                    Run&& run) {
   using torch::headeronly::ScalarType;
   switch (type) {
     case ScalarType::BFloat16: return run(torch::headeronly::BFloat16());
     case ScalarType::Half: return run(torch::headeronly::Half());
     default:
-      STD_TORCH_CHECK(false, name, ": expected bfloat16 or float16, got ",
-                      torch::headeronly::toString(type));
+      T2T_CHECK(false, name, ": ", argument, ": got ", dtype_name(type),
+                ", expected bfloat16 or float16");
   }
 }
 

@@ -788,6 +788,15 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
   });
 }
 
+// What the forward saves for the backward.
+inline void check_sums(const char* name, int64_t images, const torch::stable::Tensor& maximum,
+                       const torch::stable::Tensor& normalizer, const torch::stable::Tensor& sums) {
+  constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+  check_tensor(name, "maximum", maximum, {images, kFeatures}, kFloat);
+  check_tensor(name, "normalizer", normalizer, {images, kFeatures}, kFloat);
+  check_tensor(name, "sums", sums, {images, kFeatures, kEmbed}, kFloat);
+}
+
 // w in float32, and what of it and eps an operator's kernels take.
 class RandomFeatures {
  public:
@@ -795,8 +804,9 @@ class RandomFeatures {
       : floats_(
             torch::stable::contiguous(torch::stable::to(w, torch::headeronly::ScalarType::Float))),
         log_eps_(eps > 0 ? static_cast<float>(std::log(eps) + std::log(kFeatures)) : -INFINITY) {
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == kFeatures && w.size(1) == kEmbed, name,
-                    ": w must be (", kFeatures, ", ", kEmbed, ")");
+    T2T_CHECK(w.dim() == 2 && w.size(0) == kFeatures && w.size(1) == kEmbed, name,
+              ": w: got shape ", shape_text(w.sizes()), ", expected (", kFeatures, ", ", kEmbed,
+              ")");
   }
   const float* floats() const { return static_cast<const float*>(floats_.const_data_ptr()); }
   float log_eps() const { return log_eps_; }

@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kBlockWarps* kLanes, 1)
 }
 
 void check(const Tensor& k, const Tensor& q, const Tensor& v) {
-  check_alike(kName, v, {&k, &q});
-  STD_TORCH_CHECK(v.size(2) == kEmbed, kName, ": expected E = ", kEmbed, ", got ", v.size(2));
+  check_values(kName, v, kEmbed);
+  check_tensor(kName, "k", k, {v.size(0), v.size(1), kEmbed}, v.scalar_type());
+  check_tensor(kName, "q", q, {v.size(0), v.size(1), kEmbed}, v.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor q, Tensor v,
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_attention(Tensor k, Tensor 
   Tensor normalizer = torch::stable::new_empty(v, {images, kFeatures}, ScalarType::Float);
   Tensor sums = torch::stable::new_empty(v, {images, kFeatures, kEmbed}, ScalarType::Float);
   if (images == 0) return {y, maximum, normalizer, sums};
-  with_half_type(kName, v.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "v", v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     k = vector_rows<T>(k), q = vector_rows<T>(q), v = vector_rows<T>(v);
     const KeyMeans<T> means(v, images, false);
@@ -99,10 +100,11 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
                                                                 Tensor normalizer, Tensor sums,
                                                                 double eps) {
   check(k, q, v);
-  check(grad, q, v);
   const DeviceScope device(v);
   const RandomFeatures features(kName, w, eps);
   const int64_t images = v.size(0), tokens = v.size(1);
+  check_tensor(kName, "grad", grad, {images, tokens, kEmbed}, v.scalar_type());
+  check_sums(kName, images, maximum, normalizer, sums);
   Tensor grad_k = torch::stable::new_empty(v, {images, tokens, kEmbed});
   Tensor grad_q = torch::stable::new_empty(v, {images, tokens, kEmbed});
   Tensor grad_v = torch::stable::new_empty(v, {images, tokens, kEmbed});
@@ -111,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> performer_attention_backward(Tensor grad, Ten
   normalizer = torch::stable::contiguous(normalizer);
   sums = torch::stable::contiguous(sums);
   const Parts saved = {floats_of(maximum), floats_of(normalizer), floats_of(sums)};
-  with_half_type(kName, v.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "v", v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     k = vector_rows<T>(k), q = vector_rows<T>(q), v = vector_rows<T>(v);
     grad = vector_rows<T>(grad);

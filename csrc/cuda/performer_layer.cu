@@ -89,10 +89,14 @@ __global__ void __launch_bounds__(kBlockWarps* kLanes, 1)
   tail.store();
 }
 
+void check_width(const Tensor& kqv) {
+  T2T_CHECK(kqv.size(2) == 3 * kEmbed, kName, ": kqv_weight: got ", kqv.size(2), " rows, expected ",
+            3 * kEmbed);
+}
+
 // Without dropout there is no seed.
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
-  STD_TORCH_CHECK(p == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
-                  kName, ": seed must be an int64 tensor of one element");
+  if (p != 0) check_seed(kName, seed);
   return make_dropout(p, seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr);
 }
 
@@ -103,21 +107,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
     std::optional<Tensor> seed, int64_t kernel_size, int64_t stride, int64_t padding, double eps,
     double dropout_p) {
   const DeviceScope device(x);
-  const TailArguments tail(kName,
+  const TailArguments tail(kName, kPerformerTail,
                            {proj_weight, proj_bias, norm2_weight, norm2_bias, mlp_0_weight,
                             mlp_0_bias, mlp_2_weight, mlp_2_bias},
                            x, dropout_of(seed, dropout_p));
   const RandomFeatures features(kName, w, eps);
   const Tensor kqv = soft_split_linear(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
                                        kernel_size, stride, padding, kNormEps);
-  STD_TORCH_CHECK(kqv.size(2) == 3 * kEmbed, kName, ": kqv_weight has the wrong shape");
+  check_width(kqv);
   const int64_t images = kqv.size(0), tokens = kqv.size(1);
   Tensor out = torch::stable::new_empty(x, {images, tokens, kEmbed});
   Tensor maximum = torch::stable::new_empty(x, {images, kFeatures}, ScalarType::Float);
   Tensor normalizer = torch::stable::new_empty(x, {images, kFeatures}, ScalarType::Float);
   Tensor sums = torch::stable::new_empty(x, {images, kFeatures, kEmbed}, ScalarType::Float);
   if (images == 0) return {out, maximum, normalizer, sums};
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const KeyMeans<T> means(x, images, false);
     PerformerPasses<T>{features, images, tokens, device}.keys(
@@ -151,7 +155,7 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
                                    Tensor sums, int64_t kernel_size, int64_t stride,
                                    int64_t padding, double eps, double dropout_p, bool need_x) {
   const DeviceScope device(x);
-  const TailArguments tail(kName,
+  const TailArguments tail(kName, kPerformerTail,
                            {proj_weight, proj_bias, norm2_weight, norm2_bias, mlp_0_weight,
                             mlp_0_bias, mlp_2_weight, mlp_2_bias},
                            x, dropout_of(seed, dropout_p));
@@ -159,17 +163,17 @@ Gradients performer_layer_backward(Tensor grad, Tensor x, Tensor w, Tensor norm1
   const Projected projected = project(x, kqv_weight, kqv_bias, norm1_weight, norm1_bias,
                                       kernel_size, stride, padding, kNormEps, true);
   const Tensor& kqv = projected.y;
+  check_width(kqv);
   const int64_t images = kqv.size(0), tokens = kqv.size(1);
-  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == images && grad.size(1) == tokens &&
-                      grad.size(2) == kEmbed && grad.scalar_type() == x.scalar_type(),
-                  kName, ": grad has the wrong shape or dtype");
+  check_tensor(kName, "grad", grad, {images, tokens, kEmbed}, x.scalar_type());
+  check_sums(kName, images, maximum, normalizer, sums);
   Tensor grad_kqv = torch::stable::new_empty(x, {images, tokens, 3 * kEmbed});
   maximum = torch::stable::contiguous(maximum);
   normalizer = torch::stable::contiguous(normalizer);
   sums = torch::stable::contiguous(sums);
   const Parts saved = {floats_of(maximum), floats_of(normalizer), floats_of(sums)};
   std::optional<TailTensors> grads;
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const QueryParts parts(x, images, tokens, device);
     const TailSlots slots(x, parts.grid(), device);

@@ -3,12 +3,12 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 
+#include "checks.h"
 #include "mma.cuh"
 
 namespace t2t {
@@ -55,17 +55,13 @@ Rows section_of(const torch::stable::Tensor& tokens, int64_t section, int64_t em
           tokens.size(1) * tokens.size(2), tokens.size(2), 1, true};
 }
 
-// Whether all are (B, T, E) of one shape and dtype, with tokens that 32 bits can count.
-inline void check_alike(const char* name, const torch::stable::Tensor& of,
-                        std::initializer_list<const torch::stable::Tensor*> others) {
-  STD_TORCH_CHECK(of.dim() == 3, name, ": expected tensors (B, T, E)");
-  for (const auto* tensor : others) {
-    bool same = tensor->dim() == 3 && tensor->scalar_type() == of.scalar_type();
-    for (int i = 0; i < 3; ++i) same = same && tensor->size(i) == of.size(i);
-    STD_TORCH_CHECK(same, name, ": q, k, v and the gradient must have one shape and dtype");
-  }
-  STD_TORCH_CHECK(of.size(0) * of.size(1) <= std::numeric_limits<int>::max(), name,
-                  ": more than 2^31 tokens");
+// v (B, T, `embed`), with tokens that 32 bits can count.
+inline void check_values(const char* name, const torch::stable::Tensor& v, int64_t embed) {
+  check_dims(name, "v", v, 3, "3 dimensions (B, T, E)");
+  T2T_CHECK(v.size(1) >= 1 && v.size(2) == embed, name, ": v: got shape ", shape_text(v.sizes()),
+            ", expected (B, T, ", embed, ") with T at least 1");
+  T2T_CHECK(v.size(0) * v.size(1) <= std::numeric_limits<int>::max(), name, ": v: got ",
+            v.size(0) * v.size(1), " tokens, expected fewer than 2^31; split the batch");
 }
 
 // The sum over the four lanes that share a row.

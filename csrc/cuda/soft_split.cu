@@ -331,7 +331,8 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
 // A row of blocks for the tiles of an image, and as many rows as keep the device busy; where there
 // are more images, a block takes several.
 dim3 grid_of(int64_t tiles, int64_t batch, int enough_blocks) {
-  STD_TORCH_CHECK(tiles <= std::numeric_limits<int>::max(), "soft_split: the map is too large");
+  T2T_CHECK(tiles <= std::numeric_limits<int>::max(), "soft_split: x: got a map of ", tiles,
+            " tiles, expected fewer than 2^31");
   const int64_t images_per_block = divide_up(batch * tiles, enough_blocks);
   return dim3(static_cast<unsigned>(tiles),
               static_cast<unsigned>(divide_up(batch, images_per_block)));
@@ -358,7 +359,9 @@ int64_t choose_tile(SplitParams& p) {
   while (bytes() > kSharedBytes && p.tile_tokens > 1) halve(p.tile_tokens);
   if (bytes() > kSharedBytes) p.channel_vectors = false;
   while (bytes() > kSharedBytes && p.chunk_lines > 1) halve(p.chunk_lines);
-  STD_TORCH_CHECK(bytes() <= kSharedBytes, "soft_split: kernel_size ", map.kernel, " is too large");
+  T2T_CHECK(bytes() <= kSharedBytes, "soft_split: kernel_size: got ", map.kernel,
+            ", whose patches need ", bytes(), " bytes of shared memory, expected at most ",
+            kSharedBytes);
   p.tiles_wide = static_cast<int>(divide_up(map.columns, p.tile_tokens));
   p.chunks = static_cast<int>(divide_up(map.channels * map.kernel, p.chunk_lines));
   p.patch_elements = static_cast<int>(patch_vectors() * V);
@@ -378,7 +381,7 @@ void launch_split(SplitParams p, const DeviceScope& device) {
 }
 
 Tensor soft_split(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4, "soft_split: x must have 4 dimensions, got ", x.dim());
+  check_dims("soft_split", "x", x, 4, "4 dimensions (B, C, H, W)");
   SplitParams p = {};
   p.map = make_geometry("soft_split", x.size(0), x.size(1), x.size(2), x.size(3), kernel_size,
                         stride, padding);
@@ -397,8 +400,8 @@ Tensor soft_split(Tensor x, int64_t kernel_size, int64_t stride, int64_t padding
     case ScalarType::BFloat16:
     case ScalarType::Half: launch_split<uint16_t>(p, device); break;
     default:
-      STD_TORCH_CHECK(false, "soft_split: expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
+      T2T_CHECK(false, "soft_split: x: got ", dtype_name(x.scalar_type()),
+                ", expected float32, bfloat16 or float16");
   }
   return tokens;
 }
@@ -461,16 +464,14 @@ void launch_gather(GatherParams p, const DeviceScope& device) {
 
 Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t kernel_size,
                            int64_t stride, int64_t padding, bool channels_last) {
-  STD_TORCH_CHECK(grad.dim() == 3, "soft_split_backward: grad must have 3 dimensions, got ",
-                  grad.dim());
+  check_dims("soft_split_backward", "grad", grad, 3, "3 dimensions (B, T, C*k*k)");
   const int64_t channels = grad.size(2) / std::max<int64_t>(1, kernel_size * kernel_size);
   GatherParams p = {};
   p.map = make_geometry("soft_split", grad.size(0), channels, height, width, kernel_size, stride,
                         padding);
-  STD_TORCH_CHECK(
-      grad.size(1) == int64_t(p.map.rows) * p.map.columns && grad.size(2) == p.map.token_width(),
-      "soft_split_backward: expected a grad of ", int64_t(p.map.rows) * p.map.columns,
-      " tokens of ", p.map.token_width(), " elements, got ", grad.size(1), " of ", grad.size(2));
+  check_tensor("soft_split_backward", "grad", grad,
+               {grad.size(0), int64_t(p.map.rows) * p.map.columns, p.map.token_width()},
+               grad.scalar_type());
   const DeviceScope device(grad);
   Tensor result = torch::stable::empty({p.map.batch, channels, height, width}, grad.scalar_type(),
                                        std::nullopt, grad.device(), std::nullopt,
@@ -488,8 +489,8 @@ Tensor soft_split_backward(Tensor grad, int64_t height, int64_t width, int64_t k
     case ScalarType::BFloat16: launch_gather<torch::headeronly::BFloat16>(p, device); break;
     case ScalarType::Half: launch_gather<torch::headeronly::Half>(p, device); break;
     default:
-      STD_TORCH_CHECK(false, "soft_split_backward: expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(grad.scalar_type()));
+      T2T_CHECK(false, "soft_split_backward: grad: got ", dtype_name(grad.scalar_type()),
+                ", expected float32, bfloat16 or float16");
   }
   return result;
 }

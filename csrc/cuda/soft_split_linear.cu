@@ -26,31 +26,30 @@ constexpr const char* kName = "soft_split_linear";
 // t2t_kernels/soft_split_linear/ops.py says the same of all but the number of tokens and pixels.
 Geometry geometry_of(const Tensor& x, const Tensor& weight, int64_t kernel_size, int64_t stride,
                      int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4, kName, ": x must have 4 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(weight.dim() == 2, kName, ": weight must have 2 dimensions");
+  check_dims(kName, "x", x, 4, "4 dimensions (B, C, H, W)");
+  check_dims(kName, "weight", weight, 2, "a matrix (O, C*k*k)");
   const Geometry map = make_geometry(kName, x.size(0), x.size(1), x.size(2), x.size(3), kernel_size,
                                      stride, padding);
   const bool taken = takes_taps(map) || takes_rows(map);
-  STD_TORCH_CHECK(taken && map.stride <= kMostStride && weight.size(0) % 8 == 0, kName,
-                  ": no kernel for a map of ", map.channels, " channels, kernel_size ", map.kernel,
-                  ", stride ", map.stride, " and ", weight.size(0), " outputs");
+  T2T_CHECK(taken && map.stride <= kMostStride && weight.size(0) % 8 == 0, kName,
+            ": no kernel for this map and weight: got ", map.channels, " channels, kernel_size ",
+            map.kernel, ", stride ", map.stride, " and ", weight.size(0),
+            " outputs, expected a multiple of 64 channels, or kernel_size up ",
+            "to 8 and channels * kernel_size up to 28; stride up to ", kMostStride,
+            "; a multiple of 8 outputs");
   // Counted in 32 bits, those of a last round beyond the last included.
   constexpr int64_t kMost = int64_t(1) << 30;
-  STD_TORCH_CHECK(
+  T2T_CHECK(
       map.batch * map.rows * map.columns <= kMost && map.batch * map.height * map.width <= kMost,
-      kName, ": ", map.batch, " maps of ", map.height, "x", map.width,
-      " have more than 2^30 tokens or pixels");
+      kName, ": x: got ", map.batch, " maps of ", map.height, "x", map.width,
+      ", expected at most 2^30 tokens and pixels in all; split the batch");
   return map;
 }
 
 // A contiguous parameter of the expected shape and type; a kernel would read beyond any other.
 Tensor checked(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> shape,
                const Tensor& like) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size()) &&
-              tensor.scalar_type() == like.scalar_type();
-  int64_t i = 0;
-  for (int64_t size : shape) same = same && tensor.size(i++) == size;
-  STD_TORCH_CHECK(same, kName, ": ", argument, " has the wrong shape or dtype");
+  check_tensor(kName, argument, tensor, shape, like.scalar_type());
   return torch::stable::contiguous(tensor);
 }
 
@@ -61,7 +60,7 @@ Projected project(Tensor x, Tensor weight, std::optional<Tensor> bias,
                   int64_t kernel_size, int64_t stride, int64_t padding, double eps, bool moments) {
   const Geometry map = geometry_of(x, weight, kernel_size, stride, padding);
   const int64_t width = map.token_width(), tokens = int64_t(map.rows) * map.columns;
-  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), kName, ": half a norm");
+  check_norm(kName, norm_weight, norm_bias);
   const DeviceScope device(x);
   const int64_t outputs = weight.size(0);
   weight = checked("weight", weight, {outputs, width}, x);
@@ -72,7 +71,7 @@ Projected project(Tensor x, Tensor weight, std::optional<Tensor> bias,
   }
   Projected result = {torch::stable::new_empty(x, {map.batch, tokens, outputs}), {}, {}};
   if (result.y.numel() == 0) return result;
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     Projection<decltype(zero)> projection(map, x, weight, bias ? bias->const_data_ptr() : nullptr,
                                           norm_weight ? norm_weight->const_data_ptr() : nullptr,
                                           norm_bias ? norm_bias->const_data_ptr() : nullptr,
@@ -103,7 +102,7 @@ void project_into(const Tensor& x, const Tensor& weight, const Tensor& norm_weig
   const Tensor w = checked("weight", weight, {3 * kWidest, width}, x);
   const Tensor gain = checked("norm_weight", norm_weight, {width}, x);
   const Tensor offset = checked("norm_bias", norm_bias, {width}, x);
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     Projection<decltype(zero)> projection(map, x, w, nullptr, gain.const_data_ptr(),
                                           offset.const_data_ptr(), float(eps), device);
     projection(sections, device);
@@ -123,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
     double eps, bool need_x, const Projected* known) {
   const Geometry map = geometry_of(x, weight, kernel_size, stride, padding);
   const int64_t width = map.token_width(), tokens = int64_t(map.rows) * map.columns;
-  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), kName, ": half a norm");
+  check_norm(kName, norm_weight, norm_bias);
   const DeviceScope device(x);
   const int64_t outputs = weight.size(0);
   weight = checked("weight", weight, {outputs, width}, x);
@@ -147,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_split_linear_backward(
   Tensor grad_bias = torch::stable::new_empty(x, {outputs});
   Tensor grad_gain = torch::stable::new_empty(x, {norm_weight ? width : 0});
   Tensor grad_offset = torch::stable::new_empty(x, {norm_weight ? width : 0});
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const bool normalized = norm_weight && grad.numel() > 0;
     std::optional<Projected> own;

@@ -52,26 +52,25 @@ struct TailPointers {
 // What an operator is given of a tail, checked; it keeps contiguous copies alive.
 class TailArguments {
  public:
-  TailArguments(const char* name, const TailTensors& tensors, const torch::stable::Tensor& like,
-                Dropout dropout)
+  TailArguments(const char* name, const TailNames& names, const TailTensors& tensors,
+                const torch::stable::Tensor& like, Dropout dropout)
       : name_(name), dtype_(like.scalar_type()) {
-    pointers_ = {checked("proj_weight", tensors.proj_weight, 2),
-                 checked("proj_bias", tensors.proj_bias, 1),
-                 checked("norm2_weight", tensors.norm_weight, 1),
-                 checked("norm2_bias", tensors.norm_bias, 1),
-                 checked("mlp_0_weight", tensors.mlp_in_weight, 2),
-                 checked("mlp_0_bias", tensors.mlp_in_bias, 1),
-                 checked("mlp_2_weight", tensors.mlp_out_weight, 2),
-                 checked("mlp_2_bias", tensors.mlp_out_bias, 1),
+    pointers_ = {checked(names.proj_weight, tensors.proj_weight, {kWidest, kWidest}),
+                 checked(names.proj_bias, tensors.proj_bias, {kWidest}),
+                 checked(names.norm_weight, tensors.norm_weight, {kWidest}),
+                 checked(names.norm_bias, tensors.norm_bias, {kWidest}),
+                 checked(names.mlp_in_weight, tensors.mlp_in_weight, {kWidest, kWidest}),
+                 checked(names.mlp_in_bias, tensors.mlp_in_bias, {kWidest}),
+                 checked(names.mlp_out_weight, tensors.mlp_out_weight, {kWidest, kWidest}),
+                 checked(names.mlp_out_bias, tensors.mlp_out_bias, {kWidest}),
                  dropout};
   }
   const TailPointers& operator()() const { return pointers_; }
 
  private:
-  const void* checked(const char* argument, const torch::stable::Tensor& tensor, int dimensions) {
-    bool same = tensor.dim() == dimensions && tensor.scalar_type() == dtype_;
-    for (int i = 0; i < dimensions; ++i) same = same && tensor.size(i) == kWidest;
-    STD_TORCH_CHECK(same, name_, ": ", argument, " has the wrong shape or dtype");
+  const void* checked(const char* argument, const torch::stable::Tensor& tensor,
+                      std::initializer_list<int64_t> shape) {
+    check_tensor(name_, argument, tensor, shape, dtype_);
     kept_.push_back(torch::stable::contiguous(tensor));
     return kept_.back().const_data_ptr();
   }

@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kForwardWarps* kLanes, kForwardBlocks)
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_alike(kName, v, {&q, &k});
-  STD_TORCH_CHECK(v.size(1) >= 1 && v.size(2) == kWidest, kName, ": v must be (B, T, ", kWidest,
-                  ")");
+  check_values(kName, v, kWidest);
+  check_tensor(kName, "q", q, {v.size(0), v.size(1), kWidest}, v.scalar_type());
+  check_tensor(kName, "k", k, {v.size(0), v.size(1), kWidest}, v.scalar_type());
 }
 
 Tensor new_statistic(const Tensor& v) {
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_attention(Tensor q, Tensor k, T
   Tensor attended = torch::stable::new_empty(v, {images, tokens, kWidest}, ScalarType::Float);
   Tensor maximum = new_statistic(v), normalizer = new_statistic(v);
   if (images == 0) return {y, attended, maximum, normalizer};
-  with_half_type(kName, v.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "v", v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     q = vector_rows<T>(q);
     k = vector_rows<T>(k);
@@ -68,9 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> token_attention_backward(Tensor grad, Tensor 
                                                             Tensor maximum, Tensor normalizer,
                                                             double scale) {
   check(q, k, v);
-  check(grad, k, v);
   const DeviceScope device(v);
   const int64_t images = v.size(0), tokens = v.size(1);
+  check_tensor(kName, "grad", grad, {images, tokens, kWidest}, v.scalar_type());
+  check_tensor(kName, "attended", attended, {images, tokens, kWidest}, ScalarType::Float);
+  check_tensor(kName, "maximum", maximum, {images, tokens}, ScalarType::Float);
+  check_tensor(kName, "normalizer", normalizer, {images, tokens}, ScalarType::Float);
   const auto rows = [&] { return torch::stable::new_empty(v, {images, tokens, kWidest}); };
   Tensor grad_q = rows(), grad_k = rows(), grad_v = rows();
   if (images == 0) return {grad_q, grad_k, grad_v};
@@ -78,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> token_attention_backward(Tensor grad, Tensor 
   maximum = torch::stable::contiguous(maximum);
   normalizer = torch::stable::contiguous(normalizer);
   const Tensor shifts = new_shifts(v, images, tokens);
-  with_half_type(kName, v.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "v", v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     q = vector_rows<T>(q);
     k = vector_rows<T>(k);

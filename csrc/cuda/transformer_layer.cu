@@ -122,7 +122,7 @@ Results transformer_layer(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tens
                           Tensor mlp_fc2_weight, Tensor mlp_fc2_bias, int64_t kernel_size,
                           int64_t stride, int64_t padding, double scale) {
   const DeviceScope device(x);
-  const TailArguments tail(kName,
+  const TailArguments tail(kName, kTransformerTail,
                            tail_tensors(proj_weight, proj_bias, norm2_weight, norm2_bias,
                                         mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias),
                            x, Dropout{});
@@ -135,7 +135,7 @@ Results transformer_layer(Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tens
   if (images == 0) return {out, q, k, attended, maximum, normalizer};
   project_into(x, qkv_weight, norm1_weight, norm1_bias, kernel_size, stride, padding, kNormEps,
                {q, k, v});
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     constexpr size_t weights = ForwardBlock<T>::kSharedBytes;
     const AttendParams p = {softmax_inputs<T>(q, k, v, scale),
@@ -162,7 +162,7 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
                                      Tensor maximum, Tensor normalizer, int64_t kernel_size,
                                      int64_t stride, int64_t padding, double scale, bool need_x) {
   const DeviceScope device(x);
-  const TailArguments tail(kName,
+  const TailArguments tail(kName, kTransformerTail,
                            tail_tensors(proj_weight, proj_bias, norm2_weight, norm2_bias,
                                         mlp_fc1_weight, mlp_fc1_bias, mlp_fc2_weight, mlp_fc2_bias),
                            x, Dropout{});
@@ -170,13 +170,17 @@ Gradients transformer_layer_backward(Tensor grad, Tensor x, Tensor norm1_weight,
                                       kernel_size, stride, padding, kNormEps, true);
   const Tensor& qkv = projected.y;
   const int64_t images = qkv.size(0), tokens = qkv.size(1);
-  check_alike(kName, grad, {&q, &k});
-  STD_TORCH_CHECK(qkv.size(2) == 3 * kEmbed && grad.size(0) == images && grad.size(1) == tokens &&
-                      grad.size(2) == kEmbed,
-                  kName, ": grad has the wrong shape");
+  T2T_CHECK(qkv.size(2) == 3 * kEmbed, kName, ": attn_qkv_weight: got ", qkv.size(2),
+            " rows, expected ", 3 * kEmbed);
+  check_tensor(kName, "grad", grad, {images, tokens, kEmbed}, x.scalar_type());
+  check_tensor(kName, "q", q, {images, tokens, kEmbed}, x.scalar_type());
+  check_tensor(kName, "k", k, {images, tokens, kEmbed}, x.scalar_type());
+  check_tensor(kName, "attended", attended, {images, tokens, kEmbed}, ScalarType::Float);
+  check_tensor(kName, "maximum", maximum, {images, tokens}, ScalarType::Float);
+  check_tensor(kName, "normalizer", normalizer, {images, tokens}, ScalarType::Float);
   Tensor grad_qkv = torch::stable::new_empty(x, {images, tokens, 3 * kEmbed});
   std::optional<TailTensors> grads;
-  with_half_type(kName, x.scalar_type(), [&](auto zero) {
+  with_half_type(kName, "x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const TileLoop loop = make_tile_loop(images, tokens);
     const TailSlots slots(x, grid_of_tiles(loop, kBlockWarps, 1, device), device);

@@ -156,6 +156,147 @@ def test_bad_input_is_refused_before_any_kernel(case, backend):
         call()
 
 
+HALF = torch.bfloat16
+HALF_X = torch.randn(1, 3, 8, 8, dtype=HALF)
+TOKENS = torch.randn(1, 16, 64, dtype=HALF)
+FEATURES = torch.randn(32, 64)
+STATISTICS, SUMS = torch.randn(1, 16), torch.randn(1, 32, 64)
+NUMBERS = (3, 2, 1)
+PERFORMER_ARGUMENTS = {
+    "x": HALF_X,
+    **performer_params(27, 64, 32, 64, dtype=HALF)._asdict(),
+    "seed": torch.zeros(1, dtype=torch.int64),
+    "maximum": torch.randn(1, 32),
+    "normalizer": torch.randn(1, 32),
+    "sums": SUMS,
+    "rest": (*NUMBERS, 1e-8, 0.1),
+}
+TRANSFORMER_ARGUMENTS = {
+    "x": HALF_X,
+    **transformer_params(27, 64, 64, dtype=HALF)._asdict(),
+    "q": TOKENS,
+    "k": TOKENS,
+    "attended": TOKENS.float(),
+    "maximum": STATISTICS,
+    "normalizer": STATISTICS,
+    "rest": (*NUMBERS, 0.2),
+}
+SAVED = {"q", "k", "attended", "maximum", "normalizer", "sums"}
+LAYERS = {"performer_layer": PERFORMER_ARGUMENTS, "transformer_layer": TRANSFORMER_ARGUMENTS}
+
+
+def operator_cases():
+    """Operator, arguments, and the message: what was wrong, what was got and expected."""
+    weight, norm = torch.randn(8, 27, dtype=HALF), torch.randn(27, dtype=HALF)
+    one, all_but = (HALF_X, weight, None, None, None), (*NUMBERS, 1e-5)
+    yield "soft_split", (HALF_X[0], *NUMBERS), r"x: got shape \(3, 8, 8\), expected 4 dim"
+    yield "soft_split", (HALF_X.double(), *NUMBERS), "x: got float64, expected float32, bfloat16 or float16"
+    yield "soft_split", (HALF_X, 3, 0, 1), "got kernel_size 3, stride 0 and padding 1, expected"
+    yield "soft_split", (HALF_X, 3, 2, -1), "got kernel_size 3, stride 2 and padding -1, expected"
+    yield "soft_split", (HALF_X, 11, 2, 1), "x: got a map of 8x8, expected at least 9 in each"
+    grad = torch.randn(1, 16, 27)
+    yield "soft_split_backward", (grad[0], 8, 8, *NUMBERS, False), r"grad: got shape \(16, 27\)"
+    yield (
+        "soft_split_backward",
+        (grad[:, :15], 8, 8, *NUMBERS, False),
+        r"grad: got shape \(1, 15, 27\), expected \(1, 16, 27\)",
+    )
+    linear, backward = "soft_split_linear", "soft_split_linear_backward"
+    yield linear, (HALF_X[0], *one[1:], *all_but), r"x: got shape \(3, 8, 8\), expected 4"
+    yield (
+        linear,
+        (HALF_X, norm, *one[2:], *all_but),
+        r"weight: got shape \(27,\), expected a matrix",
+    )
+    yield (
+        linear,
+        (HALF_X, weight[:, 1:], *one[2:], *all_but),
+        r"weight: got shape \(8, 26\), expected \(8, 27\)",
+    )
+    yield (
+        linear,
+        (HALF_X, weight.float(), *one[2:], *all_but),
+        "weight: got float32, expected bfloat16",
+    )
+    yield (
+        linear,
+        (HALF_X, weight, norm[:7], None, None, *all_but),
+        r"bias: got shape \(7,\), expected \(8,\)",
+    )
+    yield linear, (HALF_X, weight, None, norm, None, *all_but), "norm_bias: got None, expected both"
+    yield linear, (HALF_X, weight, None, None, norm, *all_but), "norm_weight: got None, expected"
+    yield (
+        backward,
+        (grad.to(HALF)[..., :8], HALF_X, weight[:, :8], None, None, *all_but, True),
+        r"weight: got shape \(8, 8\), expected \(8, 27\)",
+    )
+    yield (
+        backward,
+        (grad.to(HALF), HALF_X, weight, None, None, *all_but, True),
+        r"grad: got shape \(1, 16, 27\), expected \(1, 16, 8\)",
+    )
+    q, wrong = TOKENS, TOKENS[:, 1:]
+    shapes = r"got shape \(1, 15, 64\), expected \(1, 16, 64\)"
+    token, performer = "token_attention", "performer_attention"
+    yield token, (q, q, q[0], 0.2), r"v: got shape \(16, 64\), expected 3 dimensions"
+    yield token, (q[:, :0], q[:, :0], q[:, :0], 0.2), r"v: got shape \(1, 0, 64\), expected \(B, T"
+    yield token, (wrong, q, q, 0.2), f"q: {shapes}"
+    yield token, (q, wrong, q, 0.2), f"k: {shapes}"
+    yield token, (q, q.float(), q, 0.2), "k: got float32, expected bfloat16"
+    saved = (q.float(), STATISTICS, STATISTICS)
+    for i, name in enumerate(("grad", "q", "k", "v", "attended", "maximum", "normalizer")):
+        if name != "v":
+            arguments = [q, q, q, q, *saved]
+            arguments[i] = arguments[i][:, 1:]
+            yield f"{token}_backward", (*arguments, 0.2), f"{name}: got shape .*, expected"
+    yield performer, (q, q, q[0], FEATURES, 1e-8), r"v: got shape \(16, 64\), expected 3 dimensions"
+    yield performer, (wrong, q, q, FEATURES, 1e-8), f"k: {shapes}"
+    yield performer, (q, wrong, q, FEATURES, 1e-8), f"q: {shapes}"
+    yield performer, (q, q, q, FEATURES[:, 1:], 1e-8), r"w: got shape \(32, 63\), expected \("
+    sums = (PERFORMER_ARGUMENTS["maximum"], PERFORMER_ARGUMENTS["normalizer"], SUMS)
+    names = ("grad", "k", "q", "v", "w", "maximum", "normalizer", "sums")
+    for i, name in enumerate(names):
+        if name not in "vw":
+            arguments = [q, q, q, q, FEATURES, *sums]
+            arguments[i] = arguments[i][:, 1:]
+            yield f"{performer}_backward", (*arguments, 1e-8), f"{name}: got shape .*, expected"
+    for layer, arguments in LAYERS.items():
+        for name, value in arguments.items():
+            if name in ("x", "rest"):
+                continue
+            changed = value[:0] if value.dim() == 1 else value[:, 1:]
+            message = f"{name}: got (shape|int64 of shape|.* rows) ?.*, expected"
+            if "qkv" in name or "kqv" in name or name.startswith("norm1"):
+                # The projection that the layers share has its own names for them.
+                message = f"({name}|weight|bias|norm_weight|norm_bias): got .*, expected"
+            given = arguments | {name: changed}
+            rest = given.pop("rest")
+            forward = [given[key] for key in given if key not in SAVED]
+            if name not in SAVED:
+                yield layer, (*forward, *rest), message
+            yield f"{layer}_backward", (TOKENS, *given.values(), *rest, True), message
+    given = {**PERFORMER_ARGUMENTS, "seed": None}
+    rest = given.pop("rest")
+    forward = [given[key] for key in given if key not in SAVED]
+    yield "performer_layer", (*forward, *rest), "seed: got None, expected an int64 tensor"
+
+
+OPERATOR_CASES = list(operator_cases())
+
+
+@pytest.mark.parametrize("case", range(len(OPERATOR_CASES)))
+def test_an_operator_names_what_is_wrong(case, backend, device):
+    """As a loaded graph would call it, without the checks of the public functions."""
+    from t2t_kernels.library import operators
+
+    if backend == "triton":
+        pytest.skip("Python operators trust their schema's fake, which checks the same")
+    name, arguments, message = OPERATOR_CASES[case]
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    with pytest.raises(RuntimeError, match=f"^[a-z_]+: ({message})"):
+        getattr(operators(backend), name)(*arguments)
+
+
 def test_kernels_check_what_would_read_out_of_bounds(backend, device):
     """The operators can be called without the public functions, for instance from a loaded graph."""
     from t2t_kernels.library import operators

@@ -193,5 +193,5 @@ def test_what_cuda_does_not_take_is_refused_with_the_reason(backend, device, cas
             x, *rest, kernel_size=kernel_size, stride=stride, padding=0, backend="cuda"
         )
     # Without this check the operator would read beyond its tensors.
-    with pytest.raises(RuntimeError, match="soft_split_linear: (no kernel|expected bfloat16)"):
+    with pytest.raises(RuntimeError, match="soft_split_linear: .*got .*, expected"):
         operators("cuda").soft_split_linear(x, *rest, *split, 1e-5)

@@ -75,7 +75,7 @@ def test_an_image_does_not_touch_another():
 def test_what_the_kernel_does_not_take(sizes, dtype):
     """The operator's own check; the public function chooses another backend before."""
     params = transformer_params(27, *sizes, dtype=dtype)
-    with pytest.raises(RuntimeError, match="wrong shape or dtype|expected bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="got .*, expected"):
         torch.ops.t2t_cuda.transformer_layer(
             torch.zeros(1, 3, 4, 4, dtype=dtype), *params, 3, 2, 1, 1.0
         )
