@@ -1,5 +1,5 @@
 // The Python module t2t_kernels._C. Importing it registers the CPU operators of this library with
-// torch; what it exports itself is a description of the build.
+// torch. It only exports information about the build.
 
 #include <string>
 
@@ -15,12 +15,12 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = T2T_COMPILER;
   info["torch"] = TORCH_VERSION;
-  // Empty where the CUDA library was not built, else as in TORCH_CUDA_ARCH_LIST.
+  // Empty if the CUDA library was not built, else in the format of TORCH_CUDA_ARCH_LIST.
   info["cuda_architectures"] = T2T_CUDA_ARCHITECTURES;
   return info;
 }
 
-// The instruction set of the CPU kernels in this process; an error where T2T_CPU_ISA names none.
+// The instruction set of the CPU kernels in this process; an error if T2T_CPU_ISA is invalid.
 std::string cpu_isa() { return t2t::kernels().name; }
 
 }  // namespace

@@ -1,10 +1,9 @@
-// The small matrix product: C (M×N) from A (M×K) and B (K×N), all in the cache of one core.
+// A small matrix product: C (M×N) from A (M×K) and B (K×N), all in the cache of one core.
 //
-// A block of kRows × up to kPanel columns of C stays in registers while K runs: a row of B is
-// loaded as vectors, an element of A broadcast. Both operands are read through strides, so that a
-// transposed A (the gradients of weights) needs no copy. An element of the operands is a float or,
-// where the CPU multiplies bfloat16, a pair of two that are adjacent along K; the sums are float in
-// either case.
+// A block of kRows × up to kPanel columns of C stays in registers during the loop over K: a row of
+// B is loaded as vectors, and an element of A is broadcast. Both operands have strides, so that a
+// transposed A (for gradients of weights) needs no copy. An element of an operand is a float or, if
+// the CPU multiplies bfloat16, a pair of adjacent elements along K. Sums are always float.
 #pragma once
 
 #include "vec.h"
@@ -32,13 +31,13 @@ template <typename T>
 using Element = float;
 #endif
 
-// How many steps along K an element holds.
+// The number of steps along K per element.
 template <typename E>
 constexpr int64_t kDepth = std::is_same_v<E, Pair> ? 2 : 1;
 
-// Elements along K that are summed at a time. Of K floats in segments of L, the rounding errors
-// grow as √(K (L + K/L)): a third of those of one long sum. With pairs the operands' own rounding
-// rules.
+// Elements along K that are summed at a time. For K floats in segments of L, rounding errors grow
+// as √(K (L + K/L)): a third of those of one long sum. For pairs, the rounding of the operands
+// dominates.
 template <typename E>
 constexpr int64_t kSegment = std::is_same_v<E, Pair> ? 96 : 32;
 
@@ -128,9 +127,9 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t steps, Left<E> a, con
   }
 }
 
-// C = start + A·B. `columns` is a multiple of kLanes; `start` is C itself, a row to add to every
-// row (start_row = 0), or null for zero. K is cut into segments, whose part of a panel stays in the
-// first-level cache.
+// C = start + A·B. `columns` is a multiple of kLanes. `start` is C itself, a row to add to every
+// row (start_row = 0), or null for zero. K is divided into segments, so that their part of a panel
+// stays in the first-level cache.
 template <typename E>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b,
              const float* start, int64_t start_row, float* c, int64_t c_row) {
@@ -167,12 +166,12 @@ void product(int64_t rows, int64_t columns, int64_t depth, Left<E> a, Right<E> b
 
 // --- operands from tiles ---
 
-// A tile is a row-major matrix of floats, one row per token, its rows a multiple of kLanes apart.
-// As an operand of floats it is used where it lies; as pairs it is written to `buffer`, which holds
-// as many bytes as the tile (rows rounded up to two) and is unused otherwise.
+// A tile is a row-major matrix of floats with one row per token; the row stride is a multiple of
+// kLanes. As an operand of floats it is used in place. As pairs it is written to `buffer`, which
+// has as many bytes as the tile (rows rounded up to an even number) and is otherwise unused.
 
-// Rounded to bfloat16 in the low half of each lane. The instruction takes denormal numbers for
-// zero, as the products do.
+// Rounds to bfloat16 in the low half of each lane. The instruction treats denormal numbers as zero,
+// as the products do.
 inline Words pair_half(Vec v) {
 #if T2T_ISA == T2T_AVX512_BF16
   return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -181,7 +180,7 @@ inline Words pair_half(Vec v) {
 #endif
 }
 
-// The tile as A, K along its rows.
+// The tile as the operand A, with K along its rows.
 template <typename E>
 inline Left<E> left_of(const float* tile, int64_t row, int64_t rows, int64_t depth, void* buffer) {
   if constexpr (std::is_same_v<E, float>) {
@@ -200,7 +199,7 @@ inline Left<E> left_of(const float* tile, int64_t row, int64_t rows, int64_t dep
   }
 }
 
-// Rows of the tile in pairs: what both operands are when K runs along the tokens.
+// Rows of the tile in pairs: the form of both operands if K is the token dimension.
 template <typename E>
 inline const E* paired(const float* tile, int64_t row, int64_t rows, void* buffer) {
   if constexpr (std::is_same_v<E, float>) {

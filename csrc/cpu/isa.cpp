@@ -1,4 +1,4 @@
-// Which table of kernels this process uses.
+// Chooses the table of kernels of this process.
 
 #include "isa.h"
 
@@ -10,7 +10,7 @@
 namespace t2t {
 namespace {
 
-// The tables that this CPU can run, the widest first.
+// The tables that this CPU supports, the widest first.
 const Kernels* const* runnable(int& count) {
   static const Kernels* tables[4];
   static const int found = [] {

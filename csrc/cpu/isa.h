@@ -1,9 +1,9 @@
-// What the fused CPU kernels are called with, and the table of them for each instruction set.
+// Arguments of the fused CPU kernels, and a table of kernels for each instruction set.
 //
 // The kernels (vec.h, gemm.h, patches.h, performer.h, tail.h, softmax.h, kernels.h) are compiled
-// once per instruction set by isa_*.cpp; the operators choose a table at run time. All calls here
-// work on a range of one image's tokens in memory that the caller provides, so that the operators
-// decide what runs in parallel and in which order partial sums are added.
+// once per instruction set by isa_*.cpp; the operators choose a table at run time. All calls work
+// on a range of the tokens of one image, in memory that the caller provides. So the operators
+// determine what runs in parallel, and in which order partial sums are added.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,12 @@ struct half {
   uint16_t word;
 };
 
-// Rows of floats in the kernels' memory begin at multiples of this many: the widest vector.
+// Rows of floats in the kernels' memory begin at multiples of the widest vector.
 constexpr int64_t kPad = 16;
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
-// A soft split of a map, and the order in which the kernels hold a patch: its taps (row, column)
-// with all channels of each, where channels are adjacent in memory; else channel by channel, as a
-// token.
+// A soft split of a map, and the order of a patch in the kernels: (row, column, channel) if
+// channels are adjacent in memory, else (channel, row, column), as in a token.
 struct Split {
   int64_t batch, channels, height, width;
   int64_t strides[4];
@@ -39,8 +38,8 @@ struct Split {
   int64_t tokens() const { return rows * columns; }
   int64_t patch() const { return channels * kernel * kernel; }
   int64_t map_row() const { return channels * width; }
-  // Rows of pixels under `count` rows of tokens, and the first of them, which may lie above the
-  // map.
+  // The rows of pixels that `count` rows of tokens cover, and the first of them, which may be above
+  // the map.
   int64_t band_rows(int64_t count) const { return (count - 1) * stride + kernel; }
   int64_t band_start(int64_t row) const { return row * stride - padding; }
 };
@@ -61,7 +60,7 @@ struct Dropout {
   uint64_t seed;
   uint64_t site;
   uint32_t threshold;
-  float kept;  // the factor of what is kept; nothing is dropped if it is 1
+  float kept;  // the factor of kept elements; 1 means no dropout
 };
 
 // Random features of one head. The weights are packed as floats.
@@ -72,8 +71,8 @@ struct Features {
   float log_eps;         // log(eps·m); −infinity without eps
 };
 
-// Per image: the maxima of the keys' log-features, and under them the sums over the keys; or, with
-// an unused maximum, their gradients. `sums` is (count, padded embed).
+// Per image: the maxima of the keys' log-features, and the sums over the keys relative to them; or
+// the gradients of the sums, without a maximum. `sums` is (count, padded embed).
 struct KeySums {
   float* maximum;
   float* normalizer;
@@ -90,13 +89,13 @@ struct Tail {
   Dropout after_proj, after_mlp;
 };
 
-// Where the gradients of a tail's parameters are added up: matrices as the weights', rows padded.
+// Sums of the gradients of a tail's parameters; matrices as the weights, with padded rows.
 struct TailSums {
   float *proj, *proj_bias, *norm_gain, *norm_offset, *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;
 };
 
-// Where those of a projection are: Σ û dyᵀ (patch × outputs), û without the norm's gain and offset,
-// and Σ dy.
+// Sums of the gradients of a projection: Σ û dyᵀ (patch × outputs), where û is the norm without
+// gain and offset, and Σ dy.
 struct ProjectionSums {
   float *weight, *bias;
 };
@@ -118,14 +117,16 @@ struct Softmax {
   float scale;
 };
 
-// Of each query, the maximum of its scaled scores and under it the sum of their exponentials.
+// For each query, the maximum of its scaled scores, and the sum of their exponentials relative to
+// it.
 struct SoftmaxRows {
   float *maximum, *normalizer;
 };
 
-// q, k, v or the result's gradient of an image as the products take them, in float or in pairs of
-// bfloat16: its rows (tokens × embed) as a left operand, its transpose (embed × tokens) and its
-// rows again as right operands. Each takes at most operand_floats; null where it is not needed.
+// q, k, v or the gradient of the result of an image, in the order in which products read it, in
+// float or in pairs of bfloat16: rows (tokens × embed) as a left operand, and the transpose (embed
+// × tokens) and rows as right operands. Each needs at most operand_floats; null if it is not
+// needed.
 struct Operand {
   void *rows, *columns, *depth;
 };
@@ -134,10 +135,10 @@ constexpr int64_t operand_floats(int64_t tokens, int64_t embed) {
   return (tokens + kOperandPanel - 1) / kOperandPanel * kOperandPanel * padded(embed);
 }
 
-// The kernels for one type of tensor. Scratch memory is 64-byte aligned, `scratch` bytes of it.
+// The kernels for one dtype. Scratch memory is 64-byte aligned and has `scratch` bytes.
 struct TypedKernels {
-  // Bytes of a packed depth × columns matrix, and the packing: element (k, j) is
-  // from[depth_offsets[k] + column_offsets[j]], zero where either is negative.
+  // Bytes of a packed depth × columns matrix, and packing: element (k, j) is
+  // from[depth_offsets[k] + column_offsets[j]], or zero if either offset is negative.
   int64_t (*packed_bytes)(int64_t depth, int64_t columns);
   void (*pack)(const float* from, const int64_t* depth_offsets, int64_t depth,
                const int64_t* column_offsets, int64_t columns, void* to);
@@ -145,8 +146,8 @@ struct TypedKernels {
   int64_t (*projection_scratch)(const Projection&);
   void (*projection_forward)(const Projection&, const void* x, Rows y, int64_t columns, Range,
                              void* scratch);
-  // The range holds whole rows of tokens. `band` receives the gradient of the pixel rows under it,
-  // laid out as the map; null where it is not asked for.
+  // The range has whole rows of tokens. `band` receives the gradient of the pixel rows that they
+  // cover, in the layout of the map; null if it is not needed.
   void (*projection_backward)(const Projection&, const void* x, Rows grad, int64_t columns,
                               ProjectionSums, float* band, Range, void* scratch);
   // Adds rows of floats and stores them in the tensor's type.
@@ -166,8 +167,8 @@ struct TypedKernels {
                      float* values, Range, void* scratch);
   void (*layer_queries)(const Projection&, const Features&, const Tail&, KeySums, float* queries,
                         float* values, void* y, Range, void* scratch);
-  // `kqv` is the image's workspace: (T, 3 × padded embed) floats. This call leaves k, the gradient
-  // of q, v in it, and in `skip` the gradient of v that does not come through the sums.
+  // `kqv` is the image's workspace: (T, 3 × padded embed) floats. This call writes k, the gradient
+  // of q, and v to it, and to `skip` the gradient of v except that from the sums.
   void (*layer_queries_backward)(const Projection&, const Features&, const Tail&, const void* x,
                                  KeySums, Rows grad, TailSums, KeySums grads, float* kqv,
                                  float* skip, Range, void* scratch);
@@ -176,18 +177,18 @@ struct TypedKernels {
                               const float* skip, Range, void* scratch);
 
   int64_t (*softmax_scratch)(const Softmax&);
-  // From the tensor's type, and from floats. The range begins at a multiple of kOperandPanel.
+  // From the tensor's dtype, and from floats. The range begins at a multiple of kOperandPanel.
   void (*make_operand)(const Softmax&, Rows from, Operand, Range, void* scratch);
   void (*make_operand_of_floats)(const Softmax&, Rows from, Operand, Range, void* scratch);
-  // `attended` receives the result in float; null where it is not wanted.
+  // `attended` receives the result in float; null if it is not needed.
   void (*softmax_forward)(const Softmax&, Operand q, Operand k, Operand v, Rows y, float* attended,
                           SoftmaxRows statistics, Range, void* scratch);
   // D of the queries; `attended` is in float.
   void (*softmax_delta)(const Softmax&, Rows attended, Rows grad, float* delta, Range,
                         void* scratch);
-  // What the keys of the range, which begins at a multiple of kOperandPanel, contribute: to
-  // dQ/scale of all queries, which is written, and to dK/scale and dV of the keys, which are added
-  // to. All are (T, padded embed) floats.
+  // The gradients from the keys of the range, which begins at a multiple of kOperandPanel: writes
+  // dQ/scale of all queries, and adds to dK/scale and dV of the keys. All are (T, padded embed)
+  // floats.
   void (*softmax_backward)(const Softmax&, Operand q, Operand k, Operand v, Operand grad,
                            SoftmaxRows statistics, const float* delta, float* grad_q, float* grad_k,
                            float* grad_v, Range keys, void* scratch);
@@ -202,8 +203,8 @@ struct TypedKernels {
   void (*transformer_queries)(const Softmax&, const Tail&, Operand q, Operand k, Operand v,
                               const float* values, Rows attended, SoftmaxRows statistics, Rows y,
                               Range, void* scratch);
-  // The projection is that of v alone. Leaves the values, and the gradients of attention's result,
-  // of v through the skip, and D.
+  // Projects only v. Writes the values, the gradients of the attention's result and of v through
+  // the skip, and D.
   void (*transformer_tail_backward)(const Projection&, const Softmax&, const Tail&, const void* x,
                                     Rows attended, Rows grad, TailSums, float* values,
                                     float* grad_y, float* grad_v, float* delta, Range,
@@ -226,8 +227,8 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
-// The table of the widest instruction set that this CPU has, or that T2T_CPU_ISA names. An unknown
-// name, or one that the CPU lacks, is an error at the first call.
+// The table of the widest instruction set of this CPU, or of the one in T2T_CPU_ISA. An unknown
+// name, or one that the CPU does not support, is an error at the first call.
 const Kernels& kernels();
 
 }  // namespace t2t

@@ -1,4 +1,4 @@
-// The kernels over a range of tokens, and the table of them: what each isa_*.cpp compiles.
+// The kernels over a range of tokens, and their table, compiled by each isa_*.cpp.
 #pragma once
 
 #include "softmax.h"
@@ -14,7 +14,7 @@ inline void for_tiles(const Range& range, const F& f) {
   }
 }
 
-// The bytes that the buffers made by f(arena) take, and those of a cache line for alignment.
+// The bytes of the buffers that f(arena) allocates, plus a cache line for alignment.
 template <typename F>
 inline int64_t bytes_of(const F& f) {
   Arena arena{0};
@@ -86,7 +86,7 @@ void projection_forward(const Projection& p, const void* x, Rows y, int64_t colu
   });
 }
 
-// The band of pixel rows under a range of whole rows of tokens, begun with zeros.
+// The band of pixel rows that a range of whole rows of tokens covers, filled with zeros.
 struct Band {
   float* p;
   int64_t start, rows;
@@ -150,7 +150,7 @@ int64_t attention_scratch(const Features& w) {
   return bytes_of([&](Arena& arena) { AttentionBuffers(w, arena); });
 }
 
-// The sums of no keys.
+// Empty sums.
 inline void begin_sums(const Features& w, const KeySums& sums) {
   for (int64_t i = 0; i < padded(w.count); ++i) {
     sums.maximum[i] = -__builtin_inff();
@@ -380,8 +380,8 @@ void round_tile(Tile x, int64_t rows) {
   }
 }
 
-// y·dy, added up in the order of the products that make v·dy: where a query attends to one key, the
-// two then cancel exactly. Of a pair, the CPU takes the second element first.
+// y·dy, added in the same order as in the products for v·dy, so that both cancel exactly if a query
+// attends to a single key. Of a pair, the CPU adds the second element first.
 template <typename E>
 inline void delta_of(Tile y, Tile grad, int64_t rows, float* delta) {
   constexpr int64_t kSum = kSegment<E> * kDepth<E>;
@@ -429,7 +429,7 @@ void softmax_backward(const Softmax& s, Operand q, Operand k, Operand v, Operand
   });
 }
 
-// scale × the sum of arrays, of the tokens of a tile.
+// scale × the sum of arrays, for the tokens of a tile.
 inline void sum_arrays(const float* from, int64_t count, int64_t size, float scale, int64_t token,
                        int64_t rows, int64_t embed, Tile to) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -523,7 +523,7 @@ void transformer_tail_backward(const Projection& p, const Softmax& s, const Tail
     load_tile<float>(attended, token, rows, s.embed, m.y);
     load_tile<T>(grad, token, rows, s.embed, m.tail.grad);
     tail_backward<Element<T>>(t, token, rows, m.y, v, sums, m.tail, m.grad_y);
-    // As the products will take it: D cancels against what they make of it.
+    // Rounded as in the products, so that D cancels against their results.
     round_tile<T>(m.grad_y, rows);
     delta_of<Element<T>>(m.y, m.grad_y, rows, delta + token);
     std::memcpy(grad_y + token * embed, m.grad_y.p, rows * embed * sizeof(float));

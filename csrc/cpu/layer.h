@@ -1,4 +1,4 @@
-// What the operators of both T2T layers share: the tail's parameters and their gradients.
+// Shared by the operators of both T2T layers: the tail's parameters and their gradients.
 #pragma once
 
 #include <array>
@@ -14,7 +14,7 @@ struct TailTensors {
       &mlp_out_weight, &mlp_out_bias;
 };
 
-// The tail's parameters as the kernels take them, and the layout of a slot of their gradients.
+// The tail's parameters in the kernels' layout, and the layout of a slot of their gradients.
 class TailParameters {
  public:
   TailParameters(const TypedKernels& kernels, const TailTensors& t, const Dropout& after_proj,

@@ -1,5 +1,5 @@
-// What the operators of the fused kernels share: from tensors to the kernels' arguments, memory,
-// and how a backward is cut into pieces.
+// Shared by the operators of the fused kernels: conversion of tensors to the kernels' arguments,
+// memory, and the division of a backward into chunks.
 #pragma once
 
 #include <algorithm>
@@ -60,7 +60,7 @@ inline const TypedKernels& typed_kernels(const char* name, const char* argument,
   }
 }
 
-// A parameter as adjacent floats.
+// A parameter as contiguous floats.
 inline Tensor as_floats(const Tensor& tensor) {
   return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
 }
@@ -74,7 +74,7 @@ inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shap
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
 
-// Checks the sizes of a soft split. The bounds keep the products of two of them from overflowing.
+// Checks the sizes of a soft split. Within the bounds, products of two sizes do not overflow.
 inline void check_split(const char* name, int64_t channels, int64_t height, int64_t width,
                         int64_t kernel, int64_t stride, int64_t padding) {
   constexpr int64_t largest = std::numeric_limits<int32_t>::max();
@@ -108,7 +108,7 @@ inline Split make_split(const char* name, const Tensor& x, int64_t kernel, int64
           x.stride(1) == 1 && x.size(1) > 1};
 }
 
-// The element of a token that stands at each place of a patch in the kernels' order.
+// For each place of a patch in the kernels' order, the element of a token.
 inline std::vector<int64_t> patch_order(const Split& s) {
   std::vector<int64_t> order(s.patch());
   const int64_t area = s.kernel * s.kernel;
@@ -131,7 +131,7 @@ inline std::vector<int64_t> scaled(std::vector<int64_t> offsets, int64_t stride)
   return offsets;
 }
 
-// A vector in the order of `offsets`, zero where they are negative.
+// A vector in the order of `offsets`, with zeros for negative ones.
 inline Memory gathered(const float* from, const std::vector<int64_t>& offsets) {
   const int64_t n = offsets.size();
   Memory memory = Memory::zeros(padded(n));
@@ -162,8 +162,8 @@ inline Memory packed_linear_t(const TypedKernels& kernels, const Tensor& weight)
   return packed(kernels, floats_of(weight), depth, offsets(inputs, 1));
 }
 
-// A projection's parameters as the kernels take them. The outputs are `groups` equal groups, each
-// of which is padded.
+// A projection's parameters in the kernels' layout. The outputs are `groups` equal groups, each
+// padded.
 class ProjectionParameters {
  public:
   ProjectionParameters(const TypedKernels& kernels, const Split& split, const Tensor& weight,
@@ -215,22 +215,22 @@ class ProjectionParameters {
   Projection projection_;
 };
 
-// How a backward is cut. A chunk is some rows of one image's tokens. Sums over all tokens are taken
-// in slots: a slot's chunks are added one after the other, then slot after slot, so that the result
-// does not depend on the threads. Images are worked on in groups, which bounds the memory: the
-// images of a group use different slots.
+// The division of a backward. A chunk is some rows of tokens of one image. Sums over all tokens are
+// partial sums in slots: the chunks of a slot are added in order, then the slots, so that the
+// result does not depend on the number of threads. Images are processed in groups, which limits the
+// memory; the images of a group use different slots.
 struct Cut {
   int64_t rows, chunk_rows, chunks, sharing, group;
 
   Cut(const Split& s, int64_t threads) : rows(s.rows) {
     constexpr int64_t kChunkTokens = 512;
-    // Only neighbours then have pixel rows in common.
+    // So that only neighbours have common pixel rows.
     const int64_t fewest = std::max<int64_t>(1, (s.kernel - 1) / s.stride);
     chunk_rows = std::max(fewest, (kChunkTokens + s.columns - 1) / s.columns);
     chunks = (rows + chunk_rows - 1) / chunk_rows;
     chunk_rows = std::max(fewest, (rows + chunks - 1) / chunks);
     chunks = (rows + chunk_rows - 1) / chunk_rows;
-    // Enough slots for some cores; more only where they are a small part of the work.
+    // Enough slots for some cores; more only if they are a small part of the work.
     const int64_t tokens = s.batch * s.tokens();
     const int64_t slots =
         std::max({std::min<int64_t>(4, tokens / 128), std::min<int64_t>(16, tokens / 512),
@@ -257,8 +257,7 @@ inline Rows rows_of(const Tensor& tensor, int64_t image) {
   return {p + image * tensor.stride(0) * bytes, tensor.stride(1), tensor.stride(2)};
 }
 
-// Calls f(item, scratch) for the items [0, n) in parallel, each thread with scratch memory of its
-// own.
+// Calls f(item, scratch) for the items [0, n) in parallel; each thread has its own scratch memory.
 template <typename F>
 void parallel(int64_t n, int64_t scratch_bytes, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
@@ -267,7 +266,7 @@ void parallel(int64_t n, int64_t scratch_bytes, const F& f) {
   });
 }
 
-// Adds up slots of `size` floats into the first.
+// Adds slots of `size` floats to the first one.
 inline void add_slots(float* slots, int64_t count, int64_t size) {
   constexpr int64_t kBlock = 4096;
   torch::stable::parallel_for(0, (size + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
@@ -279,7 +278,7 @@ inline void add_slots(float* slots, int64_t count, int64_t size) {
   });
 }
 
-// Random features as the kernels take them.
+// Random features in the kernels' layout.
 class FeatureParameters {
  public:
   FeatureParameters(const Tensor& w, double eps)
@@ -315,14 +314,14 @@ class KeySumsMemory {
   Memory memory_;
 };
 
-// The sums of an image from those of its chunks, one after the other.
+// Merges the sums of an image's chunks in order.
 void merge_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
                     const KeySums& to);
-// Gradients of the sums: a plain addition.
+// Gradients of the sums are simply added.
 void add_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
                   const KeySums& to);
 
-// An image's sums in the tensors that are saved for the backward.
+// The sums of an image in the tensors that are saved for the backward.
 struct SavedSums {
   Tensor maximum, normalizer, sums;  // (B, m), (B, m), (B, m, E)
 
@@ -337,9 +336,9 @@ struct SavedSums {
   void load(int64_t image, const Features& w, const KeySums& to) const;
 };
 
-// The gradient of a map, empty where it is not asked for: channels-last where the map is.
+// The gradient of a map, channels-last if the map is; empty if it is not needed.
 Tensor new_map_gradient(const Tensor& x, const Split& split, bool needed);
-// Sums the bands of a group's chunks, which lie one after the other, to the rows of the maps.
+// Adds the consecutive bands of a group's chunks to the rows of the maps.
 void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cut,
                   const float* bands, int64_t first_image, int64_t images, const Tensor& grad_x);
 
@@ -354,7 +353,7 @@ ProjectionGradients projection_gradients(const ProjectionParameters& parameters,
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 
-// Forward, an image's tokens are cut into chunks of a few tiles.
+// In the forward, an image's tokens are divided into chunks of a few tiles.
 constexpr int64_t kForwardChunk = 192;
 inline int64_t forward_chunks(int64_t tokens) {
   return (tokens + kForwardChunk - 1) / kForwardChunk;

@@ -1,4 +1,4 @@
-// Patches of a map as a tile of tokens, normalised, and their gradients added back to the map.
+// Gathers patches of a map as a tile of normalised tokens, and adds their gradients to the map.
 #pragma once
 
 #include "gemm.h"
@@ -6,11 +6,10 @@
 namespace t2t {
 namespace {
 
-// Tokens that are worked on at a time: with its patches, a tile takes a part of the second-level
-// cache.
+// Tokens per tile: a tile and its patches use a part of the second-level cache.
 constexpr int64_t kTile = 48;
 
-// Scratch memory, handed out in order.
+// Scratch memory, allocated in order.
 struct Arena {
   uintptr_t next;
 
@@ -19,7 +18,7 @@ struct Arena {
     next += padded(n) * 4;
     return p;
   }
-  // A tile's rows, and a vector more: what is written a vector at a time may end beyond.
+  // A tile's rows and one more vector, because writes of whole vectors may exceed the tile.
   float* tile(int64_t row) { return floats(kTile * row + kPad); }
 };
 
@@ -31,7 +30,7 @@ struct KeepFirst {
   Vec operator()(Vec v) const { return first_lanes(v, n); }
 };
 
-// Calls f(j, keep) for each vector of n floats; keep(v) is v without what lies beyond the n.
+// Calls f(j, keep) for each vector of n floats; keep(v) is v with zeros after the n floats.
 template <typename F>
 __attribute__((always_inline)) inline void for_vectors(int64_t n, const F& f) {
   int64_t j = 0;
@@ -39,7 +38,7 @@ __attribute__((always_inline)) inline void for_vectors(int64_t n, const F& f) {
   if (j < n) f(j, KeepFirst{n - j});
 }
 
-// Copies n elements as floats, and up to a vector of zeros beyond them.
+// Copies n elements as floats, followed by at most a vector of zeros.
 template <typename T>
 inline void copy_run(const T* from, int64_t stride, int64_t n, float* to) {
   int64_t i = 0;
@@ -51,8 +50,7 @@ inline void copy_run(const T* from, int64_t stride, int64_t n, float* to) {
   }
 }
 
-// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at
-// `at`.
+// The part [begin, end) of the kernel that is inside a map of `size` for a patch starting at `at`.
 struct Span {
   int64_t begin, end;
   Span(int64_t at, int64_t kernel, int64_t size)
@@ -68,7 +66,7 @@ void gather(const Split& s, const T* image, int64_t token, float* to) {
   }
   const int64_t inside = xs.end - xs.begin;
   const T* corner = image + y * s.strides[2] + (x + xs.begin) * s.strides[3];
-  // In the order of the patch, for a run may leave zeros where the next one begins.
+  // In the order of the patch, because a run may write zeros where the next one begins.
   if (!s.by_tap) {
     for (int64_t c = 0; c < s.channels; ++c) {
       for (int64_t ky = ys.begin; ky < ys.end; ++ky) {
@@ -105,10 +103,11 @@ __attribute__((always_inline)) inline double sum_of(int64_t n, const F& f) {
   return wide_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Normalises a row: x becomes x̂ = (x − mean)·r, r = 1/√(variance + eps), then x̂·gain + offset where
-// they are not null. Returns r. The mean is taken of the distances from the first element, so that
-// the rows of a flat patch become exactly zero. r is applied as the sum of two floats: its rounding
-// would be common to all elements of a row, where those of the elements average out.
+// Normalises a row: x becomes x̂ = (x − mean)·r, r = 1/√(variance + eps), then x̂·gain + offset if
+// they are not null. Returns r. The mean is computed from the differences to the first element, so
+// that the rows of a flat patch become exactly zero. r is applied as the sum of two floats, because
+// its rounding error would be common to all elements of a row, while those of the elements average
+// out.
 inline float normalize(float* row, int64_t n, float eps, const float* gain, const float* offset) {
   const Vec first = all(row[0]);
   const double count = static_cast<double>(n);
@@ -128,7 +127,7 @@ inline float normalize(float* row, int64_t n, float eps, const float* gain, cons
   return high;
 }
 
-// The gradient of a row before `normalize` from that after it: r (g − mean(g) − x̂·mean(g·x̂)).
+// The gradient of the input of `normalize` from that of its output: r (g − mean(g) − x̂·mean(g·x̂)).
 inline void normalize_backward(const float* row, float r, int64_t n, float* grad) {
   const double count = static_cast<double>(n);
   const auto mean = static_cast<float>(
@@ -151,8 +150,8 @@ inline void scale_rows(float* tile, int64_t row, int64_t rows, const float* gain
   }
 }
 
-// Fills a tile with patches, normalised where there is a norm; its gain and offset, where they are
-// asked for. Factors of the rows go to `r`, if it is not null.
+// Fills a tile with patches, normalised if there is a norm; with its gain and offset if requested.
+// Writes the factors of the rows to `r` unless it is null.
 template <typename T>
 void patches(const Projection& p, const void* x, int64_t image, int64_t token, int64_t rows,
              bool scaled, float* tile, float* r) {
@@ -169,7 +168,7 @@ void patches(const Projection& p, const void* x, int64_t image, int64_t token, i
   }
 }
 
-// linear(norm(patches)) of a tile, to `y` with rows of p.outputs.
+// Writes linear(norm(patches)) of a tile to `y`, with rows of p.outputs.
 template <typename T>
 void project(const Projection& p, const void* x, int64_t image, int64_t token, int64_t rows,
              float* tile, float* buffer, float* y) {
@@ -216,7 +215,7 @@ inline void scatter(const Split& s, int64_t token, const float* from, float* ban
   }
 }
 
-// Memory that `project` and `project_backward` work in.
+// Work memory of `project` and `project_backward`.
 struct ProjectionBuffers {
   float *tile, *buffer, *grad_buffer, *grad_tile;
 
@@ -227,8 +226,8 @@ struct ProjectionBuffers {
         grad_tile(p.weight_t ? arena.tile(padded(p.split.patch())) : nullptr) {}
 };
 
-// A tile's part in the gradients of the weight and, if `band` is not null, of the map. `grad` is
-// the gradient of the projection's result, with rows of p.outputs.
+// Adds the gradients of a tile: that of the weight and, unless `band` is null, that of the map.
+// `grad` is the gradient of the projection's result, with rows of p.outputs.
 template <typename T>
 void project_backward(const Projection& p, const void* x, int64_t image, int64_t token,
                       int64_t rows, const float* grad, ProjectionSums sums, float* band,
@@ -257,7 +256,7 @@ void project_backward(const Projection& p, const void* x, int64_t image, int64_t
 
 // --- rows of tensors ---
 
-// Loads `rows` tokens of n channels as rows of padded(n) floats, zeros beyond n.
+// Loads `rows` tokens of n channels as rows of padded(n) floats, with zeros after n.
 template <typename T>
 void load_rows(const Rows& from, int64_t token, int64_t rows, int64_t n, float* to, int64_t row) {
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,8 +1,8 @@
-// Performer attention on tiles of tokens, finite for every finite input, in float32 throughout: an
-// exponent's absolute error is a feature's relative one.
+// Performer attention on tiles of tokens, finite for all finite inputs. All of it is float32,
+// because the absolute error of an exponent is the relative error of a feature.
 //
 // With log-features a = w·k − |k|²/2 of the keys and b = w·q of the queries, the maxima
-// c_i = max_s a_si and g_t = max_i (b_ti + c_i) leave the exponentials:
+// c_i = max_s a_si and g_t = max_i (b_ti + c_i) are subtracted in the exponentials:
 //   Z_i = Σ_s e^(a_si − c_i), S_i = Σ_s e^(a_si − c_i) v_s, f_ti = e^(b_ti + c_i − g_t),
 //   y_t = Σ_i f_ti S_i / D_t, D_t = Σ_i f_ti Z_i + e^(h_t − g_t), h_t = |q_t|²/2 + log(eps·m).
 // g_t is at least h_t, so that D_t is finite and at least 1.
@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kLargest = 1e15f;
 
-// The tile of a matrix inside a wider one: `row` floats from one token to the next.
+// A tile inside a wider matrix: `row` floats from one token to the next.
 struct Tile {
   float* p;
   int64_t row;
@@ -36,7 +36,7 @@ inline void clamp_rows(Tile x, int64_t rows, int64_t embed) {
   }
 }
 
-// |x|²/2 as the sum of two floats: rounded to one it would dominate the error of large exponents.
+// |x|²/2 as the sum of two floats: rounding it to one would dominate the error of large exponents.
 struct HalfSquare {
   float high, low;
 
@@ -54,7 +54,7 @@ struct HalfSquare {
     for (int i = 0; i < kLanes / 2; ++i) total += sums[i];
     high = static_cast<float>(total / 2);
     low = static_cast<float>(total / 2 - high);
-    // Of huge norms it is larger than what the exponents are kept in range by.
+    // For huge norms it exceeds the shift that keeps the exponents in range.
     if (low > 1.f || low < -1.f) low = 0.f;
   }
 };
@@ -100,14 +100,14 @@ inline void add_keys(const Features& w, Tile k, Tile v, int64_t rows, const KeyS
                  embed);
 }
 
-// What the backward of a tile of queries needs besides y.
+// Values besides y that the backward of a tile of queries needs.
 struct QueryState {
   Tile features;                      // f
   float inverse[padded(kTile)] = {};  // 1 / D
   float slope[padded(kTile)] = {};    // the derivative of D by |q|²/2
 };
 
-// y of queries, which are brought within range.
+// Computes y for queries, which are clamped to the range.
 inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys, QueryState& state,
                    Tile y) {
   const Tile f = state.features;
@@ -117,7 +117,7 @@ inline void attend(const Features& w, Tile q, int64_t rows, const KeySums& keys,
   for (int64_t i = 0; i < rows; ++i) {
     const HalfSquare half(q[i], w.embed);
     Vec tops = all(-__builtin_inff());
-    // Beyond the last feature the maximum of the keys is −infinity.
+    // For padding after the last feature, the maximum of the keys is −infinity.
     for (int64_t j = 0; j < f.row; j += kLanes) {
       const Vec log = load(f[i] + j) + load(keys.maximum + j);
       store(f[i] + j, log);
@@ -159,7 +159,7 @@ inline void transpose_sums(const Features& w, const float* from, Tile to) {
   }
 }
 
-// grad − z·factor where z is within range, else 0: the clamp passes no gradient.
+// grad − z·factor if z is within range, else 0: the gradient of the clamp is zero.
 inline void finish_gradient(const float* z, float factor, int64_t embed, const float* from,
                             float* to) {
   for (int64_t e = 0; e < padded(embed); e += kLanes) {
@@ -168,8 +168,8 @@ inline void finish_gradient(const float* z, float factor, int64_t embed, const f
   }
 }
 
-// Gradient of queries that `attend` brought within range, and of the sums. `grad` is that of y and
-// is overwritten; `work` holds features, `product_tile` embeddings.
+// The gradients of queries that `attend` clamped, and of the sums. `grad` is the gradient of y and
+// is overwritten; `work` has the size of features, `product_tile` that of embeddings.
 inline void attend_backward(const Features& w, Tile q, int64_t rows, const KeySums& keys,
                             Tile sums_transposed, const QueryState& state, Tile y, Tile grad,
                             const KeySums& grads, Tile work, Tile product_tile, Tile grad_q) {
@@ -206,8 +206,8 @@ inline void attend_backward(const Features& w, Tile q, int64_t rows, const KeySu
   }
 }
 
-// Gradients of keys that are within range and of values, from those of the sums. That of the values
-// starts at `start` (null for zero). `logs` and `work` hold features.
+// The gradients of clamped keys and of values, from those of the sums. The gradient of the values
+// is added to `start` (null for zero). `logs` and `work` have the size of features.
 inline void add_keys_backward(const Features& w, Tile k, Tile v, int64_t rows, const float* maximum,
                               const KeySums& grads, Tile grad_sums_transposed, Tile start,
                               Tile logs, Tile work, Tile product_tile, Tile grad_k, Tile grad_v) {

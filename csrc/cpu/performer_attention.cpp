@@ -1,5 +1,6 @@
-// Performer attention on the CPU: one pass over the keys and values for an image's sums, one over
-// the queries. Chunks of tokens have sums of their own, which are merged one after the other.
+// Performer attention on the CPU: a pass over keys and values computes an image's sums, and a
+// second one processes the queries. Each chunk of tokens has its own sums, which are merged in
+// order.
 
 #include "operators.h"
 
@@ -11,7 +12,7 @@ namespace t2t {
 void merge_key_sums(const Features& w, const KeySumsMemory& chunks, int64_t first, int64_t count,
                     const KeySums& to) {
   const int64_t embed = padded(w.embed);
-  // Beyond the last feature: no weight in the queries' sums, whatever their own features are.
+  // Padding after the last feature has no weight in the queries' sums.
   std::fill_n(to.maximum, padded(w.count), -std::numeric_limits<float>::infinity());
   std::fill_n(to.normalizer, padded(w.count), 0.f);
   std::fill_n(to.sums, w.count * embed, 0.f);

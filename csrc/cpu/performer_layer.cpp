@@ -1,10 +1,11 @@
 // The Performer layer on the CPU: soft split, norm, projection to k, q and v, attention, tail.
 //
-// Forward, one pass over an image's patches makes k, q and v, adds k and v to the image's sums and
-// keeps q and v; a second pass makes the result of them. What is kept is memory of a few images,
-// used again by the next ones. Backward, a pass over the patches makes k, q and v again and goes
-// from the gradient of the result to those of q, of the sums and of the tail's parameters; a second
-// one, when the gradients of the sums are complete, goes on to k and v, the projection and the map.
+// In the forward, a pass over an image's patches computes k, q and v, adds k and v to the image's
+// sums and keeps q and v; a second pass computes the result. The buffers hold a few images and are
+// reused for the next ones. In the backward, a pass over the patches recomputes k, q and v, and
+// computes the gradients of q, the sums and the tail's parameters from that of the result. When the
+// gradients of the sums are complete, a second pass computes those of k and v, the projection and
+// the map.
 
 #include "layer.h"
 
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> performer_layer(
   const int64_t embed = padded(f.embed);
   const Tensor y = torch::stable::new_empty(x, {batch, tokens, f.embed});
   const SavedSums saved(x, batch, f);
-  // Images at a time: enough chunks to keep every thread busy.
+  // The number of images at a time: enough chunks to keep every thread busy.
   const int64_t group = std::min(batch, std::max<int64_t>(1, 16 * threads() / chunks));
   const KeySumsMemory partial(f, group * chunks), sums(f, group);
   const Memory queries = Memory::floats(group * tokens * embed),

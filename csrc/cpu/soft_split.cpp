@@ -1,9 +1,8 @@
 // Soft split on the CPU, forward and backward.
 //
-// Both are copies: their limit is memory, so one pass over input and output is the whole design. A
-// thread owns whole rows of the result (of tokens forward, of pixels backward), hence no atomics
-// and the same sums for any number of threads. Strides are taken as they come: no layout is copied
-// first.
+// Both are memory-bound, so they make a single pass over input and output. A thread owns whole rows
+// of the result (tokens in the forward, pixels in the backward), so there are no atomics, and the
+// sums are the same for any number of threads. All strides are supported without a copy.
 
 #include "operators.h"
 
@@ -37,8 +36,7 @@ Geometry make_geometry(int64_t batch, int64_t channels, int64_t height, int64_t 
           padding};
 }
 
-// The part [begin, end) of the kernel that lies inside a map of `size` for a patch starting at
-// `at`.
+// The part [begin, end) of the kernel that is inside a map of `size` for a patch starting at `at`.
 struct Span {
   int64_t begin, end;
   Span(int64_t at, int64_t kernel, int64_t size)
@@ -62,7 +60,7 @@ void split_rows(const Geometry& g, const T* x, const int64_t (&strides)[4], T* t
       if (ys.end - ys.begin < g.kernel || xs.end - xs.begin < g.kernel) {
         std::fill_n(token, g.token_width(), T(0));
       }
-      // Channels innermost where they are adjacent in memory, pixels otherwise.
+      // The innermost loop is over channels if they are adjacent in memory, else over pixels.
       if (strides[1] == 1) {
         for (int64_t ky = ys.begin; ky < ys.end; ++ky) {
           for (int64_t kx = xs.begin; kx < xs.end; ++kx) {
@@ -84,8 +82,8 @@ void split_rows(const Geometry& g, const T* x, const int64_t (&strides)[4], T* t
   }
 }
 
-// Rows of pixels [first, last), numbered through the batch. Each gathers the tokens that cover it
-// into a float row `sum`, (W, C) or (C, W) as the result is laid out, which stays in the cache.
+// Rows of pixels [first, last), numbered through the batch. Each row sums the tokens that cover it
+// in a float row `sum`, (W, C) or (C, W) as in the result, which stays in the cache.
 template <typename T>
 void gather_rows(const Geometry& g, const T* grad, const int64_t (&strides)[3], bool channels_last,
                  T* result, int64_t first, int64_t last) {
@@ -97,7 +95,7 @@ void gather_rows(const Geometry& g, const T* grad, const int64_t (&strides)[3], 
     const int64_t b = row / g.height;
     const int64_t y = row % g.height;
     std::fill(sum.begin(), sum.end(), 0.f);
-    // Token rows whose patches hold y: those with 0 <= y + padding - token_row * stride < kernel.
+    // Token rows whose patches contain y: 0 <= y + padding - token_row * stride < kernel.
     const int64_t below = y + g.padding - g.kernel + 1;
     const int64_t first_token = below <= 0 ? 0 : (below + g.stride - 1) / g.stride;
     const int64_t last_token = std::min(g.rows - 1, (y + g.padding) / g.stride);
@@ -142,7 +140,7 @@ void with_element_type(const char* argument, ScalarType dtype, const F& f) {
   }
 }
 
-// Work below some thousands of elements is not worth a second thread.
+// A second thread does not pay off below some thousands of elements.
 int64_t rows_per_thread(int64_t elements_per_row) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_row));
 }

@@ -1,8 +1,8 @@
 // Soft split, LayerNorm and Linear on the CPU: an implicit matrix product over patches.
 //
-// Forward, a tile of patches is gathered, normalised and multiplied while it is in the cache.
-// Backward they are gathered again: nothing but the inputs was saved. The gradient of the map is
-// summed per chunk of tokens in a band of floats, and the bands, which overlap by some rows, are
+// In the forward, a tile of patches is gathered, normalised and multiplied while it is in the
+// cache. In the backward it is gathered again, because only the inputs are saved. Each chunk of
+// tokens adds its gradient of the map to a band of floats. The bands overlap by some rows and are
 // added at the end.
 
 #include "operators.h"
@@ -26,7 +26,7 @@ void gather_bands(const TypedKernels& kernels, const Split& split, const Cut& cu
     std::vector<const float*> channel;
     for (int64_t row = first; row < last; ++row) {
       const int64_t image = row / split.height, y = row % split.height;
-      // A channel's rows of a band that is laid out channel by channel lie this far apart.
+      // The distance between the channels of a band in channel-first layout.
       std::vector<int64_t> steps;
       rows.clear();
       for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {

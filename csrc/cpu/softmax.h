@@ -1,8 +1,8 @@
-// Softmax attention on tiles of queries and blocks of keys; no row of scores is ever whole.
+// Softmax attention on tiles of queries and blocks of keys; no whole row of scores is stored.
 //
-// With t = scale·(q·k), a tile of queries runs over blocks of keys under its running maximum m,
-// which starts at −infinity: P = e^(t − m), y = Σ P v / Σ P. The backward has m and Z = Σ P, makes
-// P/Z again, and with D_t = dy_t·y_t
+// With t = scale·(q·k), a tile of queries runs over blocks of keys with a running maximum m, which
+// starts at −infinity: P = e^(t − m), y = Σ P v / Σ P. The backward uses the saved m and Z = Σ P,
+// recomputes P/Z, and with D_t = dy_t·y_t
 //   dV = (P/Z)ᵀ dY, dS = P/Z ∘ (dY Vᵀ − D), dQ = scale·dS K, dK = scale·dSᵀ Q.
 #pragma once
 
@@ -11,33 +11,33 @@
 namespace t2t {
 namespace {
 
-// Keys of a block: its scores and a panel of keys stay in the first-level cache.
+// Keys per block, so that its scores and a panel of keys stay in the first-level cache.
 constexpr int64_t kKeys = 128;
 static_assert(kKeys % kOperandPanel == 0 && kOperandPanel % kPanel == 0 && kTile % 2 == 0);
 
 // --- operands of an image ---
 
-// Rows from `token` on as A.
+// Rows from `token` on as the operand A.
 template <typename E>
 inline Left<E> rows_from(const Operand& of, int64_t embed, int64_t token) {
   const int64_t row = padded(embed) / kDepth<E>;
   return {static_cast<const E*>(of.rows) + token * row, row, 1};
 }
-// The transpose from `token` on, a multiple of kPanel, as B.
+// The transpose from `token` on, which is a multiple of kPanel, as the operand B.
 template <typename E>
 inline Right<E> columns_from(const Operand& of, int64_t embed, int64_t token) {
   Right<E> all = packed<E>(of.columns, embed);
   all.p += token / kPanel * all.panel;
   return all;
 }
-// Rows from `token` on, an even one, as B.
+// Rows from `token` on, which is even, as the operand B.
 template <typename E>
 inline Right<E> depth_from(const Operand& of, int64_t embed, int64_t token) {
   const int64_t row = padded(embed);
   return right_of_pairs(static_cast<const E*>(of.depth) + token / kDepth<E> * row, row);
 }
 
-// Writes the tokens of a range as operands; of the three, those that are not null. The range begins
+// Writes the tokens of a range as those of the three operands that are not null. The range begins
 // at a multiple of kOperandPanel.
 template <typename S, typename E>
 void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Range& range,
@@ -68,7 +68,7 @@ void operand_of(const Softmax& s, const Rows& from, const Operand& to, const Ran
       }
     }
   }
-  // A panel is multiplied whole.
+  // Whole panels are multiplied.
   if (columns && range.last == s.tokens) {
     for (int64_t token = s.tokens; token % kPanel; ++token) {
       E* column = columns + token / kPanel * steps * kPanel + token % kPanel;
@@ -96,7 +96,7 @@ struct SoftmaxBuffers {
   static Tile tile_of(Arena& arena) { return {arena.tile(kKeys), kKeys}; }
 };
 
-// q·k of the tile's queries and a block of keys.
+// Computes q·k for the tile's queries and a block of keys.
 template <typename E>
 inline void scores_of(const Softmax& s, const Operand& q, const Operand& k, int64_t token,
                       int64_t rows, int64_t key, int64_t keys, Tile to) {
@@ -104,7 +104,8 @@ inline void scores_of(const Softmax& s, const Operand& q, const Operand& k, int6
              columns_from<E>(k, s.embed, key), nullptr, 0, to.p, to.row);
 }
 
-// Attention of the queries [token, token + rows), to `y`, and their maxima and normalisers.
+// Writes the attention of the queries [token, token + rows) to `y`, and their maxima and
+// normalisers.
 template <typename E>
 void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Operand& v,
                   int64_t token, int64_t rows, Tile y, const SoftmaxRows& statistics,
@@ -118,7 +119,7 @@ void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Op
     scores_of<E>(s, q, k, token, rows, key, keys, m.scores);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = m.scores[i];
-      // Beyond the last key a copy of the first, which leaves the maximum alone.
+      // Padding after the last key copies the first one, which does not change the maximum.
       for (int64_t j = keys; j < round_up(keys, kLanes); ++j) row[j] = row[0];
       Vec tops = all(maximum[i]);
       for (int64_t j = 0; j < keys; j += kLanes) tops = max(load(row + j) * s.scale, tops);
@@ -153,8 +154,9 @@ void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Op
   }
 }
 
-// Adds the part of a block of keys in the gradients: of the tile's queries to grad_q, of the keys
-// and their values to grad_k and grad_v, whose rows begin at the block; dQ and dK lack the scale.
+// Adds the gradients from a block of keys: of the tile's queries to grad_q, of the keys and values
+// to grad_k and grad_v, whose rows begin at the block. dQ and dK are not multiplied by the scale
+// yet.
 template <typename E>
 void softmax_backward_block(const Softmax& s, const Operand& q, const Operand& k, const Operand& v,
                             const Operand& grad, const SoftmaxRows& statistics, const float* delta,

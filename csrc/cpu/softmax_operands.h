@@ -1,4 +1,4 @@
-// What the operators of softmax attention share: the operands of a group of images.
+// Shared by the operators of softmax attention: the operands of a group of images.
 #pragma once
 
 #include "operators.h"
@@ -53,17 +53,17 @@ struct SavedStatistics {
   }
 };
 
-// Images at a time in a forward: enough chunks to keep the threads evenly busy.
+// The number of images at a time in a forward: enough chunks to keep the threads evenly busy.
 inline int64_t forward_group(int64_t batch, int64_t chunks) {
   return std::min(batch, std::max<int64_t>(1, 32 * threads() / chunks));
 }
 
-// The keys of a backward's piece of work, whose part in dQ has memory of its own.
+// The number of keys per work item of a backward. Each item has its own memory for dQ.
 struct KeyChunks {
   int64_t tokens, size, count;
 
   explicit KeyChunks(int64_t tokens) : tokens(tokens) {
-    constexpr int64_t kMost = 512, kMostChunks = 32;  // as many copies of dQ are in memory
+    constexpr int64_t kMost = 512, kMostChunks = 32;  // at most so many copies of dQ in memory
     const int64_t wanted = std::min(kMostChunks, (tokens + kMost - 1) / kMost);
     size = ((tokens + wanted - 1) / wanted + kOperandPanel - 1) / kOperandPanel * kOperandPanel;
     count = (tokens + size - 1) / size;

@@ -1,4 +1,4 @@
-// How every T2T layer ends: a = v + dropout(proj(y)), out = a + dropout(mlp(norm(a))), on tiles.
+// The tail of a T2T layer on tiles: a = v + dropout(proj(y)), out = a + dropout(mlp(norm(a))).
 #pragma once
 
 #include "performer.h"
@@ -67,9 +67,9 @@ inline void weight_gradient(int64_t rows, int64_t outputs, int64_t inputs, Tile 
              right_of_pairs(right, x.row), sums, padded(inputs), sums, padded(inputs));
 }
 
-// a, its norm (to `normalized`, with gain and offset) and the hidden units before the activation.
-// Returns in `r` the norm's factors. `centred` receives the norm without gain and offset, if not
-// null.
+// Computes a, its norm (to `normalized`, with gain and offset) and the hidden units before the
+// activation. `r` receives the norm's factors, `centred` the norm without gain and offset unless it
+// is null.
 template <typename E>
 inline void tail_begin(const Tail& t, int64_t rows, Tile y, Tile v, const Factors& after_proj,
                        TailBuffers& m, float* r, float* centred) {
@@ -88,7 +88,7 @@ inline void tail_begin(const Tail& t, int64_t rows, Tile y, Tile v, const Factor
   linear<E>(rows, t.hidden, t.embed, m.normalized, t.mlp_in, t.mlp_in_bias, m.buffer, m.hidden);
 }
 
-// The layer's result from attention's y and the values, to m.result.
+// Writes the layer's result, from the attention's y and the values, to m.result.
 template <typename E>
 inline void tail_forward(const Tail& t, int64_t first_token, int64_t rows, Tile y, Tile v,
                          TailBuffers& m) {
@@ -110,14 +110,14 @@ inline void tail_forward(const Tail& t, int64_t first_token, int64_t rows, Tile 
   }
 }
 
-// From the gradient of the result in m.grad: that of v to m.grad itself, that of y to `grad_y`, and
-// the parameters' to the sums.
+// Takes the gradient of the result in m.grad. Writes the gradient of v to m.grad and that of y to
+// `grad_y`, and adds those of the parameters to the sums.
 template <typename E>
 inline void tail_backward(const Tail& t, int64_t first_token, int64_t rows, Tile y, Tile v,
                           const TailSums& sums, TailBuffers& m, Tile grad_y) {
   const int64_t embed = padded(t.embed);
   float r[kTile];
-  // m.result holds the norm without gain and offset, then the gradient at the second dropout.
+  // m.result first has the norm without gain and offset, then the gradient at the second dropout.
   const Tile centred = grad_y, dropped = m.result;
   const Factors after_proj(t.after_proj, first_token, rows, t.embed, m.proj_factors);
   tail_begin<E>(t, rows, y, v, after_proj, m, r, centred.p);

@@ -1,7 +1,7 @@
-// Softmax attention over tokens on the CPU. An image's operands are written once in the order in
-// which the products read them; then every chunk of queries runs over all keys. Backward, a chunk
-// of keys runs over all queries and adds up its own part of the queries' gradient: the parts are
-// added in order, so that nothing depends on the number of threads.
+// Softmax attention over tokens on the CPU. The operands of an image are written once in the order
+// in which the products read them; then each chunk of queries runs over all keys. In the backward,
+// each chunk of keys runs over all queries and writes its own part of the queries' gradient. The
+// parts are added in order, so that the result does not depend on the number of threads.
 
 #include "softmax_operands.h"
 

@@ -1,10 +1,10 @@
 // The transformer layer on the CPU: soft split, norm, projection to q, k and v, softmax attention,
 // tail.
 //
-// Forward, a pass over an image's patches makes q, k and v; then every chunk of queries runs over
-// all keys and through the tail. Backward, a pass over the patches makes v again and goes from the
-// gradient of the result through the tail to that of the attention's; chunks of keys run over all
-// queries; a last pass takes the gradients of q, k and v to the projection and the map.
+// In the forward, a pass over an image's patches computes q, k and v; then each chunk of queries
+// runs over all keys and through the tail. In the backward, a pass over the patches recomputes v
+// and computes the gradient of the attention's result from that of the layer's. Then chunks of keys
+// run over all queries, and a last pass computes the gradients of the projection and the map.
 
 #include "layer.h"
 #include "softmax_operands.h"

@@ -1,9 +1,9 @@
-// The vector of floats in which every fused CPU kernel is written, and the functions of it.
+// A vector of floats, used by all fused CPU kernels, and its functions.
 //
-// A file isa_*.cpp compiles the kernels once for its instruction set; this file takes the width and
-// the few instructions that GCC's vector extension cannot express from the macros of that set.
-// Everything lies in an unnamed namespace: an inline function of a wide instruction set that the
-// linker shared with other files would crash older machines.
+// Each file isa_*.cpp compiles the kernels for one instruction set. Its macros define the width,
+// and the few instructions that GCC's vector extension cannot express. Everything is in an unnamed
+// namespace: if the linker shared an inline function of a wide instruction set with other files,
+// older machines would crash.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
-// GCC 12 takes the undefined operand of its own intrinsics for an oversight.
+// GCC 12 warns about the undefined operand of its own intrinsics.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -63,13 +63,13 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Of a NaN and a number, the second argument.
+// For a NaN and a number, the second argument.
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 // NaN stays NaN.
 inline Vec clamp(Vec v, float low, float high) { return min(all(high), max(all(low), v)); }
 
-// Lanes below n as they are, zero elsewhere.
+// Lanes below n unchanged, zero elsewhere.
 inline Vec first_lanes(Vec v, int64_t n) {
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -97,7 +97,7 @@ inline float sum(Vec v) {
   const Vec4 s = fold(v, [](auto a, auto b) { return a + b; });
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
-// The sum without rounding errors of its own.
+// The sum in double precision.
 inline double wide_sum(Vec v) {
   typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
   typedef double Wide __attribute__((vector_size(kVectorBytes)));
@@ -161,7 +161,7 @@ inline void store(half* p, Vec v) {
 }
 #endif
 
-// The first n < kLanes elements, zeros in the other lanes; nothing beyond them is touched.
+// The first n < kLanes elements, and zeros in the other lanes; no other memory is read.
 template <typename T>
 inline Vec load_first(const T* p, int64_t n) {
 #if T2T_ISA >= T2T_AVX512
@@ -216,13 +216,13 @@ inline Vec exp(Vec x) {
   // ln 2 in two parts: the first times n is exact.
   const Vec r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
   const Vec p = exp_of_remainder(r);
-  // 2^n in two factors: n goes beyond the exponents of normal numbers on either side.
+  // 2^n in two factors, because n can exceed the exponents of normal numbers on either side.
   const Ints exponent = bits<Ints>(shifted) - bits<int32_t>(kRound), half = exponent >> 1;
   const Vec result = p * bits<Vec>((half + 127) << 23) * bits<Vec>((exponent - half + 127) << 23);
   return x == x ? (x > kHigh ? all(__builtin_inff()) : result) : x;
 }
 
-// The same for x up to rounding at most 0, with zero for everything below −87; NaN stays NaN.
+// The same for x ≤ 0 (up to rounding), with zero for everything below −87; NaN stays NaN.
 inline Vec exp_of_negative(Vec x) {
   constexpr float kRound = 12582912.f;
   const Vec shifted = x * 1.44269504f + kRound;
@@ -256,7 +256,7 @@ inline Normal normal(Vec x) {
   return {x < 0.f ? tail : 1.f - tail, e * 0.398942280f};
 }
 
-// --- Philox-4x32-10, as t2t_kernels/philox.py has it ---
+// --- Philox-4x32-10, as in t2t_kernels/philox.py ---
 
 // Product of the lower halves of a with a 32-bit number.
 inline Longs wide_product(Longs a, uint32_t b) {
@@ -269,7 +269,7 @@ inline Longs wide_product(Longs a, uint32_t b) {
 #endif
 }
 
-// Writes `kept` where the number, 16 bits of a word, is at least `threshold`, else 0.
+// Writes `kept` if the number, 16 bits of a word, is at least `threshold`, else 0.
 inline void dropout_factors(const Dropout& d, Longs words, float* to) {
   const Words word = bits<Words>(words), threshold = Words{} + d.threshold;
   const Vec low = (word & 0xffffu) >= threshold ? all(d.kept) : Vec{};
@@ -288,8 +288,8 @@ inline void dropout_factors(const Dropout& d, Longs words, float* to) {
 #endif
 }
 
-// Writes the factors of elements [8·block, 8·(block + kLanes/2)). A lane of 64 bits computes a
-// block of eight elements in its lower half.
+// Writes the factors of elements [8·block, 8·(block + kLanes/2)). Each 64-bit lane computes a block
+// of eight elements in its lower half.
 inline void dropout_blocks(const Dropout& d, uint64_t block, float* to) {
   constexpr int kBlocks = kLanes / 2;
   Longs c0;
