@@ -161,6 +161,7 @@ def _load_cuda() -> str | None:
     return None
 
 
+@functools.cache
 def _cuda_architectures() -> str:
     """What _cuda.so was built for; _C knows it, which is built at the same time."""
     return importlib.import_module("t2t_kernels._C").build_info()["cuda_architectures"]
@@ -234,13 +235,14 @@ def why_not_here(backend: str) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the kernel of one backend for one operation takes.
+    """The limits of one backend's kernel for one operation.
 
     Args:
-        dtypes: that it takes.
-        sizes: by name those that have a limit. A call that does not give one passes.
-        why_not_map: what it does not take of a map and its split, in words, from the sizes
-            ``channels``, ``kernel_size``, ``stride`` and ``outputs``, any of which may be missing.
+        dtypes: The supported dtypes.
+        sizes: The supported values of each size that has a limit, by its name. A size that a call
+            does not give is not checked.
+        why_not_map: Returns what the kernel does not support about a map and its split, or None, from
+            the sizes ``channels``, ``kernel_size``, ``stride`` and ``outputs``; any may be missing.
     """
 
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
@@ -248,7 +250,7 @@ class Kernel:
     why_not_map: Callable[[Mapping[str, int]], str | None] | None = None
 
     def why_not(self, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-        """What it does not take of a call; None if it takes the call."""
+        """The reason why the kernel does not support a call; None if it does."""
         for name, taken in self.sizes.items():
             if name in sizes and sizes[name] not in taken:
                 kind = f"{name} = {taken[0]}" if len(taken) == 1 else f"{name} up to {taken[-1]}"
@@ -265,12 +267,12 @@ class Operation:
     """A public function.
 
     Args:
-        name: of the function, and of its operator in each backend's namespace.
-        kernels: by backend, besides the reference, what its kernel takes.
-        parts: the operations that its reference is composed of, each of which is served by its own
-            best backend. They have the sizes of the operation.
-        cuda_first: the dtypes in which CUDA C++ comes before Triton. This follows from predicted
-            times; nothing has been measured on a GPU.
+        name: The name of the function, and of its operator in each backend's namespace.
+        kernels: The limits of its kernel, by backend. The reference has no limits and no entry.
+        parts: The operations that its reference calls, with the same sizes. A backend is chosen for
+            each of them.
+        cuda_first: The dtypes in which CUDA C++ comes before Triton, based on predicted times;
+            nothing has been measured on a GPU.
     """
 
     name: str
@@ -279,11 +281,11 @@ class Operation:
     cuda_first: tuple[torch.dtype, ...] = ()
 
     def takes(self, backend: str, dtype: torch.dtype, **sizes: int) -> bool:
-        """Whether the kernel of ``backend`` takes this dtype and these sizes."""
+        """Whether the kernel of ``backend`` supports this dtype and these sizes."""
         return self.why_not(backend, dtype, sizes) is None
 
     def why_not(self, backend: str, dtype: torch.dtype, sizes: Mapping[str, int]) -> str | None:
-        """Why the kernel of ``backend`` does not take such a call; None if it takes it."""
+        """The reason why the kernel of ``backend`` does not support a call; None if it does."""
         if backend == "reference":
             return None
         if backend not in self.kernels:
@@ -300,7 +302,7 @@ def register(operation: Operation) -> Operation:
     return operation
 
 
-# The use_backend blocks that are open now, in any thread; the last one rules.
+# The names of the open use_backend blocks of all threads; the last one applies.
 _overrides: list[str] = []
 _environment: str | None = os.environ.get("T2T_BACKEND") or None
 
@@ -312,7 +314,7 @@ def _why_not(
     dtype: torch.dtype,
     sizes: Mapping[str, int],
 ) -> str | None:
-    # The backend first: if it cannot run at all, its limits do not matter.
+    # A backend that cannot run at all is reported before the limits of its kernel.
     if backend in operation.kernels and (reason := why_unavailable(backend, device, dtype)):
         return reason
     return operation.why_not(backend, dtype, sizes)
@@ -419,13 +421,14 @@ def explain(
     """For every call, the backend that would serve it on ``device`` and the reason.
 
     Args:
-        device, backend, dtype: as those of the calls.
-        calls: an operation and the sizes of its call, ``("performer_attention", {"E": 64, "m": 32})``.
-            None explains every operation, for sizes that every backend takes.
+        device, backend, dtype: As in the calls.
+        calls: The name of an operation and the sizes of the call, for example
+            ``("performer_attention", {"E": 64, "m": 32})``. None explains every operation, for sizes
+            that every backend supports.
 
     Returns:
-        One choice per call, and those of the operations that it is composed of here. Equal choices
-        are listed once; calls of one operation can have different ones.
+        A choice per call; if the reference serves it, also the choices of its parts. Equal choices
+        are listed once. Calls of one operation can have different choices.
     """
     device, named = torch.device(device), requested(backend)
     waiting = [(name, {}) for name in OPERATIONS] if calls is None else list(calls)

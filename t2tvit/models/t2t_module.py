@@ -282,7 +282,7 @@ class T2TModule(nn.Module):
         self.backend = None if name == "auto" else name
 
     def calls(self) -> dict[str, list[Call]]:
-        """By submodule, the operations of `t2t_kernels` that a forward calls for it."""
+        """The operations of `t2t_kernels` that a forward calls, by submodule."""
         sizes = {
             "channels": self.token_dim,
             "kernel_size": SPLITS[2]["kernel_size"],
