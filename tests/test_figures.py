@@ -43,7 +43,7 @@ def test_any_name_is_drawn_as_it_is(name, extension, tmp_path):
     assert axes.get_title() == drawable(name)
 
 
-def test_what_no_font_has_is_escaped():
+def test_letters_that_no_font_has_are_escaped():
     assert drawable("$\\alpha$ 100% é ✓") == "$\\alpha$ 100% é ✓"
     assert drawable("a\nb\x07\udcff") == "a\\nb\\x07\\udcff"
     assert drawable("\U000e1234") == "\\U000e1234"
@@ -197,7 +197,7 @@ def test_images_of_any_shape(count, size, mode):
         assert min(extent.width, extent.height) >= 3, "the image cannot be seen"
 
 
-def test_each_image_says_its_file_and_its_classes():
+def test_each_image_has_its_file_and_classes():
     pictures = [
         Prediction(image(), "one.png", "cat", 0.987, "cat", True),
         Prediction(image(), f"{'long' * 30}_17.png", "cat", 0.5, "dog", False),

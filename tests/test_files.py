@@ -12,7 +12,7 @@ from t2tvit.errors import RunError
 from t2tvit.files import WRITING, write_atomically
 
 
-def test_the_mode_is_what_the_umask_says(tmp_path):
+def test_the_mode_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_atomically(tmp_path / "a", b"content")

@@ -45,7 +45,7 @@ def test_no_modules_import_each_other():
 
 
 @pytest.mark.parametrize("number", range(1, len(LAYERS)))
-def test_no_layer_imports_one_above_it(number):
+def test_no_layer_imports_a_higher_one(number):
     above = LAYERS[:number]
     modules = [name for name in IMPORTS if name.startswith(LAYERS[number])]
     wrong = {(name, each) for name in modules for each in IMPORTS[name] if each.startswith(above)}

@@ -66,7 +66,7 @@ def test_published_weights(tmp_path):
         assert torch.equal(loaded.model(images), source(images))
 
 
-def test_a_model_of_timm(tmp_path):
+def test_a_timm_model(tmp_path):
     import timm
 
     from t2tvit.training.checkpointing import Weights, save_weights
@@ -113,14 +113,14 @@ class Collate:
         ("", dict(weights="last"), "there is no last.safetensors"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, source, options, message):
+def test_bad_arguments_are_refused(tmp_path, source, options, message):
     weights(tmp_path)
     torch.save(model().state_dict(), tmp_path / "bare.pth")
     with pytest.raises(InputError, match=message):
         t2tvit.load(tmp_path / source, **options)
 
 
-def test_the_commands_take_addresses(tmp_path, capsys):
+def test_the_commands_accept_addresses(tmp_path, capsys):
     hub.push(model(), f"local-dir:{tmp_path}/hub", class_names=CLASS_NAMES)
     IMAGE.save(tmp_path / "image.png")
     path, address = str(tmp_path / "image.png"), f"local-dir:{tmp_path}/hub"

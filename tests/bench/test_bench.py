@@ -87,7 +87,7 @@ def test_operations_are_those_that_torch_counts(row):
 
 
 @pytest.mark.parametrize("row", references("forward", "full"), ids=lambda row: row.name)
-def test_bytes_are_those_of_what_goes_in_and_out(row):
+def test_bytes_are_those_of_inputs_and_outputs(row):
     row = replace(row, dtype="bf16")
     ready = workloads.workload(replace(row, direction="full"))
     y = ready.forward()
@@ -126,7 +126,7 @@ def test_a_sabotaged_kernel_is_refused(where, monkeypatch):
         checks.check(row, checks.results(row))
 
 
-def test_what_is_not_finite_is_refused():
+def test_non_finite_results_are_refused():
     row = Row("soft_split", "L3", 1, "fp32", "full", "cpu")
     exact = torch.ones(3, 4, dtype=torch.float64)
     checks.assert_as_accurate(row, [exact.float()], [exact.float()], [exact])
@@ -134,7 +134,7 @@ def test_what_is_not_finite_is_refused():
         checks.assert_as_accurate(row, [exact.float() * math.nan], [exact.float()], [exact])
 
 
-def test_layers_are_checked_where_attention_matters():
+def test_the_checked_tensors_make_attention_matter():
     """Keys so large that eps rules would leave no gradient to compare."""
     row = Row("performer_layer", "L2", 1, "fp32", "full", "reference")
     result, *gradients = checks.expected(row)[1]
@@ -281,7 +281,7 @@ def sabotaged_run(tmp_path_factory):
     return *run_bench(folder, chosen, *options, PYTHONPATH=path), folder / "run.json"
 
 
-def test_a_wrong_kernel_fails_and_loses_nothing_else(sabotaged_run):
+def test_a_wrong_kernel_fails_without_affecting_other_rows(sabotaged_run):
     done, run, _ = sabotaged_run
     assert done.returncode == 1, done.stdout + done.stderr
     wrong = {row["name"] for row in run["t2t"]["failed"]}

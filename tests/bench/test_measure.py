@@ -60,7 +60,7 @@ def test_short_calls_are_measured_on_the_device(monkeypatch, launches, to_launch
     assert got == pytest.approx(launches * 5e-6, rel=0.2)
 
 
-def test_short_calls_take_no_longer_than_asked_for(monkeypatch):
+def test_measuring_short_calls_respects_the_time_limit(monkeypatch):
     """Holding the GPU back costs far more than the call itself."""
     gpu = Gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
@@ -70,7 +70,7 @@ def test_short_calls_take_no_longer_than_asked_for(monkeypatch):
     assert gpu.host < 1.0
 
 
-def test_annotations_are_no_launches(monkeypatch):
+def test_annotations_do_not_count_as_launches(monkeypatch):
     events = [
         SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=False),
         SimpleNamespace(device_type=DeviceType.CUDA, is_user_annotation=True),
@@ -92,7 +92,7 @@ def test_annotations_are_no_launches(monkeypatch):
     assert resources.launches(lambda: None, CUDA) == 1
 
 
-def test_tuning_keeps_to_its_time(monkeypatch, capsys):
+def test_tuning_respects_its_time_limit(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(tune, "steps", lambda *_: {})

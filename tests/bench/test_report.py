@@ -82,7 +82,7 @@ def test_no_row_is_faster_than_its_ceiling_because_the_machine_was_busy(result):
     assert rows[0]["mfu"] == pytest.approx(7 / 8)
 
 
-def test_the_summary_sets_us_beside_the_best_rival(result):
+def test_the_summary_shows_the_best_rival(result):
     text = report.summary(result)
     assert (
         "| `performer_layer-L1-B4-bf16-full-cpu` | 2.00× (1.90–2.10) | 1.75× convolution | "
@@ -174,7 +174,7 @@ def test_readme_table_shows_the_largest_batch_beside_plain_pytorch(result):
         ('{"benchmarks": [], "t2t": {}}', "IndexError"),
     ],
 )
-def test_what_is_no_run_is_refused(content, message, tmp_path, capsys, monkeypatch):
+def test_files_that_are_not_runs_are_refused(content, message, tmp_path, capsys, monkeypatch):
     path = tmp_path / "run.json"
     if content is not None:
         path.write_text(content)
@@ -208,11 +208,11 @@ def scale(row, key, factor):
     row[f"{key}_percentiles_20_80"] = [factor * x for x in row[f"{key}_percentiles_20_80"]]
 
 
-def test_the_same_is_no_regression(compared):
+def test_equal_results_have_no_regression(compared):
     assert compared() == (0, "no regression\n", "")
 
 
-def test_slower_beyond_the_noise_is_one(compared):
+def test_slower_beyond_the_noise_is_a_regression(compared):
     def slower(later):
         scale(later["rows"][1], "seconds", 1.3)
         scale(later["rows"][1], "speedup", 1 / 1.3)
@@ -228,7 +228,7 @@ def test_a_slower_plain_pytorch_is_noted(compared):
 
 
 @pytest.mark.parametrize("factors", [(1.05, 1 / 1.05), (1.3, 1.0), (1.0, 1 / 1.3)])
-def test_noise_a_slower_machine_and_a_faster_reference_are_none(compared, factors):
+def test_noise_a_slower_machine_and_a_faster_reference_are_not_regressions(compared, factors):
     def change(later):
         scale(later["rows"][1], "seconds", factors[0])
         scale(later["rows"][1], "speedup", factors[1])
@@ -258,7 +258,7 @@ def test_memory_and_failures_are_regressions(compared):
         (lambda later: later["rows"][0].pop("seconds_percentiles_20_80"), "has no seconds_"),
     ],
 )
-def test_what_cannot_be_compared_is_status_2(compared, change, message):
+def test_results_that_cannot_be_compared_give_status_2(compared, change, message):
     status, out, err = compared(change)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1
 
@@ -279,7 +279,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_or_hangs_does_not_affect_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         gpu_report,
         "parts",
@@ -301,7 +301,7 @@ def test_a_part_that_fails_or_hangs_does_not_lose_the_others(tmp_path, monkeypat
     assert "no RUN.json was given" in (tmp_path / "log.txt").read_text()
 
 
-def test_no_part_begins_without_time():
+def test_no_part_starts_without_time_left():
     assert gpu_report.run(script("late", "print()"), 0)[0].startswith("not started")
 
 
@@ -357,14 +357,16 @@ def test_every_parity_test_is_in_one_part():
         assert chosen == [expected], name
 
 
-def test_a_failed_cuda_build_is_said_and_the_rest_measured(tmp_path, monkeypatch, capsys):
+def test_a_failed_cuda_build_is_reported_and_the_rest_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_report, "CUDA_LIBRARY", tmp_path / "_cuda.so")
     monkeypatch.setattr(
         gpu_report, "parts", lambda *_: [script("build", "print(1)"), script("next", "print(2)")]
     )
     assert gpu_report.measure(tmp_path, False) == 1
     out = capsys.readouterr().out
-    assert "CUDA library  not built, see log.txt; measured without it" in out and "next: done" in out
+    assert (
+        "CUDA library  not built, see log.txt; measured without it" in out and "next: done" in out
+    )
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):

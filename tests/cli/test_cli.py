@@ -154,7 +154,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_the_user_can_mend_is_one_line_and_status_2(name, trained, tmp_path, capsys):
+def test_user_errors_are_one_line_and_status_2(name, trained, tmp_path, capsys):
     arguments, message = REFUSALS[name]
     weights = trained / "best.safetensors"
     truncated, bare = tmp_path / "truncated.safetensors", tmp_path / "bare.safetensors"
@@ -189,7 +189,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(name, trained, tmp_path
         ("--fused-kernels=cuda", "on the cuda backend"),
     ],
 )
-def test_what_cannot_run_here_is_refused_with_the_reason(option, message, tmp_path, capsys):
+def test_an_unavailable_backend_is_refused_with_the_reason(option, message, tmp_path, capsys):
     output = tmp_path / "output"
     assert main(["train", *TINY, "--output", str(output), "--epochs", "2", option]) == 2
     err = capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_models_lists_all_with_their_figures(capsys):
     )
 
 
-def test_models_takes_names_wildcards_and_those_of_timm(capsys):
+def test_models_accepts_names_wildcards_and_timm_names(capsys):
     options = ("t2t_vit_?", "timm:vit_tiny_patch16_224", "--img-size", "384")
     rows = [line.split() for line in succeed(capsys, "models", *options).splitlines()[1:3]]
     assert [row[0] for row in rows] == ["t2t_vit_7", "timm:vit_tiny_patch16_224"]
@@ -256,7 +256,7 @@ def test_eval_maps_classes_by_name(trained, folder, tmp_path, capsys):
     assert "top-1 100.00%" in out
 
 
-def test_eval_reads_weights_that_do_not_say_what_they_are(tmp_path, capsys):
+def test_eval_reads_weights_without_a_description(tmp_path, capsys):
     model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1, num_classes=7)
     torch.save({"state_dict_ema": model.state_dict()}, tmp_path / "w.pth.tar")
     options = ("--model", "t2t_vit_7", "--model-args", "depth=1", "--img-size", "32")
@@ -331,7 +331,7 @@ def test_bench_says_why_a_loader_is_not_measured(trained, capsys):
     assert "loader of imagefolder:gone: not measured: " in out
 
 
-def test_bench_does_not_time_what_computes_something_else(trained, monkeypatch, capsys):
+def test_bench_does_not_time_wrong_results(trained, monkeypatch, capsys):
     forward = T2TBackbone.forward
 
     def wrong(self, images):
@@ -345,7 +345,7 @@ def test_bench_does_not_time_what_computes_something_else(trained, monkeypatch, 
     assert "images/s" not in out
 
 
-def test_every_process_says_what_only_it_meets(monkeypatch, capsys):
+def test_errors_of_one_process_are_reported_by_that_process(monkeypatch, capsys):
     """Its node's first process speaks for what all meet."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "3")
@@ -378,7 +378,7 @@ def test_every_process_says_what_only_it_meets(monkeypatch, capsys):
         ("convert --img-size 96 a.pth b.pth", "source", "a.pth"),
     ],
 )
-def test_an_option_of_several_values_leaves_the_words_behind_them(line, name, words):
+def test_words_after_an_option_of_several_values_are_arguments(line, name, words):
     found = getattr(parse(line.split()), name)
     found = found if isinstance(found, list) else [found]
     assert " ".join(str(each) for each in found) == words

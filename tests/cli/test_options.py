@@ -49,7 +49,7 @@ def test_no_option_is_lost(command):
     assert options_of(commands()[command]) == RECORDED["commands"][command]
 
 
-def test_no_key_of_a_configuration_is_lost(tmp_path):
+def test_no_configuration_key_is_lost(tmp_path):
     """In the order in which ``config.yaml`` lists them, with its default."""
     assert list(keys().items()) == list(RECORDED["keys"].items())
     path = tmp_path / "all.yaml"

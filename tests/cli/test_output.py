@@ -57,7 +57,7 @@ def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_run_with_odd_names_is_told_in_any_encoding(tmp_path, encoding):
+def test_a_run_with_odd_names_is_logged_in_any_encoding(tmp_path, encoding):
     root = tmp_path / os.fsdecode("data € \x1b[1m\n".encode() + b"\xff")
     for split in ("train", "val"):
         for number, name in enumerate(NAMES):
@@ -80,7 +80,7 @@ def test_a_run_with_odd_names_is_told_in_any_encoding(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_tables_and_conversions_are_told_in_any_encoding(tmp_path, encoding):
+def test_tables_and_conversions_are_printed_in_any_encoding(tmp_path, encoding):
     assert run("models", "t2t_vit_7", env=ENCODINGS[encoding]).returncode == 0
     target = tmp_path / "a\x1b€\n.pth"
     done = run("convert", weights(tmp_path), target, env=ENCODINGS[encoding])
@@ -88,7 +88,7 @@ def test_tables_and_conversions_are_told_in_any_encoding(tmp_path, encoding):
     assert is_safe(done.stdout) and done.stdout.count(b"\n") == 1
 
 
-def test_what_is_printable_stays():
+def test_printable_text_is_unchanged():
     assert printable("grün, 日本語, a b") == "grün, 日本語, a b"
     assert printable("a\nb\x1b\x9b\u202e\udcff") == r"a\nb\x1b\x9b\u202e\udcff"
 
@@ -104,7 +104,7 @@ COMMANDS = {
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_output_that_cannot_be_written_ends_with_one_line_or_quietly(name, tmp_path):
+def test_output_that_cannot_be_written_ends_with_one_line_or_silently(name, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     places = {"tmp": tmp_path, "weights": weights(tmp_path), "image": tmp_path / "a.png"}
     arguments = [each.format(**places) for each in COMMANDS[name]]
@@ -121,7 +121,7 @@ def test_output_that_cannot_be_written_ends_with_one_line_or_quietly(name, tmp_p
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_json_has_no_numbers_that_are_not_json(capsys):
+def test_json_has_no_non_finite_numbers(capsys):
     print_json({"a": [{"b": float("nan")}, float("-inf")], "c": 0.5, "d": "\x7f\udcff"})
     out = capsys.readouterr().out
     assert out == '{"a": [{"b": null}, null], "c": 0.5, "d": "\\u007f\\udcff"}\n'

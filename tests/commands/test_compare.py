@@ -98,7 +98,7 @@ def test_the_table_has_the_models_costs_and_the_seeds_range(compared):
         assert (output / f"accuracy-{name}.png").stat().st_size > 5000
 
 
-def test_it_goes_on_where_it_was_stopped(compared, capsys):
+def test_a_stopped_comparison_resumes(compared, capsys):
     output, command = compared
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/*/state-*.safetensors")}
     (output / "models.csv").unlink()
@@ -171,7 +171,7 @@ def test_the_documented_results_are_those_of_the_packaged_comparison(tmp_path):
         "&lt; https://example.org www.example.org a@example.org \x1b[31m",
     ],
 )
-def test_names_are_no_markup_in_the_table(name):
+def test_names_are_not_markup_in_the_table(name):
     row = Measured(name, 1, 1, [50.0], Rate(1, 1, 1), Rate(1, 1, 1))
     text = results.markdown([row], [f"imagefolder:{name} at 32"])
     head, _, line, blank, note, *_ = text.splitlines()
@@ -183,7 +183,7 @@ def test_names_are_no_markup_in_the_table(name):
         assert html.unescape(shown).startswith(printable(name))
 
 
-def test_a_model_that_cannot_run_is_said_before_anything_is_written(tmp_path, capsys):
+def test_a_model_that_cannot_run_is_reported_before_anything_is_written(tmp_path, capsys):
     command = ["compare", "vit_s_16", "timm:no_such_model", "--output", str(tmp_path / "out")]
     assert main([*command, "--data", "synthetic:8", "--num-classes", "3"]) == 2
     assert "no_such_model" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def loaded(path: Path) -> torch.Tensor:
     return logits(made)
 
 
-def test_there_and_back_again(tmp_path, capsys):
+def test_conversion_there_and_back(tmp_path, capsys):
     """File → published format → folder in timm's format → file: the same model, classes, images."""
     source = weights(tmp_path)
     published, back = tmp_path / "w.pth.tar", tmp_path / "back.safetensors"
@@ -51,7 +51,7 @@ def test_there_and_back_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tokens_type", ["performer", "convolution", "patch"])
-def test_grey_images_are_seen_in_the_weights(tokens_type, tmp_path, capsys):
+def test_grey_images_are_recognised_from_the_weights(tokens_type, tmp_path, capsys):
     options = dict(img_size=32, in_chans=1, depth=1, tokens_type=tokens_type)
     made = t2tvit.create_model("t2t_vit_7", **options)
     torch.save(made.state_dict(), tmp_path / "w.pth")
@@ -61,7 +61,7 @@ def test_grey_images_are_seen_in_the_weights(tokens_type, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_published_weights_get_what_they_do_not_say(prefix, tmp_path, capsys):
+def test_published_weights_get_a_description(prefix, tmp_path, capsys):
     options = dict(img_size=64, num_classes=1000, depth=1)
     made = t2tvit.create_model("t2t_vit_7", **options).eval()
     state = {prefix + key: value for key, value in made.state_dict().items()}
@@ -134,7 +134,7 @@ def test_transfer_from_what_was_pushed(tmp_path):
     assert torch.equal(made.norm.weight, source.norm.weight)
 
 
-def test_what_cannot_be_pushed(tmp_path):
+def test_models_that_cannot_be_pushed(tmp_path):
     from t2tvit.models.variants import SEAttention
 
     with pytest.raises(InputError, match="class_names: got 2, expected 3"):
@@ -146,7 +146,7 @@ def test_what_cannot_be_pushed(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_the_user_is_told_what_is_wrong(tmp_path, capsys):
+def test_bad_input_to_convert(tmp_path, capsys):
     source, bare = weights(tmp_path), tmp_path / "bare.pth"
     torch.save(model().state_dict(), bare)
     (tmp_path / "names.txt").write_text("a\nb\n")
@@ -195,7 +195,7 @@ def test_heads_of_published_weights(tmp_path, capsys):
         assert ("has no head" if classes == 0 else "has 4 classes, the model 5") in line
 
 
-def test_warnings_are_said_once(tmp_path, capsys, caplog):
+def test_warnings_are_printed_once(tmp_path, capsys, caplog):
     state = model().state_dict()
     torch.save({"model": state, "model_ema": state}, tmp_path / "w.pth")
     options = ("embed_dim=32", "depth=2", "num_heads=2")

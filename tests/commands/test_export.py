@@ -111,7 +111,7 @@ def test_a_compiled_package(tmp_path, capsys):
             package(others)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, capsys):
+def test_a_file_with_wrong_results_is_removed(tmp_path, monkeypatch, capsys):
     read = exporting.FORMATS["safetensors"].read
 
     def wrong(what, path):
@@ -132,7 +132,7 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, capsy
     assert line.endswith("this needs the package onnxscript: pip install 't2tvit[export]'\n")
 
 
-def test_what_does_not_go_together(tmp_path, capsys):
+def test_options_that_exclude_each_other(tmp_path, capsys):
     source = ("--checkpoint", weights(tmp_path), "--output", tmp_path / "out")
     for options, message in (
         (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'?"),
@@ -146,7 +146,7 @@ def test_what_does_not_go_together(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [(32, 48), (40, 40)])
 @pytest.mark.parametrize("pixels", [(90, 61), (61, 90), (50, 50), (41, 300)])
-def test_the_json_says_how_to_prepare_images(size, pixels, tmp_path, capsys):
+def test_the_json_describes_the_preprocessing(size, pixels, tmp_path, capsys):
     """What it says, done with Pillow alone, is what the package does."""
     from PIL import Image
 
@@ -190,7 +190,7 @@ def test_onnx_export_of_a_fused_model(onnxruntime, dynamo, tokens_type, tmp_path
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_file_that_misreads_images_is_not_kept(tmp_path, monkeypatch, capsys):
+def test_a_file_that_misreads_images_is_removed(tmp_path, monkeypatch, capsys):
     read = exporting.FORMATS["safetensors"].read
 
     def misreading(what, path):

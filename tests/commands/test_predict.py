@@ -53,7 +53,7 @@ def test_a_folder_in_batches(folder, tmp_path, capsys):
     assert lines(capsys, *source, folder, *options) == records
 
 
-def test_shares_are_those_of_the_model(folder, tmp_path, capsys):
+def test_probabilities_are_those_of_the_model(folder, tmp_path, capsys):
     """The image prepared by hand: resized, cropped, normalised."""
     path = folder / "0.JPG"
     (record,) = lines(capsys, "--checkpoint", weights(tmp_path), path, "--top-k", "9")
@@ -148,7 +148,7 @@ def test_held_out_images_of_shards_are_named(tmp_path, capsys):
     ]
 
 
-def test_the_plot_says_what_it_is_called(folder, tmp_path, capsys):
+def test_the_plot_has_its_file_name(folder, tmp_path, capsys):
     source = ("--checkpoint", weights(tmp_path), folder / "1.png", "--plot")
     out = run(capsys, "predict", *source, tmp_path / "figure")
     assert out.splitlines()[-1] == f"drawn to {tmp_path / 'figure.png'}"

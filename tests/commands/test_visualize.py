@@ -238,7 +238,7 @@ def test_planted_channels_are_counted_and_framed(tmp_path, capsys):
     assert colors == [draw.PLAIN_COLOR, draw.DEAD_COLOR, draw.EXPLODING_COLOR]
 
 
-def test_a_model_that_broke_down_is_shown(tmp_path):
+def test_a_model_with_non_finite_outputs_is_shown(tmp_path):
     made = model()
     with torch.no_grad():
         made.tokens_to_token.attention2.kqv.weight[3, 4] = math.nan
@@ -318,7 +318,7 @@ def test_hostile_names_on_the_page(tmp_path, capsys):
     assert "&lt;b&gt;" in page and "caf\\udce9" in page and "<b>" not in page
 
 
-def test_headings_are_written_beside_the_cells():
+def test_headings_are_next_to_the_cells():
     cells = 4 * [np.full((4, 8, 3), 99, dtype=np.uint8)]
     plain = draw.mosaic(cells, 2, 40)
     assert plain.size == (2 * 46, 2 * 26)
@@ -334,7 +334,7 @@ def test_headings_are_written_beside_the_cells():
     assert grey.sum() == 4 * 40 * 20
 
 
-def test_the_page_says_which_channels_it_shows(tmp_path):
+def test_the_page_lists_the_channels_it_shows(tmp_path):
     pictures = [(name, Image.new("RGB", (48, 32), "red")) for name in ("a", "b")]
     visualize(model(), IMAGES, pictures, Page(tmp_path, "Title"), channels=10)
     page = (tmp_path / "index.html").read_text()
@@ -350,7 +350,7 @@ def test_the_plot_of_random_features(title):
         check_layout(figure)
 
 
-def test_what_the_user_can_fix(tmp_path, capsys):
+def test_user_errors(tmp_path, capsys):
     options = ("--output", tmp_path / "out")
     for arguments, message in (
         ((), "give --run, --checkpoint or --model"),

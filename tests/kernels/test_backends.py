@@ -70,7 +70,7 @@ def test_use_backend_inside_a_compiled_function():
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x))
 
 
-def test_float64_is_served_by_the_reference_and_refused_by_name():
+def test_float64_uses_the_reference_and_named_kernels_refuse_it():
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
     assert "t2t" not in served(x)
     with pytest.raises(BackendUnavailable, match="float64"):
@@ -111,7 +111,7 @@ LARGE = {"E": 256, "m": 128, "M": 256}
 MODELS = {"E": 64, "m": 32, "M": 64}
 
 
-def test_takes_is_what_a_call_is_served_by(gpu):
+def test_takes_agrees_with_the_choice_for_a_call(gpu):
     """Every size and dtype is looked at, and those that a kernel does not name are free."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     for operation in backends.OPERATIONS.values():
@@ -147,7 +147,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(BACKENDS, name, injected)
 
 
-def test_explain_names_what_serves_calls_of_these_sizes(gpu):
+def test_explain_names_the_backend_of_calls_of_these_sizes(gpu):
     calls = [("performer_layer", LARGE), ("soft_split_linear", {})]
     choices = {choice.operation: choice for choice in explain("cuda", calls=calls)}
     # The layer is composed; its parts are explained, at its sizes.
@@ -166,7 +166,7 @@ def test_explain_names_what_serves_calls_of_these_sizes(gpu):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", list(backends.OPERATIONS))
-def test_cuda_comes_first_in_half_types_where_predicted_times_say_so(gpu, name, dtype):
+def test_cuda_comes_first_in_half_types_if_predicted_times_say_so(gpu, name, dtype):
     predicted = name in {
         "soft_split_linear",
         "performer_attention",
@@ -192,7 +192,7 @@ def test_other_sizes_in_half_types_fall_to_triton_with_the_reason(gpu):
     assert "order by predicted times" in choice.reason
 
 
-def test_explain_says_what_a_named_backend_cannot_do(gpu):
+def test_explain_gives_the_limits_of_a_named_backend(gpu):
     (choice,) = explain("cuda", "cuda", calls=[("token_attention", {"E": 96})])
     assert choice.backend is None and "takes E = 64, got 96" in choice.reason
     layer = [("performer_layer", {"E": 64, "m": 16, "M": 64})]
@@ -209,7 +209,7 @@ def test_explain_says_what_a_named_backend_cannot_do(gpu):
     assert choice.backend == "reference"
 
 
-def test_explain_tells_calls_of_one_operation_apart(gpu):
+def test_explain_distinguishes_calls_of_an_operation(gpu):
     """A layer's image can have channels that a kernel does not take, and the next layer's map not."""
     calls = [("performer_layer", MODELS | {"channels": channels}) for channels in (5, 64)]
     calls = [(name, sizes | {"kernel_size": 7}) for name, sizes in calls]
@@ -322,7 +322,7 @@ def test_the_interpreter_cannot_be_switched_on_after_import():
 
 
 @pytest.mark.parametrize("value", ["1", "true", "ON"])
-def test_the_interpreter_is_on_where_triton_says_so(value):
+def test_the_interpreter_is_on_if_triton_says_so(value):
     pytest.importorskip("triton")
     code = (
         "from t2t_kernels.backends import BACKENDS, INTERPRETED\n"

@@ -190,7 +190,11 @@ def operator_cases():
     weight, norm = torch.randn(8, 27, dtype=HALF), torch.randn(27, dtype=HALF)
     one, all_but = (HALF_X, weight, None, None, None), (*NUMBERS, 1e-5)
     yield "soft_split", (HALF_X[0], *NUMBERS), r"x: got shape \(3, 8, 8\), expected 4 dim"
-    yield "soft_split", (HALF_X.double(), *NUMBERS), "x: got float64, expected float32, bfloat16 or float16"
+    yield (
+        "soft_split",
+        (HALF_X.double(), *NUMBERS),
+        "x: got float64, expected float32, bfloat16 or float16",
+    )
     yield "soft_split", (HALF_X, 3, 0, 1), "got kernel_size 3, stride 0 and padding 1, expected"
     yield "soft_split", (HALF_X, 3, 2, -1), "got kernel_size 3, stride 2 and padding -1, expected"
     yield "soft_split", (HALF_X, 11, 2, 1), "x: got a map of 8x8, expected at least 9 in each"
@@ -297,7 +301,7 @@ def test_an_operator_names_what_is_wrong(case, backend, device):
         getattr(operators(backend), name)(*arguments)
 
 
-def test_kernels_check_what_would_read_out_of_bounds(backend, device):
+def test_kernels_check_arguments_that_would_read_out_of_bounds(backend, device):
     """The operators can be called without the public functions, for instance from a loaded graph."""
     from t2t_kernels.library import operators
 

@@ -46,7 +46,7 @@ def test_parity_in_every_instruction_set(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_gradient_where_each_query_attends_to_one_key(dtype):
+def test_no_gradient_if_each_query_attends_to_one_key(dtype):
     """The other keys are e^−87 and more below it: exactly nothing of them is left."""
     torch.manual_seed(5)
     k, v = torch.randn(2, 2, 40, 64)
@@ -151,7 +151,7 @@ def test_patches_with_an_offset():
     soft_split_linear.assert_parity(tensors, SPLIT, "cpu")
 
 
-def test_operators_check_what_would_read_out_of_bounds():
+def test_operators_check_arguments_that_would_read_out_of_bounds():
     x, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 27)
     ops = torch.ops.t2t_cpu
     for arguments in (

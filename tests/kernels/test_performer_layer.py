@@ -114,7 +114,7 @@ def test_dropout(backend, device, dropout_p, case, dtype, taken):
     torch.testing.assert_close(ours, plain, rtol=close, atol=close)
 
 
-def test_a_seed_is_drawn_where_none_is_given(backend, device, kind):
+def test_a_seed_is_drawn_if_none_is_given(backend, device, kind):
     tensors, split = arguments(*kind, device)
     torch.manual_seed(3)
     first, second = (layer(tensors, split, backend, dropout_p=0.5) for _ in range(2))

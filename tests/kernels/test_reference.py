@@ -43,7 +43,7 @@ def test_performer_equals_the_published_formula(eps):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("rms", [0.1, 1.0, 2.0, 8.0])
-def test_performer_in_float32_is_accurate_where_the_published_one_is_nan(rms, eps):
+def test_performer_in_float32_is_accurate_if_the_published_one_is_nan(rms, eps):
     torch.manual_seed(1)
     shape, w = (1, 785, 64), torch.nn.init.orthogonal_(torch.empty(32, 64)) * math.sqrt(32)
     k, q, v = (torch.randn(shape) * rms for _ in range(3))
@@ -82,7 +82,7 @@ def test_performer_is_finite_for_every_finite_input(dtype, size, eps):
 
 
 @pytest.mark.parametrize(("rms", "eps"), [(0.7, 1e-8), (1.0, 1e-8), (1.6, 1e-8), (1.5, 0.1)])
-def test_performer_gradients_where_eps_rules(rms, eps):
+def test_performer_gradients_if_eps_dominates(rms, eps):
     torch.manual_seed(8)
     w = torch.nn.init.orthogonal_(torch.empty(32, 64)) * math.sqrt(32)
     k, q, v, dy = (torch.randn(1, 300, 64) * scale for scale in (rms, rms, 1, 1))
@@ -105,7 +105,7 @@ def test_token_attention_in_float16_with_large_scores():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_performer_in_half_precision_loses_its_roundings_only(dtype):
+def test_performer_in_half_precision_has_only_rounding_errors(dtype):
     torch.manual_seed(3)
     k, q, v = (torch.randn(1, 200, 64).to(dtype) for _ in range(3))
     w = torch.randn(32, 64)

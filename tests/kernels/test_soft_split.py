@@ -128,7 +128,7 @@ def test_export(backend, device):
     assert torch.equal(exported.module()(x), soft_split(x, 3, 2, 1, backend=backend))
 
 
-def test_autocast_leaves_the_dtype(backend, device):
+def test_autocast_does_not_change_the_dtype(backend, device):
     x = torch.randn(2, 3, 9, 8, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         assert soft_split(x, 3, 2, 1, backend=backend).dtype == torch.float32

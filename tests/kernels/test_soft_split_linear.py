@@ -93,7 +93,7 @@ def test_without_the_gradient_of_the_map(backend, device, kind):
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_what_a_patch_does_not_see_does_not_matter(backend, device, kind, norm):
+def test_nan_only_reaches_patches_that_contain_it(backend, device, kind, norm):
     """A NaN reaches the patches that hold it, and no other."""
     channels, dtype = kind
     # The column behind a patch of three is not that of the next patch.
@@ -182,7 +182,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cuda_does_not_take_is_refused_with_the_reason(backend, device, case):
+def test_unsupported_sizes_on_cuda_are_refused_with_the_reason(backend, device, case):
     if backend != "cuda":
         pytest.skip("the listed limits are those of the cuda backend")
     channels, dtype, kernel_size, stride, outputs, reason = REFUSED[case]

@@ -112,7 +112,7 @@ def test_memory_format_does_not_matter():
     torch.testing.assert_close(model(channels_last), model(x), rtol=1e-10, atol=1e-12)
 
 
-def test_layers_hand_on_their_tokens_without_a_copy():
+def test_layers_pass_on_their_tokens_without_a_copy():
     module = T2TModule(embed_dim=96)
     out, seen = [], []
     module.attention1.register_forward_hook(lambda _, args, y: out.append(y))
@@ -223,7 +223,7 @@ def test_bfloat16_autocast(name, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_in_another_dtype_takes_other_sizes_too(dtype):
+def test_a_model_in_another_dtype_supports_other_sizes(dtype):
     model = small_model().to(dtype).eval()
     logits = model(torch.randn(2, 3, 48, 40, dtype=dtype))
     assert logits.dtype == dtype and torch.isfinite(logits).all()
@@ -259,6 +259,6 @@ def test_widths():
     assert (dense.embed_dim, dense.num_features) == (128, 584)
 
 
-def test_what_is_not_decayed_is_in_the_model():
+def test_parameters_without_decay_are_in_the_model():
     names = {key for key, p in small_model().named_parameters() if p.requires_grad and p.ndim > 1}
     assert small_model().no_weight_decay() <= names

@@ -13,7 +13,7 @@ def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_they_are_listed_apart():
+def test_baselines_are_listed_separately():
     assert not set(BASELINES) & set(t2tvit.list_models())
     assert t2tvit.list_models(baselines=True) == [*t2tvit.list_models(), *BASELINES]
 
@@ -24,7 +24,7 @@ def test_vit_s_has_the_published_size():
         assert round(trainable(t2tvit.create_model("vit_s_16")) / 1e6, 1) == 48.6
 
 
-def test_vit_b_has_the_size_of_timm_s_but_for_the_bias_of_queries_keys_and_values():
+def test_vit_b_has_the_size_of_timms_except_the_qkv_bias():
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224", qkv_bias=False)
@@ -48,7 +48,7 @@ def test_counts_and_one_step(name):
     assert model(torch.randn(1, 3, 64, 40)).shape == (1, 5)
 
 
-def test_tokens_are_the_patches_linear_images():
+def test_tokens_are_linear_projections_of_patches():
     model = t2tvit.create_model("vit_s_16", img_size=32, embed_dim=32, depth=1).double()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     proj = model.tokens_to_token.proj

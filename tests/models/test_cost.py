@@ -18,7 +18,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_as_in_the_paper(name):
+def test_multiply_adds_agree_with_the_paper(name):
     with torch.device("meta"):
         model = t2tvit.create_model(name)
     counted = multiply_adds(model, (224, 224)) / 1e9
@@ -28,7 +28,7 @@ def test_as_in_the_paper(name):
         assert round(counted, 1) == PUBLISHED[name]
 
 
-def test_as_by_hand():
+def test_multiply_adds_agree_with_arithmetic():
     """The T2T module's three products and what follows from its attention, layer by layer."""
     model = t2tvit.create_model(
         "t2t_vit_7", img_size=(32, 48), embed_dim=32, depth=1, num_heads=2, num_classes=5
@@ -45,7 +45,7 @@ def test_as_by_hand():
     assert multiply_adds(model, (32, 48)) == expected
 
 
-def test_the_model_is_left_alone():
+def test_the_model_is_unchanged():
     model = t2tvit.create_model("t2t_vit_7", img_size=32, depth=1, fused_kernels="cpu").train()
     multiply_adds(model, (32, 32))
     assert model.training and model.fused_kernels == "cpu"

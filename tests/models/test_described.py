@@ -24,7 +24,7 @@ SPACE = 10**8
         ("timm:resnet18", dict(num_classes=3, in_chans=1)),
     ],
 )
-def test_what_a_file_may_say(name, args):
+def test_allowed_descriptions(name, args):
     if name.startswith("timm:"):
         pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
     check_described(name, args, SPACE, "file")
@@ -74,7 +74,7 @@ def test_arguments_that_reach_beyond_the_network(args, monkeypatch):
         ("t2t_vit_7", [], "does not describe a model"),
     ],
 )
-def test_what_a_file_may_not_say(name, args, message):
+def test_refused_descriptions(name, args, message):
     if str(name).startswith("timm:"):
         pytest.importorskip("timm", reason="needs timm", exc_type=ImportError)
     with pytest.raises(InputError, match=message) as caught:
@@ -118,7 +118,7 @@ def test_a_hostile_config_is_refused(tmp_path):
     ],
     ids=lambda change: str(change)[:40].strip() or "blank",
 )
-def test_a_config_of_another_form_is_refused(tmp_path, change):
+def test_a_config_in_another_format_is_refused(tmp_path, change):
     model = t2tvit.create_model("t2t_vit_7", depth=1, img_size=32, num_classes=3)
     hub.push(model, f"local-dir:{tmp_path}")
     path = tmp_path / "config.json"
@@ -129,7 +129,7 @@ def test_a_config_of_another_form_is_refused(tmp_path, change):
     assert len(str(caught.value)) < 500
 
 
-def test_where_weights_came_from_is_not_taken_from_a_file(tmp_path):
+def test_the_origin_of_weights_is_not_read_from_a_file(tmp_path):
     model = t2tvit.create_model("t2t_vit_7", depth=1, img_size=32, num_classes=3)
     hub.push(model, f"local-dir:{tmp_path}")
     path = tmp_path / "config.json"

@@ -49,7 +49,7 @@ def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
     assert report.resized is None and report.dropped_classes is None
 
 
-def test_the_average_is_preferred_and_options_do_not_disturb(tmp_path):
+def test_the_average_is_preferred_and_options_are_ignored(tmp_path):
     """A published file: epoch, options in a Namespace, optimiser, weights and their average."""
     average, last, model = small_model(1), small_model(2), small_model(3)
     path = tmp_path / "checkpoint.pth.tar"
@@ -87,7 +87,7 @@ def test_the_average_is_preferred_and_options_do_not_disturb(tmp_path):
         },
     ],
 )
-def test_weights_are_found_in_what_other_programs_write(tmp_path, content, caplog):
+def test_weights_are_found_in_files_of_other_programs(tmp_path, content, caplog):
     source, model = small_model(1), small_model(2)
     state = source.state_dict()
     torch.save(content(state), tmp_path / "a.pth")
@@ -96,7 +96,7 @@ def test_weights_are_found_in_what_other_programs_write(tmp_path, content, caplo
     assert not caplog.records
 
 
-def test_one_of_several_is_taken_and_named(tmp_path, caplog):
+def test_one_of_several_is_used_and_named(tmp_path, caplog):
     last, average, model = small_model(1), small_model(2), small_model(3)
     content = {"model": last.state_dict(), "model_ema": average.state_dict(), "epoch": 3}
     torch.save(content, tmp_path / "a.pth")
@@ -105,7 +105,7 @@ def test_one_of_several_is_taken_and_named(tmp_path, caplog):
     assert "holds the weights model, model_ema; model_ema is used" in caplog.text
 
 
-def test_counters_of_thop_are_left_out(tmp_path, caplog):
+def test_counters_of_thop_are_ignored(tmp_path, caplog):
     source, model = small_model(1), small_model(2)
     state = dict(source.state_dict())
     for name in ("total_ops", "total_params", "blocks.0.total_ops"):
@@ -116,7 +116,7 @@ def test_counters_of_thop_are_left_out(tmp_path, caplog):
     assert "ignored the counters of thop: total_ops, total_params and 1 more" in caplog.text
 
 
-def test_the_content_counts_and_not_the_name(tmp_path):
+def test_the_content_determines_the_format(tmp_path):
     source, model = small_model(1), small_model(2)
     save_file(source.state_dict(), tmp_path / "a.pth")
     torch.save(source.state_dict(), tmp_path / "b.safetensors")
@@ -126,7 +126,7 @@ def test_the_content_counts_and_not_the_name(tmp_path):
         model = small_model(3)
 
 
-def test_a_missing_head_is_made_anew(tmp_path, caplog):
+def test_a_missing_head_is_initialised(tmp_path, caplog):
     source, model = small_model(1), small_model(2)
     torch.save(small_model(1, num_classes=0).state_dict(), tmp_path / "a.pth")
     report = load_checkpoint(model, tmp_path / "a.pth")
@@ -140,7 +140,7 @@ def test_a_missing_head_is_made_anew(tmp_path, caplog):
         load_checkpoint(small_model(2, num_classes=4), tmp_path / "a.pth", new_head=False)
 
 
-def test_weights_that_are_not_finite_are_said(tmp_path, caplog):
+def test_non_finite_weights_are_reported(tmp_path, caplog):
     state = small_model(1).state_dict()
     state["head.weight"].fill_(float("nan"))
     torch.save(state, tmp_path / "a.pth")
@@ -150,9 +150,7 @@ def test_weights_that_are_not_finite_are_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("tokens_type", ["performer", "transformer", "convolution", "patch"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_weights_for_grey_images_and_for_colour_see_the_same(
-    tmp_path, tokens_type, channels, caplog
-):
+def test_weights_for_grey_and_for_colour_images_agree(tmp_path, tokens_type, channels, caplog):
     """A grey image, and the colour image of three equal channels."""
     options = dict(tokens_type=tokens_type, fused_kernels="reference")
     source = small_model(1, in_chans=channels, **options).double().eval()
@@ -272,7 +270,7 @@ def change(state, **changes):
         ({"head__weight": torch.ones(10, 7)}, r"wrong shape: head\.weight \(got \(10, 7\), "),
     ],
 )
-def test_a_mismatch_names_the_keys_and_leaves_the_model_alone(tmp_path, changes, message):
+def test_a_mismatch_names_the_keys_and_does_not_change_the_model(tmp_path, changes, message):
     model = small_model(2)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     torch.save(change(small_model(1).state_dict(), **changes), tmp_path / "a.pth")
@@ -309,7 +307,7 @@ def test_a_published_model_is_recognised(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
-def test_weights_that_are_not_floating(tmp_path, dtype):
+def test_weights_that_are_not_floating_point(tmp_path, dtype):
     state = {key: tensor.to(dtype) for key, tensor in small_model(1).state_dict().items()}
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(
@@ -357,7 +355,7 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", range(6))
-def test_code_in_any_protocol_is_called_code(tmp_path, protocol, zipped, recwarn):
+def test_code_in_any_protocol_is_recognised(tmp_path, protocol, zipped, recwarn):
     path, proof = tmp_path / "a.pth", tmp_path / "it-ran"
     options = dict(pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     torch.save({"state_dict": {"weight": torch.ones(2)}, "args": Code(proof)}, path, **options)
@@ -369,7 +367,7 @@ def test_code_in_any_protocol_is_called_code(tmp_path, protocol, zipped, recwarn
     assert not zipped or any(name in str(caught.value) for name in named)
 
 
-def test_a_pickle_of_text_is_called_code(tmp_path):
+def test_a_pickle_of_text_is_recognised(tmp_path):
     for name in ("a.pth", "a.safetensors"):
         (tmp_path / name).write_bytes(pickle.dumps({"a": Code(tmp_path / "it-ran")}, protocol=0))
         with pytest.raises(InputError, match="is a pickle .*could run code"):
@@ -377,7 +375,7 @@ def test_a_pickle_of_text_is_called_code(tmp_path):
     assert not (tmp_path / "it-ran").exists()
 
 
-def test_a_small_file_cannot_take_all_time_or_memory(tmp_path):
+def test_a_small_file_cannot_use_all_time_or_memory(tmp_path):
     shared = {f"k{number}": 0 for number in range(1000)}
     for _ in range(6):
         shared = dict.fromkeys(shared, shared)

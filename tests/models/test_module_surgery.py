@@ -80,7 +80,7 @@ class LowRankAdapter(nn.Module):
 
 
 @over_kinds
-def test_plain_modules_are_fused_in_silence(kind):
+def test_plain_modules_are_fused_without_a_warning(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fused = new(kind)(images())

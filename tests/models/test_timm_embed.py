@@ -141,7 +141,7 @@ def test_norm_bias_and_dtype():
         (dict(fused_kernels="cudaa"), "fused_kernels: unknown backend 'cudaa'"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_unsupported_arguments_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         t2tvit.T2TEmbed(**options)
 
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(options, message):
         ("samvit_base_patch16_224", dict(embed_layer=partial(t2tvit.T2TEmbed, output_fmt="NHWC"))),
     ],
 )
-def test_families_that_take_it(name, options):
+def test_families_that_support_it(name, options):
     with torch.device("meta"):
         model = timm.create_model(name, **{"embed_layer": t2tvit.T2TEmbed, "depth": 1, **options})
         size = timm.get_pretrained_cfg(name).input_size[1:]

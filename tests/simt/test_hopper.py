@@ -251,7 +251,7 @@ def test_scores_of_minus_infinity():
 
 
 @pytest.mark.parametrize("which", range(3), ids="qkv")
-def test_nan_goes_where_the_reference_lets_it(which):
+def test_nan_reaches_the_same_elements_as_in_the_reference(which):
     token_attention.assert_nan_goes_where_the_reference_lets_it(torch.bfloat16, which)
 
 
@@ -280,7 +280,7 @@ def test_same_sums_as_a_warp_alone(operation):
 
 
 @pytest.mark.parametrize("case", soft_split_linear.MODELS)
-def test_an_image_does_not_touch_another(case):
+def test_images_do_not_affect_each_other(case):
     soft_split_linear.assert_an_image_does_not_touch_another(getattr(torch.ops, NAMESPACE), case)
 
 

@@ -36,7 +36,7 @@ def test_any_order_of_threads(host_cache, seed):
     assert_parity(*arguments((2, 70, *SIZES), 1.0, torch.float16, "cpu"), 1e-8, "cuda")
 
 
-def test_an_image_does_not_touch_another():
+def test_images_do_not_affect_each_other():
     """Tiles reach beyond the last token of an image, into the next one."""
     tensors, w = arguments((3, 37, *SIZES), 0.5, torch.bfloat16, "cpu")
     ops = torch.ops.t2t_cuda

@@ -42,7 +42,7 @@ def test_any_order_of_threads(host_cache, seed):
 
 
 @pytest.mark.parametrize("case", ["several-tiles-of-a-warp", "image"])
-def test_an_image_does_not_touch_another(case):
+def test_images_do_not_affect_each_other(case):
     """Tiles reach beyond the last token of an image, into the next one."""
     tensors, split = arguments(case, torch.bfloat16)
     numbers = (*split, 1e-3, 0.0)

@@ -101,7 +101,7 @@ def test_small_and_large_maps(channels, split, scale):
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_an_image_does_not_touch_another(cuda_on_host, case):
+def test_images_do_not_affect_each_other(cuda_on_host, case):
     assert_an_image_does_not_touch_another(torch.ops.t2t_cuda, case)
 
 

@@ -41,7 +41,7 @@ def test_scores_of_minus_infinity(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("which", range(3), ids="qkv")
-def test_nan_goes_where_the_reference_lets_it(dtype, which):
+def test_nan_reaches_the_same_elements_as_in_the_reference(dtype, which):
     assert_nan_goes_where_the_reference_lets_it(dtype, which)
 
 
@@ -53,7 +53,7 @@ def test_nan_goes_where_the_reference_lets_it(dtype, which):
         (64, torch.float32, "expected bfloat16 or float16"),
     ],
 )
-def test_what_the_kernel_does_not_take(embed, dtype, message):
+def test_unsupported_arguments(embed, dtype, message):
     """The operator's own check; the public function chooses another backend before."""
     x = torch.zeros(1, 2, embed, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):

@@ -54,7 +54,7 @@ def test_any_order_of_threads(host_cache, seed):
     assert_parity(tensors, split, "cuda")
 
 
-def test_an_image_does_not_touch_another():
+def test_images_do_not_affect_each_other():
     """Tiles reach beyond the last token of an image, into the next one."""
     tensors, split = arguments("several-blocks-of-tails", torch.bfloat16)
     alone, *saved = torch.ops.t2t_cuda.transformer_layer(*tensors, *split, 0.2)
@@ -72,7 +72,7 @@ def test_an_image_does_not_touch_another():
 
 
 @pytest.mark.parametrize(("sizes", "dtype"), [((65, 64), HALF), ((64, 8), HALF), (SIZES, FLOAT)])
-def test_what_the_kernel_does_not_take(sizes, dtype):
+def test_unsupported_arguments(sizes, dtype):
     """The operator's own check; the public function chooses another backend before."""
     params = transformer_params(27, *sizes, dtype=dtype)
     with pytest.raises(RuntimeError, match="got .*, expected"):

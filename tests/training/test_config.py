@@ -52,7 +52,7 @@ def test_a_run_has_as_many_epochs_as_asked():
         assert resolve(name, {}).cooldown_epochs == expected
 
 
-def test_fine_tuning_and_transfer_are_those_published():
+def test_fine_tuning_and_transfer_are_as_published():
     config = resolve("imagenet/finetune_384", {})
     assert (config.img_size, config.crop_pct, config.auto_augment) == (
         384,
@@ -153,7 +153,7 @@ def bomb(level: str, first: str) -> str:
     ],
     ids=lambda text: text[:20],
 )
-def test_a_small_file_cannot_take_all_time_or_memory(tmp_path, text, message):
+def test_a_small_file_cannot_use_all_time_or_memory(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as caught:
@@ -214,7 +214,7 @@ def test_bad_files_are_refused_with_the_place_and_the_remedy(tmp_path, text, mes
         resolve(path, {})
 
 
-def test_an_unknown_packaged_name_is_answered_with_the_nearest():
+def test_an_unknown_packaged_name_suggests_the_nearest():
     with pytest.raises(InputError, match="unknown config 'digit'; did you mean 'digits'?"):
         read_yaml("digit")
 
@@ -231,7 +231,7 @@ def test_an_override_that_does_not_fit_names_its_option():
         *("original-m5", "v1", "", "rand-m9-"),
     ],
 )
-def test_a_mistyped_policy_is_refused_where_it_is_read(policy):
+def test_a_mistyped_policy_is_refused(policy):
     with pytest.raises(InputError, match="auto_augment: timm cannot read the policy"):
         resolve(None, {"auto_augment": policy})
 

@@ -49,9 +49,7 @@ def assert_same_run(whole, parts):
         pytest.param(2, ("--clip-grad", "1"), id="two-ranks"),
     ],
 )
-def test_a_run_that_is_killed_or_stopped_at_random_ends_as_if_it_had_not_been(
-    tmp_path, ranks, options
-):
+def test_a_run_killed_or_stopped_at_random_ends_like_an_uninterrupted_one(tmp_path, ranks, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     attempts(ranks, "", whole, *options)
     log = attempts(ranks, "TERM KILL KILL USR1 HUP KILL KILL", parts, *options)
@@ -87,7 +85,7 @@ def kill_and_resume(folder, count, kind):
 
 
 @pytest.mark.parametrize("kind, count", [("new", 10), ("moved", 4), ("older", 4)])
-def test_a_run_killed_at_a_file_operation_ends_as_if_it_had_not_been(tmp_path, kind, count):
+def test_a_run_killed_at_a_file_operation_ends_like_an_uninterrupted_one(tmp_path, kind, count):
     """At a sample of different operations on different files."""
     operations = kill_and_resume(tmp_path, count, kind)
     assert len(set(operations)) == count
@@ -127,7 +125,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
-def test_a_damaged_state_gives_way_to_the_one_before(finished, tmp_path, capsys, damage):
+def test_an_older_state_replaces_a_damaged_one(finished, tmp_path, capsys, damage):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     states = sorted(output.glob("state-*"))
@@ -154,7 +152,7 @@ def test_a_run_whose_states_are_all_damaged_is_refused(finished, tmp_path, capsy
     assert f"every training state in {output} is damaged" in line and line.count("\n") == 1
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_workers(finished, tmp_path):
+def test_a_stopped_run_resumes_with_another_number_of_workers(finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     state = output / "state-00001-00000002.safetensors"

@@ -39,7 +39,7 @@ def pixels_of(split) -> np.ndarray:
 # Digits
 
 
-def test_digits_are_split_once_and_for_all():
+def test_digits_have_a_fixed_split():
     train, val = open_split("digits", "train"), open_split("digits", "val")
     assert (len(train.images), len(val.images)) == (1437, 360)
     assert train.class_names == [str(digit) for digit in range(10)]
@@ -168,7 +168,7 @@ PIXELS = np.zeros((1, 3072), np.uint8)
         pytest.param(Bare(), [0], id="array-without-values"),
     ],
 )
-def test_cifar_files_of_another_content_are_refused(cifar, data, labels):
+def test_cifar_files_with_other_content_are_refused(cifar, data, labels):
     name, python, _, _, _ = cifar
     key = b"labels" if name == "cifar10" else b"fine_labels"
     file = python / ("test_batch" if name == "cifar10" else "test")
@@ -239,7 +239,7 @@ def test_a_damaged_image_is_named_without_a_traceback(folder, workers, damage):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_training_image_that_cannot_be_read_gives_way_to_the_next(folder, workers):
+def test_the_next_image_replaces_an_unreadable_training_image(folder, workers):
     split = open_split(f"imagefolder:{folder}", "train")
     for name in ("ant/2.png", "bee/0.png"):
         path = folder / "train" / name
@@ -278,7 +278,7 @@ def test_a_folder_without_a_readable_image_is_refused(folder):
         open_data(config, ALONE, open_splits(config))
 
 
-def test_a_decoder_s_own_error_is_the_image_s(folder, monkeypatch):
+def test_a_decoder_error_names_the_image(folder, monkeypatch):
     path = folder / "val" / "bee" / "1.png"
 
     def fail(self, mode):
@@ -290,7 +290,7 @@ def test_a_decoder_s_own_error_is_the_image_s(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_policies_take_images_of_every_number_of_channels(channels):
+def test_policies_support_any_number_of_channels(channels):
     config = RunConfig(auto_augment="rand-m9-n4-inc1", img_size=32)
     transform = train_transform(config, (0.5,) * channels)
     image = Image.new("L" if channels == 1 else "RGB", (40, 40))
@@ -332,7 +332,7 @@ def test_a_damaged_held_out_image_is_found_before_training(folder, damage):
         open_data(config, ALONE, open_splits(config))
 
 
-def test_files_of_the_system_are_no_images_and_others_are_counted(folder):
+def test_system_files_are_ignored_and_other_files_are_counted(folder):
     for split in ("train", "val"):
         (folder / split / ".ipynb_checkpoints").mkdir()
         for name in ("._0.png", "Thumbs.db", "notes.txt"):
@@ -413,7 +413,7 @@ def test_recipes_deliver_uint8_of_the_configured_size(name):
     assert out.dtype == torch.uint8 and out.shape == (1 if grey else 3, 32, 48)
 
 
-def test_the_ranks_batches_are_a_single_process_s():
+def test_the_batches_of_all_ranks_are_those_of_a_single_process():
     config = RunConfig(data="synthetic:22", num_classes=1000, img_size=16, workers=0, batch_size=8)
     config = replace(config, crop_scale=(1, 1), crop_ratio=(1, 1), hflip=0)
     split = open_split(config.data, "train", img_size=(16, 16), num_classes=1000)
@@ -429,7 +429,7 @@ def test_the_ranks_batches_are_a_single_process_s():
         assert sorted(batch) == sorted(one + two)
 
 
-def test_a_batch_that_the_processes_cannot_share_shrinks():
+def test_a_batch_that_the_processes_cannot_divide_becomes_smaller():
     config = RunConfig(batch_size=32)
     assert [config.batch_per_process(size) for size in (1, 2, 3)] == [32, 16, 10]
     config = replace(config, batch_size=20, mixup=0.8)
@@ -473,13 +473,13 @@ def test_evaluation_sees_each_image_exactly_once(size):
         ({"auto_augment": "rand-mx-m9x"}, ALONE, "auto_augment: timm cannot read the policy"),
     ],
 )
-def test_data_that_do_not_fit_the_configuration(options, world, message):
+def test_data_that_does_not_fit_the_configuration(options, world, message):
     config = RunConfig(**{"data": "synthetic:44", "img_size": 16, "batch_size": 8} | options)
     with pytest.raises(InputError, match=message):
         open_data(config, world, open_splits(config))
 
 
-def test_repeated_images_are_augmented_anew_and_fill_the_ranks_batches():
+def test_repeated_images_get_new_augmentation_and_fill_the_batches():
     config = RunConfig(data="synthetic:24", num_classes=1000, img_size=16, workers=0, batch_size=6)
     config = replace(config, repeated_augmentation=3)
     split = open_split(config.data, "train", img_size=(16, 16), num_classes=1000)

@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     return output, done.stdout
 
 
-def test_two_processes_make_one_run(run):
+def test_two_processes_are_one_run(run):
     output, log = run
     assert "world size 2" in log and "global batch 8 (4 per process)" in log
     assert log.count("epoch 2/2") == 1
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_pa
     assert files == {"not_finite-0.safetensors", "not_finite-1.safetensors"}
 
 
-def test_two_processes_learn_what_one_does_with_the_same_global_batch(tmp_path):
+def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path):
     """Weights after 10 updates, to the precision of float32 sums; here in two pieces each."""
     off = ("--drop-path", "0", "--random-erasing", "0", "--mixup", "0", "--cutmix", "0")
     rate = ("--optimizer", "momentum", "--lr", "0.05", "--min-lr", "0.01")
@@ -123,7 +123,7 @@ def test_two_processes_learn_what_one_does_with_the_same_global_batch(tmp_path):
     assert second["top1"] == first["top1"]
 
 
-def test_the_slurm_script_starts_a_process_per_task_and_queues_a_stopped_run_again(tmp_path):
+def test_the_slurm_script_starts_a_process_per_task_and_requeues_a_stopped_run(tmp_path):
     """With stand-ins for Slurm's commands and python."""
     commands = {
         "scontrol": 'echo "$@" >> "$TRACE"; echo node7; echo node8',
@@ -149,7 +149,7 @@ def test_the_slurm_script_starts_a_process_per_task_and_queues_a_stopped_run_aga
         assert ("requeue 41" in trace.read_text()) == is_requeued
 
 
-def test_a_restart_does_not_meet_the_dead(monkeypatch):
+def test_a_restart_ignores_dead_processes(monkeypatch):
     """torchrun keeps its store when it starts the processes of a node again."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
@@ -163,7 +163,7 @@ def test_a_restart_does_not_meet_the_dead(monkeypatch):
     assert not torchrun_store(0, 2).check(["address"])
 
 
-def test_two_nodes_go_on_by_themselves_after_a_training_process_is_killed(tmp_path):
+def test_two_nodes_resume_after_a_training_process_is_killed(tmp_path):
     """Two rendezvous endpoints of one process each; the killed one's node starts both again."""
     output = tmp_path / "run"
     with socket.socket() as free:

@@ -62,7 +62,7 @@ def with_options(*options):
     return [child.returncode for child in children], errors
 
 
-def test_an_error_before_the_processes_meet_is_told_once(tmp_path):
+def test_an_error_before_the_processes_join_is_reported_once(tmp_path):
     (tmp_path / "damaged.yaml").write_text("epochs: [")
     good = (*OPTIONS, "--output", tmp_path / "run")
     bad = (*OPTIONS, "--output", tmp_path / "run", "--config", tmp_path / "damaged.yaml")
@@ -97,7 +97,7 @@ def test_full_memory_is_explained(text):
     assert explained(mistake := RuntimeError("shapes differ")) is mistake
 
 
-def test_processes_with_other_commands_are_refused(tmp_path):
+def test_processes_with_different_commands_are_refused(tmp_path):
     first = (*OPTIONS, "--output", tmp_path / "a")
     for other, name in (
         ((*OPTIONS, "--output", tmp_path / "b"), "--output"),
@@ -111,7 +111,7 @@ def test_processes_with_other_commands_are_refused(tmp_path):
 
 @pytest.mark.parametrize("ranks", ["0", "1", "0,1"])
 @pytest.mark.parametrize("fault", ["input_error", "run_error"])
-def test_an_error_is_told_once_with_the_rank_that_met_it(tmp_path, fault, ranks):
+def test_an_error_is_reported_once_with_its_rank(tmp_path, fault, ranks):
     status, text = FAULTS[fault]
     codes, errors = alone(fault, ranks, tmp_path / "run")
     where = " (process 1)" if ranks == "1" else ""
@@ -121,7 +121,7 @@ def test_an_error_is_told_once_with_the_rank_that_met_it(tmp_path, fault, ranks)
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize("fault", ["vanished", "worker", "killed"])
-def test_what_is_lost_is_told_in_one_line(tmp_path, fault, rank):
+def test_a_lost_process_is_reported_in_one_line(tmp_path, fault, rank):
     _, text = FAULTS[fault]
     codes, errors = alone(fault, rank, tmp_path / "run")
     error = "".join(errors)
@@ -130,7 +130,7 @@ def test_what_is_lost_is_told_in_one_line(tmp_path, fault, rank):
     assert text in error
 
 
-def test_a_mistake_in_the_program_keeps_its_traceback_and_only_that(tmp_path):
+def test_a_bug_keeps_its_traceback(tmp_path):
     codes, errors = alone("bug", "1", tmp_path / "run")
     assert codes == [1, 1]
     assert errors[0] == "" and errors[1].endswith("KeyError: 'a mistake in the program'\n")
@@ -138,7 +138,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback_and_only_that(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["input_error", "vanished", "worker"])
-def test_under_torchrun_the_cause_is_told_once_as_well(tmp_path, fault):
+def test_under_torchrun_the_cause_is_reported_once(tmp_path, fault):
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     command += ("-m", "tests.support.training.faults", fault, "1", *OPTIONS)
     done = subprocess.run(

@@ -192,7 +192,7 @@ def test_data_may_move(copied, source):
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2]
 
 
-def test_another_number_of_made_up_images_is_refused(tmp_path, capsys):
+def test_another_number_of_synthetic_images_is_refused(tmp_path, capsys):
     output = tmp_path / "run"
     assert train(output, "--epochs", "1") == 0
     resume = ("--output", str(output), "--resume", "auto", "--epochs", "2")
@@ -200,7 +200,7 @@ def test_another_number_of_made_up_images_is_refused(tmp_path, capsys):
     assert "number of training images: got 48, but the run to resume has 44" in line
 
 
-def test_digests_say_what_the_labels_are(tmp_path):
+def test_digests_depend_on_the_labels(tmp_path):
     """Of arrays and of timm's data sets as well."""
     digits, others = (open_split(spec, "train").images for spec in ("digits:01", "digits:02"))
     assert digits.digest() != others.digest()
@@ -267,7 +267,7 @@ def test_states_and_records_of_the_earlier_format_resume(tmp_path, finished):
     assert "identity" in json.loads((output / "run.json").read_text())
 
 
-def test_a_changed_identity_in_the_record_is_no_traceback(tmp_path, finished, capsys):
+def test_a_changed_identity_in_the_record_gives_no_traceback(tmp_path, finished, capsys):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     record = json.loads((output / "run.json").read_text())

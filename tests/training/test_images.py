@@ -39,7 +39,7 @@ def saved(tmp_path, image, name="image.png", **options):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "colour"])
-def test_eight_bit_images_are_what_pillow_makes_of_them(tmp_path, pixels, mode):
+def test_eight_bit_images_are_read_as_by_pillow(tmp_path, pixels, mode):
     path = saved(tmp_path, Image.fromarray(pixels))
     expected = Image.open(path).convert(mode)
     assert load_image(path, mode).tobytes() == expected.tobytes()
@@ -121,7 +121,7 @@ def test_palettes_with_transparency_are_read_without_a_warning(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("name", ["image.png", "image.tif", "image.webp"])
-def test_images_are_turned_as_their_orientation_says(tmp_path, orientation, name):
+def test_images_are_rotated_by_their_orientation(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if name.endswith("webp") else {}
@@ -147,7 +147,7 @@ def test_images_are_turned_as_their_orientation_says(tmp_path, orientation, name
     ],
     ids=["garbage", "cut", "a word as orientation"],
 )
-def test_damaged_metadata_cost_no_image(tmp_path, exif):
+def test_images_with_damaged_metadata_are_read(tmp_path, exif):
     path = saved(tmp_path, Image.fromarray(COLOUR), "image.jpg", exif=exif)
     assert load_image(path).size == (30, 20)
 
@@ -229,7 +229,7 @@ def test_images_of_usual_shapes_are_resized_whole(size, input_size):
     assert (eval_transform(config)(image) == whole(image)).all()
 
 
-def test_the_middle_of_a_long_image_is_what_its_whole_gives():
+def test_the_crop_of_a_long_image_equals_that_of_the_whole():
     image = Image.effect_noise((2000, 4), 50).convert("RGB")
     config = RunConfig(img_size=32)
     difference = (
@@ -267,7 +267,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_s_images_and_what_is_left_out(folder):
+def test_images_and_ignored_files_of_a_folder(folder):
     paths, skipped = list_images(folder)
     names = [os.path.relpath(path, folder) for path in paths]
     expected = ["a.JPE", "b.png", "c.gif", "d.jfif", "e.WebP", "deep/f.avif", "z.d/g.tiff"]
@@ -297,6 +297,6 @@ def test_class_folders_are_in_the_order_of_their_numbers(tmp_path):
     assert list_classes(tmp_path)[:4] == ["0", "1", "10", "11"]
 
 
-def test_a_folder_that_is_gone_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="folder .*gone cannot be read: No such file"):
         list_images(tmp_path / "gone")

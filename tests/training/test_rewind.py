@@ -67,7 +67,9 @@ def check(output, epochs, best=None):
 @pytest.mark.parametrize(
     "epoch, step, epochs", [(1, 0, 1), (1, 0, 2), (3, 0, 3), (3, 0, 4), (2, 3, 3), (0, 2, 1)]
 )
-def test_after_an_older_state_everything_fits(tmp_path, output, capsys, epoch, step, epochs, moves):
+def test_files_fit_the_older_state_after_resuming(
+    tmp_path, output, capsys, epoch, step, epochs, moves
+):
     before = contents(output)
     state = output / state_name(epoch, step)
     place = tmp_path / "new" if moves else output
@@ -109,16 +111,14 @@ def test_files_set_aside_do_not_replace_each_other(output):
     check(output, 4)
 
 
-def test_a_tracker_gets_another_run_for_another_course(output):
+def test_a_tracker_gets_a_new_run_after_a_rewind(output):
     (output / ID_FILE).write_text("0123456789abcdef")
     assert resume(output / state_name(4, 0)) == 0
     assert (output / f"{ID_FILE}.set-aside").read_text() == "0123456789abcdef"
 
 
 @pytest.mark.parametrize("moves", [False, True], ids=["in-place", "moved"])
-def test_best_weights_that_are_lost_give_way_to_the_best_that_are_left(
-    tmp_path, output, capsys, moves
-):
+def test_lost_best_weights_are_replaced_by_the_best_remaining(tmp_path, output, capsys, moves):
     """Epoch 2 was the best up to epoch 4, but epoch 5 replaced its weights."""
     for path in output.glob("state-*"):
         if path.name < state_name(4, 0):
@@ -146,7 +146,7 @@ def test_without_any_weights_the_next_epoch_is_the_best(output, capsys):
 
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"half"], ids=["missing", "empty", "damaged"])
-def test_weights_that_are_lost_are_made_again_from_a_state(whole, output, name, content):
+def test_lost_weights_are_restored_from_a_state(whole, output, name, content):
     (output / name).unlink()
     if content is not None:
         (output / name).write_bytes(content)
@@ -174,7 +174,7 @@ def test_a_state_of_any_name_is_found_again_after_a_kill(tmp_path, output, monke
     check(place, 5)
 
 
-def test_a_run_with_fewer_epochs_than_are_done_says_how(output, capsys):
+def test_a_run_with_fewer_epochs_than_done_is_refused_with_a_remedy(output, capsys):
     capsys.readouterr()
     assert main(["train", "--output", str(output), "--resume", "auto", "--epochs", "2"]) == 2
     line = capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_a_killed_start_in_another_folder_may_be_repeated_from_an_older_state(
 
 
 @pytest.mark.parametrize("moves", [False, True], ids=["in-place", "moved"])
-def test_a_run_that_continues_keeps_its_number_of_epochs(tmp_path, output, monkeypatch, moves):
+def test_a_resumed_run_keeps_its_number_of_epochs(tmp_path, output, monkeypatch, moves):
     """Also if it is killed before it saves a state, or has nothing left to do."""
     place = tmp_path / "new" if moves else output
 

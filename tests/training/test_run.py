@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     return output
 
 
-def test_a_run_writes_what_it_says_and_nothing_else(finished):
+def test_a_run_writes_the_documented_files_only(finished):
     files = {"best.safetensors", "last.safetensors", "config.yaml", "run.json"}
     files |= {"state-00002-00000000.safetensors", "state-00003-00000000.safetensors"}
     files |= {"metrics.jsonl", "curves.png"}
@@ -65,7 +65,7 @@ def test_metrics_have_one_object_per_epoch(finished):
     assert metrics[-1]["lr"] < metrics[0]["lr"] <= 1e-3
 
 
-def test_a_run_records_what_it_was(finished):
+def test_a_run_records_its_starts(finished):
     config = resolve(finished / "config.yaml", {})
     assert (config.model, config.lr, config.epochs) == ("t2t_vit_7", 1e-3, 3)
     record = json.loads((finished / "run.json").read_text())
@@ -93,7 +93,7 @@ def test_the_commit_is_the_source_s(tmp_path, monkeypatch):
     assert environment.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
-def test_the_weights_kept_are_the_averaged_ones(finished):
+def test_the_saved_weights_are_the_averaged_ones(finished):
     about = read_about(finished / "last.safetensors")
     model = t2tvit.create_model(about.model, **about.create_args)
     report = t2tvit.load_checkpoint(model, finished / "last.safetensors")
@@ -121,7 +121,7 @@ def test_the_best_weights_are_those_of_the_best_epoch(finished):
         ),
     ],
 )
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, capsys, options):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, capsys, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, "--epochs", "3", *options) == 0
 
@@ -156,7 +156,7 @@ def test_other_seeds_give_other_weights(tmp_path, finished):
     assert not torch.equal(*weight)
 
 
-def test_resume_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(tmp_path, capsys):
+def test_resume_auto_starts_a_new_run_and_ends_a_finished_one(tmp_path, capsys):
     output = tmp_path / "run"
     assert train(output, "--epochs", "2", "--resume", "auto") == 0
     before = (output / "last.safetensors").read_bytes()
@@ -167,7 +167,7 @@ def test_resume_auto_begins_where_there_is_nothing_and_ends_where_all_is_done(tm
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3]
 
 
-def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, monkeypatch):
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
     output = tmp_path / "run"
 
     def interrupted(*_):
@@ -181,7 +181,7 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(tmp_path, mo
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2]
 
 
-def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
+def test_a_run_can_resume_in_another_folder(tmp_path, finished, capsys):
     before = newest(finished).read_bytes()
     output = tmp_path / "longer"
     options = ["--resume", str(finished), "--epochs", "4", "--output", str(output)]
@@ -195,7 +195,7 @@ def test_a_run_can_go_on_in_another_folder(tmp_path, finished, capsys):
     assert read_about(output / "best.safetensors").epoch == best["epoch"]
 
 
-def test_a_finished_run_moves_to_another_folder_whole(tmp_path, finished, capsys):
+def test_a_finished_run_moves_to_another_folder_completely(tmp_path, finished, capsys):
     output = tmp_path / "moved"
     assert main(["train", "--resume", str(finished), "--output", str(output)]) == 0
     missing = {path.name for path in finished.iterdir()} - {path.name for path in output.iterdir()}
@@ -319,7 +319,9 @@ WRONG_STATES = {
 
 
 @pytest.mark.parametrize("change, message", WRONG_STATES.values(), ids=WRONG_STATES)
-def test_a_state_of_another_form_is_one_line(tmp_path, finished, capsys, change, message):
+def test_a_state_with_other_content_is_a_one_line_error(
+    tmp_path, finished, capsys, change, message
+):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     path = newest(output)
@@ -411,14 +413,14 @@ def test_unreadable_images_are_named_counted_and_skipped_up_to_a_limit(tmp_path,
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_an_output_that_may_not_be_written_to_is_refused(tmp_path, capsys):
+def test_an_output_without_write_permission_is_refused(tmp_path, capsys):
     tmp_path.chmod(0o500)
     line = refused(capsys, *TINY, "--epochs", "3", "--output", str(tmp_path / "run"))
     assert "Permission denied" in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path, finished):
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, finished):
     """No file may grow beyond the weights', which stops the larger training state."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -497,7 +499,7 @@ def test_an_error_while_profiling_leaves_no_profiler_running(tmp_path, monkeypat
     assert not (output / "profile.txt").exists()
 
 
-def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
+def test_the_loader_line_has_a_hint_if_the_loader_is_the_bottleneck():
     metrics = {"loader_images_per_second": 1234.0, "loader_wait": 0.19}
     line = log.loader_line(metrics, 3)
     assert line.startswith("loader    3 workers per process can deliver 1,234 images/s")
@@ -505,7 +507,7 @@ def test_the_loader_has_its_line_and_a_hint_where_it_is_the_bottleneck():
     assert "raise --workers" in log.loader_line(metrics | {"loader_wait": 0.21}, 3)
 
 
-def test_metrics_reach_tensorboard_once_and_the_end_says_where_all_lies(tmp_path, capsys):
+def test_metrics_reach_tensorboard_once_and_the_end_lists_the_files(tmp_path, capsys):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     output = tmp_path / "run"
     assert train(output, "--epochs", "2", "--tensorboard") == 0
@@ -629,7 +631,7 @@ def test_a_killed_start_is_repeated_without_its_options(
     assert [row["epoch"] for row in metrics_of(output)] == [1, 2, 3, 4]
 
 
-def test_a_state_too_many_is_removed_when_the_run_resumes(tmp_path, finished):
+def test_an_excess_state_is_removed_when_the_run_resumes(tmp_path, finished):
     """Of a run that was killed between writing a state and removing the oldest."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -650,7 +652,7 @@ def test_a_state_too_many_is_removed_when_the_run_resumes(tmp_path, finished):
         ),
     ],
 )
-def test_batches_that_batch_norm_does_not_take_are_refused_before_anything_is_written(
+def test_batches_too_small_for_batch_norm_are_refused_before_anything_is_written(
     tmp_path, capsys, options, words
 ):
     of_t2t = ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")
@@ -661,9 +663,7 @@ def test_batches_that_batch_norm_does_not_take_are_refused_before_anything_is_wr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_does_not_train_on_its_batch_is_told_in_one_line(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_model_that_cannot_train_on_its_batch_is_a_one_line_error(tmp_path, monkeypatch, capsys):
     def forward(self, images):
         if self.training:
             raise ValueError("Expected more than 1 value per channel when training")
@@ -674,7 +674,7 @@ def test_a_model_that_does_not_train_on_its_batch_is_told_in_one_line(
     assert "does not train on 8 images" in line and "change --batch-size" in line
 
 
-def test_few_images_and_few_epochs_are_fitted_and_told(tmp_path, capsys):
+def test_few_images_and_few_epochs_are_handled_and_logged(tmp_path, capsys):
     output = tmp_path / "run"
     options = ("--batch-size", "64", "--warmup-epochs", "10", "--epochs", "5")
     assert train(output, *options) == 0
@@ -696,7 +696,7 @@ def test_the_packaged_configuration_for_own_images_trains(tmp_path, finished):
     assert resolve(output / "config.yaml", {}).layer_decay == 0.75
 
 
-def test_a_long_run_says_early_how_long_it_will_take(monkeypatch, capsys):
+def test_a_long_run_estimates_its_time_early(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     forecast = progress.Forecast(3900, "100 epochs", 3, World(0, 1, torch.device("cpu")))
@@ -718,7 +718,7 @@ def test_durations(seconds, text):
     assert progress.duration(seconds) == text
 
 
-def test_a_run_on_the_cpu_draws_nothing_from_a_gpu_and_pins_nothing(monkeypatch):
+def test_a_run_on_the_cpu_does_not_use_a_gpu(monkeypatch):
     """Each would open a context on a GPU that the run does not use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
@@ -788,7 +788,7 @@ def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypa
         ("--amp", "float16", "amp       float16 instead of none"),
     ],
 )
-def test_what_helps_a_run_that_diverges_may_change_if_the_command_line_gives_it(
+def test_remedies_for_divergence_change_only_on_the_command_line(
     tmp_path, finished, capsys, option, value, line
 ):
     output = tmp_path / "run"
@@ -819,7 +819,7 @@ def test_a_lower_rate_given_on_resuming_is_the_one_used(tmp_path, monkeypatch, f
     assert 0 < metrics_of(output)[-1]["lr"] <= 5e-4
 
 
-def test_a_configuration_file_alone_changes_no_rate_of_a_run(tmp_path, finished, capsys):
+def test_a_configuration_file_does_not_change_the_rate_of_a_run(tmp_path, finished, capsys):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     own = tmp_path / "own.yaml"
@@ -885,7 +885,7 @@ def test_a_run_that_ends_while_updates_are_skipped_fails_and_keeps_the_last_good
     assert newest(output).stem == "state-00001-00000000"
 
 
-def test_a_loss_scale_that_is_too_large_at_the_end_is_no_failure(tmp_path, monkeypatch):
+def test_a_too_large_loss_scale_at_the_end_is_not_a_failure(tmp_path, monkeypatch):
     skipping(monkeypatch, 9)
     assert train(tmp_path / "run", "--epochs", "2", "--amp", "float16") == 0
 
@@ -960,7 +960,7 @@ def test_a_signal_during_an_evaluation_stops_it_and_the_run_resumes_there(
     assert without_times(metrics_of(finished)) == without_times(metrics_of(output))
 
 
-def test_a_hangup_that_is_ignored_stays_ignored():
+def test_an_ignored_hangup_stays_ignored():
     """Under nohup a run outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -1047,9 +1047,7 @@ def test_of_two_processes_that_start_at_once_one_trains(tmp_path):
     assert [row["epoch"] for row in metrics_of(output)] == list(range(1, epochs + 1))
 
 
-def test_a_start_that_left_nothing_but_a_temporary_file_does_not_become_another_run(
-    tmp_path, capsys
-):
+def test_a_start_that_left_only_a_temporary_file_does_not_become_another_run(tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
     (output / ".run.json.writing").write_text('{"beg')

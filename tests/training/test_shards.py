@@ -77,7 +77,7 @@ def test_readers_share_the_shards_and_every_rank_has_the_same_batches(shards, ra
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_from_any_batch(shards, workers):
+def test_an_epoch_resumes_at_any_batch(shards, workers):
     alone = World(0, 1, torch.device("cpu"))
     whole = batches_of(shards, alone, workers=workers)
     for step in (1, 4, len(whole)):
@@ -99,7 +99,7 @@ def test_evaluation_reads_each_image_once(shards, ranks, workers):
     assert len(split.images) == sum(SIZES["val"]) == len(seen) and set(seen.values()) == {1}
 
 
-def test_an_interrupted_run_on_shards_ends_as_if_it_had_not_been(shards, tmp_path, monkeypatch):
+def test_an_interrupted_run_on_shards_ends_like_an_uninterrupted_one(shards, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ("--data", f"webdataset:{shards}", "--epochs", "2", "--checkpoint-minutes", "0")
     assert main(["train", *TINY, *options, "--output", str(whole)]) == 0
@@ -120,7 +120,7 @@ def test_an_interrupted_run_on_shards_ends_as_if_it_had_not_been(shards, tmp_pat
     assert without_times(metrics_of(whole)) == without_times(metrics_of(parts))
 
 
-def test_what_cannot_be_read_is_named_and_the_next_stands_for_it(shards, tmp_path):
+def test_unreadable_images_are_named_and_replaced_by_the_next(shards, tmp_path):
     for path in shards.glob("*.tar"):
         content = bytearray(path.read_bytes())
         if path.name == "train-001.tar":
@@ -145,7 +145,7 @@ def test_what_cannot_be_read_is_named_and_the_next_stands_for_it(shards, tmp_pat
 
 
 @pytest.mark.parametrize("label", [b"cat", None])
-def test_a_sample_without_a_number_costs_no_other(shards, tmp_path, label):
+def test_a_sample_without_a_label_does_not_affect_others(shards, tmp_path, label):
     with (
         tarfile.open(shards / "train-000.tar") as old,
         tarfile.open(tmp_path / "a.tar", "w") as new,
@@ -165,7 +165,7 @@ def test_a_sample_without_a_number_costs_no_other(shards, tmp_path, label):
     assert [place.partition(".tar/")[2] for place in left] == keys[:1] + keys[2:]
 
 
-def test_shards_that_are_not_there_are_said(shards, tmp_path):
+def test_missing_shards_are_reported(shards, tmp_path):
     for spec, message in (
         (tmp_path, "has no shards for train"),
         (tmp_path / "train-{000..004}.tar", "is not a folder; give one, or a pattern with"),
@@ -251,7 +251,7 @@ def test_labels(tmp_path, suffix, content, found):
     assert sample == ("0", found) if isinstance(found, int) else found in sample
 
 
-def test_absurd_labels_are_no_number_of_classes(tmp_path):
+def test_absurd_labels_do_not_determine_the_number_of_classes(tmp_path):
     write_shard(tmp_path / "train-0.tar", [("0.png", picture()), ("0.cls", b"1000000000")])
     with pytest.raises(
         LabelError, match="0 has the label 1000000000, but --num-classes is not given"
@@ -260,7 +260,7 @@ def test_absurd_labels_are_no_number_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_label_outside_the_classes_is_no_unreadable_image(shards, tmp_path, workers):
+def test_a_label_outside_the_classes_is_not_an_unreadable_image(shards, tmp_path, workers):
     for path in shards.glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     names = [f"train-{number:03d}.tar" for number in range(5)]
@@ -333,7 +333,7 @@ def test_compressed_shards_are_refused(tmp_path, mode, kind):
         list(read_shard(path))
 
 
-def test_shards_that_are_no_regular_files_or_damaged_are_refused(tmp_path):
+def test_shards_that_are_damaged_or_not_regular_files_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(InputError, match="pipe.tar is not a regular file"):
         list(read_shard(str(tmp_path / "pipe.tar")))
@@ -344,7 +344,7 @@ def test_shards_that_are_no_regular_files_or_damaged_are_refused(tmp_path):
     start = content.index(b"1.png")
     content[start] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match="a.tar cannot be read, .*damaged header at byte"):
+    with pytest.raises(InputError, match="a.tar cannot be read; .*damaged header at byte"):
         list(read_shard(str(path)))
 
 
@@ -364,7 +364,7 @@ def test_sparse_images_are_not_expanded(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["s [1]", "s {a}", "s {a,b}", "s*", "{split}"])
-def test_folders_that_exist_are_taken_literally(shards, tmp_path, name):
+def test_existing_folders_are_not_patterns(shards, tmp_path, name):
     for path in shards.glob("*.tar"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / path.name).write_bytes(path.read_bytes())
@@ -375,7 +375,7 @@ def test_folders_that_exist_are_taken_literally(shards, tmp_path, name):
 
 
 @pytest.mark.parametrize("length", [-3, 9.5, "9", True, None, 10**4, 10**30])
-def test_lengths_that_are_none_are_said(shards, tmp_path, length):
+def test_invalid_lengths_are_reported(shards, tmp_path, length):
     (tmp_path / "train-000.tar").write_bytes((shards / "train-000.tar").read_bytes())
     lengths = {"train": {"filenames": ["train-000.tar"], "shard_lengths": [length]}}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": lengths}))
@@ -385,7 +385,7 @@ def test_lengths_that_are_none_are_said(shards, tmp_path, length):
         open_split(f"webdataset:{tmp_path}", "train", num_classes=4)
 
 
-def test_a_shard_without_samples_costs_no_run(shards, tmp_path):
+def test_a_shard_without_samples_does_not_end_a_run(shards, tmp_path):
     (tmp_path / "train-000.tar").write_bytes((shards / "train-000.tar").read_bytes())
     (tmp_path / "train-001.tar").write_bytes((shards / "train-001.tar").read_bytes())
     write_shard(tmp_path / "train-002.tar", [])

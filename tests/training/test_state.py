@@ -38,7 +38,7 @@ def draw():
     return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
 
-def test_generators_continue_where_they_were(tmp_path):
+def test_generators_continue_their_sequences(tmp_path):
     seed_everything(3)
     np.random.randn()  # leaves a second normal in store, which is part of the state
     torch.save(rng_state(), tmp_path / "rng.pt")
@@ -49,7 +49,7 @@ def test_generators_continue_where_they_were(tmp_path):
     assert draw() == expected
 
 
-def test_weights_say_what_they_are(tmp_path):
+def test_weights_describe_their_model(tmp_path):
     args = {"img_size": [32, 48], "num_classes": 3, "in_chans": 1, "depth": 1}
     model = t2tvit.create_model("t2t_vit_7", **args)
     about = Weights("t2t_vit_7", args, ["a", "b", "ü"], {"lr": 0.1}, epoch=4, top1=61.5)
@@ -74,7 +74,7 @@ def test_weights_whose_bytes_have_changed_are_refused(tmp_path):
         read_about(path)
 
 
-def test_drawing_for_an_image_leaves_the_run_s_generators_alone():
+def test_drawing_for_an_image_does_not_change_the_generators_of_the_run():
     seed_everything(3)
     expected = draw()
     seed_everything(3)

@@ -84,7 +84,7 @@ class Hang:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_reader_that_hangs_does_not_hold_up_a_signal(tmp_path, capsys, whole, workers):
+def test_a_hanging_reader_does_not_block_a_signal(tmp_path, capsys, whole, workers):
     """The state of the last update is saved, and the run resumes as if it had not been stopped."""
     output = tmp_path / "run"
     with Hang(pipeline.TrainingImages, 8 * 3 + 3):
@@ -96,7 +96,7 @@ def test_a_reader_that_hangs_does_not_hold_up_a_signal(tmp_path, capsys, whole, 
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(tmp_path, whole, workers):
+def test_a_hanging_held_out_image_does_not_block_a_signal(tmp_path, whole, workers):
     output = tmp_path / "run"
     with Hang(pipeline.TransformedImages, 9):
         assert train(output, "--workers", workers) == 0
@@ -105,7 +105,7 @@ def test_a_held_out_image_that_hangs_does_not_hold_up_a_signal(tmp_path, whole, 
     assert_same_end(whole, output)
 
 
-def test_data_that_hang_when_they_are_opened_do_not_hold_up_a_signal(tmp_path, capsys):
+def test_data_that_hangs_when_opened_does_not_block_a_signal(tmp_path, capsys):
     with Hang(pipeline.TrainingImages, 0):
         assert train(tmp_path / "run") == 0
     assert (
@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_in_an_evaluation_loses_no_update(tmp_path, monkeyp
     assert_same_end(whole, output)
 
 
-def test_a_state_before_an_evaluation_takes_no_other_s_place(whole, tmp_path):
+def test_a_state_before_an_evaluation_does_not_replace_others(whole, tmp_path):
     names = {path.stem for path in whole.glob("state-*")}
     assert names == {"state-00002-00000000", "state-00003-00000000"}
     assert train(tmp_path / "run", "--keep-checkpoints", "1") == 0
@@ -195,7 +195,7 @@ print("done")
 
 
 @pytest.mark.parametrize("version", ["data_batch_1", "data_batch_1.bin"])
-def test_pipes_in_place_of_files_are_errors_and_do_not_hang(tmp_path, version):
+def test_pipes_instead_of_files_are_errors_and_do_not_hang(tmp_path, version):
     (tmp_path / version).write_bytes(bytes(3073))
     command = (sys.executable, "-c", PIPES, str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True)
@@ -298,7 +298,7 @@ def test_a_process_of_two_whose_reader_hangs_ends_both_on_a_signal(tmp_path):
     assert newest(output).stem == "state-00001-00000000"
 
 
-def test_the_other_node_goes_on_after_a_signal_to_one(tmp_path):
+def test_the_other_node_resumes_after_a_signal_to_one(tmp_path):
     """Elastic, from two nodes to one: torchrun restarts the node that got no signal."""
     output = tmp_path / "run"
     with socket.socket() as free:
