@@ -1,4 +1,4 @@
-"""Where the kernels run in the tests: on the GPU if there is one, else each in its stand-in.
+"""Where the kernels run in the tests: on the GPU if there is one, else in a replacement.
 
 Without a GPU the Triton kernels run in Triton's interpreter and the CUDA source in a host build
 (``tests/simt``), both on CPU tensors and behind the same public functions.
@@ -19,7 +19,7 @@ from tests.support.devices import CUDA_ON_HOST, DEVICE
 
 
 def kernel_backends() -> list:
-    """The compiled backends that this machine can exercise, as pytest parameters."""
+    """The compiled backends that can be tested on this machine, as pytest parameters."""
     return [
         pytest.param("cpu", id="cpu"),
         pytest.param("triton", id="triton" if DEVICE.type == "cuda" else "triton-interpreted"),
@@ -35,7 +35,7 @@ def cuda_on_host(tmp_path_factory):
 
 @pytest.fixture(params=kernel_backends())
 def backend(request, monkeypatch):
-    """A compiled backend's name; on this machine it can be called with tensors on ``device``."""
+    """The name of a compiled backend that supports tensors on ``device`` on this machine."""
     name = request.param
     if name == "triton" and DEVICE.type == "cpu" and backends.why_unavailable("triton"):
         pytest.skip(f"Triton: {backends.why_unavailable('triton')}")
@@ -64,7 +64,7 @@ def device(backend):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(request):
-    """Tests compile the same functions with other backends and dtypes, more than a process may."""
+    """Reset the compiler: tests compile the same functions more often than its limit."""
     yield
     if "compile" in request.node.name or "opcheck" in request.node.name:
         torch._dynamo.reset()
@@ -72,7 +72,7 @@ def fresh_compiler(request):
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN, so that an element nobody wrote cannot look like an answer."""
+    """New memory holds NaN, so that an element that was not written cannot look valid."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,4 +1,4 @@
-"""A checkout without kernels says that it hides the installed package, which has them."""
+"""A checkout without kernels warns if it hides an installed package with kernels."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from t2t_kernels import shadowing
 
 @pytest.fixture
 def clone(tmp_path):
-    """Runs Python in a checkout without kernels, beside an installed package that has them."""
+    """Runs Python in a checkout without kernels, with an installed package that has kernels."""
     root = Path(__file__).parents[1]
     ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "results")
     for package in ("t2t_kernels", "t2tvit", "bench"):

@@ -1,4 +1,4 @@
-"""Text in figures: hostile names, formats of the file, learning curves, and grids of predictions."""
+"""Figures: hostile names, file formats, learning curves, and grids of predictions."""
 
 import math
 import warnings
@@ -50,7 +50,7 @@ def test_letters_that_no_font_has_are_escaped():
 
 
 def test_fonts_are_found_by_their_letters():
-    """A font of mathematical signs that matplotlib ships has letters that the usual one lacks."""
+    """A mathematical font of matplotlib has letters that the default font lacks."""
     letter = "\ue000"
     with literal_text([letter]):
         figure = Figure()

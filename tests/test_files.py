@@ -1,4 +1,4 @@
-"""A full disk loses nothing: every file that the project writes is replaced as a whole."""
+"""A full disk loses nothing: every file is replaced atomically."""
 
 import os
 import stat
@@ -33,7 +33,7 @@ def test_a_device_is_refused():
 
 
 def limited(limit: int, *arguments) -> subprocess.CompletedProcess:
-    """A command where no file may grow beyond ``limit`` bytes."""
+    """Run a command with a limit on the size of files."""
     code = (
         "import resource, sys; from t2tvit.cli import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
@@ -44,7 +44,7 @@ def limited(limit: int, *arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
 class TestAFullDisk:
-    """One line, status 1, and the previous file is as it was."""
+    """The command prints one line and has status 1, and the previous file is intact."""
 
     @pytest.fixture
     def source(self, tmp_path):

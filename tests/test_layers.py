@@ -1,4 +1,4 @@
-"""The structure that docs/architecture.md describes: imports go one way."""
+"""The structure in docs/architecture.md: imports go one way."""
 
 import ast
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ TREES = {
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules that are imported in ``node``, also in functions, but not for types alone."""
+    """The modules that ``node`` imports, including imports in functions, except for types only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
@@ -61,7 +61,7 @@ def test_training_imports_no_module_that_uses_it():
 
 
 def test_no_test_imports_another():
-    """What several use is in tests/support."""
+    """Shared helpers are in tests/support."""
     wrong = []
     for path in sorted(TESTS.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -22,7 +22,7 @@ IMAGE = Image.effect_noise((60, 50), 90).convert("RGB")
 
 
 def check(loaded, tmp_path) -> None:
-    """It is the model of ``tiny``, and prepares images as ``t2tvit predict`` does."""
+    """The model is that of ``tiny``, and its transform is that of ``t2tvit predict``."""
     assert loaded.class_names == CLASS_NAMES
     assert not loaded.model.training
     images = loaded.transform(IMAGE)[None]

@@ -1,4 +1,4 @@
-"""What the documentation shows is run: its Python here, its commands by CI or by make."""
+"""Code in the documentation works: Python runs here, commands run in CI or by make."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The machinery of the benchmarks, never a time."""
+"""The code of the benchmarks, without checking times."""
 
 import json
 import math
@@ -135,7 +135,7 @@ def test_non_finite_results_are_refused():
 
 
 def test_the_checked_tensors_make_attention_matter():
-    """Keys so large that eps rules would leave no gradient to compare."""
+    """With keys so large that eps dominates, there would be no gradient to compare."""
     row = Row("performer_layer", "L2", 1, "fp32", "full", "reference")
     result, *gradients = checks.expected(row)[1]
     assert min(gradient.norm() for gradient in gradients) > 1e-2 * result.norm()
@@ -176,7 +176,7 @@ def test_a_named_attention_is_the_one_that_runs(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["compile", "convolution", "convolution-channels-last"])
 def test_a_compiled_rival_is_traced_once(backend, monkeypatch):
-    """One graph for all calls, with PyTorch's own attention and, if named so, a convolution."""
+    """There is one graph for all calls, with PyTorch's attention and, for some rivals, a convolution."""
     graphs = []
 
     def keep(module, inputs):
@@ -224,7 +224,7 @@ def test_interleave_takes_turns():
 
 
 def fill(row: Row):
-    """A step that takes 32 MiB an image, and gives them back."""
+    """A step that allocates 32 MiB per image and frees them."""
     return lambda: torch.ones(row.batch, 2**23).sum()
 
 
@@ -268,7 +268,7 @@ def run_bench(tmp_path, chosen, *options, **environment):
 
 @pytest.fixture(scope="module")
 def sabotaged_run(tmp_path_factory):
-    """One module and one operation, whose kernel is wrong."""
+    """A run of one module and one operation whose kernel is wrong."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "sabotage.py").write_text(
         "from bench import workloads\n"

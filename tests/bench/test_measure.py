@@ -1,4 +1,4 @@
-"""Measuring a GPU, with a stand-in for one: its time is the device's, and launches are kernels."""
+"""Measurements on a simulated GPU: times are those of the device, and launches count kernels."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ CUDA = torch.device("cuda")
 
 
 class Gpu:
-    """Runs what is launched in order; the host's clock and the GPU's advance together."""
+    """Runs launches in order; the clocks of the host and the GPU advance together."""
 
     def __init__(self, monkeypatch):
         self.host = self.free = 0.0
@@ -47,7 +47,7 @@ class Event:
 
 @pytest.mark.parametrize("launches, to_launch", [(1, 20e-6), (30, 20e-6), (300, 30e-6)])
 def test_short_calls_are_measured_on_the_device(monkeypatch, launches, to_launch):
-    """Kernels of 5 µs that take the host 20 and 30 µs each to launch."""
+    """Kernels of 5 µs whose launches take the host 20 and 30 µs."""
     gpu = Gpu(monkeypatch)
 
     def call():
@@ -61,7 +61,7 @@ def test_short_calls_are_measured_on_the_device(monkeypatch, launches, to_launch
 
 
 def test_measuring_short_calls_respects_the_time_limit(monkeypatch):
-    """Holding the GPU back costs far more than the call itself."""
+    """Holding back the GPU takes far longer than the call itself."""
     gpu = Gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
     functions = {"short": lambda: gpu.launch(5e-6, 20e-6)}

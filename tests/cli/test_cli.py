@@ -246,7 +246,7 @@ def test_eval_repeats_what_training_measured(trained, capsys):
 
 
 def test_eval_maps_classes_by_name(trained, folder, tmp_path, capsys):
-    """Held-out data with fewer classes, whose numbers are therefore others."""
+    """Held-out data with fewer classes, so that their numbers differ."""
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
         for name in ("poppy", "violet"):
@@ -346,7 +346,7 @@ def test_bench_does_not_time_wrong_results(trained, monkeypatch, capsys):
 
 
 def test_errors_of_one_process_are_reported_by_that_process(monkeypatch, capsys):
-    """Its node's first process speaks for what all meet."""
+    """The first process of a node reports errors that all processes have."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "3")
     complain(InputError("all meet this"))

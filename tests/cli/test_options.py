@@ -1,4 +1,4 @@
-"""The options of every command and the keys of a configuration: none changes by accident.
+"""The options of every command and the configuration keys do not change by accident.
 
 ``options.json`` is the record. ``python -m tests.cli.test_options`` writes it anew after a change
 on purpose.
@@ -23,7 +23,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def options_of(command: argparse.ArgumentParser) -> dict[str, list]:
-    """By name: the number of values, their sign in the help, the choices, and the default."""
+    """For each name: number of values, metavar, choices and default."""
     found = {}
     for action in command._actions:
         choices = None if action.choices is None else list(action.choices)

@@ -1,4 +1,4 @@
-"""What reaches the terminal: in any encoding, with odd names, and when it cannot be written."""
+"""Output on the terminal: any encoding, odd names, and output that cannot be written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Comparisons: one budget for all, gone on with, and a table that says what was measured."""
+"""Comparisons: the same budget for all models, resuming, and the table of results."""
 
 import csv
 import html
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_run_is_reported_before_anything_is_written(tmp_path
 
 
 def measured(count: int, name: str = "model") -> list[Measured]:
-    """Models in a few heaps."""
+    """Models in a few clusters."""
     random = np.random.default_rng(count)
     rows = []
     for number in range(count):

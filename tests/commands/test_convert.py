@@ -1,4 +1,4 @@
-"""Weights from one form to another, and to and from the Hub, whose network is a folder here."""
+"""Conversion of weights, also to and from the Hub, which a folder replaces here."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_published_weights_get_a_description(prefix, tmp_path, capsys):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """The Hub's repositories as folders."""
+    """Folders instead of the Hub's repositories."""
     import huggingface_hub
 
     root = tmp_path / "network"
@@ -181,7 +181,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path, capsys):
 
 
 def test_heads_of_published_weights(tmp_path, capsys):
-    """Weights without a head stay so; another number of classes is refused, in one line."""
+    """Weights without a head stay without; another number of classes is a one-line error."""
     target = tmp_path / "t.safetensors"
     options = ("--model", "t2t_vit_7", "--model-args", "depth=1")
     for classes in (0, 4):

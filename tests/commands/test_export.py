@@ -1,4 +1,4 @@
-"""Exported files, run by those who read them."""
+"""Exported files, run by other libraries."""
 
 import json
 import sys
@@ -147,7 +147,7 @@ def test_options_that_exclude_each_other(tmp_path, capsys):
 @pytest.mark.parametrize("size", [(32, 48), (40, 40)])
 @pytest.mark.parametrize("pixels", [(90, 61), (61, 90), (50, 50), (41, 300)])
 def test_the_json_describes_the_preprocessing(size, pixels, tmp_path, capsys):
-    """What it says, done with Pillow alone, is what the package does."""
+    """Preprocessing by its description, with Pillow only, agrees with the package."""
     from PIL import Image
 
     options = ("--format", "safetensors", "--output", tmp_path / "out", "--img-size", *size)
@@ -194,7 +194,7 @@ def test_a_file_that_misreads_images_is_removed(tmp_path, monkeypatch, capsys):
     read = exporting.FORMATS["safetensors"].read
 
     def misreading(what, path):
-        """As if the memory were always contiguous."""
+        """Reads as if memory were always contiguous."""
         runner = read(what, path)
         return lambda images: runner(
             images.contiguous()

@@ -23,7 +23,7 @@ from tests.support.figure_layout import HOSTILE
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven images, some of them a folder deeper, and a text."""
+    """Seven images, some of them in a subfolder, and a text file."""
     random = np.random.default_rng(0)
     (tmp_path / "images" / "deep").mkdir(parents=True)
     for number in range(7):

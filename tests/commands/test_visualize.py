@@ -1,4 +1,4 @@
-"""Pictures of models: what is recorded, what is said of it, and that the pictures show it."""
+"""Pictures of models: recorded values, descriptions, and content of the pictures."""
 
 import json
 import math

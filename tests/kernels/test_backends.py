@@ -1,4 +1,4 @@
-"""How a backend is chosen, refused and explained."""
+"""Choosing, refusing and explaining backends."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def served(x, **kwargs):
-    """The backend that served a soft split, read off the operator that autograd recorded."""
+    """The backend of a soft split, from the operator that autograd recorded."""
     y = soft_split(x.requires_grad_(), 3, 2, 1, **kwargs)
     return type(y.grad_fn).__name__
 
@@ -112,7 +112,7 @@ MODELS = {"E": 64, "m": 32, "M": 64}
 
 
 def test_takes_agrees_with_the_choice_for_a_call(gpu):
-    """Every size and dtype is looked at, and those that a kernel does not name are free."""
+    """Every size and dtype is checked, and sizes that a kernel does not name are not limited."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     for operation in backends.OPERATIONS.values():
         for backend, dtype in itertools.product(operation.kernels, dtypes):
@@ -136,7 +136,7 @@ def test_takes_agrees_with_the_choice_for_a_call(gpu):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU on which Triton and CUDA C++ run, as far as the choice of a backend can tell."""
+    """A simulated GPU on which Triton and CUDA C++ appear to run."""
     for name in ("triton", "cuda"):
         injected = Backend(
             name,
@@ -210,7 +210,7 @@ def test_explain_gives_the_limits_of_a_named_backend(gpu):
 
 
 def test_explain_distinguishes_calls_of_an_operation(gpu):
-    """A layer's image can have channels that a kernel does not take, and the next layer's map not."""
+    """A kernel may not support the channels of the image, but those of the next layer's map."""
     calls = [("performer_layer", MODELS | {"channels": channels}) for channels in (5, 64)]
     calls = [(name, sizes | {"kernel_size": 7}) for name, sizes in calls]
     choices = explain("cuda", dtype=torch.bfloat16, calls=calls)

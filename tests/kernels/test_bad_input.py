@@ -1,4 +1,4 @@
-"""Each wrong argument gets one error that names it, what was given and what was expected."""
+"""Each wrong argument gives one error with its name, what was given and what was expected."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_bad_input(case, autocast):
 
 @pytest.mark.parametrize("case", ["rank", "integers", "too-small", "stride-zero"])
 def test_bad_input_is_refused_before_any_kernel(case, backend):
-    """The same errors whichever backend is asked for."""
+    """The errors are the same for every backend."""
     call, error, message = CASES[case]
     with use_backend(backend), pytest.raises(error, match=message):
         call()
@@ -186,7 +186,7 @@ LAYERS = {"performer_layer": PERFORMER_ARGUMENTS, "transformer_layer": TRANSFORM
 
 
 def operator_cases():
-    """Operator, arguments, and the message: what was wrong, what was got and expected."""
+    """Operator, arguments, and the message with argument, got and expected."""
     weight, norm = torch.randn(8, 27, dtype=HALF), torch.randn(27, dtype=HALF)
     one, all_but = (HALF_X, weight, None, None, None), (*NUMBERS, 1e-5)
     yield "soft_split", (HALF_X[0], *NUMBERS), r"x: got shape \(3, 8, 8\), expected 4 dim"
@@ -290,7 +290,7 @@ OPERATOR_CASES = list(operator_cases())
 
 @pytest.mark.parametrize("case", range(len(OPERATOR_CASES)))
 def test_an_operator_names_what_is_wrong(case, backend, device):
-    """As a loaded graph would call it, without the checks of the public functions."""
+    """Called like a loaded graph, without the checks of the public functions."""
     from t2t_kernels.library import operators
 
     if backend == "triton":

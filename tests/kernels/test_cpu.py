@@ -1,4 +1,4 @@
-"""What is particular to the CPU kernels: instruction sets, threads, chunks of tokens."""
+"""Tests of the CPU kernels only: instruction sets, threads, chunks of tokens."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_parity_in_every_instruction_set(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_gradient_if_each_query_attends_to_one_key(dtype):
-    """The other keys are e^−87 and more below it: exactly nothing of them is left."""
+    """The weights of other keys are below e^−87, and become exactly zero."""
     torch.manual_seed(5)
     k, v = torch.randn(2, 2, 40, 64)
     k = 30 * k / k.norm(dim=-1, keepdim=True)
@@ -142,7 +142,7 @@ def test_parity_over_chunks(layout, monkeypatch):
 
 
 def test_patches_with_an_offset():
-    """Small contrasts on a large brightness, where Σx² − (Σx)² would lose everything."""
+    """Small contrasts on a large brightness, for which Σx² − (Σx)² would lose all precision."""
     torch.manual_seed(0)
     tensors = soft_split_linear.arguments(
         (1, 3, 20, 20), SPLIT, 9, True, True, torch.float32, "cpu"

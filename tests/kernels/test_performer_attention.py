@@ -85,7 +85,7 @@ def test_finite_for_every_finite_input(
 
 @pytest.mark.parametrize("which", ["k", "q", "v"])
 def test_nan_is_not_clamped_away(backend, device, which, kind):
-    """What a NaN reaches is NaN: a diverged training must not look like a finite one."""
+    """Results that depend on a NaN are NaN, so that a diverged training does not look finite."""
     dtype, embed, features = kind
     torch.manual_seed(3)
     tensors = {name: torch.randn(1, 70, embed, device=device).to(dtype) for name in "kqv"}

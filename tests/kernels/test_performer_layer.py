@@ -104,7 +104,7 @@ def test_layouts_without_dropout_and_eps(backend, device, case, dtype, layout, t
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_dropout(backend, device, dropout_p, case, dtype, taken):
-    """Exactly the reference's mask: a wrong bit anywhere is an error of order one."""
+    """The mask is exactly that of the reference: any wrong bit would be a large error."""
     taken(case, dtype)
     tensors, split = arguments(case, dtype, device)
     seed = torch.tensor([-3], device=device)
@@ -142,7 +142,7 @@ def test_flat_map(backend, device, value, kind):
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_large_keys_and_queries(backend, device, case, dtype, eps, taken):
-    """k and q of rms 8 and more, where the published formula is NaN."""
+    """k and q with rms 8 and more, for which the published formula is NaN."""
     taken(case, dtype)
     tensors, split = arguments(case, dtype, device)
     tensors[1 + FIELDS.index("kqv_weight")].mul_(8)
@@ -159,7 +159,7 @@ def test_large_keys_and_queries(backend, device, case, dtype, eps, taken):
 @pytest.mark.parametrize("features_dtype", [*DTYPES, torch.float64], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_random_features_of_any_dtype(backend, device, dtype, features_dtype, taken):
-    """The same as those numbers in float32; they receive no gradient."""
+    """The result is that of the same values in float32; they receive no gradient."""
 
     def results(w):
         leaves = [tensor.detach().requires_grad_() for tensor in (tensors[0], w, *tensors[2:])]
@@ -203,7 +203,7 @@ def test_autocast(backend, device):
 
 @pytest.mark.parametrize("which", ["x", "kqv_weight", "mlp_2_bias"])
 def test_nan_is_not_lost(backend, device, which, kind):
-    """What a NaN reaches is NaN: a diverged training must not look like a finite one."""
+    """Results that depend on a NaN are NaN, so that a diverged training does not look finite."""
     tensors, split = arguments(*kind, device)
     tensor = tensors[0] if which == "x" else tensors[1 + FIELDS.index(which)]
     tensor.view(-1)[tensor.numel() // 2] = torch.nan
@@ -295,7 +295,7 @@ def test_launches_and_allocations(backend, device):
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0), (torch.bfloat16, 1.0)])
 def test_saved_for_backward(backend, dtype, most, skip_unless_taken):
-    """MiB per image for the whole module at 224×224: shapes alone, no kernel runs."""
+    """MiB per image for the whole module at 224×224, from shapes; no kernel runs."""
     skip_unless_taken("performer_layer", dtype, **dict(zip("EmM", MODELS)))
     from torch._subclasses.fake_tensor import FakeTensorMode
 

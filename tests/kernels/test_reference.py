@@ -1,4 +1,4 @@
-"""The references themselves: against the published formulas, other sources, and float64."""
+"""The references, compared with the published formulas, other sources, and float64."""
 
 import math
 
@@ -23,7 +23,7 @@ SPLIT = {"kernel_size": 3, "stride": 2, "padding": 1}
 
 
 def published_performer(k, q, v, w, eps):
-    """The formula as published: exponentials as they come."""
+    """The published formula, without shifts of the exponents."""
 
     def features(x):
         return torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
@@ -115,7 +115,7 @@ def test_performer_in_half_precision_has_only_rounding_errors(dtype):
 
 
 def test_performer_maximum_is_over_tokens_not_within_them():
-    """Subtracting a maximum per token of k would weigh all tokens alike: another function."""
+    """Subtracting a maximum per token of k would change the function."""
     k = torch.zeros(1, 2, 2, dtype=torch.float64)
     k[0, 0] = 3.0
     v = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]], dtype=torch.float64)
@@ -280,7 +280,7 @@ def test_layers_run_and_are_differentiable_in_every_dtype(dtype):
 
 
 def test_float16_inputs_that_make_the_published_performer_nan():
-    """Autocast users met NaN at unit rms: the features themselves leave float16's range."""
+    """Under autocast the published formula gives NaN at unit rms: features exceed float16."""
     torch.manual_seed(7)
     k, q, v = (torch.randn(1, 785, 64, dtype=torch.float16) for _ in range(3))
     w = (torch.nn.init.orthogonal_(torch.empty(32, 64)) * math.sqrt(32)).half()
@@ -334,7 +334,7 @@ def test_soft_split_order_of_elements():
 
 
 def test_shapes_on_the_meta_device():
-    """Tools that count operations or infer shapes run models without memory."""
+    """Tools that count operations or infer shapes run models on the meta device."""
     params = performer_params(27, dtype=torch.float32)
     params = PerformerLayerParams(*(tensor.to("meta") for tensor in params))
     y = performer_layer(torch.empty(2, 3, 11, 8, device="meta"), params, **SPLIT)

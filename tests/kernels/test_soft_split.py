@@ -55,7 +55,7 @@ def test_gradient_has_the_layout_of_the_map(backend, device, layout):
 
 
 def test_gradient_of_an_expanded_gradient(backend, device):
-    """``sum().backward()`` hands the kernel a gradient whose strides are all zero."""
+    """``sum().backward()`` passes a gradient whose strides are all zero."""
     x = torch.randn(2, 3, 9, 9, device=device, requires_grad=True)
     (ours,) = torch.autograd.grad(soft_split(x, 3, 2, 1, backend=backend).sum(), x)
     (plain,) = torch.autograd.grad(soft_split(x, 3, 2, 1, backend="reference").sum(), x)
@@ -78,7 +78,7 @@ def test_second_derivative(backend, device):
 
 @pytest.mark.filterwarnings("ignore:.*not a double precision.*")
 def test_gradcheck(backend, device):
-    """The kernels take no float64; in float32 the function is linear, so large steps are exact."""
+    """The kernels do not support float64. The function is linear, so large steps are exact in float32."""
     x = torch.randn(1, 2, 5, 4, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x: soft_split(x, 3, 2, 1, backend=backend), x, eps=0.5, atol=1e-4, rtol=1e-4

@@ -70,7 +70,7 @@ def test_layouts(backend, device, channels, dtype, layout, skip_unless_taken):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 100.0])
 def test_flat_patches(backend, device, kind, value):
-    """Their variance is zero, so a rounding error of the mean would be magnified by 316."""
+    """The variance is zero, so a rounding error of the mean would be amplified by 316."""
     split, (channels, dtype) = (3, 2, 1), kind
     tensors = arguments((1, channels, 8, 9), split, 16, True, True, dtype, device)
     tensors[0].fill_(value)
@@ -94,7 +94,7 @@ def test_without_the_gradient_of_the_map(backend, device, kind):
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_nan_only_reaches_patches_that_contain_it(backend, device, kind, norm):
-    """A NaN reaches the patches that hold it, and no other."""
+    """A NaN only reaches patches that contain it."""
     channels, dtype = kind
     # The column behind a patch of three is not that of the next patch.
     for split in ((3, 4, 0), (3, 2, 0), (7, 4, 2)):

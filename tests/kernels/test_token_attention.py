@@ -47,13 +47,13 @@ def test_parity(backend, device, case, dtype, skip_unless_taken):
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_large_scores(backend, device, dtype, scale, skip_unless_taken):
-    """Scores of rms 64 · 8: nearly one key a query, nothing overflows."""
+    """Scores with rms 64 · 8: nearly one key per query, and nothing overflows."""
     skip_unless_taken("token_attention", dtype, E=64)
     assert_parity(arguments(CASES["usual"], 8.0, dtype, device), scale, backend)
 
 
 def test_nearly_equal_keys(backend, device, skip_unless_taken):
-    """Attention that is uniform but for roundings: nothing is lost where it cancels."""
+    """Attention that is uniform up to rounding: cancellation does not lose precision."""
     skip_unless_taken("token_attention", torch.float32, E=64)
     q, k, v = arguments(CASES["usual"], 1.0, torch.float32, device)
     assert_parity([q, k * 1e-3 + 3, v], 64**-0.5, backend)

@@ -149,7 +149,7 @@ def test_autocast(backend, device):
 
 @pytest.mark.parametrize("which", ["x", "attn_qkv_weight", "mlp_fc2_bias"])
 def test_nan_is_not_lost(backend, device, which, kind):
-    """What a NaN reaches is NaN: a diverged training must not look like a finite one."""
+    """Results that depend on a NaN are NaN, so that a diverged training does not look finite."""
     tensors, split = arguments(*kind, device)
     tensor = tensors[FIELDS.index(which)]
     tensor.view(-1)[tensor.numel() // 2] = torch.nan
@@ -232,7 +232,7 @@ def test_launches_and_allocations(backend, device):
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5.0), (torch.bfloat16, 3.5)])
 def test_saved_for_backward(backend, dtype, most, skip_unless_taken):
-    """MiB per image for the whole module at 224×224: shapes alone, no kernel runs."""
+    """MiB per image for the whole module at 224×224, from shapes; no kernel runs."""
     skip_unless_taken("transformer_layer", dtype, **dict(zip("EM", MODELS)))
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""What the models do: sizes, dtypes, dropouts, checkpointing, compilation, the timm interface."""
+"""Behaviour of models: sizes, dtypes, dropout, checkpointing, compilation, the timm interface."""
 
 import copy
 
@@ -166,7 +166,7 @@ def test_ghost_mlp_is_made_with_depthwise_convolutions():
 
 
 def test_performer_dropout_is_on_in_training_only():
-    """The Performer layers drop out whatever the backbone's rates; the transformer layers never."""
+    """Performer layers use dropout independent of the backbone's rates; transformer layers never do."""
     x = torch.randn(2, 3, 32, 32)
     performer, transformer = small_model(), small_model(tokens_type="transformer")
     assert not torch.equal(performer.tokens_to_token(x), performer.tokens_to_token(x))

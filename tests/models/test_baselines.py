@@ -1,4 +1,4 @@
-"""ViT and its variants on patches: against the paper's sizes, arithmetic and timm."""
+"""ViT and its variants on patches, compared with the paper's sizes, arithmetic and timm."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Counted multiply-adds against the paper's, and against arithmetic."""
+"""Counted multiply-adds, compared with the paper and with arithmetic."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_multiply_adds_agree_with_the_paper(name):
 
 
 def test_multiply_adds_agree_with_arithmetic():
-    """The T2T module's three products and what follows from its attention, layer by layer."""
+    """The products of the T2T module and of its attention, layer by layer."""
     model = t2tvit.create_model(
         "t2t_vit_7", img_size=(32, 48), embed_dim=32, depth=1, num_heads=2, num_classes=5
     )

@@ -1,4 +1,4 @@
-"""The models give the published architecture's numbers for weights made from their names."""
+"""The models agree with the published architecture, for weights generated from their names."""
 
 import math
 import zlib
@@ -42,7 +42,7 @@ def golden_model(name: str, fused_kernels: str, dtype: torch.dtype):
 
 
 def relative_error(got, expected) -> float:
-    """Largest difference over the largest expected value."""
+    """The largest difference, relative to the largest expected value."""
     got = torch.as_tensor(got).detach().double().numpy()
     assert got.shape == expected.shape, f"got shape {got.shape}, expected {expected.shape}"
     return float(np.abs(got - expected).max() / np.abs(expected).max())

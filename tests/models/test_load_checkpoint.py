@@ -1,4 +1,4 @@
-"""Checkpoints: wrappers, prefixes, other sizes and heads, and whatever a file may hold wrongly."""
+"""Checkpoints: wrappers, prefixes, other sizes and heads, and invalid files."""
 
 import argparse
 import logging
@@ -50,7 +50,7 @@ def test_wrappers_and_prefixes(tmp_path, wrapper, prefix):
 
 
 def test_the_average_is_preferred_and_options_are_ignored(tmp_path):
-    """A published file: epoch, options in a Namespace, optimiser, weights and their average."""
+    """A published file has the epoch, options in a Namespace, optimiser, weights and average."""
     average, last, model = small_model(1), small_model(2), small_model(3)
     path = tmp_path / "checkpoint.pth.tar"
     optimizer = torch.optim.AdamW(last.parameters())

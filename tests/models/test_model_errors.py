@@ -1,4 +1,4 @@
-"""Bad input to the models: one clear error each, with the argument, what it got and expected."""
+"""Bad input to models gives a clear error with argument, got and expected."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_images_on_another_device():
 
 
 def test_a_backend_that_cannot_run_says_why_at_the_first_forward():
-    """CUDA C++ takes no CPU tensors, whether it is built or not."""
+    """CUDA C++ does not support CPU tensors, whether it is built or not."""
     model = create_model("t2t_vit_7", depth=1, img_size=32, fused_kernels="cuda")
     with pytest.raises(BackendUnavailable, match="on the cuda backend"):
         model(torch.zeros(1, 3, 32, 32))

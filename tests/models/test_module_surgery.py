@@ -1,4 +1,4 @@
-"""T2T layers whose submodules were hooked, wrapped or replaced compute what the submodules do."""
+"""T2T layers whose submodules have hooks, are wrapped or replaced call these submodules."""
 
 import copy
 import warnings
@@ -49,7 +49,7 @@ def images():
 
 
 def replace(module, name, new):
-    """Put ``new`` in the place of the submodule ``name`` of the first layer."""
+    """Replace the submodule ``name`` of the first layer by ``new``."""
     parent, _, last = f"attention1.{name}".rpartition(".")
     parent = module.get_submodule(parent)
     if isinstance(parent, (nn.ModuleDict, nn.Sequential)):
@@ -59,7 +59,7 @@ def replace(module, name, new):
 
 
 class LowRankAdapter(nn.Module):
-    """As PEFT wraps a linear module: weight and bias are still those of the base layer."""
+    """Wraps a linear module like PEFT: weight and bias are those of the base layer."""
 
     def __init__(self, base):
         super().__init__()
@@ -91,7 +91,7 @@ def test_plain_modules_are_fused_without_a_warning(kind):
 @over_kinds
 @pytest.mark.parametrize("train", [False, True])
 def test_submodules_compute_the_same(kind, train):
-    """The composition, dropouts included, is the plain PyTorch layer."""
+    """The composition, including dropout, equals the plain PyTorch layer."""
     layer = new(kind, "reference").attention1.train(train)
     torch.manual_seed(2)
     expected = layer(images(), backend="reference")
@@ -189,7 +189,7 @@ PARAMETRISED = {
 
 
 def effective_weights(module, name):
-    """The weight that the submodule computed with, over three updates."""
+    """The weights that the submodule used in three updates."""
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.02)
     weights, losses = [], []
     for _ in range(3):

@@ -52,7 +52,7 @@ def test_state_dict_and_parameter_counts(name):
     ],
 )
 def test_heads_and_scale(name, heads):
-    """What the state dict does not show: it is the same for any number of heads."""
+    """The state dict does not depend on the number of heads."""
     with torch.device("meta"):
         attention = t2tvit.create_model(name).blocks[0].attn
     assert attention.num_heads == heads

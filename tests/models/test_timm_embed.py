@@ -1,4 +1,4 @@
-"""``T2TEmbed`` in the place of timm's ``PatchEmbed``."""
+"""``T2TEmbed`` as a replacement of timm's ``PatchEmbed``."""
 
 from functools import partial
 

@@ -93,7 +93,7 @@ def test_data_config_of_one_channel(timm):
 
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_dense"])
 def test_layer_decay(timm, name):
-    """Deeper parameters have larger rates: T2T module and class token least, head most."""
+    """Deeper parameters have larger rates, from the T2T module and class token to the head."""
     from timm.optim import param_groups_layer_decay
 
     with torch.device("meta"):

@@ -37,7 +37,7 @@ def test_any_order_of_threads(host_cache, seed):
 
 
 def test_images_do_not_affect_each_other():
-    """Tiles reach beyond the last token of an image, into the next one."""
+    """Tiles extend beyond the last token of an image, into the next one."""
     tensors, w = arguments((3, 37, *SIZES), 0.5, torch.bfloat16, "cpu")
     ops = torch.ops.t2t_cuda
 
@@ -222,7 +222,7 @@ def mutate(cuda_on_host, host_cache, tmp_path_factory):
 
 
 def results(ops, dtype):
-    """Of both operators, on tokens that take every kernel through most of its paths."""
+    """Results of both operators for tokens that cover most paths of every kernel."""
     # Where neither eps nor a single feature decides alone, and beyond the limit.
     for sizes, rms, eps in (((3, 230), 0.3, 1e-3), ((2, 37), 1e20, 0.0)):
         if dtype == torch.float16 and rms > 1e4:

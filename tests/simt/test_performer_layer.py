@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[1, 3])
 def blocks(request):
-    """One block and its slot, or several, of few tokens."""
+    """One block and its slot, or several blocks, with few tokens."""
     with multiprocessors(request.param):
         yield
 
@@ -43,7 +43,7 @@ def test_any_order_of_threads(host_cache, seed):
 
 @pytest.mark.parametrize("case", ["several-tiles-of-a-warp", "image"])
 def test_images_do_not_affect_each_other(case):
-    """Tiles reach beyond the last token of an image, into the next one."""
+    """Tiles extend beyond the last token of an image, into the next one."""
     tensors, split = arguments(case, torch.bfloat16)
     numbers = (*split, 1e-3, 0.0)
     alone, *_ = torch.ops.t2t_cuda.performer_layer(*tensors, None, *numbers)

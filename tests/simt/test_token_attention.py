@@ -54,7 +54,7 @@ def test_nan_reaches_the_same_elements_as_in_the_reference(dtype, which):
     ],
 )
 def test_unsupported_arguments(embed, dtype, message):
-    """The operator's own check; the public function chooses another backend before."""
+    """The check of the operator; the public function would choose another backend."""
     x = torch.zeros(1, 2, embed, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.t2t_cuda.token_attention(x, x, x, 1.0)

@@ -21,7 +21,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 
 @pytest.fixture(params=[1, 3])
 def blocks(request):
-    """One block and its slot, or several, of few tokens."""
+    """One block and its slot, or several blocks, with few tokens."""
     with multiprocessors(request.param):
         yield
 
@@ -55,7 +55,7 @@ def test_any_order_of_threads(host_cache, seed):
 
 
 def test_images_do_not_affect_each_other():
-    """Tiles reach beyond the last token of an image, into the next one."""
+    """Tiles extend beyond the last token of an image, into the next one."""
     tensors, split = arguments("several-blocks-of-tails", torch.bfloat16)
     alone, *saved = torch.ops.t2t_cuda.transformer_layer(*tensors, *split, 0.2)
     grad = torch.ones_like(alone)
@@ -73,7 +73,7 @@ def test_images_do_not_affect_each_other():
 
 @pytest.mark.parametrize(("sizes", "dtype"), [((65, 64), HALF), ((64, 8), HALF), (SIZES, FLOAT)])
 def test_unsupported_arguments(sizes, dtype):
-    """The operator's own check; the public function chooses another backend before."""
+    """The check of the operator; the public function would choose another backend."""
     params = transformer_params(27, *sizes, dtype=dtype)
     with pytest.raises(RuntimeError, match="got .*, expected"):
         torch.ops.t2t_cuda.transformer_layer(

@@ -1,1 +1,1 @@
-"""What several test files use: fixtures apart, all helpers are here, and no test imports another."""
+"""Helpers of several test files, except fixtures. No test file imports another."""

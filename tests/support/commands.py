@@ -1,4 +1,4 @@
-"""A tiny model's weights file that says what it is, and the command line."""
+"""A weights file of a tiny model with its description, and the command line."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ CONFIG = dict(
 
 
 def model(**options) -> T2TBackbone:
-    """The model, with a head that tells images apart."""
+    """The model, with a head that distinguishes images."""
     torch.manual_seed(0)
     made = t2tvit.create_model("t2t_vit_7", **ARGS | options).eval()
     torch.nn.init.normal_(made.head.weight)
@@ -41,7 +41,7 @@ def weights(folder: Path, class_names=CLASS_NAMES, **options) -> Path:
 
 
 def run(capsys, *arguments, status: int = 0) -> str:
-    """What a command prints on standard output; with another status, the one line of its error."""
+    """The standard output of a command; with another status, its one-line error."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()

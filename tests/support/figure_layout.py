@@ -1,4 +1,4 @@
-"""What can be checked of a figure: it warns of nothing, and no text is cut off or covers another."""
+"""Checks of figures: no warnings, and no text is cut off or overlaps another."""
 
 import warnings
 from itertools import combinations
@@ -34,7 +34,7 @@ HOSTILE = [
 
 
 def drawn(figure: Figure) -> FigureCanvasAgg:
-    """The figure as it is drawn, with every warning as an error."""
+    """Draw the figure, with every warning as an error."""
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -43,7 +43,7 @@ def drawn(figure: Figure) -> FigureCanvasAgg:
 
 
 def texts(figure: Figure) -> list[Text]:
-    """All text that can be seen; an axis has ticks beyond its ends, too, which are not drawn."""
+    """All visible text; ticks beyond the ends of an axis are not drawn."""
     beyond = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -59,7 +59,7 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def check_layout(figure: Figure) -> None:
-    """Every text is inside the figure, and no two overlap."""
+    """Check that all texts are inside the figure and do not overlap."""
     renderer = drawn(figure).get_renderer()
     # Without the arrows of annotations.
     boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in texts(figure)]

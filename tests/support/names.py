@@ -1,4 +1,4 @@
-"""Names of parameters in the ids of tests."""
+"""Names of parameters in test ids."""
 
 import torch
 

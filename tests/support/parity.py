@@ -1,4 +1,4 @@
-"""The tolerance of every parity test: twice the error of plain PyTorch in the same dtype."""
+"""The tolerance of parity tests: twice the error of plain PyTorch in the same dtype."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""Operations that are wrong."""
+"""Operations with wrong results."""
 
 
 def sabotaged(original, where):
-    """``original``, wrong by a hundredth in its result or only in its gradient."""
+    """``original`` with an error of a hundredth in its result or only in its gradient."""
 
     def call(x, **options):
         y = original(x, **options)

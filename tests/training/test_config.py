@@ -1,4 +1,4 @@
-"""The configuration: packaged files, precedence, and what is refused."""
+"""The configuration: packaged files, precedence, and invalid values."""
 
 import pytest
 
@@ -116,7 +116,7 @@ def test_values_are_read_by_the_schema_s_type(tmp_path, text, name, expected):
 
 
 def bomb(level: str, first: str) -> str:
-    """A list of few words that has 8¹² values if each alias is expanded."""
+    """A short list with 8¹² values if each alias is expanded."""
     levels = [level.replace("*", f"*a{number}") for number in range(12)]
     levels = [f"&a{number} {text}" for number, text in enumerate((first, *levels))]
     return f"[{', '.join(levels)}]"

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, or find their newest state damaged."""
+"""Runs that are killed, stopped, or whose newest state is damaged."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")
 
 
 def attempts(ranks, signals, output, *options):
-    """What each attempt said, and how its processes ended."""
+    """The output of each attempt, and the exit statuses of its processes."""
     command = (
         sys.executable,
         "-m",
@@ -63,7 +63,7 @@ def test_a_run_killed_or_stopped_at_random_ends_like_an_uninterrupted_one(tmp_pa
 
 
 def kill_and_resume(folder, count, kind):
-    """Each kill's operation, and that its run ended as the undisturbed one."""
+    """The operation of each kill, and whether the run ended like an undisturbed one."""
     command = (
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Every source of images, and the way from its files to batches."""
+"""Sources of images, from files to batches."""
 
 import os
 import pickle
@@ -61,7 +61,7 @@ def test_digits_statistics_are_those_of_the_training_images():
 
 
 def python2_pickle(content: dict) -> bytes:
-    """A protocol-2 pickle with Python 2's byte strings, as the published files are."""
+    """A protocol-2 pickle with Python 2's byte strings, like the published files."""
     data = bytearray(pickle.dumps(content, protocol=3))
     replacements = {"SHORT_BINBYTES": b"U", "BINBYTES": b"T", "PROTO": b"\x80\x02"}
     for opcode, _, position in list(pickletools.genops(bytes(data))):
@@ -73,7 +73,7 @@ def python2_pickle(content: dict) -> bytes:
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def cifar(request, tmp_path):
-    """A tiny data set in both versions: (name, python folder, binary folder, images, labels)."""
+    """A tiny dataset in both versions: (name, python folder, binary folder, images, labels)."""
     name = request.param
     random = np.random.default_rng(0)
     files = {"cifar10": [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]}

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: one run, one log, every held-out image counted once."""
+"""Two processes under torchrun: one run, one log, each held-out image counted once."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_each_held_out_image_is_counted_once(run, capsys):
 
 
 def test_no_option_collides_with_torchrun_s(capsys):
-    """torchrun reads ours too, and refuses what may abbreviate two of its own."""
+    """torchrun also reads our options, and refuses abbreviations of two of its own."""
     from torch.distributed.run import get_args_parser
 
     theirs = re.findall(r"--[a-z-]+", get_args_parser().format_help())
@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line(tmp_pa
 
 
 def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path):
-    """Weights after 10 updates, to the precision of float32 sums; here in two pieces each."""
+    """The weights after 10 updates agree up to float32 sums; each process uses two pieces."""
     off = ("--drop-path", "0", "--random-erasing", "0", "--mixup", "0", "--cutmix", "0")
     rate = ("--optimizer", "momentum", "--lr", "0.05", "--min-lr", "0.01")
     options = (*TINY, "--model", "t2t_vit_t_14", *off, *rate, "--epochs", "2")
@@ -124,7 +124,7 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path):
 
 
 def test_the_slurm_script_starts_a_process_per_task_and_requeues_a_stopped_run(tmp_path):
-    """With stand-ins for Slurm's commands and python."""
+    """Slurm's commands and python are replaced."""
     commands = {
         "scontrol": 'echo "$@" >> "$TRACE"; echo node7; echo node8',
         "srun": 'shift; SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
@@ -150,7 +150,7 @@ def test_the_slurm_script_starts_a_process_per_task_and_requeues_a_stopped_run(t
 
 
 def test_a_restart_ignores_dead_processes(monkeypatch):
-    """torchrun keeps its store when it starts the processes of a node again."""
+    """torchrun keeps its store when it restarts the processes of a node."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for name, value in {"ADDR": "127.0.0.1", "PORT": server.port}.items():
         monkeypatch.setenv(f"MASTER_{name}", str(value))
@@ -164,7 +164,7 @@ def test_a_restart_ignores_dead_processes(monkeypatch):
 
 
 def test_two_nodes_resume_after_a_training_process_is_killed(tmp_path):
-    """Two rendezvous endpoints of one process each; the killed one's node starts both again."""
+    """Two nodes of one process each; after a kill, both are restarted."""
     output = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What two processes say when one of them fails: the cause, once."""
+"""If one of two processes fails, the cause is reported once."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ FAULTS = {
 
 
 def alone(fault, ranks, output):
-    """Exit statuses and standard errors of two processes that are started by hand, as by Slurm."""
+    """Exit statuses and standard errors of two processes started as by Slurm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -43,7 +43,7 @@ def alone(fault, ranks, output):
 
 
 def with_options(*options):
-    """Exit statuses and standard errors of two processes with options of their own."""
+    """Exit statuses and standard errors of two processes with different options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

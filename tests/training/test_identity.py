@@ -1,4 +1,4 @@
-"""A run resumes with its own states and on its own data, which may move; all else is refused."""
+"""A run only resumes with its own states and its own data, which may move."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def train(output, *options) -> int:
 
 
 def refused(capsys, *options) -> str:
-    """The one line with which a run is refused."""
+    """The one-line error of a refused run."""
     capsys.readouterr()
     assert main(["train", *options]) == 2
     line = capsys.readouterr().err
@@ -31,7 +31,7 @@ def refused(capsys, *options) -> str:
 
 
 def picture(number) -> bytes:
-    """A PNG of its own size, as a file, for each number."""
+    """A PNG file of a different size for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (24, 24 + number, 3), dtype=np.uint8)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "png")
@@ -71,7 +71,7 @@ MADE = {"imagefolder": make_folder, "webdataset": make_shards}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """For each source its folder of images, and a run of one epoch on it."""
+    """For each source, a folder of images and a run of one epoch on it."""
     found = {}
     for source, make in MADE.items():
         if source == "webdataset":
@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def copied(runs, tmp_path):
-    """A function that copies the data and the run of a source, each to another place."""
+    """A function that copies the data and the run of a source to other folders."""
 
     def copy(source):
         data, output = tmp_path / "moved" / "data", tmp_path / "run"
@@ -201,7 +201,7 @@ def test_another_number_of_synthetic_images_is_refused(tmp_path, capsys):
 
 
 def test_digests_depend_on_the_labels(tmp_path):
-    """Of arrays and of timm's data sets as well."""
+    """Also for arrays and timm's datasets."""
     digits, others = (open_split(spec, "train").images for spec in ("digits:01", "digits:02"))
     assert digits.digest() != others.digest()
     assert digits.digest() == open_split("digits:10", "train").images.digest()

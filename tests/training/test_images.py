@@ -1,4 +1,4 @@
-"""Image files of every kind, the folders they lie in, and what is no image."""
+"""Image files of every kind, their folders, and files that are not images."""
 
 import io
 import os
@@ -243,7 +243,7 @@ def test_the_crop_of_a_long_image_equals_that_of_the_whole():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of several extensions among files that are none."""
+    """Images with several extensions, and other files."""
     for name in ("b.png", "a.JPE", "c.gif", "d.jfif", "e.WebP", "deep/f.avif", "z.d/g.tiff"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the log says of a model."""
+"""The log lines about a model."""
 
 import contextlib
 from dataclasses import replace
@@ -20,7 +20,7 @@ CONFIG = RunConfig(data="synthetic:36", model="t2t_vit_7", amp="none", fused_ker
 
 
 def operations(model, **changes):
-    """By operation, the backend that the log names."""
+    """The backend of each operation according to the log."""
     lines = backend_lines(model, replace(CONFIG, **changes), CPU)
     return dict(line.split()[:2] for line in lines)
 
@@ -37,7 +37,7 @@ def test_the_log_lists_the_operations_that_the_model_calls():
 
 
 class Served(TorchDispatchMode):
-    """The operators of compiled backends that are called inside, as (operation, backend)."""
+    """A context that records calls of compiled operators as (operation, backend)."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def replace_projection(module):
     ],
 )
 def test_the_log_names_the_backends_that_serve(args, change, tokens_type, dtype, monkeypatch):
-    """On a GPU that is made up: nothing is computed."""
+    """With a simulated GPU; nothing is computed."""
     for name in ("triton", "cuda"):
         injected = Backend(
             name,

@@ -1,4 +1,4 @@
-"""A run that resumes from an older state: all that it leaves belongs to the run that continued."""
+"""A run that resumes from an older state: all its files belong to the resumed run."""
 
 import shutil
 
@@ -52,7 +52,7 @@ def contents(folder):
 
 
 def check(output, epochs, best=None):
-    """All that a run of so many epochs left fits together; ``best`` if not the best by metrics."""
+    """Check that the files of a run of ``epochs`` epochs fit together; ``best`` overrides the best."""
     metrics = metrics_of(output)
     assert [row["epoch"] for row in metrics] == list(range(1, epochs + 1))
     best = best or max(range(epochs), key=lambda index: (TOP1[index], index)) + 1
@@ -119,7 +119,7 @@ def test_a_tracker_gets_a_new_run_after_a_rewind(output):
 
 @pytest.mark.parametrize("moves", [False, True], ids=["in-place", "moved"])
 def test_lost_best_weights_are_replaced_by_the_best_remaining(tmp_path, output, capsys, moves):
-    """Epoch 2 was the best up to epoch 4, but epoch 5 replaced its weights."""
+    """Epoch 2 was the best until epoch 4, but epoch 5 replaced its weights."""
     for path in output.glob("state-*"):
         if path.name < state_name(4, 0):
             path.unlink()
@@ -184,7 +184,7 @@ def test_a_run_with_fewer_epochs_than_done_is_refused_with_a_remedy(output, caps
 def test_a_killed_start_in_another_folder_may_be_repeated_from_an_older_state(
     tmp_path, output, monkeypatch
 ):
-    """What the first start copied is not left beside it."""
+    """Files that the first start copied are removed."""
     place = ("--output", str(tmp_path / "new"))
 
     def killed(*_):
@@ -208,7 +208,7 @@ def test_a_killed_start_in_another_folder_may_be_repeated_from_an_older_state(
 
 @pytest.mark.parametrize("moves", [False, True], ids=["in-place", "moved"])
 def test_a_resumed_run_keeps_its_number_of_epochs(tmp_path, output, monkeypatch, moves):
-    """Also if it is killed before it saves a state, or has nothing left to do."""
+    """Also if it is killed before it saves a state, or has no epochs left."""
     place = tmp_path / "new" if moves else output
 
     def killed(*_):

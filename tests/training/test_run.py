@@ -1,4 +1,4 @@
-"""A run from end to end: what it writes, how it resumes, what it refuses."""
+"""A whole run: its files, resuming, and errors."""
 
 import gzip
 import itertools
@@ -213,7 +213,7 @@ def test_a_finished_run_moves_to_another_folder_completely(tmp_path, finished, c
 
 
 def refused(capsys, *options) -> str:
-    """The one line with which a run is refused."""
+    """The one-line error of a refused run."""
     capsys.readouterr()
     assert main(["train", *options]) == 2
     line = capsys.readouterr().err
@@ -421,7 +421,7 @@ def test_an_output_without_write_permission_is_refused(tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of the size of files")
 def test_a_full_disk_is_reported_and_loses_nothing(tmp_path, finished):
-    """No file may grow beyond the weights', which stops the larger training state."""
+    """The limit on file sizes is that of the weights, so the larger training state fails."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     before = {path: path.read_bytes() for path in output.glob("state-*")}
@@ -452,7 +452,7 @@ def test_it_learns_digits(tmp_path, capsys):
 
 
 def test_a_compiled_run_trains_the_same_model(tmp_path, monkeypatch, finished):
-    """With our kernels, in training and in evaluation, each a whole graph; no code is generated."""
+    """With our kernels, training and evaluation are one graph each; no code is generated."""
     compile_module, calls = torch.nn.Module.compile, []
 
     def traced(self, *, mode, **options):
@@ -586,7 +586,7 @@ def test_a_state_suffices_to_resume(tmp_path, finished):
 def test_a_start_that_is_killed_after_any_file_can_be_repeated(
     tmp_path, monkeypatch, finished, moves, files
 ):
-    """As by SIGKILL while the next file is written: its temporary one stays."""
+    """As by SIGKILL while the next file is written: its temporary file remains."""
     output, written = tmp_path / "run", []
 
     def killed(path, content):
@@ -632,7 +632,7 @@ def test_a_killed_start_is_repeated_without_its_options(
 
 
 def test_an_excess_state_is_removed_when_the_run_resumes(tmp_path, finished):
-    """Of a run that was killed between writing a state and removing the oldest."""
+    """The run was killed between writing a state and removing the oldest."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     shutil.copy(newest(output), output / "state-00001-00000000.safetensors")
@@ -687,7 +687,7 @@ def test_few_images_and_few_epochs_are_handled_and_logged(tmp_path, capsys):
 
 
 def test_the_packaged_configuration_for_own_images_trains(tmp_path, finished):
-    """With the tiny model's arguments and weights in place of the published ones."""
+    """With the arguments and weights of the tiny model instead of the published ones."""
     weights = ("--init", str(finished / "best.safetensors"), "--config", "finetune/small")
     tiny = [value for value in TINY if value != "--batch-size"]
     tiny.remove("8")
@@ -719,7 +719,7 @@ def test_durations(seconds, text):
 
 
 def test_a_run_on_the_cpu_does_not_use_a_gpu(monkeypatch):
-    """Each would open a context on a GPU that the run does not use."""
+    """Both would open a context on a GPU that the run does not use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(name))
@@ -758,7 +758,7 @@ def test_no_state_is_saved_for_time_alone_while_updates_are_skipped(tmp_path, mo
 
 
 def test_a_skipped_update_leaves_the_statistics_of_batch_norm(tmp_path, monkeypatch):
-    """A batch that is not finite would otherwise stay in the running mean for ever."""
+    """Otherwise a non-finite batch would stay in the running mean forever."""
     of_t2t = ("--model-args", "embed_dim=32", "depth=2", "num_heads=2")
     ours = [each for each in TINY if each not in of_t2t]
     forward, calls = torch.nn.Conv2d.forward, []
@@ -840,7 +840,7 @@ def skipping(monkeypatch, *updates):
 def test_no_state_is_saved_after_an_epoch_that_ends_while_updates_are_skipped(
     tmp_path, monkeypatch, capsys
 ):
-    """The first update that is made again saves one."""
+    """The next update that is not skipped saves one."""
     output = tmp_path / "run"
     skipping(monkeypatch, 3, 4, 5)
     assert train(output, "--epochs", "2", "--keep-checkpoints", "99") == 0
@@ -891,7 +891,7 @@ def test_a_too_large_loss_scale_at_the_end_is_not_a_failure(tmp_path, monkeypatc
 
 
 def overflowing(monkeypatch, *epochs):
-    """The logits of one held-out image are not finite in these epochs."""
+    """Make the logits of one held-out image non-finite in these epochs."""
     evaluate, forward = Trainer.evaluate, t2tvit.models.T2TBackbone.forward
     evaluated = []
 
@@ -980,7 +980,7 @@ def test_an_ignored_hangup_stays_ignored():
 def test_a_run_that_waited_for_another_one_does_not_overwrite_it(
     tmp_path, monkeypatch, capsys, resume
 ):
-    """Both began at the same moment, and the other one is over before the first gives up."""
+    """Both start at the same time, and the other one ends before the first gives up."""
     output, locked = tmp_path / "run", run_folder.locked
     contents = []
 
@@ -1021,7 +1021,7 @@ def test_a_resumed_run_that_waited_for_another_one_does_not_overwrite_it(
 
 
 def test_of_two_processes_that_start_at_once_one_trains(tmp_path):
-    """And when it is killed, its lock does not outlive its loader processes."""
+    """If it is killed, its lock ends with its loader processes."""
     output = tmp_path / "run"
     code = "import sys; from t2tvit.training.checkpointing import run_folder;"
     code += "run_folder.LOCK_PATIENCE = 0.3;"

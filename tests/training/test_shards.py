@@ -1,4 +1,4 @@
-"""Tar shards: who reads what, exact resume, damage."""
+"""Tar shards: readers, exact resuming, damaged files."""
 
 import io
 import json
@@ -37,7 +37,7 @@ CONFIG = RunConfig(img_size=24, num_classes=4, workers=0, batch_size=4)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """train-NNN.tar and val-NNN.tar of various lengths; image i of a shard has the colour i."""
+    """train-NNN.tar and val-NNN.tar of various lengths; image i of a shard has colour i."""
     folder, random = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     for split, sizes in SIZES.items():
         for number, size in enumerate(sizes):
@@ -55,7 +55,7 @@ def shards(tmp_path_factory):
 
 
 def batches_of(folder, world, step=0, **changes):
-    """The batches of the first epoch from ``step`` on, each as places and pixels."""
+    """The batches of the first epoch from ``step`` on, as places and pixels."""
     config = replace(CONFIG, **changes)
     split = open_split(f"webdataset:{folder}", "train", num_classes=4)
     loader = train_loader(split, config, world)

@@ -1,4 +1,4 @@
-"""What reaches the disk: whole or not at all, and nothing in it runs."""
+"""Files of states and weights: written atomically, and never run."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Signals while a run waits for data or evaluates, on one process, on two, and on two nodes."""
+"""Signals while a run waits for data or evaluates: one process, two processes, two nodes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def train(output, *options) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of three epochs that nothing stopped."""
+    """An uninterrupted run of three epochs."""
     output = tmp_path_factory.mktemp("whole") / "run"
     assert train(output) == 0
     return output

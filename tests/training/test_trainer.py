@@ -1,4 +1,4 @@
-"""Training and evaluation steps against their definitions."""
+"""Training and evaluation steps, compared with their definitions."""
 
 import copy
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ CONFIG = RunConfig(
 
 
 class Linear(nn.Module):
-    """The smallest model with what the trainer asks of one."""
+    """The smallest model with the interface that the trainer needs."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_skips_its_update_and_is_reported(amp, capsys)
     "layer", [nn.BatchNorm1d(6), nn.InstanceNorm1d(6, track_running_stats=True)]
 )
 def test_a_skipped_update_leaves_every_buffer(layer):
-    """Here with a layer after the poison, of which batch norm is only the commonest."""
+    """With a layer that keeps non-finite values; batch norm is the most common one."""
 
     class Network(Linear):
         def __init__(self):

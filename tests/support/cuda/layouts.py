@@ -1,10 +1,10 @@
-"""Tensors in layouts that the CUDA kernels treat differently, with NaN in the memory around them."""
+"""Tensors in layouts that the CUDA kernels treat differently, surrounded by NaN."""
 
 import torch
 
 
 def inside_nan(x, size, stride, offset=0):
-    """``x`` as a view, of the given strides, into memory that is NaN everywhere else."""
+    """``x`` as a view with the given strides of memory that is otherwise NaN."""
     extent = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     memory = torch.full((max(0, extent) + 16,), torch.nan, dtype=x.dtype)
     return memory.as_strided(size, stride, offset).copy_(x)

@@ -1,4 +1,4 @@
-"""Copies of the CUDA source with slips in them, each of which a test has to notice."""
+"""Copies of the CUDA source with slips, each of which a test must find."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ NAMESPACE = "t2t_mutated"
 
 @contextlib.contextmanager
 def multiprocessors(count: int) -> Iterator[None]:
-    """Give the device of all host builds this many, on which numbers of blocks depend."""
+    """Set the number of multiprocessors of host builds, on which numbers of blocks depend."""
     with mock.patch.dict(os.environ, SIMT_MULTIPROCESSORS=str(count)):
         yield
 
@@ -83,7 +83,7 @@ def build_mutated(
 def differs(
     results: Callable[..., Iterable[torch.Tensor]], *arguments, namespace: str = NAMESPACE
 ) -> bool:
-    """Whether the chosen slip changes what ``results(operators, *arguments)`` gives, or ends it."""
+    """Whether the chosen slip changes ``results(operators, *arguments)`` or makes it fail."""
     mutated = results(getattr(torch.ops, namespace), *arguments)
     try:
         return not all(map(torch.equal, mutated, _plain(results, arguments)))

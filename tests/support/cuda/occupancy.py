@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels, and what a multiprocessor can hold of them.
+"""Registers and memory of the kernels compiled by nvcc, and their occupancy.
 
 ``python -m tests.support.cuda.occupancy`` prints the table of ``DOCUMENT``. Registers and static shared
 memory are ptxas's; threads and dynamic shared memory are those of real calls, which the host build records

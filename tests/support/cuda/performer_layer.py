@@ -28,7 +28,7 @@ def arguments(case, dtype):
 
 
 def results(ops, dtype):
-    """Of both operators, on a map that takes every kernel through most of its paths."""
+    """Results of both operators for a map that covers most paths of every kernel."""
     tensors, split = arguments("several-tiles-of-a-warp", dtype)
     seed, numbers = torch.tensor([5]), (*split, 1e-3, 0.25)
     # Several slots to add.

@@ -82,7 +82,7 @@ def parse(code: str) -> list[Instruction]:
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
-    """For each instruction the indices of those that may follow; calls are taken to return."""
+    """For each instruction, the indices of possible successors; calls are assumed to return."""
     index = {instruction.address: i for i, instruction in enumerate(code)}
     result = []
     for i, instruction in enumerate(code):
@@ -97,7 +97,7 @@ def successors(code: list[Instruction]) -> list[list[int]]:
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with the registers of warpgroup products in one function.
+    """Errors in the registers of warpgroup products in a function.
 
     A left operand must come from one instruction only: if two can have written it, depending on the
     path that was taken, the second one has overwritten what a later iteration needs. And nothing may

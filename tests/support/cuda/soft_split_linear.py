@@ -23,7 +23,7 @@ MAPS = (
 
 
 def results(ops, dtype, maps):
-    """Of both operators."""
+    """Results of both operators."""
     for shape, split, outputs, layout, count in maps:
         x, weight, bias, *norm = arguments(shape, split, outputs, True, True, dtype, "cpu")
         # Moments that are not those of rounding: the elements' mean is not zero.
@@ -36,7 +36,7 @@ def results(ops, dtype, maps):
 
 
 def assert_an_image_does_not_touch_another(ops, case):
-    """Of the operators in ``ops``, on a map of MODELS."""
+    """Results of the operators in ``ops`` for a map of MODELS."""
     channels, split, outputs = MODELS[case]
     x, *rest = arguments((3, channels, 14, 14), split, outputs, True, True, torch.bfloat16, "cpu")
     grad = torch.randn(ops.soft_split_linear(x, *rest, *split, 1e-5).shape).to(x.dtype)

@@ -29,7 +29,7 @@ def beside_nan(tensor):
 
 
 def results(ops, dtype):
-    """Of both operators, on tokens that take every kernel through most of its paths."""
+    """Results of both operators for tokens that cover most paths of every kernel."""
     for sizes, rms, scale in (((2, 201, 64), 2.0, 0.5), ((1, 65, 64), 1.0, -0.3)):
         q, k, v = (beside_nan(tensor) for tensor in arguments(sizes, rms, dtype))
         # Far below the score of a key that is not there.
@@ -48,7 +48,7 @@ def attend(tensors, backend):
 
 
 def assert_scores_may_be_minus_infinity(dtype):
-    """Keys of no weight, of which the first tile has no others, and a query that has no others."""
+    """Keys without weight: all of the first tile, and all keys of one query."""
     q, k, v = arguments((1, 90, 64), 1.0, dtype)
     q[:, :, 0] = 1
     k[:, :70, 0] = -torch.inf
@@ -60,7 +60,7 @@ def assert_scores_may_be_minus_infinity(dtype):
 
 
 def assert_nan_goes_where_the_reference_lets_it(dtype, which):
-    """A NaN in q, k or v, which are 0, 1 and 2."""
+    """A NaN in q, k or v (0, 1 or 2)."""
     tensors = arguments((2, 70, 64), 1.0, dtype)
     tensors[which][1, 66, 3] = torch.nan
     for ours, plain in zip(attend(tensors, "cuda"), attend(tensors, "reference"), strict=True):

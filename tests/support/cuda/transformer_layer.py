@@ -26,7 +26,7 @@ def arguments(case, dtype):
 
 
 def results(ops, dtype):
-    """Of both operators, on maps that take every kernel through most of its paths."""
+    """Results of both operators for maps that cover most paths of every kernel."""
     for case in ("several-blocks-of-tails", "map"):
         tensors, split = arguments(case, dtype)
         y, *saved = ops.transformer_layer(*tensors, *split, 0.3)

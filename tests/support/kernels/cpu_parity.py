@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def parity_of_every_operation() -> None:
-    """Every operation in every dtype, on sizes that fill no vector and on the model's."""
+    """Every operation in every dtype, for sizes that do not fill a vector and those of the models."""
     for dtype in DTYPES:
         for case in soft_split_linear.CASES:
             shape, split, outputs = soft_split_linear.CASES[case]

@@ -12,7 +12,7 @@ def channels_last(x):
 
 
 def misaligned(x):
-    """Contiguous, but one element off any vector boundary."""
+    """Contiguous, but one element off the vector alignment."""
     flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     view = flat[1:].view(x.shape)
     return view.copy_(x)

@@ -1,4 +1,4 @@
-"""What an operation launches and allocates."""
+"""Measures launches and allocations of an operation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Work(TorchDispatchMode):
-    """What runs inside: the kernels and operators that launch something, and the memory allocated."""
+    """A context that records launched kernels and operators, and allocated memory."""
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
     VIEW = (
@@ -53,7 +53,7 @@ class Work(TorchDispatchMode):
 
 @contextlib.contextmanager
 def work() -> Iterator[Work]:
-    """The launches, Triton's among them, and allocations of a block."""
+    """The launches (including Triton's) and allocations of a block."""
     from triton.runtime import interpreter, jit
 
     inside = Work()

@@ -19,7 +19,7 @@ CASES = {
 
 
 def arguments(shape, split, outputs, norm, bias, dtype, device):
-    """Map and parameters that float64 holds exactly as ``dtype`` does."""
+    """Map and parameters with the same values in float64 and in ``dtype``."""
     torch.manual_seed(outputs)
     width = shape[1] * split[0] ** 2
     tensors = [torch.randn(shape), torch.randn(outputs, width) * width**-0.5]

@@ -18,7 +18,7 @@ CASES = {
 
 
 def arguments(sizes, rms, dtype, device):
-    """q and k of the given rms, so that the scores' is rms² · √E · scale."""
+    """q and k with the given rms, so that the scores have rms² · √E · scale."""
     torch.manual_seed(sizes[1])
     return [(torch.randn(sizes) * scale).to(device, dtype) for scale in (rms, rms, 1.0)]
 

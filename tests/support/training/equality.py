@@ -1,10 +1,10 @@
-"""Whether two runs are the same."""
+"""Compares two runs."""
 
 import torch
 
 
 def assert_equal(first, second, place="state"):
-    """Bit-identical tensors, and equal everything else."""
+    """Whether tensors are bit-identical and everything else is equal."""
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second), place
     elif isinstance(first, dict):

@@ -42,7 +42,7 @@ def start(ranks: int, arguments: list[str]) -> list[int]:
 
 
 def wait(children: list[int]) -> list[int]:
-    """Exit statuses, that of a killed process negative."""
+    """Exit statuses; that of a killed process is negative."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 

@@ -73,7 +73,7 @@ class Operations:
 
 
 def train(arguments: list, folder: Path, last: int | None, log: Path | None = None) -> int:
-    """The exit status of a run in a child process, -9 if it was killed."""
+    """Run in a child process; returns the exit status, -9 if it was killed."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def train(arguments: list, folder: Path, last: int | None, log: Path | None = No
 
 
 def chosen(seen: list, count: int) -> list[int]:
-    """Numbers of ``count`` operations, with each kind and each file about equally often."""
+    """The numbers of ``count`` operations, with each kind and file about equally often."""
     used, left, result = Counter(), list(range(len(seen))), []
     while left and len(result) < count:
         # Of a pair that was taken before, the last one left: from another part of the run.

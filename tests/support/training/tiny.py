@@ -1,4 +1,4 @@
-"""A run that takes a second: a tiny model on made-up images, with every random part switched on."""
+"""A run that takes a second: a tiny model on synthetic images, with all random parts enabled."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def metrics_of(output: Path) -> list[dict]:
 
 
 def state_of(output: Path) -> dict:
-    """The training state that a run left."""
+    """The last training state of a run."""
     return read_state(newest(output))
 
 

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time, as the launchers launch them, for GPUs that are not here.
+"""Compiles the Triton kernels ahead of time with the launchers' arguments, for other GPUs.
 
 ``python -m tests.support.triton.compiled 90 call ...`` calls launchers on tensors without storage at the real
 shapes (``real_calls``), records the launches, compiles each as the JIT would have and prints what the
@@ -41,7 +41,7 @@ TABLED = [
 
 @contextlib.contextmanager
 def recorded(capability: int):
-    """The launches inside the block, as (kernel, arguments by name, options)."""
+    """A context that records launches as (kernel, arguments by name, options)."""
     launches = []
 
     def run(self, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **kwargs):
@@ -57,7 +57,7 @@ def recorded(capability: int):
 
 
 def compile_launch(kernel, arguments: dict, options: dict, capability: int) -> dict:
-    """Registers, spilled bytes, shared memory and matrix instructions of one launch."""
+    """Registers, spilled bytes, shared memory and matrix instructions of a launch."""
     signature, constants, aligned = {}, {}, []
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
@@ -115,7 +115,7 @@ def _figures(capability, kernel, aligned, signature, constants, options) -> dict
 
 
 def report(capability: int, call: str) -> dict[str, dict]:
-    """The figures of the kernels that a call launches, by their names."""
+    """The figures of the kernels that a call launches, by name."""
     with recorded(capability) as launches:
         CALLS[call]()
     figures = [compile_launch(*launch, capability) for launch in launches]
@@ -123,7 +123,7 @@ def report(capability: int, call: str) -> dict[str, dict]:
 
 
 def cell(figures: dict) -> str:
-    """What the table says of a kernel on one architecture."""
+    """A cell of the table: a kernel on one architecture."""
     text = f"{figures['registers']} / {figures['shared'] / 1024:.0f}"
     if figures["block_t"]:
         text += f" ({figures['warps']}×{figures['block_t']})"
@@ -132,7 +132,7 @@ def cell(figures: dict) -> str:
 
 
 def table() -> str:
-    """Markdown: every call's kernels on every architecture."""
+    """The Markdown table of every call's kernels on every architecture."""
     lines = [
         f"| call | kernel | {' | '.join(f'{version / 10}' for version in _triton.TABLES)} |",
         "|---|---|" + "---|" * len(_triton.TABLES),

@@ -113,7 +113,7 @@ for _name, _dtype in DTYPES.items():
 
 
 def random_features(dtype, features_dtype):
-    """Every kernel that takes random features, small, since it is to compile and no more."""
+    """Every kernel with random features, with small sizes, because it is only compiled."""
     attention(dtype, 16, 16, features_dtype)
     performer("layer1", dtype, 16, 16, 16, features_dtype)
 
