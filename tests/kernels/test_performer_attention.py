@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 # the luck of one of them.
 MANY_IMAGES = (12, 65, 64, 32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of a property: sizes that need padding, and the models' sizes in half types.
+# Cases for a property: sizes that need padding, and the models' sizes in half types.
 KINDS = {
     "odd-float32": (torch.float32, 8, 5),
     "models-bfloat16": (torch.bfloat16, 64, 32),
@@ -33,7 +33,7 @@ def fused(backend):
 
 @pytest.fixture(params=KINDS)
 def kind(request, skip_unless_taken):
-    """A dtype, E and m that the backend's kernel takes."""
+    """A dtype, E and m that the backend's kernel supports."""
     dtype, embed, features = KINDS[request.param]
     skip_unless_taken("performer_attention", dtype, E=embed, m=features)
     return dtype, embed, features

@@ -29,7 +29,7 @@ from tests.support.parity import assert_as_accurate
 pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of a property: sizes that need padding, and the models' sizes in half types.
+# Cases for a property: sizes that need padding, and the models' sizes in half types.
 KINDS = {
     "odd-float32": ("odd", torch.float32),
     "models-bfloat16": ("models-odd", torch.bfloat16),
@@ -45,7 +45,7 @@ def fused(backend):
 
 @pytest.fixture
 def taken(skip_unless_taken):
-    """Skips a case that the backend's kernel does not take."""
+    """Skips a case that the backend's kernel does not support."""
 
     def check(case, dtype):
         (_, channels, *_), (kernel_size, stride, _), sizes = CASES[case]
@@ -57,7 +57,7 @@ def taken(skip_unless_taken):
 
 @pytest.fixture(params=KINDS)
 def kind(request, taken):
-    """A case and a dtype that the backend's kernel takes."""
+    """A case and a dtype that the backend's kernel supports."""
     taken(*KINDS[request.param])
     return KINDS[request.param]
 
@@ -207,7 +207,7 @@ def test_nan_is_not_lost(backend, device, which, kind):
     tensors, split = arguments(*kind, device)
     tensor = tensors[0] if which == "x" else tensors[1 + FIELDS.index(which)]
     tensor.view(-1)[tensor.numel() // 2] = torch.nan
-    # In float64: torch's own products of half types let a NaN reach the row before it.
+    # In float64: in torch's half-precision products, a NaN can reach the previous row.
     exact = layer([tensor.double() for tensor in tensors], split, "reference")
     assert exact.isnan().any()
     assert torch.equal(layer(tensors, split, backend).isnan(), exact.isnan())

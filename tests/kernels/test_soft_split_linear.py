@@ -105,7 +105,7 @@ def test_nan_only_reaches_patches_that_contain_it(backend, device, kind, norm):
         tensors[0][1, channels // 2, 5, 7] = torch.nan
         geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
         ours = soft_split_linear(*tensors, **geometry, backend=backend)
-        # In float64: torch's own products of half types let a NaN reach the row before it.
+        # In float64: in torch's half-precision products, a NaN can reach the previous row.
         exact = [None if tensor is None else tensor.double() for tensor in tensors]
         exact = soft_split_linear(*exact, **geometry, backend="reference")
         assert torch.equal(ours.isnan(), exact.isnan()), split

@@ -14,7 +14,7 @@ from tests.support.parity import assert_as_accurate
 pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of a property: a size that needs padding, and the models' size in half types.
+# Cases for a property: a size that needs padding, and the models' size in half types.
 KINDS = {
     "odd-float32": (torch.float32, 6),
     "models-bfloat16": (torch.bfloat16, 64),
@@ -31,7 +31,7 @@ def fused(backend):
 
 @pytest.fixture(params=KINDS)
 def kind(request, skip_unless_taken):
-    """A dtype and E that the backend's kernel takes."""
+    """A dtype and E that the backend's kernel supports."""
     dtype, embed = KINDS[request.param]
     skip_unless_taken("token_attention", dtype, E=embed)
     return dtype, embed

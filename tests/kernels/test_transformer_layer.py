@@ -28,7 +28,7 @@ from tests.support.names import name
 pytestmark = pytest.mark.usefixtures("poisoned", "fused")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of a property: sizes that need padding, and the models' sizes in half types.
+# Cases for a property: sizes that need padding, and the models' sizes in half types.
 KINDS = {
     "narrow-float32": ("narrow", torch.float32),
     "models-bfloat16": ("models-odd", torch.bfloat16),
@@ -44,7 +44,7 @@ def fused(backend):
 
 @pytest.fixture
 def taken(skip_unless_taken):
-    """Skips a case that the backend's kernel does not take."""
+    """Skips a case that the backend's kernel does not support."""
 
     def check(case, dtype):
         (_, channels, *_), (kernel_size, stride, _), sizes = CASES[case]
@@ -56,7 +56,7 @@ def taken(skip_unless_taken):
 
 @pytest.fixture(params=KINDS)
 def kind(request, taken):
-    """A case and a dtype that the backend's kernel takes."""
+    """A case and a dtype that the backend's kernel supports."""
     taken(*KINDS[request.param])
     return KINDS[request.param]
 
@@ -107,7 +107,7 @@ def test_flat_map(backend, device, value, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_large_scores(backend, device, dtype, taken):
-    """q and k of rms 8 with scale 1: nearly one key a query."""
+    """q and k with rms 8 and scale 1: nearly one key per query."""
     case = "many" if dtype == torch.float32 else "many-of-the-models"
     taken(case, dtype)
     tensors, split = arguments(case, dtype, device)
@@ -118,7 +118,7 @@ def test_large_scores(backend, device, dtype, taken):
     assert_parity(tensors, split, backend, scale=1.0)
 
 
-def test_no_gradient_of_the_map_where_none_is_asked_for(backend, device, kind):
+def test_no_gradient_of_the_map_if_it_is_not_needed(backend, device, kind):
     (_, dtype), (tensors, split) = kind, arguments(*kind, device)
     leaves = [tensors[0], *(tensor.requires_grad_() for tensor in tensors[1:])]
     with_x = gradients(tensors, split, backend, dtype)
@@ -153,7 +153,7 @@ def test_nan_is_not_lost(backend, device, which, kind):
     tensors, split = arguments(*kind, device)
     tensor = tensors[FIELDS.index(which)]
     tensor.view(-1)[tensor.numel() // 2] = torch.nan
-    # In float64: torch's own products of half types let a NaN reach the row before it.
+    # In float64: in torch's half-precision products, a NaN can reach the previous row.
     exact = layer([tensor.double() for tensor in tensors], split, "reference")
     assert exact.isnan().any()
     assert torch.equal(layer(tensors, split, backend).isnan(), exact.isnan())

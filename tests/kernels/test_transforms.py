@@ -63,7 +63,7 @@ def tangents(arguments):
 
 
 @over_operations
-def test_forward_mode_is_the_references(operation):
+def test_forward_mode_uses_the_reference(operation):
     arguments = CASES[operation]()
     args, directions = tuple(arguments), tuple(tangents(arguments))
     _, got = jvp(operation, args, directions)
@@ -74,7 +74,7 @@ def test_forward_mode_is_the_references(operation):
 
 @over_operations
 def test_dual_tensor_in_any_place(operation):
-    """A tangent on each argument alone, the others being ordinary tensors."""
+    """A tangent on one argument at a time."""
     arguments = CASES[operation]()
     for place, direction in enumerate(tangents(arguments)):
         with forward_ad.dual_level():
@@ -148,7 +148,7 @@ def test_double_backward_names_the_remedy(operation):
 
 
 def test_compiled_tangent():
-    """Under torch.compile too."""
+    """Also under torch.compile."""
     x, direction = tensors(MAP, MAP)
     compiled = torch.compile(lambda x, t: jvp(soft_split, (x,), (t,))[1], backend="eager")
     torch.testing.assert_close(compiled(x, direction), soft_split(direction))
@@ -179,7 +179,7 @@ def test_counts_the_products_of_the_reference(operation):
     "operation", [soft_split_linear, performer_layer, transformer_layer], ids=lambda f: f.__name__
 )
 def test_counts_no_gradient_of_an_image(operation):
-    """The norm's gradients follow from that of W: one product less than plain PyTorch needs."""
+    """The norm's gradients follow from that of W, so one product less is needed than in plain PyTorch."""
     arguments = CASES[operation]()
     forward, backward = counted(operation, arguments, False, "cpu")
     weight = next(a for a in arguments[1:] if a.dim() == 2 and a.shape[1] == 18)

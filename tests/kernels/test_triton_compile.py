@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for GPUs that need not be here: registers, spills, PTX.
+"""The Triton kernels compiled ahead of time for GPUs: registers, spills, PTX.
 
 In processes of their own, since the interpreter cannot be left once entered.
 """
@@ -81,7 +81,7 @@ CASES = [(capability, call) for capability, calls in CALLS.items() for call in c
 
 @pytest.fixture(scope="module")
 def compiled():
-    """By architecture what the compiler reported of each call, and what it said in failing."""
+    """By architecture, the compiler's report or error for each call."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     processes = {
         capability: subprocess.Popen(
@@ -153,7 +153,7 @@ def test_the_largest_sizes_fit_the_shared_memory(compiled, capability, call):
 
 # In float32 the factors are split, so they pass through registers.
 @pytest.mark.parametrize("call", [call for call in CALLS[90] if not call.endswith("fp32")])
-def test_wgmma_reads_no_asynchronous_copies_where_triton_fences_none(compiled, call):
+def test_wgmma_reads_no_asynchronous_copies_if_triton_does_not_fence_them(compiled, call):
     if triton_release() not in ("3.6", "3.7"):
         pytest.skip("this Triton puts a proxy fence between them")
     for kernel, figures in kernels(compiled, 90, call).items():
@@ -200,7 +200,7 @@ def test_table_has_every_call_and_no_other_spills():
     [case for case in CASES if case[1] in TABLED],
 )
 def test_table_is_what_the_compiler_reports(compiled, capability, call):
-    """docs/kernels.md; ``python -m tests.support.triton.compiled`` prints what belongs there."""
+    """The table is in docs/kernels.md; ``python -m tests.support.triton.compiled`` prints it."""
     from tests.support.triton.compiled import cell
 
     version = re.search(r"Triton (\d+\.\d+)", DOCUMENT.read_text())[1]

@@ -1,4 +1,4 @@
-"""What Triton's compiler refuses must not pass in the interpreter, where the other tests run; signatures."""
+"""Code that Triton's compiler refuses must also fail in the interpreter; signatures of kernels."""
 
 import importlib
 
@@ -25,7 +25,7 @@ def multiply_kernel(p_a, p_b, p_c):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_product_refuses_factors_of_different_dtypes(dtype):
+def test_a_product_of_different_dtypes_is_refused(dtype):
     a, result = torch.randn(16, 16), torch.empty(16, 16)
     multiply_kernel[(1,)](a, a, result)
     torch.testing.assert_close(result, a @ a)
@@ -34,7 +34,7 @@ def test_a_product_refuses_factors_of_different_dtypes(dtype):
 
 
 @pytest.mark.parametrize("name", [*sorted(OPERATIONS), "_triton", "_triton.matrix", "_triton.tail"])
-def test_kernels_take_at_most_20_arguments(name):
+def test_kernels_have_at_most_20_arguments(name):
     module = importlib.import_module(
         f"t2t_kernels.{name}" + ("" if "_triton" in name else ".triton")
     )

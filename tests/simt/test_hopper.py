@@ -1,4 +1,4 @@
-"""What nvcc compiles otherwise for Hopper, run on the CPU: products by warpgroup."""
+"""Code that differs for Hopper, run on the CPU: products by warpgroup."""
 
 import ctypes
 
@@ -28,7 +28,7 @@ SOURCES = [f"{operation}.cu" for operation in OPERATIONS]
 SOFTMAX, MATRIX, OPERANDS = "softmax.cuh", "mma.cuh", "operands.cuh"
 PROJECTION, TAIL, PERFORMER = "projection.cuh", "tail.cuh", "performer.cuh"
 GRADIENT = "projection_gradient.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it.
+# Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     "tokens-not-swizzled": (SOFTMAX, "column ^ row % 8 * 8", "column"),
     "swizzle-of-64-bytes": (
@@ -203,7 +203,7 @@ def projected_results(ops, dtype):
 
 @pytest.fixture(scope="module")
 def built(cuda_on_host, host_cache, tmp_path_factory):
-    """Chooses a slip, −1 for none, and fixes the order of threads, of the code for Hopper."""
+    """Chooses a slip in the code for Hopper (−1 for none) and fixes the order of threads."""
     folder = tmp_path_factory.mktemp("hopper")
     choose, end = build_mutated(
         host_cache,
@@ -228,7 +228,7 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
 
 @pytest.fixture
 def hopper(built, monkeypatch):
-    """Lets the backend "cuda" be the code for Hopper."""
+    """Makes the backend "cuda" use the code for Hopper."""
     hopper = Backend("cuda", device_types=("cpu",), namespace=NAMESPACE)
     monkeypatch.setitem(BACKENDS, "cuda", hopper)
     built[0](-1)
@@ -271,7 +271,7 @@ RESULTS = dict(
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_same_sums_as_a_warp_alone(operation):
-    """To the last bit: in the stand-in both add the products of 16 terms one after the other."""
+    """Sums are bit-identical, because both add the products of 16 terms in order in the host build."""
     every = (torch.float32, torch.bfloat16, torch.float16)
     taken = [dtype for dtype in every if ALL_OPERATIONS[operation].takes("cuda", dtype)]
     assert taken
@@ -285,13 +285,13 @@ def test_images_do_not_affect_each_other(case):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(built, slip):
+def test_slip_is_found(built, slip):
     built[0](list(SLIPS).index(slip))
     assert differs(token_attention.results, torch.bfloat16, namespace=NAMESPACE)
 
 
 @pytest.mark.parametrize("slip", LAYER_SLIPS)
-def test_slip_of_a_layer_is_noticed(built, slip):
+def test_slip_of_a_layer_is_found(built, slip):
     built[0](len(SLIPS) + list(LAYER_SLIPS).index(slip))
     assert any(
         differs(results, torch.bfloat16, namespace=NAMESPACE)

@@ -8,7 +8,7 @@ import torch
 from tests.support.cuda.build import build_host_library
 from tests.support.kernels.params import performer_params, transformer_params
 
-# One more than a grid's second and third dimension may have.
+# One more than the limit of a grid's second and third dimension.
 IMAGES = 65536
 HALF = torch.bfloat16
 
@@ -68,7 +68,7 @@ CALLS = [
 
 @pytest.fixture
 def launches_of(host_cache, cuda_backend):
-    """Records the launches of a call, none of which runs."""
+    """Records the launches of a call without running them."""
     record = ctypes.CDLL(build_host_library(host_cache)).simt_record
     record.restype = ctypes.c_char_p
 

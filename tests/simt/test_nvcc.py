@@ -1,4 +1,4 @@
-"""What running on the CPU cannot show: that nvcc makes of the source what was meant."""
+"""Checks of nvcc's output, which running on the CPU cannot show."""
 
 import ast
 import importlib.util
@@ -67,7 +67,7 @@ def kernels(compiled):
     ],
 )
 def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
-    """nvcc falls back to narrow accesses, silently, where it cannot see that they are aligned."""
+    """nvcc silently uses narrow accesses if it cannot see that they are aligned."""
     chosen = {name: ptx for name, ptx in kernels.items() if re.search(kernel, name)}
     assert chosen, f"no kernel {kernel} among {list(kernels)}"
     for name, ptx in chosen.items():
@@ -77,7 +77,7 @@ def test_moves_16_bytes_at_a_time(kernels, kernel, accesses):
 
 
 def cuobjdump():
-    """The toolkit's, or the one that comes with Triton."""
+    """The tool of the CUDA toolkit, or of Triton."""
     found = shutil.which("cuobjdump")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None:
@@ -86,7 +86,7 @@ def cuobjdump():
     return found
 
 
-# Kernels that multiply, on the matrix unit: with and without asynchronous copies.
+# Kernels that use the matrix unit, with and without asynchronous copies.
 COPYING = [
     "layer_attend",
     "softmax",
@@ -107,7 +107,7 @@ LOADING = [
     "transformer_tail_backward",
 ]
 MATRIX = [*COPYING, *LOADING]
-# For Hopper by warpgroup.
+# Kernels with warpgroup products on Hopper.
 WARPGROUP = [
     "layer_attend",
     "softmax",
@@ -153,22 +153,22 @@ def test_machine_code(compiled, architecture):
     assert seen == set(MATRIX)
 
 
-def test_shared_memory_begins_where_a_swizzle_may(compiled):
-    """wgmma permutes address bits: its operands' offsets hold from a multiple of 1024 on only."""
+def test_shared_memory_is_aligned_for_the_swizzle(compiled):
+    """wgmma permutes address bits, so its operands must begin at a multiple of 1024."""
     for folder in compiled.values():
         (ptx,) = folder.glob("*compute_90a.ptx")
         text = ptx.read_text()
         assert "wgmma" not in text or ".extern .shared .align 1024 .b8 dynamic_shared[]" in text
 
 
-def test_static_shared_memory_is_what_the_launcher_allows_for(compiled):
+def test_static_shared_memory_is_within_the_launchers_limit(compiled):
     source = (CUDA_SOURCES / "launch.h").read_text()
     allowed = int(re.search(r"kMostStaticSharedBytes = (\d+)", source)[1])
     assert max(static for _, static in occupancy.resources(compiled).values()) <= allowed
 
 
 def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):
-    """What setup.py compiles for besides; but the later minors of a version run the first's code."""
+    """Other architectures of setup.py, except later minor versions, which run the code of the first."""
     listed = re.search(r"^ALL_ARCHITECTURES = (\(.*\))", SETUP.read_text(), re.MULTILINE)[1]
     names = {version.replace(".", "") for version in ast.literal_eval(listed)}
     assert names > set(occupancy.ARCHITECTURES)
@@ -184,7 +184,7 @@ def test_assembles_for_the_other_architectures_of_the_build(compiled, tmp_path):
 
 
 def test_table_is_what_the_compiler_reports(compiled, cuda_on_host, host_cache):
-    """In the document; ``python -m tests.support.cuda.occupancy`` prints what belongs there."""
+    """The table is in docs/gpu.md; ``python -m tests.support.cuda.occupancy`` prints it."""
     document = occupancy.DOCUMENT.read_text()
     version = re.search(r"nvcc (\d+\.\d+)", document)[1]
     if occupancy.release() != version:

@@ -54,7 +54,7 @@ def test_images_do_not_affect_each_other():
 
 PERFORMER, ATTENTION, OPERANDS = "performer.cuh", "performer_attention.cu", "operands.cuh"
 ROWS = "rows.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it.
+# Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     # The sums over keys.
     "keys-not-limited": (PERFORMER, "limited<T>(next_keys, at)", "next_keys"),
@@ -246,6 +246,6 @@ def test_no_slip_changes_nothing(mutate, dtype):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(mutate, slip):
+def test_slip_is_found(mutate, slip):
     mutate(list(SLIPS).index(slip))
     assert differs(results, torch.bfloat16)

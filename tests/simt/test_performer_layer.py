@@ -56,7 +56,7 @@ def test_images_do_not_affect_each_other(case):
 
 LAYER, PERFORMER, TAIL = "performer_layer.cu", "performer.cuh", "tail.cuh"
 OPERANDS = "operands.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it.
+# Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     # Forward.
     "weights-before-they-are-there": (LAYER, "__syncthreads();\n  p.loop(", ""),
@@ -189,6 +189,6 @@ def test_no_slip_changes_nothing(mutate, dtype):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(mutate, slip):
+def test_slip_is_found(mutate, slip):
     mutate(list(SLIPS).index(slip))
     assert differs(results, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The checks of machine code see planted faults, and nothing in code that is right."""
+"""The checks of machine code find planted faults, and accept correct code."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The runtime that the CUDA source's tests stand on: it has to show the faults it is there for."""
+"""The runtime of the host build: it must report the faults that it checks for."""
 
 import ctypes
 import re
@@ -17,7 +17,7 @@ FAULTS += ["no-warp", "other-matrix", "off-pattern", "overwritten"]
 
 @pytest.fixture(scope="module")
 def run_planted(host_cache):
-    """Runs planted.cu; returns whether every element was right, and the runtime's message."""
+    """Runs planted.cu; returns whether all elements are right, and the runtime's message."""
     library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run.restype = ctypes.c_char_p
 
@@ -61,7 +61,7 @@ def test_too_many_threads_are_refused(run_planted):
 
 @pytest.fixture(scope="module")
 def run_warp(host_cache):
-    """Runs planted.cu's warp; returns whether every element was right, and the runtime's message."""
+    """Runs the warp of planted.cu; returns whether all elements are right, and the message."""
     library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run_warp.restype = ctypes.c_char_p
 
@@ -98,7 +98,7 @@ def test_fault_of_a_warp_is_reported(run_warp, fault, expected):
 
 @pytest.fixture(scope="module")
 def run_group(host_cache):
-    """Runs planted.cu's warpgroup; returns the results, what they should be, the message."""
+    """Runs the warpgroup of planted.cu; returns results, expected results and the message."""
     library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
     library.run_group.restype = ctypes.c_char_p
 

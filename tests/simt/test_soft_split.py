@@ -76,7 +76,7 @@ GRADIENTS = [contiguous, misaligned, images_apart, transposed]
 
 
 def whole_numbers(shape, dtype, generator):
-    """So small that no sum in these tests is rounded in any dtype: results must be equal."""
+    """Numbers so small that no sum is rounded in any dtype, so that results must be equal."""
     return torch.randint(-4, 5, shape, generator=generator).to(dtype)
 
 
@@ -127,7 +127,7 @@ def name(value):
 
 
 def far_apart(size, dimension):
-    """Whole numbers, along one dimension 2³¹ elements apart in all, in mostly untouched memory."""
+    """Integers that span 2³¹ elements along one dimension, in mostly untouched memory."""
     stride = [2 ** (3 * i) for i in reversed(range(len(size)))]
     stride[dimension] = 2**31 // (size[dimension] - 1) + 1
     extent = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -172,7 +172,7 @@ def test_backward_dtype(ops, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_backward_rounds_once(ops, dtype):
-    """Sums of 49 tokens, in float32 and rounded at the end."""
+    """Sums of 49 tokens in float32, rounded at the end."""
     grad = torch.randn(1, 81, 8 * 49).to(dtype)
     ours = ops.soft_split_backward(grad, 9, 9, 7, 1, 3, True)
     exact = fold(grad.double(), 9, 9, 7, 1, 3)
@@ -183,7 +183,7 @@ def test_backward_rounds_once(ops, dtype):
 
 
 def test_expanded(ops):
-    """Strides of zero: one image as a batch, one number as a gradient."""
+    """Zero strides: one image as a batch, one number as a gradient."""
     x = whole_numbers((1, 3, 9, 8), torch.float32, None).expand(4, -1, -1, -1)
     assert_equal(ops.soft_split(x, 3, 2, 1), unfold(x, 3, 2, 1))
     grad = torch.tensor(2.0).expand(4, 20, 27)
@@ -199,7 +199,7 @@ def test_input_offsets_beyond_32_bits(ops, dimension):
 
 @pytest.mark.parametrize("dimension", range(3))
 def test_gradient_offsets_beyond_32_bits(ops, dimension):
-    """Images far apart still go through shared memory, tokens and elements are read in place."""
+    """Distant images still use shared memory; distant tokens and elements are read in place."""
     grad = far_apart((2, 2, 4), dimension)
     ours = ops.soft_split_backward(grad, 2, 3, 2, 1, 0, False)
     assert_equal(ours, fold(grad.contiguous(), 2, 3, 2, 1, 0))
@@ -242,7 +242,7 @@ def test_bad_input(ops, call, message):
         call(ops)
 
 
-# An expression of a source and what a slip would make of it.
+# Slips: an expression and its replacement.
 SLIPS = {
     "last-element-not-copied": ("vec.cuh", "min(end, length)", "min(end, length) - 1"),
     "first-element-not-copied": ("vec.cuh", "max(begin, 0)", "max(begin, 1)"),
@@ -272,7 +272,7 @@ MUTATIONS = [f"barrier-{i}-dropped" for i in range(BARRIERS)] + list(SLIPS)
 
 @pytest.fixture(scope="module")
 def mutate(host_cache, tmp_path_factory):
-    """Chooses a mutation of a second copy of the kernels, by its place in MUTATIONS, -1 for none."""
+    """Chooses a mutation in a copy of the kernels by its index in MUTATIONS; -1 for none."""
     text = (CUDA_SOURCES / "soft_split.cu").read_text()
     barrier = "__syncthreads();"
     parts = text.split(barrier)
@@ -305,7 +305,7 @@ def test_no_mutation_passes(mutate):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutation_is_noticed(mutate, mutation):
+def test_mutation_is_found(mutate, mutation):
     mutate(MUTATIONS.index(mutation))
     with pytest.raises((AssertionError, RuntimeError)):
         check_mutated()

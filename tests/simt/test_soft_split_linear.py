@@ -84,7 +84,7 @@ def test_parity(case, dtype, count, norm):
 @pytest.mark.parametrize("value", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize(("channels", "split"), [(3, (7, 4, 2)), (64, (3, 2, 1))])
 def test_flat_maps(channels, split, value):
-    """Inside, a patch's variance is zero; at the edge it holds zeros too."""
+    """In the interior, the variance of a patch is zero; at the edge it contains zeros."""
     tensors = arguments((1, channels, 15, 14), split, 64, True, True, torch.bfloat16, "cpu")
     tensors[0].fill_(value)
     assert_parity(tensors, split, "cuda")
@@ -118,7 +118,7 @@ def test_any_order_of_threads(host_cache, seed, case):
 
 PATCHES, PROJECTION = "patch_operands.cuh", "projection.cuh"
 GRADIENT = "projection_gradient.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it.
+# Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     # Patches,
     "deviations-from-zero": (PATCHES, "element.x - reference[half]", "element.x"),
@@ -316,6 +316,6 @@ def test_no_slip_changes_nothing(mutate):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(mutate, slip):
+def test_slip_is_found(mutate, slip):
     mutate(list(SLIPS).index(slip))
     assert differs(results, torch.bfloat16, MAPS)

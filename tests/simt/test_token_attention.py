@@ -61,7 +61,7 @@ def test_unsupported_arguments(embed, dtype, message):
 
 
 SOURCE = "softmax.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it.
+# Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     "copies-not-waited-for": ("wait_for_copies<0>();", ""),
     "tiles-used-too-early": ("__syncthreads();\n  }\n\n  // `use(begin", ""),
@@ -138,6 +138,6 @@ def test_no_slip_changes_nothing(mutate, dtype):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(mutate, slip):
+def test_slip_is_found(mutate, slip):
     mutate(list(SLIPS).index(slip))
     assert differs(results, torch.bfloat16)

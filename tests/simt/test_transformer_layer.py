@@ -82,8 +82,8 @@ def test_unsupported_arguments(sizes, dtype):
 
 
 LAYER, SOFTMAX, TAIL = "transformer_layer.cu", "softmax.cuh", "tail.cuh"
-# A statement that a slip drops, or an expression and what a slip would make of it. More of them, in
-# what the layer shares, are in the tests of performer_layer and token_attention.
+# Slips: a statement to drop, or an expression and its replacement. Slips in shared code are in the tests
+# of performer_layer and token_attention.
 SLIPS = {
     "weights-of-another-map": (
         "tail.cuh",
@@ -126,6 +126,6 @@ def test_no_slip_changes_nothing(mutate, dtype):
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_slip_is_noticed(mutate, slip):
+def test_slip_is_found(mutate, slip):
     mutate(list(SLIPS).index(slip))
     assert differs(results, torch.bfloat16)
