@@ -137,7 +137,7 @@ def test_options_that_exclude_each_other(tmp_path, capsys):
     for options, message in (
         (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'?"),
         (("--dtype", "bfloat16"), "format onnx supports only float32 or float16"),
-        (("--fused-kernels", "cpu"), "--fused-kernels: a file of format onnx is of plain"),
+        (("--fused-kernels", "cpu"), "--fused-kernels: format onnx supports only plain operators"),
         (("--dtype", "half"), "invalid choice: 'half'"),
     ):
         assert message in run(capsys, "export", *source, *options, status=2)
