@@ -82,6 +82,15 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// One of a block's barriers besides __syncthreads, numbered from 1 to 15. It opens when `threads`
+// have come to it: those that only arrive, and those that wait.
+__device__ inline void arrive_at(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void wait_at(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Keeps the compiler from moving what it does with registers to the other side of a fence.
 __device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }
 __device__ inline void settle(uint32_t& value) { asm volatile("" : "+r"(value)); }

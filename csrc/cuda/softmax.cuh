@@ -132,20 +132,29 @@ struct Block {
     if (which < 2) loader.template load<kTile>(tile_at(stage, which), tokens);
   }
 
-  __device__ static void wait_for_rows() {
+  // What the calling thread has fetched is there, and products may see it after a barrier.
+  __device__ static void wait_for_copies_of_thread() {
     commit_copies();
     wait_for_copies<0>();
     if constexpr (kHasWarpgroups) show_to_products();
+  }
+  __device__ static void wait_for_rows() {
+    wait_for_copies_of_thread();
     __syncthreads();
   }
 
+  __device__ static int following(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
+
+  // Warps that have no rows, nor one that they multiply with, only help to fetch.
+  __device__ bool has_rows() const { return first_of_block + group_index() * kTile < tokens; }
+
   // `use(begin, stage, next, turn)` for all tiles in order, the first of which is there; so is the
-  // next one, perhaps beyond the last token, and the one after it is fetched meanwhile. `turn` goes
-  // through 0 … kTurns − 1 and is known to the compiler. Warps that have no rows, nor one that they
-  // multiply with, only help to fetch.
-  template <int kTurns, typename Load, typename Use>
-  __device__ void walk(Load load, Use use) const {
-    const bool has_rows = first_of_block + group_index() * kTile < tokens;
+  // next one, perhaps beyond the last token, and the one after it is fetched meanwhile. `turn`
+  // takes the values 0 and 1 and is known to the compiler.
+  template <typename Load, typename Use>
+  __device__ void walk_in_step(Load load, Use use) const {
+    constexpr int kTurns = 2;
+    const bool has_rows = this->has_rows();
     load(kTile, 1);
     int stage = 0;
 #pragma unroll 1
@@ -154,12 +163,47 @@ struct Block {
       for (int turn = 0; turn < kTurns; ++turn) {
         const int begin = first_of_turns + turn * kTile;
         if (begin >= tokens) break;
-        const int next = stage == kStages - 1 ? 0 : stage + 1;
+        const int next = following(stage);
         wait_for_rows();
-        load(begin + 2 * kTile, next == kStages - 1 ? 0 : next + 1);
+        load(begin + 2 * kTile, following(next));
         if (has_rows) use(begin, stage, next, turn);
         stage = next;
       }
+    }
+    wait_for_rows();
+  }
+
+  // `use(begin, stage, done_before)` for all tiles in order, the first of which is there. A group
+  // of warps may be almost a tile ahead of another one, so that the products of one fall into the
+  // time in which another one weighs. `use` calls `done_before` once, late: when it does, the group
+  // is done with the tile before this one, and what it has fetched of the next one has arrived.
+  // Groups wait for each other only before they fetch.
+  template <typename Load, typename Use>
+  __device__ void walk_apart(Load load, Use use) const {
+    constexpr int kGroups = kWarps / kTogether;
+    const int group = group_index();
+    const bool has_rows = this->has_rows();
+    load(kTile, 1);
+    // A group's barriers take turns: another one may arrive for the next tile before it has waited.
+    int stage = 0, turn = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < tokens; begin += kTile) {
+      const int next = following(stage);
+      const auto barrier_of = [&](int group) { return 1 + 2 * group + turn; };
+      const auto done_before = [&] {
+        wait_for_copies_of_thread();
+#pragma unroll
+        for (int i = 1; i < kGroups; ++i) arrive_at(barrier_of((group + i) % kGroups), kThreads);
+      };
+      if (has_rows) {
+        use(begin, stage, done_before);
+      } else {
+        done_before();
+      }
+      wait_at(barrier_of(group), kThreads);
+      load(begin + 2 * kTile, following(next));
+      stage = next;
+      turn ^= 1;
     }
     wait_for_rows();
   }
@@ -315,7 +359,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
     start_scores(both[0], queries, block.tile_at(0, 0));
     finish(both[0]);
   }
-  block.template walk<2>(load, [&](int begin, int stage, int next, int turn) {
+  block.walk_in_step(load, [&](int begin, int stage, int next, int turn) {
     RowSums& scores = both[turn];
     if constexpr (!kHasWarpgroups) start_scores(scores, queries, block.tile_at(stage, 0));
     auto& s = scores.at[0];
@@ -460,7 +504,7 @@ __global__ void __launch_bounds__(kQueriesWarps* kLanes, 2)
   }
 
   const float factor = factor_of(p.in.scale), nothing = copysignf(INFINITY, -factor);
-  block.template walk<1>(load, [&](int begin, int stage, int, int) {
+  block.walk_apart(load, [&](int begin, int stage, auto done_before) {
 #pragma unroll 1
     for (int slice = 0; slice < kTile; slice += kSlice) {
       const T* keys = block.tile_at(stage, 0) + slice * kWidest;
@@ -496,6 +540,7 @@ __global__ void __launch_bounds__(kQueriesWarps* kLanes, 2)
         }
         start_weighted(grad_queries, weights, keys, key);
       }
+      if (slice + kSlice == kTile) done_before();
       finish(grad_queries);
     }
   });
@@ -530,7 +575,7 @@ __global__ void __launch_bounds__(kKeysWarps* kLanes, 1)
   grad_keys.clear();
   grad_values.clear();
   const float factor = factor_of(p.in.scale);
-  block.template walk<1>(load, [&](int, int stage, int, int) {
+  block.walk_apart(load, [&](int, int stage, auto done_before) {
 #pragma unroll 1
     for (int slice = 0; slice < kTile; slice += kSlice) {
       const T* queries = block.tile_at(stage, 0) + slice * kWidest;
@@ -564,6 +609,7 @@ __global__ void __launch_bounds__(kKeysWarps* kLanes, 1)
         start_weighted(grad_values, weights, grads, query);
         start_weighted(grad_keys, gradients, queries, query);
       }
+      if (slice + kSlice == kTile) done_before();
       finish(grad_keys, grad_values);
     }
   });

@@ -53,7 +53,15 @@ constexpr size_t kLanes = 32, kWarpgroup = 128;
 // Where the dynamic shared memory of a kernel without any other begins on a GPU.
 constexpr uint32_t kFirstAddress = 1024;
 
-enum class State { kReady, kAtBarrier, kWithWarp, kDone };
+// Barriers of a block that have a number, besides __syncthreads.
+constexpr size_t kNumbered = 16;
+
+enum class State { kReady, kPaused, kAtBarrier, kAtNumbered, kWithWarp, kDone };
+
+struct NumberedBarrier {
+  size_t here = 0, expected = 0;
+  bool all_have_shown = true;
+};
 
 struct Copy {
   void* to;
@@ -73,7 +81,10 @@ struct Fiber {
   size_t number;
   bool started;
   State state;
-  int line;  // of the barrier it waits at
+  int line;           // of the barrier it waits at
+  size_t at_barrier;  // the number of the one it waits at
+  bool is_slow;       // whether others go on when it arrives at a numbered barrier
+  size_t pause;       // rounds in which they do
   Collective collective;
   void* operands;
   std::vector<std::vector<Copy>> copies;  // under way, the group that is still open last
@@ -89,6 +100,7 @@ bool only_record = false;
 std::string recorded;
 std::mt19937_64 random_order;
 std::vector<std::unique_ptr<Fiber>> fibers;
+std::array<NumberedBarrier, kNumbered> numbered;
 std::vector<size_t> arrived[2];  // lanes of each warp, of each warpgroup, that wait for the others
 // Dynamic shared memory when a thread last showed what it wrote, and as products see it.
 std::vector<unsigned char> shown, seen;
@@ -150,6 +162,7 @@ void start_fibers() {
     fibers.push_back(std::make_unique<Fiber>());
     getcontext(&fibers.back()->entry);
   }
+  numbered.fill({});
   for (auto& counts : arrived) counts.assign((block_threads() + kLanes - 1) / kLanes, 0);
   for (size_t i = 0; i < block_threads(); ++i) {
     Fiber& fiber = *fibers[i];
@@ -157,6 +170,7 @@ void start_fibers() {
     fiber.index = dim3(i % blockDim.x, row % blockDim.y, row / blockDim.y);
     fiber.number = i;
     fiber.started = false;
+    fiber.is_slow = i % kWarpgroup == 0 ? random_order() % 2 : fibers[i - 1]->is_slow;
     fiber.state = State::kReady;
     fiber.copies.assign(1, {});
     fiber.products.clear();
@@ -177,7 +191,10 @@ bool pass_barrier() {
   const Fiber& first = *threads[0];
   bool all_have_shown = true;
   for (const auto& fiber : threads) {
-    if (fiber->state == State::kWithWarp) {
+    if (fiber->state == State::kAtNumbered) {
+      failure = "threads wait at barrier " + std::to_string(fiber->at_barrier) +
+                ", where others do not arrive";
+    } else if (fiber->state == State::kWithWarp) {
       failure = "lanes wait for others of their warp or warpgroup, which are elsewhere";
     } else if (fiber->state != first.state) {
       const int line = (fiber->state == State::kDone ? first : *fiber).line;
@@ -216,8 +233,13 @@ void run_warp(size_t warp) {
 
 // A warp that came last to what its group does together has let the others go on.
 bool any_can_run() {
-  return std::any_of(fibers.begin(), fibers.begin() + block_threads(),
-                     [](const auto& fiber) { return fiber->state == State::kReady; });
+  bool any = false;
+  for (size_t i = 0; i < block_threads(); ++i) {
+    Fiber& fiber = *fibers[i];
+    if (fiber.state == State::kPaused && fiber.pause-- == 0) fiber.state = State::kReady;
+    any |= fiber.state == State::kReady || fiber.state == State::kPaused;
+  }
+  return any;
 }
 
 // Until all threads are done or one has failed.
@@ -252,6 +274,43 @@ void barrier(int line) {
   running->line = line;
   running->state = State::kAtBarrier;
   suspend();
+}
+
+namespace {
+
+void come_to(size_t number, size_t threads) {
+  NumberedBarrier& barrier = numbered.at(number);
+  if (barrier.here > 0 && barrier.expected != threads) {
+    fail("threads expect different numbers of others at a barrier");
+  }
+  barrier.expected = threads;
+  barrier.all_have_shown &= running->has_shown;
+  if (++barrier.here < threads) return;
+  if (barrier.all_have_shown) seen = shown;
+  barrier = {};
+  for (size_t i = 0; i < block_threads(); ++i) {
+    if (fibers[i]->state == State::kAtNumbered && fibers[i]->at_barrier == number) {
+      fibers[i]->state = State::kReady;
+    }
+  }
+}
+
+}  // namespace
+
+void arrive_at(size_t number, size_t threads) {
+  come_to(number, threads);
+  if (!running->is_slow || !failure.empty()) return;
+  running->pause = 4;
+  running->state = State::kPaused;
+  suspend();
+}
+
+void wait_at(size_t number, size_t threads) {
+  running->at_barrier = number;
+  running->state = State::kAtNumbered;
+  come_to(number, threads);
+  running->has_shown = false;
+  if (running->state == State::kAtNumbered) suspend();
 }
 
 void fail(const char* why) {
@@ -416,12 +475,9 @@ extern "C" void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t) {
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorLaunchFailure:
       simt::failure_text = "launch failure: " + simt::failure;
       return simt::failure_text.c_str();
@@ -431,7 +487,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaGetLastError() { return std::exchange(simt::last_error, cudaSuccess); }
 
-// A small device, so that few images are enough to give a block several. A test may want more blocks.
+// A small device, so that few images are enough to give a block several. A test may want more
+// blocks.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   const char* count = std::getenv("SIMT_MULTIPROCESSORS");
   *value = count != nullptr ? std::atoi(count) : 1;

@@ -64,14 +64,15 @@ SOURCE = "softmax.cuh"
 # Slips: a statement to drop, or an expression and its replacement.
 SLIPS = {
     "copies-not-waited-for": ("wait_for_copies<0>();", ""),
-    "tiles-used-too-early": ("__syncthreads();\n  }\n\n  // `use(begin", ""),
-    "tiles-overwritten": ("wait_for_rows();\n  }\n};", ""),
+    "tiles-used-too-early": ("__syncthreads();\n  }\n\n  __device__ static int f", ""),
+    "tiles-overwritten": ("wait_for_rows();\n  }\n\n  // `use", ""),
+    "groups-not-waited-for": ("wait_at(barrier_of(group), kThreads);", ""),
+    "one-barrier-for-all-tiles": ("1 + 2 * group + turn", "1 + 2 * group"),
+    "group-that-does-not-arrive": ("i < kGroups", "i < kGroups - 1"),
     "last-token-left-out": ("begin >= tokens", "begin >= tokens - 1"),
-    "next-tile-in-this-one's-place": (
-        "load(begin + 2 * kTile, next == kStages - 1 ? 0 : next + 1)",
-        "load(begin + 2 * kTile, next)",
-    ),
-    "second-tile-not-fetched": ("load(kTile, 1);", ""),
+    "next-tile-in-this-one's-place": ("stage == kStages - 1", "stage >= kStages - 2"),
+    "second-tile-not-fetched": ("load(kTile, 1);\n    int stage", ""),
+    "second-tile-not-fetched-backward": ("load(kTile, 1);\n    // A group's", ""),
     "row-beyond-the-last": ("row + i < tokens", "row + i < tokens + 1"),
     "rows-of-another-step": ("from += step", "from += step / 2"),
     "tile-of-the-other-matrix": ("group_index() == 0 ? left : right", "left"),

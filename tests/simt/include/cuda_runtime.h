@@ -69,6 +69,10 @@ namespace simt {
 // Suspends the calling thread until all threads of its block wait at the same line.
 void barrier(int line);
 
+// A barrier that has a number: it opens when `threads` have come to it, of which some only arrive.
+void arrive_at(size_t number, size_t threads);
+void wait_at(size_t number, size_t threads);
+
 // What the lanes of a warp, or warpgroup, do together; it is given the operands of all of them.
 using Collective = void (*)(void* const* of_lanes);
 

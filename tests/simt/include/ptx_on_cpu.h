@@ -106,6 +106,9 @@ void wait_for_copies() {
   simt::wait_for_copies(kGroups);
 }
 
+inline void arrive_at(int barrier, int threads) { simt::arrive_at(barrier, threads); }
+inline void wait_at(int barrier, int threads) { simt::wait_at(barrier, threads); }
+
 inline void show_to_products() { simt::show_to_products(); }
 
 // Element (k, n) of a right operand in the canonical layout with rows of 128 bytes: 64 elements
