@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,12 @@ def _why_too_old(device: torch.device) -> str | None:
     return None
 
 
+# Set by tools that execute kernels without their device: by the backend's name, what loading it would
+# return, and the types of devices whose tensors it takes, instead of its own.
+_LOAD_ERRORS: dict[str, str | None] = {}
+DEVICE_TYPES: dict[str, Collection[str]] = {}
+
+
 @dataclass(eq=False)
 class Backend:
     """One implementation of the operations, and what it needs to run.
@@ -50,7 +56,7 @@ class Backend:
         name: as in ``backend=``.
         load: registers its operators with torch; returns why it cannot, or None. Called once, at the
             first need.
-        device_types: types of the devices whose tensors it takes; None for any.
+        devices: types of the devices whose tensors it takes; None for any.
         dtypes: that its kernels take; None for any.
         why_not_on_gpu: why it does not run on a GPU, or None; called with CUDA devices only.
         namespace: of its operators in ``torch.ops``; None if it has none.
@@ -58,14 +64,23 @@ class Backend:
 
     name: str
     load: Callable[[], str | None] = lambda: None
-    device_types: tuple[str, ...] | None = None
+    devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = KERNEL_DTYPES
     why_not_on_gpu: Callable[[torch.device], str | None] = _why_too_old
     namespace: str | None = None
 
-    @functools.cached_property
+    @property
+    def device_types(self) -> Collection[str] | None:
+        """Types of the devices whose tensors it takes in this process; None for any."""
+        return DEVICE_TYPES.get(self.name, self.devices)
+
+    @property
     def load_error(self) -> str | None:
         """Why it cannot run in this process, found out once by loading it; None if it is loaded."""
+        return _LOAD_ERRORS[self.name] if self.name in _LOAD_ERRORS else self._outcome
+
+    @functools.cached_property
+    def _outcome(self) -> str | None:
         return self.load()
 
     def reset(self) -> None:
@@ -74,7 +89,7 @@ class Backend:
         What has been loaded stays loaded, and compiled graphs keep the backend they were traced with.
         """
         importlib.invalidate_caches()
-        self.__dict__.pop("load_error", None)
+        self.__dict__.pop("_outcome", None)
 
     def why_not(
         self, device: torch.device | None = None, dtype: torch.dtype = torch.float32

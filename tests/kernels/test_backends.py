@@ -140,7 +140,7 @@ def gpu(monkeypatch):
     for name in ("triton", "cuda"):
         injected = Backend(
             name,
-            device_types=("cuda",),
+            devices=("cuda",),
             why_not_on_gpu=lambda device: None,
             namespace=f"t2t_{name}",
         )
@@ -227,6 +227,15 @@ def test_a_backend_is_loaded_once_until_it_is_reset(monkeypatch):
         with pytest.raises(BackendUnavailable, match="it is not built"):
             soft_split(torch.randn(1, 2, 5, 5), 3, 2, 1, backend="cuda")
     BACKENDS["cuda"].reset()
+    assert why_not_here("cuda") is None
+    assert choose(backends.OPERATIONS["soft_split"], CPU, torch.float32, "cuda") == "cuda"
+
+
+def test_a_tool_can_stand_in_for_a_device(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda: "no CUDA device", ("cuda",)))
+    assert why_not_here("cuda") == "no CUDA device"
+    monkeypatch.setitem(backends._LOAD_ERRORS, "cuda", None)
+    monkeypatch.setitem(backends.DEVICE_TYPES, "cuda", {"cpu"})
     assert why_not_here("cuda") is None
     assert choose(backends.OPERATIONS["soft_split"], CPU, torch.float32, "cuda") == "cuda"
 

@@ -228,7 +228,7 @@ def built(cuda_on_host, host_cache, tmp_path_factory):
 @pytest.fixture
 def hopper(built, monkeypatch):
     """Makes the backend "cuda" use the code for Hopper."""
-    hopper = Backend("cuda", device_types=("cpu",), namespace=NAMESPACE)
+    hopper = Backend("cuda", devices=("cpu",), namespace=NAMESPACE)
     monkeypatch.setitem(BACKENDS, "cuda", hopper)
     built[0](-1)
 

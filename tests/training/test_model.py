@@ -87,7 +87,7 @@ def test_the_log_names_the_backends_that_serve(args, change, tokens_type, dtype,
     for name in ("triton", "cuda"):
         injected = Backend(
             name,
-            device_types=("cuda",),
+            devices=("cuda",),
             why_not_on_gpu=lambda device: None,
             namespace=f"t2t_{name}",
         )
