@@ -81,7 +81,7 @@ def test_files_fit_the_older_state_after_resuming(
         assert f"not copied {output}/best.safetensors, {output}/last.safetensors: " in log
         assert not list(place.glob("*.set-aside*"))
         return
-    (line,) = [line for line in log.splitlines() if line.startswith("set aside ")]
+    (line,) = [line for line in log.splitlines() if line.startswith("renamed files ")]
     later = [name for name in before if name.startswith("state-") and name > state.name]
     for name in (*later, "best.safetensors", "last.safetensors", "metrics.jsonl"):
         assert (output / f"{name}.set-aside").read_bytes() == before[name]
