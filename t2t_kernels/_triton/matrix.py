@@ -19,24 +19,29 @@ _PART, _FLOAT32_PART = tl.constexpr(64), tl.constexpr(32)
 
 
 @triton.jit
-def _load_part(
+def load_matrix(
     p,
-    row: tl.constexpr,
-    column: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    HEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    row: tl.constexpr = 0,
+    column: tl.constexpr = 0,
+    TRANSPOSED: tl.constexpr = False,
 ):
-    """HEIGHT × WIDTH elements of a contiguous (ROWS, COLUMNS) matrix, zero beyond it."""
-    o_r = row + tl.arange(0, HEIGHT)
-    o_c = column + tl.arange(0, WIDTH)
-    p = p + o_r[:, None] * COLUMNS + o_c[None, :]
+    """HEIGHT × WIDTH elements of a contiguous (ROWS, COLUMNS) matrix, zero beyond it.
+
+    TRANSPOSED: as WIDTH × HEIGHT. A tile that is loaded so costs the product fewer registers than one that
+    is transposed afterwards.
+    """
+    o_r = tl.expand_dims(row + tl.arange(0, HEIGHT), 0 if TRANSPOSED else 1)
+    o_c = tl.expand_dims(column + tl.arange(0, WIDTH), 1 if TRANSPOSED else 0)
+    p = p + o_r * COLUMNS + o_c
     # Masks that are always true still take registers.
     if row + HEIGHT <= ROWS and column + WIDTH <= COLUMNS:
         return tl.load(p)
     else:
-        return tl.load(p, mask=(o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
+        return tl.load(p, mask=(o_r < ROWS) & (o_c < COLUMNS), other=0.0)
 
 
 @triton.jit
@@ -66,10 +71,8 @@ def times_matrix(
         return times_matrix(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
         for i in tl.static_range(PARTS):
-            b_part = _load_part(
-                p + i * (DISTANCE or ROWS * COLUMNS), first, 0, SIZE, acc.shape[1], ROWS, COLUMNS
-            )
-            acc = dot(b, b_part, acc)
+            p_part = p + i * (DISTANCE or ROWS * COLUMNS)
+            acc = dot(b, load_matrix(p_part, ROWS, SIZE, COLUMNS, acc.shape[1], first, 0), acc)
         return acc
 
 
@@ -92,10 +95,10 @@ def times_transposed(
         return times_transposed(b_right, p, acc, ROWS, COLUMNS, PARTS, first + SIZE // 2, DISTANCE)
     else:
         for i in tl.static_range(PARTS):
-            b_part = _load_part(
-                p + i * (DISTANCE or ROWS * COLUMNS), 0, first, acc.shape[1], SIZE, ROWS, COLUMNS
+            p_part = p + i * (DISTANCE or ROWS * COLUMNS)
+            acc = dot(
+                b, load_matrix(p_part, ROWS, acc.shape[1], COLUMNS, SIZE, 0, first, True), acc
             )
-            acc = dot(b, tl.trans(b_part), acc)
         return acc
 
 

@@ -27,7 +27,7 @@ from t2t_kernels._triton import (
     sum_slots,
     table,
 )
-from t2t_kernels._triton.matrix import times_matrix, times_transposed
+from t2t_kernels._triton.matrix import load_matrix, times_matrix, times_transposed
 from t2t_kernels.philox import rounded_probability
 
 NORM_EPS = tl.constexpr(1e-5)
@@ -74,12 +74,14 @@ def _kept(p_seed, first_element, site: tl.constexpr, threshold, scale, D: tl.con
 
 
 @triton.jit
-def _attended(b_y, b_v, b_keep, p_tail, D: tl.constexpr):
+def _attended(b_y, b_v, p_tail, p_seed, element, threshold, scale, D: tl.constexpr):
     """a from y and v (float32)."""
+    if p_seed is not None:
+        b_keep = _kept(p_seed, element, _AFTER_PROJ, threshold, scale, D)
     b_a = tl.zeros([b_y.shape[0], tl.constexpr(D.embed_p)], tl.float32)
     b_a = times_transposed(rounded(b_y, p_tail.dtype.element_ty), p_tail, b_a, D.embed, D.embed)
     b_a += load_vector(p_tail + D.proj_bias, D.embed, D.embed_p)[None, :]
-    if b_keep is not None:
+    if p_seed is not None:
         b_a *= b_keep
     return b_a + b_v
 
@@ -127,10 +129,7 @@ def _normal(b_h, DTYPE: tl.constexpr):
 def tail(b_y, b_v, p_tail, p_seed, element, threshold, scale, D: tl.constexpr):
     """The layer's result from y and v (float32); ``element``: the first of each row, for dropout."""
     DTYPE: tl.constexpr = p_tail.dtype.element_ty
-    b_keep = None
-    if p_seed is not None:
-        b_keep = _kept(p_seed, element, _AFTER_PROJ, threshold, scale, D)
-    b_a = _attended(b_y, b_v, b_keep, p_tail, D)
+    b_a = _attended(b_y, b_v, p_tail, p_seed, element, threshold, scale, D)
     b_n, rstd = _normalized(b_a, D)
     b_h = _hidden(b_n, p_tail, D)
     b_phi, b_exp = _normal(b_h, DTYPE)
@@ -198,25 +197,25 @@ def fc2_backward_kernel(
     fc2_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
-        b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
-        b_v = load_rows(p_v, i_image, o_t, m_t, V, D).to(tl.float32)
-        b_keep = None
-        if p_seed is not None:
-            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
-        b_a = _attended(b_y, b_v, b_keep, p_tail, D)
-        b_n, rstd = _normalized(b_a, D)
-        b_h = _hidden(b_n, p_tail, D)
-        b_phi, b_exp = _normal(b_h, DTYPE)
+        element = o_image + o_t * D.embed
         b_do = load_rows(p_dout + o_image, 0, o_t, m_t, R, D)
         if p_seed is not None:
-            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_MLP, threshold, scale, D)
+            b_keep = _kept(p_seed, element, _AFTER_MLP, threshold, scale, D)
             b_do = rounded(b_do.to(tl.float32) * b_keep, DTYPE)
-        b_fc2 = dot(tl.trans(b_do), rounded(b_h * b_phi, DTYPE), b_fc2)
-        fc2_bias = dot(tl.trans(b_do), _ones(BLOCK_T, DTYPE), fc2_bias)
-        b_dh = tl.zeros([BLOCK_T, tl.constexpr(D.hidden_p)], tl.float32)
+        b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
+        b_v = load_rows(p_v, i_image, o_t, m_t, V, D).to(tl.float32)
+        b_a = _attended(b_y, b_v, p_tail, p_seed, element, threshold, scale, D)
+        b_n, rstd = _normalized(b_a, D)
+        b_h = _hidden(b_n, p_tail, D)
+        # Before GELU, while few other values are held.
+        b_dh = tl.zeros([BLOCK_T, D.hidden_p], tl.float32)
         b_dh = times_matrix(b_do, p_tail + D.fc2, b_dh, D.embed, D.hidden)
+        b_phi, b_exp = _normal(b_h, DTYPE)
         b_dh *= b_phi + b_h * b_exp * _RSQRT_2PI
         store_rows(p_dh, b_dh, i_image, o_t, m_t, DH, HIDDEN)
+        b_gelu = rounded(b_h * b_phi, DTYPE)
+        b_fc2 = dot(tl.trans(b_do), b_gelu, b_fc2)
+        fc2_bias = dot(tl.trans(b_do), _ones(BLOCK_T, DTYPE), fc2_bias)
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
     _store_matrix(p_slot + D.fc2, b_fc2, D.embed, D.hidden)
     _store_vector(p_slot + D.fc2_bias, tl.sum(fc2_bias, 1), D.embed)
@@ -231,7 +230,6 @@ def fc1_backward_kernel(
     p_tail,  # (D.tail,)
     p_seed,  # (1,) int64, or None without dropout
     p_da,  # (B, T, E)
-    p_dp,  # (B, T, E): behind the dropout, or None without
     p_slots,  # (slots, D.tail) float32
     items,
     tokens,
@@ -249,51 +247,50 @@ def fc1_backward_kernel(
     R: tl.constexpr = D.contiguous
     b_fc1 = tl.zeros([tl.constexpr(D.hidden_p), tl.constexpr(D.embed_p)], tl.float32)
     fc1_bias = tl.zeros([tl.constexpr(D.hidden_p), 16], tl.float32)
-    norm_weight = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
-    norm_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
+        element = o_image + o_t * D.embed
         b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
         b_v = load_rows(p_v, i_image, o_t, m_t, V, D).to(tl.float32)
-        b_keep = None
-        if p_seed is not None:
-            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
-        b_n, rstd = _normalized(_attended(b_y, b_v, b_keep, p_tail, D), D)
+        b_a = _attended(b_y, b_v, p_tail, p_seed, element, threshold, scale, D)
+        b_n, rstd = _normalized(b_a, D)
         b_dh = load_rows(p_dh, i_image, o_t, m_t, DH, HIDDEN)
-        b_fc1 = dot(tl.trans(b_dh), _gain(b_n, p_tail, D), b_fc1)
-        fc1_bias = dot(tl.trans(b_dh), _ones(BLOCK_T, DTYPE), fc1_bias)
         b_dz = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
         b_dz = times_matrix(b_dh, p_tail + D.fc1, b_dz, D.hidden, D.embed)
-        norm_weight = dot(tl.trans(rounded(b_dz * b_n, DTYPE)), _ones(BLOCK_T, DTYPE), norm_weight)
-        norm_bias = dot(tl.trans(rounded(b_dz, DTYPE)), _ones(BLOCK_T, DTYPE), norm_bias)
         b_dz *= load_vector(p_tail + D.norm, D.embed, D.embed_p)[None, :]
         mean = tl.sum(b_dz, 1) / D.embed
         mean_n = tl.sum(b_dz * b_n, 1) / D.embed
         b_da = (b_dz - mean[:, None] - b_n * mean_n[:, None]) * rstd[:, None]
         b_da += load_rows(p_dout + o_image, 0, o_t, m_t, R, D).to(tl.float32)
         store_rows(p_da, b_da, i_image, o_t, m_t, DA, D)
-        if p_seed is not None:
-            # Computed again: kept, it would spill.
-            b_keep = _kept(p_seed, o_image + o_t * D.embed, _AFTER_PROJ, threshold, scale, D)
-            store_rows(p_dp + o_image, b_da * b_keep, 0, o_t, m_t, R, D)
+        b_fc1 = dot(tl.trans(b_dh), rounded(b_n, DTYPE), b_fc1)
+        fc1_bias = dot(tl.trans(b_dh), _ones(BLOCK_T, DTYPE), fc1_bias)
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
+    # Σ dh nᵀ and Σ dh are of the norm's result before gain and bias; both follow, and fc1's gradient.
+    bias = tl.sum(fc1_bias, 1)
+    b_weight = load_matrix(p_tail + D.fc1, D.hidden, D.hidden_p, D.embed, D.embed_p).to(tl.float32)
+    _store_vector(p_slot + D.norm, tl.sum(b_weight * b_fc1, 0), D.embed)
+    _store_vector(p_slot + D.norm + D.embed, tl.sum(b_weight * bias[:, None], 0), D.embed)
+    b_fc1 *= load_vector(p_tail + D.norm, D.embed, D.embed_p)[None, :]
+    b_fc1 += bias[:, None] * load_vector(p_tail + D.norm + D.embed, D.embed, D.embed_p)[None, :]
     _store_matrix(p_slot + D.fc1, b_fc1, D.hidden, D.embed)
-    _store_vector(p_slot + D.fc1_bias, tl.sum(fc1_bias, 1), D.hidden)
-    _store_vector(p_slot + D.norm, tl.sum(norm_weight, 1), D.embed)
-    _store_vector(p_slot + D.norm + D.embed, tl.sum(norm_bias, 1), D.embed)
+    _store_vector(p_slot + D.fc1_bias, bias, D.hidden)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def proj_backward_kernel(
-    p_dp,  # (B, T, E)
+    p_da,  # (B, T, E)
     p_y,  # (B, T, E)
     p_tail,  # (D.tail,)
+    p_seed,  # (1,) int64, or None without dropout
     p_dy,  # (B, T, E)
     p_slots,  # (slots, D.tail) float32
     items,
     tokens,
+    threshold,
+    scale,
     D: tl.constexpr,
-    DP: tl.constexpr,
+    DA: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Gradients of y and proj."""
@@ -303,14 +300,17 @@ def proj_backward_kernel(
     proj_bias = tl.zeros([tl.constexpr(D.embed_p), 16], tl.float32)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
         i_image, o_t, m_t, o_image = _tile(item, tokens, D, BLOCK_T)
-        b_dp = load_rows(p_dp, i_image, o_t, m_t, DP, D)
+        b_dp = load_rows(p_da, i_image, o_t, m_t, DA, D)
+        if p_seed is not None:
+            element = o_image + o_t * D.embed
+            b_keep = _kept(p_seed, element, _AFTER_PROJ, threshold, scale, D)
+            b_dp = rounded(b_dp.to(tl.float32) * b_keep, DTYPE)
+        b_dy = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
+        b_dy = times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed)
+        store_rows(p_dy + o_image, b_dy, 0, o_t, m_t, R, D)
         b_y = load_rows(p_y + o_image, 0, o_t, m_t, R, D).to(tl.float32)
         b_proj = dot(tl.trans(b_dp), rounded(b_y, DTYPE), b_proj)
         proj_bias = dot(tl.trans(b_dp), _ones(BLOCK_T, DTYPE), proj_bias)
-        b_dy = tl.zeros([BLOCK_T, tl.constexpr(D.embed_p)], tl.float32)
-        store_rows(
-            p_dy + o_image, times_matrix(b_dp, p_tail, b_dy, D.embed, D.embed), 0, o_t, m_t, R, D
-        )
     p_slot = p_slots + tl.program_id(0).to(tl.int64) * D.tail
     _store_matrix(p_slot, b_proj, D.embed, D.embed)
     _store_vector(p_slot + D.proj_bias, tl.sum(proj_bias, 1), D.embed)
@@ -328,15 +328,15 @@ def tail_backward(
     """dy and the parameters' gradients; that of a, the skip's part of dv, is written to ``da``."""
     packed, sizes = pack_tail(parameters)
     batch, tokens, embed = v.shape
-    dropout, grad = dropout_p > 0, grad.contiguous()
+    grad = grad.contiguous()
     dy, dh = v.new_empty(v.shape), v.new_empty((batch, tokens, sizes.hidden))
-    dp = v.new_empty(v.shape) if dropout else da
     entry = table(v.device)
     how = launch(entry.tail_backward, v.dtype, embed, sizes.hidden)
     items = batch * triton.cdiv(tokens, how.block_t)
     programs = slot_count(entry.slots, items, sizes.tail)
     slots = v.new_empty((programs, sizes.tail), dtype=torch.float32)
-    numbers = (items, tokens)
+    seed = seed if dropout_p > 0 else None
+    numbers = (items, tokens, *dropout_numbers(dropout_p))
     options = {
         "D": sizes,
         "BLOCK_T": how.block_t,
@@ -345,31 +345,14 @@ def tail_backward(
         # Left to itself, the assembler spills to fit one block more.
         "maxnreg": 255,
     }
-    seed = seed if dropout else None
-    layouts = {"V": strides(v), "DH": strides(dh), "HIDDEN": Sizes(sizes.hidden)}
-    masks = dropout_numbers(dropout_p)
+    layouts = {"V": strides(v), "DH": strides(dh), "HIDDEN": Sizes(sizes.hidden), **options}
     with device_guard(v):
-        fc2_backward_kernel[(programs,)](
-            grad, y, v, packed, seed, dh, slots, *numbers, *masks, **layouts, **options
-        )
+        fc2_backward_kernel[(programs,)](grad, y, v, packed, seed, dh, slots, *numbers, **layouts)
         fc1_backward_kernel[(programs,)](
-            grad,
-            dh,
-            y,
-            v,
-            packed,
-            seed,
-            da,
-            dp if dropout else None,
-            slots,
-            *numbers,
-            *masks,
-            DA=strides(da),
-            **layouts,
-            **options,
+            grad, dh, y, v, packed, seed, da, slots, *numbers, DA=strides(da), **layouts
         )
         proj_backward_kernel[(programs,)](
-            dp, y, packed, dy, slots, *numbers, DP=strides(dp), **options
+            da, y, packed, seed, dy, slots, *numbers, DA=strides(da), **options
         )
     grads = [
         torch.empty_like(parameter, memory_format=torch.contiguous_format)
