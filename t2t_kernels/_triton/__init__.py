@@ -62,9 +62,9 @@ class Table(NamedTuple):
 TABLES = {
     version: Table(
         slots=slots,
-        project=(Launch(64, 4, 1), Launch(32, 4, 1)),
+        project=(Launch(64, 8, min(2, stages)), Launch(32, 4, 1)),
         weight_gradient=(Launch(64, 4, 1), Launch(32, 4, 1)),
-        map_gradient=(Launch(64, 4, min(2, stages)), Launch(32, 4, min(2, stages))),
+        map_gradient=(Launch(64, 8, min(2, stages)), Launch(32, 8, min(2, stages))),
         attention=(Launch(64, 4, 1), Launch(16, 4, 1)),
         tail_backward=(Launch(64, 4, 1), Launch(16, 4, 1)),
         softmax=(Launch(128, 8, stages, 64), Launch(block_s, 4, 2, 32)),

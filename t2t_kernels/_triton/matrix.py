@@ -96,9 +96,8 @@ def times_transposed(
     else:
         for i in tl.static_range(PARTS):
             p_part = p + i * (DISTANCE or ROWS * COLUMNS)
-            acc = dot(
-                b, load_matrix(p_part, ROWS, acc.shape[1], COLUMNS, SIZE, 0, first, True), acc
-            )
+            b_part = load_matrix(p_part, ROWS, acc.shape[1], COLUMNS, SIZE, 0, first, True)
+            acc = dot(b, b_part, acc)
         return acc
 
 

@@ -208,7 +208,7 @@ def fc2_backward_kernel(
         b_n, rstd = _normalized(b_a, D)
         b_h = _hidden(b_n, p_tail, D)
         # Before GELU, while few other values are held.
-        b_dh = tl.zeros([BLOCK_T, D.hidden_p], tl.float32)
+        b_dh = tl.zeros([BLOCK_T, tl.constexpr(D.hidden_p)], tl.float32)
         b_dh = times_matrix(b_do, p_tail + D.fc2, b_dh, D.embed, D.hidden)
         b_phi, b_exp = _normal(b_h, DTYPE)
         b_dh *= b_phi + b_h * b_exp * _RSQRT_2PI

@@ -572,8 +572,8 @@ def map_gradient_kernel(
                     b_w = tl.load(p_w, mask=(o_c < S.channels)[None, :], other=0.0)
                 b_tap = dot(b_dy, b_w, b_tap)
             if p_norm_weight is not None and DTYPE == tl.float32:
-                o = (o_c * S.kernel + ky) * S.kernel + kx
-                b_tap *= tl.load(p_norm_weight + o, mask=o_c < S.channels, other=0.0)[None, :]
+                j = (o_c * S.kernel + ky) * S.kernel + kx
+                b_tap *= tl.load(p_norm_weight + j, mask=o_c < S.channels, other=0.0)[None, :]
             if p_statistics is not None:
                 o_t = i_image * S.tokens + token
                 mean = tl.load(p_statistics + o_t, mask=m_t, other=0.0)
