@@ -292,6 +292,7 @@ def performer_attention_bwd_queries_kernel(
         )
         b_dn = rounded(b_dy / divisor[:, None], b_q.dtype)
         d_divisor = -tl.sum(b_dn.to(tl.float32) * b_y, 1)
+        b_e += tl.sum(b_f.to(tl.float32) * d_divisor[:, None], 0)
         b_df = tl.zeros([BLOCK_T, tl.constexpr(D.features_p)], tl.float32) + d_divisor[:, None]
         b_df = times_transposed(b_dn, p_means, b_df, D.features, D.embed, PARTS)
         b_dlog = rounded(b_f.to(tl.float32) * b_df, b_q.dtype)
@@ -302,7 +303,6 @@ def performer_attention_bwd_queries_kernel(
         b_dq = tl.where(tl.abs(b_q) <= _LARGEST, b_dq, 0.0)
         store_rows(p_dq, b_dq, i_image, o_t, m_t, DQ, D)
         b_dmeans = dot(tl.trans(b_f), b_dn, b_dmeans)
-        b_e += tl.sum(b_f.to(tl.float32) * d_divisor[:, None], 0)
     o_m = tl.arange(0, D.features_p)
     R: tl.constexpr = D.contiguous
     p_parts += i_part * (D.features * (D.embed + 1))
