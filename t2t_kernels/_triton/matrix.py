@@ -34,14 +34,20 @@ def load_matrix(
     TRANSPOSED: as WIDTH × HEIGHT. A tile that is loaded so costs the product fewer registers than one that
     is transposed afterwards.
     """
-    o_r = tl.expand_dims(row + tl.arange(0, HEIGHT), 0 if TRANSPOSED else 1)
-    o_c = tl.expand_dims(column + tl.arange(0, WIDTH), 1 if TRANSPOSED else 0)
-    p = p + o_r * COLUMNS + o_c
+    o_r = row + tl.arange(0, HEIGHT)
+    o_c = column + tl.arange(0, WIDTH)
+    o = (
+        o_r[None, :] * COLUMNS + o_c[:, None]
+        if TRANSPOSED
+        else o_r[:, None] * COLUMNS + o_c[None, :]
+    )
     # Masks that are always true still take registers.
     if row + HEIGHT <= ROWS and column + WIDTH <= COLUMNS:
-        return tl.load(p)
+        return tl.load(p + o)
+    elif TRANSPOSED:
+        return tl.load(p + o, mask=(o_r < ROWS)[None, :] & (o_c < COLUMNS)[:, None], other=0.0)
     else:
-        return tl.load(p, mask=(o_r < ROWS) & (o_c < COLUMNS), other=0.0)
+        return tl.load(p + o, mask=(o_r < ROWS)[:, None] & (o_c < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
