@@ -38,10 +38,16 @@ TABLED = (
 )
 # Every fused kernel in bfloat16 on every architecture; the other dtypes, the sizes at their limits, and
 # random features of every dtype, on one.
-EVERYWHERE = (*TABLED, "attention-bf16")
+EVERYWHERE = (*TABLED, "attention-bf16", "transformer-layer2-bf16")
 CALLS = {
     80: (*EVERYWHERE, "attention-fp32", "transformer-layer1-fp16", "softmax-wide-fp32"),
-    90: (*EVERYWHERE, "softmax-784-fp32", "performer-layer1-fp16", "performer-wide-bf16"),
+    90: (
+        *EVERYWHERE,
+        "softmax-784-fp32",
+        "performer-layer2-fp32",
+        "performer-layer1-fp16",
+        "performer-wide-bf16",
+    ),
     120: (*EVERYWHERE, "project-fp16", "softmax-wide-bf16"),
 }
 LARGEST = {80: "attention-largest-fp32", 120: "performer-largest-bf16"}
@@ -50,30 +56,12 @@ FEATURES = {
     capability: [f"features-{features}-{dtype}" for features in DTYPES]
     for capability, dtype in zip(CALLS, DTYPES, strict=True)
 }
-# The kernels of a model known to spill, and their bytes, stores and loads.
-SPILLS = {
-    (80, "performer-layer1-bf16", "fc2_backward"): 52,
-    (80, "performer-layer2-bf16", "fc2_backward"): 52,
-    (80, "transformer-layer1-bf16", "fc1_backward"): 88,
-    (80, "transformer-layer1-bf16", "fc2_backward"): 64,
-    (120, "performer-layer1-bf16", "fc1_backward"): 144,
-    (120, "performer-layer1-bf16", "fc2_backward"): 88,
-    (120, "performer-layer1-bf16", "performer_attention_bwd_queries"): 96,
-    (120, "performer-layer1-bf16", "project"): 40,
-    (120, "performer-layer2-bf16", "fc1_backward"): 144,
-    (120, "performer-layer2-bf16", "fc2_backward"): 88,
-    (120, "performer-layer2-bf16", "map_gradient"): 28,
-    (120, "performer-layer2-bf16", "performer_attention_bwd_queries"): 96,
-    (120, "performer-layer2-bf16", "project"): 64,
-    (120, "transformer-layer1-bf16", "fc1_backward"): 144,
-    (120, "transformer-layer1-bf16", "fc2_backward"): 64,
-    (120, "transformer-layer1-bf16", "project"): 40,
+# The most bytes, stores and loads, that a kernel may spill: of a model in half types, in float32, and at
+# E = 128. Each release of Triton allocates registers in its own way.
+MOST_SPILLS = {
+    "3.6": {"half": 88, "fp32": 100, "wide": 688},
+    "3.8": {"half": 0, "fp32": 100, "wide": 544},
 }
-# No kernel at E = 128 may spill more.
-WIDE_SPILLS = 544
-# The most that a kernel of a model, and one at E = 128, may spill: each release of Triton allocates
-# registers in its own way.
-MOST_SPILLS = {"3.6": (152, 688), "3.8": (144, WIDE_SPILLS)}
 # Parts of the names of the kernels that multiply no matrices.
 WITHOUT_PRODUCTS = ("fold", "parts", "sum_slots", "combine", "token_scalars")
 CASES = [(capability, call) for capability, calls in CALLS.items() for call in calls]
@@ -130,8 +118,9 @@ def triton_release() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def most_spills(wide: bool) -> int:
-    return MOST_SPILLS.get(triton_release(), (0, WIDE_SPILLS))[wide]
+def most_spills(call: str) -> int:
+    kind = "wide" if "-wide-" in call else "fp32" if call.endswith("fp32") else "half"
+    return MOST_SPILLS.get(triton_release(), MOST_SPILLS["3.8"])[kind]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +154,7 @@ def test_fused_kernels(compiled, capability, call):
     results = kernels(compiled, capability, call)
     assert len(results) >= 3
     for kernel, figures in results.items():
-        assert figures["spills"] <= most_spills("-wide-" in call), f"{kernel}: {figures}"
+        assert figures["spills"] <= most_spills(call), f"{kernel}: {figures}"
         assert figures["shared"] <= SHARED[capability], f"{kernel}: {figures}"
         product = not any(name in kernel for name in WITHOUT_PRODUCTS)
         assert bool(figures["matrix"]) == product, f"{kernel}: {figures}"
@@ -184,15 +173,12 @@ def documented() -> dict[tuple[int, str, str], str]:
     }
 
 
-def test_table_has_every_call_and_no_other_spills():
+def test_table_has_every_call_and_no_spills():
     table = documented()
     assert {(version, call) for version, call, _ in table} == {
         (version, call) for version in SHARED for call in TABLED
     }
-    found = {where: re.search(r"spills (\d+)", cell) for where, cell in table.items()}
-    spills = {where: int(match[1]) for where, match in found.items() if match}
-    assert spills == SPILLS
-    assert max(spills.values()) <= MOST_SPILLS["3.8"][0]
+    assert {where: cell for where, cell in table.items() if "spills" in cell} == {}
 
 
 @pytest.mark.parametrize(
