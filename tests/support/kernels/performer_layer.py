@@ -22,8 +22,7 @@ CASES = {
     "odd": ((2, 3, 9, 8), (5, 2, 2), (6, 5, 7)),
     "models-odd": ((2, 3, 9, 8), (5, 2, 2), (64, 32, 64)),
     "models-general": ((2, 20, 7, 6), (3, 2, 1), (64, 32, 64)),
-    # Many images, for the same reason: the result is e⁻⁵⁰, and one exponent's rounding is all of its error.
-    "one-token": ((16, 3, 5, 5), (7, 4, 2), (64, 32, 64)),
+    "one-token": ((2, 3, 5, 5), (7, 4, 2), (64, 32, 64)),
     "empty-batch": ((0, 3, 16, 16), (7, 4, 2), (64, 32, 64)),
 }
 
