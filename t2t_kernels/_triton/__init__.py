@@ -22,7 +22,7 @@ from torch.torch_version import TorchVersion
 from t2t_kernels.backends import BACKENDS, INTERPRETED
 
 # Before 3.8, Triton puts no proxy fence between an asynchronous copy to shared memory and the wgmma
-# that reads it, so a softmax loop on 9.0 must load its tiles without one: with a single stage.
+# that reads it, so a loop of products on 9.0 must load its tiles without one: with a single stage.
 _ASYNCHRONOUS_COPIES = TorchVersion(triton.__version__) >= (3, 8)
 
 IMPL_DEVICES = BACKENDS["triton"].device_types
@@ -62,18 +62,19 @@ class Table(NamedTuple):
 TABLES = {
     version: Table(
         slots=slots,
+        # Eight warps multiply twice what they share on 8.0 and 12.0, but with four some spill.
         project=(Launch(64, 8, min(2, stages)), Launch(32, 4, 1)),
         weight_gradient=(Launch(64, 4, 1), Launch(32, 4, 1)),
-        map_gradient=(Launch(64, 8, min(2, stages)), Launch(32, 8, min(2, stages))),
+        map_gradient=(Launch(64, warps, min(2, stages)), Launch(32, 8, min(2, stages))),
         attention=(Launch(64, 4, 1), Launch(16, 4, 1)),
         tail_backward=(Launch(64, 4, 1), Launch(16, 4, 1)),
         softmax=(Launch(128, 8, stages, 64), Launch(block_s, 4, 2, 32)),
         softmax_backward=(Launch(64, 4, min(2, stages), block_s), Launch(32, 4, 2, 32)),
     )
-    for version, slots, block_s, stages in (
-        (80, 108, 32, 3),
-        (90, 132, 64, 3 if _ASYNCHRONOUS_COPIES else 1),
-        (120, 170, 32, 3),
+    for version, slots, block_s, stages, warps in (
+        (80, 108, 32, 3, 4),
+        (90, 132, 64, 3 if _ASYNCHRONOUS_COPIES else 1, 8),
+        (120, 170, 32, 3, 8),
     )
 }
 # Few and large tiles, since an operation costs the interpreter the same whatever its size; few
