@@ -385,7 +385,7 @@ def choose(
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend asked for by argument, by :func:`use_backend` or by ``T2T_BACKEND``, if any."""
+    """The backend named by the argument, :func:`use_backend` or ``T2T_BACKEND``, if any."""
     override = _overrides[-1] if _overrides else None
     for source, name in (
         ("backend", backend),

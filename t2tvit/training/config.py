@@ -209,7 +209,7 @@ class ModelConfig(Part):
     initial_checkpoint: str | None = key(
         None,
         "weights to start from, .safetensors or .pth(.tar); position embeddings are resized, and a "
-        "head for other classes is initialised anew",
+        "head for other classes is newly initialised",
         metavar="FILE",
     )
     fused_kernels: str = key(

@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: Path, *, new_head: bool = True) -> None
 
 
 def begin_from(model: nn.Module, path: Path, class_names: list[str]) -> None:
-    """Load the weights of ``path``; initialise the head anew if its classes are not ``class_names``."""
+    """Load the weights of ``path``; create a new head if its classes are not ``class_names``."""
     if not path.exists():
         raise InputError(
             f"initial_checkpoint: {path} does not exist; give the weights to start from as --init FILE"

@@ -13,7 +13,7 @@ from t2tvit.training.samples import SampleBatch
 
 # The interval of progress lines without a terminal.
 SECONDS_BETWEEN_LINES = 30
-# The first updates compile, tune and allocate. At least so many of the next, and so long, are timed.
+# The first updates compile, tune and allocate. Then at least this many are timed, for at least this long.
 NOT_TIMED, LEAST_TIMED, SECONDS_TIMED = 2, 3, 3.0
 
 

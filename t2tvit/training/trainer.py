@@ -511,7 +511,7 @@ class Trainer:
     def _restore_ranks(self, ranks: list[dict]) -> None:
         """Restore the state of each rank.
 
-        If the number of ranks has changed, rank 0 gets the sums and every generator is seeded anew.
+        If the number of ranks has changed, rank 0 gets the sums and every generator is reseeded.
         """
         world = self.world
         if len(ranks) == world.size:
@@ -526,6 +526,6 @@ class Trainer:
         self.unreadable = {problem for rank in ranks for problem in rank["unreadable"]}
         world.say(
             f"the run had {len(ranks)} processes and now has {world.size}: random generators "
-            "are seeded anew, so the result will differ from that of an uninterrupted run"
+            "are reseeded, so the result will differ from that of an uninterrupted run"
         )
         seed_everything(self.config.seed + world.rank + 1000 * self.epochs_done)

@@ -123,7 +123,7 @@ def weights_of(
 def rewind(output: Path, state: dict, strange: list[str]) -> list[str]:
     """Rename files in ``output`` that are later than ``state``, and the files ``strange``.
 
-    Returns log lines. METRICS_FILE is renamed if it has later epochs, and must be written anew.
+    Returns log lines. METRICS_FILE is renamed if it has later epochs, and must be written again.
     """
     name, history = state_name(state["epochs_done"], state["step"]), state["history"]
     later = [path for path in states_in(output) if path.name > name]
