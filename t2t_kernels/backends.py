@@ -77,7 +77,9 @@ class Backend:
     @property
     def load_error(self) -> str | None:
         """Why it cannot run in this process, found out once by loading it; None if it is loaded."""
-        return _LOAD_ERRORS[self.name] if self.name in _LOAD_ERRORS else self._outcome
+        if self.name in _LOAD_ERRORS:  # get() would load the backend
+            return _LOAD_ERRORS[self.name]
+        return self._outcome
 
     @functools.cached_property
     def _outcome(self) -> str | None:
