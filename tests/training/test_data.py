@@ -465,7 +465,7 @@ def test_evaluation_sees_each_image_exactly_once(size):
 @pytest.mark.parametrize(
     "options, world, message",
     [
-        ({"batch_size": 2}, World(0, 3, CPU), "batch_size: got 2 for 3 processes"),
+        ({"batch_size": 2}, World(0, 3, CPU), "batch_size: got 2, too few for 3 processes"),
         ({"batch_size": 64}, ALONE, "batch_size: got 64, but the data has only 44 training images"),
         ({"mean": (0.5,)}, ALONE, "mean: got 1 numbers, expected 3, one per channel"),
         ({"auto_augment": "randm9"}, ALONE, "auto_augment: timm cannot read the policy 'randm9'"),
