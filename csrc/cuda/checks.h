@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, on every device. A kernel would read out of bounds without
-// them: an operator can be called without the public functions, which check the same first. Each
+// Checks of the operators' arguments, on every device. Operators can be called without the public
+// functions, whose checks are the same; without checks a kernel would read out of bounds. Each
 // error names the argument, what it got and what it expected.
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-// Like STD_TORCH_CHECK, whose messages begin with a path on the machine of the build.
+// Like STD_TORCH_CHECK, but without the path of the source file in messages.
 #define T2T_CHECK(condition, ...)             \
   do {                                        \
     if (!(condition)) t2t::fail(__VA_ARGS__); \
@@ -73,7 +73,7 @@ inline void check_kernel_fits(const char* name, int64_t height, int64_t width, i
             " in each direction for kernel_size ", kernel, " and padding ", padding);
 }
 
-// Of the dropouts; it is not read where there are none.
+// The seed of dropout; it is not read if there is no dropout.
 template <typename Seed>
 void check_seed(const char* name, const Seed& seed) {
   T2T_CHECK(seed.has_value(), name, ": seed: got None, expected an int64 tensor of one ",

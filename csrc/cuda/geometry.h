@@ -41,7 +41,7 @@ inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels,
   map.height = static_cast<int>(height);
   map.width = static_cast<int>(width);
   map.kernel = static_cast<int>(kernel);
-  // There is one token only from a stride of the padded map's size on.
+  // From a stride of the padded map's size on, there is only one token.
   map.stride = static_cast<int>(std::min(stride, std::max(height, width) + 2 * padding));
   map.padding = static_cast<int>(padding);
   map.rows = static_cast<int>((height + 2 * padding - kernel) / stride + 1);

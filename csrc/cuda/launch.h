@@ -1,4 +1,4 @@
-// How every operator here reaches the device.
+// Device, stream and launches of all operators here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@
 
 #include "checks.h"
 
-// The tests compile these sources as plain C++ too: the operators then take CPU tensors, and a
-// cuda_runtime.h of the tests' own runs the kernels' threads on the CPU.
+// The tests also compile these sources as plain C++. The operators then accept CPU tensors, and the
+// tests' own cuda_runtime.h runs the kernels' threads on the CPU.
 #ifdef T2T_CUDA_ON_CPU
 #define T2T_DISPATCH_KEY CPU
 #else
@@ -28,7 +28,7 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Makes the tensor's device the current one while it lives, and knows that device's current stream.
+// Sets the current device to the tensor's device during its lifetime, and gets its current stream.
 class DeviceScope {
  public:
 #ifdef T2T_CUDA_ON_CPU
@@ -49,7 +49,7 @@ class DeviceScope {
     return count;
   }
 
-  // Blocks that occupy the device several times over, so that the last of them end close together.
+  // Several times as many blocks as are resident, so that the last ones end close together.
   int enough_blocks() const { return 32 * multiprocessors(); }
 
   // Launches without waiting; throws if the launch itself was refused.
@@ -60,7 +60,7 @@ class DeviceScope {
               ": the batch is too large: got a grid of ", grid.x, "x", grid.y, "x", grid.z,
               " blocks, expected at most ", kMostRowsOfBlocks,
               " in the second and third dimension; split the batch");
-    // More than every block may have without asking, static shared memory included.
+    // More than a block may use without opting in, including static shared memory.
     if (shared_bytes + kMostStaticSharedBytes > 48 * 1024) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes)),
@@ -78,12 +78,12 @@ class DeviceScope {
   // The limit of a grid's second and third dimension.
   static constexpr unsigned kMostRowsOfBlocks = 65535;
 
-  // No kernel here has more; the tests compare it with what ptxas reports.
+  // No kernel here uses more; the tests compare this with ptxas's report.
   static constexpr size_t kMostStaticSharedBytes = 2048;
 
   static void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    // Reported here: the next caller must not find it as its own.
+    // Clear the error, so that the next caller does not report it.
     cudaGetLastError();
     T2T_CHECK(false, what, ": ", cudaGetErrorString(error));
   }

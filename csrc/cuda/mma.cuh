@@ -1,4 +1,4 @@
-// What products of a warp share: who holds which sums, operands in shared memory, rows of eight.
+// Shared by the products of a warp: the layout of sums, operands in shared memory, rows of eight.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,15 +14,15 @@ namespace t2t {
 constexpr int kLanes = 32;
 // Tokens, or pixels, of a warp: the rows of one product.
 constexpr int kRows = 16;
-// Columns of a product that share a fragment's loads.
+// Columns of a product that use the same loads of a fragment.
 constexpr int kGroup = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ inline int lane_index() { return threadIdx.x % kLanes; }
 __device__ inline int warp_index() { return threadIdx.x / kLanes; }
 
-// Elements from a row of shared memory to the next, such that 16 bytes of eight rows that follow
-// one another lie in different banks.
+// The row stride in shared memory, such that 16 bytes of eight consecutive rows are in different
+// banks.
 template <typename T>
 __host__ __device__ constexpr int padded_row(int elements) {
   return (elements + 15) / 16 * 16 + Vec<T>::size;
@@ -92,7 +92,7 @@ __device__ void load_eight(float (&to)[8], const T* from) {
   }
 }
 
-// The opposite, rounded, the first `count` of them, and to global memory only: see store_vector.
+// Rounds and stores the first `count` of them, only to global memory: see store_vector.
 template <typename T>
 __device__ void store_eight(T* to, const float (&from)[8], int count) {
   if (count >= 8) {

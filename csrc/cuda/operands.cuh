@@ -1,9 +1,10 @@
 // Products of half types whose left operand is in registers and whose right operand is packed in
 // blocks of 32 × 32.
 //
-// A lane's sums are adjacent columns 8t … 8t + 7 of each group of 32, of rows g and g + 8. Rounded,
-// they are the left operand of the next product as they lie: the right operand's rows are dealt to
-// the matrix unit in the same order. Rows of tokens are loaded and stored 16 bytes at a time.
+// A lane's sums are adjacent columns 8t … 8t + 7 of each group of 32, of rows g and g + 8. Once
+// rounded, they are the left operand of the next product without any exchange between lanes,
+// because the rows of the right operand have the same order. Rows of tokens are loaded and stored
+// 16 bytes at a time.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,8 @@
 
 namespace t2t {
 
-// 16 rows by 32·kGroups columns of 16-bit elements, in the registers in which `mma` takes them: two
-// fragments of a group.
+// 16 rows by 32·kGroups columns of 16-bit elements, in registers in the layout of `mma`: two
+// fragments per group.
 template <int kGroups>
 struct Operand {
   uint32_t at[kGroups][2][4];
@@ -33,7 +34,7 @@ struct Operand {
   }
 };
 
-// A lane's eight elements of a group, as they lie in memory.
+// A lane's eight elements of a group, in memory order.
 template <int kGroups>
 __device__ void set_eight(Operand<kGroups>& operand, int group, int half, const uint4& eight) {
   operand.pair(group, half, 0) = eight.x;
@@ -58,8 +59,8 @@ __device__ Operand<kGroups> rounded_operand(const Sums<kGroups>& sums) {
   return operand;
 }
 
-// A block of a right operand: 32 rows by 32 columns. Each lane finds what it needs of eight columns
-// in one 16-byte vector.
+// A block of a right operand: 32 rows by 32 columns. A lane's elements of eight columns are one
+// 16-byte vector.
 constexpr int kBlockVectors = 128;
 constexpr int kBlockBytes = kBlockVectors * 16;
 
@@ -69,7 +70,7 @@ __device__ inline int block_column(int i) {
   return i % kLanes / 4 / 2 * 8 + i / kLanes * 2 + i / 4 % 2;
 }
 
-// The same the other way: where the element lies among a block's elements.
+// The inverse: the index of an element among a block's elements.
 __device__ inline int block_place(int row, int column) {
   const int lane = (column / 8 * 2 + column % 2) * 4 + row / 8;
   return (column % 8 / 2 * kLanes + lane) * 8 + row % 8;
@@ -93,19 +94,21 @@ __device__ void pack_blocks(uint4* to, int row_groups, int column_groups, int th
   }
 }
 
-// What rounding to T leaves of a number, so that a product by both parts is one by the number.
+// The remainder of rounding a number to T. The products by both parts add up to the product by the
+// number.
 template <typename T>
 __device__ float remainder_of(float x) {
   const float2 kept = elements_of<T>(round_pair<T>(x, 0.f));
   return x - kept.x;
 }
 
-// Four blocks are a tile of 64 rows by 64 columns. Where warpgroups multiply, a tile lies as their
-// products take it (see operand_at), a row per column of the operand; rows and columns are dealt so
-// that left operand and sums lie in the lanes as above.
+// Four blocks are a tile of 64 rows by 64 columns. For warpgroup products, a tile has their layout
+// (see operand_at), with a row per column of the operand. Rows and columns are ordered so that left
+// operand and sums are in the lanes as above.
 constexpr int kWideTileVectors = 4 * kBlockVectors;
 
-// A product's sums as a lane has them elsewhere; if they have one group, both are added.
+// The sums of a warpgroup product in the layout of other products; if they have one group, both are
+// added.
 template <int kGroups>
 __device__ void take_wide(const float (&from)[8][2][2], Sums<kGroups>& to) {
 #pragma unroll
@@ -116,13 +119,12 @@ __device__ void take_wide(const float (&from)[8][2][2], Sums<kGroups>& to) {
   }
 }
 
-// A matrix of 64 by 64 elements in shared memory by which products multiply in either direction:
-// rows of 128 bytes, whose 16-byte parts are swizzled as wgmma has it (see operand_at). Rows and
-// columns are dealt so that left operands and sums lie in the lanes as above. It begins at a
-// multiple of 1024 bytes.
+// A matrix of 64 by 64 elements in shared memory for products in both directions: rows of 128
+// bytes, whose 16-byte parts have wgmma's swizzle (see operand_at). Rows and columns are ordered so
+// that left operands and sums are in the lanes as above. It begins at a multiple of 1024 bytes.
 constexpr int kMatrixVectors = 64 * 8;
 
-// Where row or column `i` of a matrix lies.
+// The place of row or column `i` of a matrix.
 __device__ inline int dealt(int i) {
   const int in_group = i % kGroup;
   return i / kGroup * kGroup + in_group % 8 / 2 * 8 + in_group / 8 * 2 + i % 2;
@@ -197,8 +199,8 @@ __device__ inline void store_in_tile(uint4* tile, int group, int t, int column,
   }
 }
 
-// sums (+)= left·tiles for one warpgroup: 64 rows, 64 columns, of `kSteps` fragments of the left
-// operand, whose groups of rows lie `stride` vectors a pair apart. All 128 threads take part.
+// sums (+)= left·tiles for one warpgroup: 64 rows, 64 columns, `kSteps` fragments of the left
+// operand. Pairs of groups of rows are `stride` vectors apart. All 128 threads take part.
 template <typename T, int kSteps, int kGroups>
 __device__ void start_wide_products(float (&sums)[8][2][2], const Operand<kGroups>& left,
                                     const uint4* tiles, int stride, bool add) {
@@ -267,7 +269,7 @@ __device__ Operand<2> load_operand(const Rows& rows, int64_t image, int first, i
   return operand;
 }
 
-// The opposite, to rows of global memory that begin at multiples of 16 bytes.
+// Stores them to rows of global memory that begin at multiples of 16 bytes.
 template <typename T>
 __device__ void store_operand(const Operand<2>& operand, T* to, int64_t token_stride, int tokens) {
 #pragma unroll
@@ -284,8 +286,9 @@ constexpr int kBlockWarps = 8;
 constexpr int kBlockTokens = kBlockWarps * kRows;
 constexpr int kTokenTileElements = kBlockTokens * kWidest;
 
-// Tokens in shared memory, 64 elements each: rows of 128 bytes whose eight 16-byte parts lie such
-// that neither what a warp keeps of eight rows nor a column of parts meets in a bank.
+// Tokens in shared memory, 64 elements each: rows of 128 bytes, whose eight 16-byte parts are
+// swizzled so that neither stores of eight rows by a warp nor loads of a column of parts have bank
+// conflicts.
 template <typename T>
 __device__ T* part_of(T* tile, int row, int part) {
   const int swizzle = row % 2 * 4 + row / 2 % 4;
@@ -300,7 +303,7 @@ __device__ void keep_operand(const Operand<kGroups>& operand, T* tile) {
   }
 }
 
-// Starts to bring a warp's tile of tokens first … of an image; zeros beyond `tokens`.
+// Starts to load a warp's tile of tokens first … of an image; zeros beyond `tokens`.
 template <typename T>
 __device__ void copy_tile(const Rows& rows, int64_t image, int first, int tokens, T* tile) {
 #pragma unroll
@@ -353,7 +356,7 @@ __device__ void multiply_tiles(OuterSums<kTall, kWide>& sums, T* a, int a_part, 
   }
 }
 
-// Adds what `operand` holds.
+// Adds the elements of `operand`.
 template <typename T>
 __device__ void add_operand(Sums<2>& sums, const Operand<2>& operand) {
 #pragma unroll
@@ -373,12 +376,12 @@ __device__ Sums<2> sums_of(const Operand<2>& operand) {
   return sums;
 }
 
-// Tiles of 16 tokens of all images, dealt to the warps of the grid in turn.
+// Tiles of 16 tokens of all images, assigned to the warps of the grid in turn.
 struct TileLoop {
   int tokens, tiles;  // of an image
   int64_t images;
 
-  // All warps of a block go on together. One without a tile has one beyond the image's tokens.
+  // All warps of a block iterate together. A warp without a tile has one beyond the image's tokens.
   template <typename Work>
   __device__ void operator()(Work work) const {
     const int warps = blockDim.x / kLanes;

@@ -1,12 +1,12 @@
-// Patches of half types as left operands of a product, in registers: gathered from the map by the
-// lanes that multiply by them, and normalised there. No patch lies anywhere else.
+// Patches of half types as left operands of a product: gathered from the map into the registers of
+// the lanes that multiply by them, and normalised there. Patches are not stored anywhere else.
 //
 // Two orders of a patch's elements, by the map:
 //   rows   few channels, an image: (channel, row of the kernel, column), eight columns to a row. A
 //          lane has two adjacent columns of each row
 //   taps   a multiple of 64 channels: (tap, channel). A lane has eight adjacent channels
-// Places of a row beyond the kernel hold the token's reference, which the moments do not see, and
-// are multiplied by zeros.
+// Places of a row beyond the kernel hold the token's reference, which does not affect mean and
+// variance, and are multiplied by zeros.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -89,7 +89,7 @@ inline int patch_pieces(const Geometry& map) {
                          : static_cast<int>(divide_up(compiled_rows(map.channels * map.kernel), 8));
 }
 
-// A map with what decides which kernels take it, and whether they take several elements at a time.
+// A map, with the properties that select a kernel and the width of its loads.
 struct PatchSource {
   PatchMap map;
   bool taps, vectors;
@@ -118,14 +118,14 @@ __host__ __device__ inline int own_element(const PatchMap& p, int channels, int 
   return (element - tap * channels) * p.kernel * p.kernel + tap;
 }
 
-// Which element is element `e` of lane t's eight in a group of an operand.
+// The element of the patch that is element `e` of lane t's eight in a group of an operand.
 __host__ __device__ inline int element_of_lane(const PatchMap& p, int group, int t, int e) {
   return p.rows > 0 ? (group * 4 + e / 2) * kRowColumns + t * 2 + e % 2
                     : group * kGroup + t * 8 + e;
 }
 
-// Where a lane's tokens, rows g and g + 8 of a tile, begin. A token that does not exist lies
-// outside of the map.
+// The start of a lane's tokens, rows g and g + 8 of a tile. A token that does not exist is outside
+// of the map.
 struct Corners {
   int64_t offset[2];
   int y[2], x[2];
@@ -157,8 +157,8 @@ struct RowMoments {
   float mean[2], rstd[2];
 };
 
-// Sums of a row's deviations from a reference, an element of the row itself: a flat patch has
-// moments of exactly its value and zero.
+// Sums of a row's deviations from a reference, an element of the row itself, so that the mean of a
+// flat patch is exactly its value and the variance is zero.
 struct Deviations {
   float reference[2], sum[2], squares[2];
 
@@ -241,7 +241,7 @@ struct PatchRows {
     }
   }
 
-  // What a pair has taken along beyond the kernel.
+  // Elements beyond the kernel that a pair load includes.
   __device__ void clear_beyond(const PatchMap& p) {
     if (lane_index() % 4 * 2 + 1 != p.kernel) return;
 #pragma unroll
@@ -332,7 +332,7 @@ class PatchTaps {
   int64_t offset_ = 0;
 };
 
-// Loads all of a patch once for its moments.
+// Loads the whole patch once to compute mean and variance.
 template <typename T, bool kVectors>
 __device__ RowMoments moments_of_taps(PatchTaps<T, kVectors> taps, float eps) {
   Operand<2> loaded = taps.next();

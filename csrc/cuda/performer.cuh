@@ -1,8 +1,8 @@
 // Performer attention of half types with 64 elements and 32 features, on the matrix unit.
 //
 // Keys, queries and features are rounded to the type; log-features, maxima and sums are float32. w
-// is multiplied in two parts, so that the log-features of the rounded keys and queries are exact to
-// float32's own errors. With a = w·k − |k|²/2, b = w·q and the maxima c_i = max_s a_si:
+// is multiplied in two parts, so that the log-features of the rounded keys and queries have only
+// float32 errors. With a = w·k − |k|²/2, b = w·q and the maxima c_i = max_s a_si:
 //   Z_i = Σ_s φ_si, S_i = Σ_s φ_si v_s, φ_si = e^(a_si − c_i), rounded once for both
 //   y_t = Σ_i f_ti S̄_i / D_t, S̄_i = S_i / Z_i, f_ti = e^(b_ti + l_i − g_t), l_i = c_i + log Z_i,
 //   D_t = Σ_i f_ti + e^(h_t − g_t), h_t = |q_t|²/2 + log(eps·m), g_t = max(h_t, max_i (b_ti + l_i))
@@ -43,7 +43,7 @@ class PartMemory {
   Parts parts_;
 };
 
-// Two numbers rounded, or what rounding leaves of them.
+// Two numbers rounded, or the remainders of rounding.
 template <typename T>
 __device__ uint32_t part_of_pair(const float* pair, bool remainder) {
   return remainder ? round_pair<T>(remainder_of<T>(pair[0]), remainder_of<T>(pair[1]))
@@ -79,7 +79,7 @@ __device__ Sums<2> times_features(const Operand<1>& rows, const uint4* parts) {
   return times_matrix<T, true>(twice, parts);
 }
 
-// Loaded rows of a loop's iteration. float16 needs no limit, but registers of its own for products.
+// The rows that an iteration loads. float16 needs no limit, but separate registers for products.
 template <typename T>
 __device__ Operand<2> limited(Operand<2> operand, int iteration) {
   if constexpr (kHasWarpgroups && std::is_same_v<T, torch::headeronly::Half>) {
@@ -127,7 +127,7 @@ __device__ void pack_feature_rows(uint4* to, const float* w) {
   }
 }
 
-// Equal shares of an image's tokens for the warps, or blocks, that add them up.
+// Equal shares of an image's tokens for the warps or blocks that sum over them.
 struct Chunks {
   int tokens, chunk, chunks;  // tokens of an image and of a share; shares of an image
   int64_t images;
@@ -135,7 +135,7 @@ struct Chunks {
   __host__ __device__ int64_t count() const { return images * chunks; }
 };
 
-// One of them: tokens begin … end − 1 of an image.
+// A share: tokens begin … end − 1 of an image.
 struct Chunk {
   int64_t image;
   int begin, end;
@@ -186,8 +186,8 @@ constexpr int kTileBytes = kRows * kEmbed * 2;
 constexpr int kKeysWarpBytes = 2 * kTileBytes + kRows * 4;
 constexpr int kKeysBytes = kFeatureRowVectors * 16 + kAttentionWarps * kKeysWarpBytes;
 
-// Log-features lie transposed: features are the rows of the sums, which are then the left operand
-// of the sums over tokens as they lie.
+// Log-features are transposed: features are the rows of the sums, so that these are the left
+// operand of the sums over tokens without any exchange.
 template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const KeysParams p) {
   uint4* w = dynamic_shared;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes, 3) keys_kernel(const 
   if (part >= p.chunks.count()) return;
   const auto [image, begin, end] = Chunk(p.chunks, part);
   const int tokens = p.chunks.tokens;
-  // Two tiles of values, one of which arrives while the other is used.
+  // Two tiles of values: one is loaded while the other is used.
   T* tiles = reinterpret_cast<T*>(reinterpret_cast<char*>(w + kFeatureRowVectors) +
                                   warp_index() * kKeysWarpBytes);
   auto* halves = reinterpret_cast<float*>(tiles + 2 * kRows * kEmbed);
@@ -339,7 +339,7 @@ struct Means {
   uint4 *as_is, *transposed;
 };
 
-// One image's sums from those of its parts. Without maxima the parts are added, as gradients are.
+// The sums of an image from those of its parts. Without maxima (for gradients) the parts are added.
 struct MeansParams {
   Parts parts;
   int parts_per_image;
@@ -477,7 +477,7 @@ __device__ Operand<2> attended(const QueryFeatures& queries, const uint4* means)
   return rounded_y<T>(y, queries);
 }
 
-// What the attention has of w and of the keys of all images, in the order of a call's kernels.
+// What the attention derives from w and the keys of all images, in the order of a call's kernels.
 template <typename T>
 class KeyMeans {
  public:
@@ -523,7 +523,7 @@ class KeyMeans {
 
 // ---- backward
 
-// Gradients of what was limited are zero where it was: the derivative of the limit.
+// The gradient of a clamped element is zero, the derivative of the clamp.
 template <typename T>
 __device__ void stop_at_limit(Sums<2>& gradients, const Operand<2>& limited) {
 #pragma unroll
@@ -583,8 +583,8 @@ class QueriesBackward {
   // Two tiles that are free while a tile's gradient is made.
   __device__ T* tiles() const { return grads_; }
 
-  // Calls `gradient(image, first, y, use)` for all tiles of 16 tokens a warp; it has to call `use`
-  // with the gradient of what `y()` returns. Tokens beyond the image's last are zeros.
+  // Calls `gradient(image, first, y, use)` for all tiles of 16 tokens per warp. It must call `use`
+  // with the gradient of the result of `y()`. Tokens beyond the image's last one are zeros.
   template <typename Gradient>
   __device__ void operator()(Gradient gradient) {
     for (int64_t part = blockIdx.x; part < p_.chunks.count(); part += gridDim.x) {
@@ -660,7 +660,7 @@ class QueriesBackward {
       of_normalizer[i % 4 * 2] += pair.x * of_divisor[half];
       of_normalizer[i % 4 * 2 + 1] += pair.y * of_divisor[half];
     }
-    // A thread's own.
+    // The elements of this thread.
     of_normalizer_[threadIdx.x] += sum_of_columns(of_normalizer);
     const float factor[2] = {of_divisor[0] * of_queries.slope[0],
                              of_divisor[1] * of_queries.slope[1]};
@@ -684,7 +684,7 @@ class QueriesBackward {
     multiply_tiles(sums_, features_, feature() / 8, grads_, column() / 8, kBlockTokens);
   }
 
-  // What a part of the gradients of the sums is made of: 16 features by 16 columns of each warp.
+  // A part of the gradients of the sums consists of 16 features by 16 columns of each warp.
   __device__ static int feature() { return warp_index() % 2 * 16; }
   __device__ static int column() { return warp_index() / 2 * 16; }
 
@@ -710,7 +710,7 @@ class QueriesBackward {
   OuterSums<1, 2> sums_;
 };
 
-// The parts of the gradients of the sums that the blocks of a queries' backward leave.
+// The parts of the gradients of the sums, written by the blocks of the queries' backward.
 class QueryParts {
  public:
   QueryParts(const torch::stable::Tensor& like, int64_t images, int64_t tokens,
@@ -739,7 +739,7 @@ struct KeysBackwardParams {
   int64_t grad_stride;  // from a token to the next
 };
 
-// float16 needs a few registers more than three blocks leave it.
+// float16 needs a few more registers than three resident blocks allow.
 template <typename T>
 __global__ void __launch_bounds__(kAttentionWarps* kLanes,
                                   std::is_same_v<T, torch::headeronly::Half> ? 2 : 3)
@@ -788,7 +788,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kLanes,
   });
 }
 
-// What the forward saves for the backward.
+// Tensors that the forward saves for the backward.
 inline void check_sums(const char* name, int64_t images, const torch::stable::Tensor& maximum,
                        const torch::stable::Tensor& normalizer, const torch::stable::Tensor& sums) {
   constexpr auto kFloat = torch::headeronly::ScalarType::Float;
@@ -797,7 +797,7 @@ inline void check_sums(const char* name, int64_t images, const torch::stable::Te
   check_tensor(name, "sums", sums, {images, kFeatures, kEmbed}, kFloat);
 }
 
-// w in float32, and what of it and eps an operator's kernels take.
+// w in float32, and the values derived from w and eps that kernels use.
 class RandomFeatures {
  public:
   RandomFeatures(const char* name, const torch::stable::Tensor& w, double eps)

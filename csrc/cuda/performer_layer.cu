@@ -1,8 +1,8 @@
 // The Performer layer on CUDA, for half types and the models' sizes: soft split, norm, projection
 // to k, q and v, attention, tail.
 //
-// Forward: soft_split_linear writes k, q and v, scratch of the call; a pass over keys and values
-// sums up the features; a pass over queries and values makes y and, in registers, the tail.
+// Forward: soft_split_linear writes k, q and v to scratch memory; a pass over keys and values
+// computes the sums; a pass over queries and values computes y and, in registers, the tail.
 // Backward: k, q and v again, then
 //   queries   y again, the tail forward up to its hidden units and back, and the attention back to
 //             q: the gradients of q and of the skip go to their places in that of k, q and v, those
@@ -94,7 +94,7 @@ void check_width(const Tensor& kqv) {
             3 * kEmbed);
 }
 
-// Without dropout there is no seed.
+// The seed is missing without dropout.
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   if (p != 0) check_seed(kName, seed);
   return make_dropout(p, seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr);

@@ -11,7 +11,7 @@ namespace t2t {
 struct Dropout {
   const int64_t* seed;  // null: nothing is dropped
   uint32_t threshold;   // the smallest number that keeps its element, of 16 bits
-  float scale;          // of what is kept
+  float scale;          // of kept elements
 };
 
 inline Dropout make_dropout(double p, const int64_t* seed) {

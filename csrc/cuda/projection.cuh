@@ -1,9 +1,9 @@
 // Soft split, LayerNorm and Linear of half types: y = (W∘γ)·û + (W·β + b), û the patch normalised
 // without gain and offset. Forward; the backward computes y again in the same way.
 //
-// A warp gathers and normalises 16 tokens in its registers, and multiplies them by a weight that
-// lies in shared memory: all of it for the rows order, for the taps order in pieces of 64 elements
-// that pass through three buffers. On Hopper four warps multiply together.
+// A warp gathers and normalises 16 tokens in its registers, and multiplies them by a weight in
+// shared memory: all of it for the rows order; for the taps order, pieces of 64 elements are
+// streamed through three buffers. On Hopper four warps multiply together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -147,7 +147,7 @@ __device__ inline void copy_piece(uint4* to, const ProjectionParams& p, int piec
   }
 }
 
-// Two tiles of tokens a warp, and twelve warps, where registers do for both.
+// Two tiles of tokens per warp and twelve warps, if there are enough registers for both.
 template <int kPatchRows, bool kPairs>
 constexpr int kTiles = kPatchRows <= (kPairs ? 21 : 8) ? 2 : 1;
 template <int kPatchRows, bool kPairs>
@@ -208,10 +208,10 @@ __global__ void __launch_bounds__(kRowsWarps<kPatchRows, kPairs>* kLanes, 1)
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         load(tiles[tile], token + tile * kRows);
-        // One tile's addresses after the other's, or they would not fit in registers.
+        // The addresses of one tile after the other, so that they fit in registers.
         __syncwarp();
       }
-      // 32 columns at a time: what is loaded of the weight serves both tiles.
+      // 32 columns at a time: both tiles use each load of the weight.
 #pragma unroll 1
       for (int group = 0; group < 2 * column_tiles; ++group) {
         Sums<1> sums[kTiles];
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kTapsWarps* kLanes, 1)
   const int column_tiles =
       min(kProjectTiles, p.column_tiles - static_cast<int>(blockIdx.y) * kProjectTiles);
 
-  // The pieces follow one another in a ring of stages, across rounds.
+  // The pieces are streamed through a ring of stages, across rounds.
   int next_piece = 0, next_stage = 0, stage = 0;
   const auto start_loading = [&] {
     copy_piece(dynamic_shared + next_stage * kStageVectors, p, next_piece, column_tiles);
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kTapsWarps* kLanes, 1)
       keep_in_loop(patches.at[1], piece);
       wait_for_copies<1>();
       if constexpr (kHasWarpgroups) show_to_products();
-      // The piece is there for all warps, and the one before it has been multiplied by all.
+      // The piece is loaded for all warps, and all have finished multiplying the previous one.
       __syncthreads();
       start_loading();
       const uint4* tiles = dynamic_shared + stage * kStageVectors;
@@ -375,7 +375,7 @@ class Projection {
     params_.moments = moments;
     launch(device);
   }
-  // Each 64 of 192 columns to a tensor of their own, contiguous and newly made.
+  // Each 64 of 192 columns to a new contiguous tensor of their own.
   void operator()(const torch::stable::Tensor (&sections)[kProjectTiles],
                   const DeviceScope& device) {
     for (int i = 0; i < kProjectTiles; ++i) params_.y[i] = sections[i].mutable_data_ptr();

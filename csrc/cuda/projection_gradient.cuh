@@ -41,8 +41,9 @@ __device__ T* patch_part(T* tiles, int token, int part) {
   return tiles + part / 8 * kPatchTile + token * kWidest + (part % 8 ^ token % 8) * 8;
 }
 
-// What a lane gathers of one token, row g of eight, and leaves normalised in shared memory: a third
-// of the block's elements, which are all of a patch in rows order, three taps in taps order.
+// The elements of one token, row g of eight, that a lane gathers and stores normalised in shared
+// memory: a third of the block's elements. These are a whole patch in rows order, and three taps in
+// taps order.
 template <typename T, int kPatchRows, bool kVectors>
 struct TokenElements {
   static constexpr bool kTaps = kPatchRows == 0;
@@ -110,7 +111,7 @@ struct TokenElements {
     }
   }
 
-  // Places beyond the kernel may hold anything finite: nobody reads what becomes of them.
+  // Places beyond the kernel may hold any finite number: their results are not used.
   __device__ void keep(const PatchMap& p, const float2& moments, bool normalized, int third,
                        T* tiles, int token) {
     const int t = lane_index() % 4;
@@ -140,9 +141,9 @@ struct TokenElements {
   }
 };
 
-// A warp has 48 outputs by 64 elements; where warpgroups multiply, 16 by all of the block's. While
-// a tile is multiplied, the gradients of the next are copied and, where registers do, its patches
-// gathered.
+// A warp has 48 outputs by 64 elements; with warpgroup products, 16 by all elements of the block.
+// While a tile is multiplied, the gradients of the next one are copied and, if there are enough
+// registers, its patches are gathered.
 template <typename T, int kPatchRows, bool kVectors>
 __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
     weight_gradient_kernel(const WeightGradientParams p) {
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
 #pragma unroll 1
     for (int half = 0; half < kGradientTokens; half += kGradientHalf) {
       wait_for_copies<1>();
-      // The half is there for all warps, and the one before it has been multiplied by all.
+      // The half is loaded for all warps, and all have finished multiplying the previous one.
       __syncthreads();
       start_loading(first_token + step + half);
       if constexpr (kAhead) {
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(kGradientWarps* kLanes, 1)
         }
       }
     }
-    // The patches have been multiplied by all warps.
+    // All warps have finished multiplying the patches.
     __syncthreads();
   }
   wait_for_copies<0>();
@@ -463,7 +464,7 @@ __global__ void __launch_bounds__(kScalarWarps* kLanes)
   mean_of_product = sum_of_row(mean_of_product) * share;
   if (token >= p.tokens || lane_index() % 4 != 0) return;
   const float2 moments = p.moments[token];
-  // y − c is r times what dx has r for a second time.
+  // y − c has the factor r, which dx needs a second time.
   const float slope = moments.y * mean_of_product;
   p.scalars[token] = {moments.y, moments.y * (mean - slope * moments.x), moments.y * slope, 0.f};
 }
@@ -506,7 +507,8 @@ inline int pixel_classes(const Geometry& map) {
 constexpr int kMapWarps = 2 * kWarpgroup;
 constexpr int kMapPixels = kMapWarps * kRows;  // of a round of a block
 constexpr int kMostStride = 8;
-// Of the weight of a tap, 64 channels by 192 outputs pass through shared memory together.
+// The part of a tap's weight that is loaded into shared memory at a time: 64 channels by 192
+// outputs.
 constexpr int kMapTiles = kProjectTiles, kMapOutputs = kMapTiles * kWidest;
 constexpr int kMapStages = 4, kMapStageVectors = kMapTiles * kWideTileVectors;
 
@@ -568,8 +570,8 @@ __device__ uint4 load_channels(const T* from, int64_t stride, int count, bool ve
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// A warp has 16 pixels of a class. What the class needs of the weight stays in shared memory if it
-// fits there; else it passes through a ring of stages, once for every round of pixels.
+// A warp has 16 pixels of a class. If the weights of the class fit, they stay in shared memory;
+// else they are streamed through a ring of stages, once for every round of pixels.
 template <typename T>
 __global__ void __launch_bounds__(kMapWarps* kLanes, 1)
     map_gradient_kernel(const MapGradientParams p) {
@@ -625,8 +627,8 @@ __global__ void __launch_bounds__(kMapWarps* kLanes, 1)
                       static_cast<int>(in_image - row * of.width) + shift_x, pixel < pixels};
     }
   };
-  // The gradients of the tokens that have the pixels at a tap, a piece of them, and what each of
-  // these tokens has of the norm.
+  // A piece of the gradients of the tokens that cover the pixels at a tap, and the norm's scalars
+  // of these tokens.
   Operand<2> grads[kMapTiles];
   float factors[2], constants[2], slopes[2];
   int high = 0, wide = 0, piece = 0;
@@ -734,7 +736,7 @@ __global__ void __launch_bounds__(kMapWarps* kLanes, 1)
         constant[half] += constants[half];
         slope[half] += slopes[half];
       }
-      // Those of the next step, or of the next tile's first, while the rest of this one is done.
+      // The gradients of the next step, or of the first step of the next tile, during this step.
       if (step + 1 == steps) find(of_block + blocks * kMapPixels + first_of_warp);
       load();
 #pragma unroll
@@ -828,8 +830,8 @@ void map_gradient(const Geometry& map, const torch::stable::Tensor& x,
   p.grad_x_vectors = vectors(grad_x);
   p.outputs = outputs;
   p.pieces = static_cast<int>(pieces);
-  // Blocks of a class in proportion to its pixels and to what a pixel costs: its steps, and its
-  // loads and stores, which are worth about two; more if the weight passes through the ring.
+  // Blocks of a class in proportion to its pixels and to the cost of a pixel: its steps, plus about
+  // two for its loads and stores, and more if the weight is streamed through the ring.
   const int classes = pixel_classes(map);
   const auto pixels = [&](const PixelClass& of) { return map.batch * of.height * of.width; };
   const auto cost = [&](const PixelClass& of) {

@@ -1,13 +1,12 @@
-// The instructions that CUDA C++ has no name for: matrix products, asynchronous copies, powers of
-// two.
+// Instructions without a CUDA C++ function: matrix products, asynchronous copies, powers of two.
 //
-// Fragments are as the PTX manual draws them. With g = lane / 4 and t = lane % 4, a lane holds of
+// Fragments have the layout of the PTX manual. With g = lane / 4 and t = lane % 4, a lane holds of
 // A (16×16) rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; of B (16×8) the same rows of
 // column g; of the sums (16×8) rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
 
-// Hopper alone multiplies by warpgroup: four warps, the first of which has an index divisible by
-// four, 16 rows each as above, by one right operand in shared memory.
+// Only Hopper has products by warpgroup: four warps, the first with an index divisible by four,
+// with 16 rows each as above, and one right operand in shared memory.
 namespace t2t {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool kHasWarpgroups = true;
@@ -91,7 +90,7 @@ __device__ inline void wait_at(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Keeps the compiler from moving what it does with registers to the other side of a fence.
+// Prevents the compiler from moving uses of registers across a fence.
 __device__ inline void settle(float& value) { asm volatile("" : "+f"(value)); }
 __device__ inline void settle(uint32_t& value) { asm volatile("" : "+r"(value)); }
 template <typename Element, int kCount>
@@ -100,16 +99,17 @@ __device__ void settle(Element (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) settle(values[i]);
 }
 
-// Comes between the warpgroup's own use of a product's registers, of which `registers` have been
-// written, and the product.
+// A fence between uses of a product's registers by the warpgroup, which has written `registers`,
+// and the product.
 template <typename... Registers>
 __device__ void start_products(Registers&... registers) {
   (settle(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// ptxas 12.8 and 13.0 reuse the registers of a left operand that a loop does not change, and do not
-// restore them for its next iteration. This use, of a zero that they cannot know, changes it.
+// ptxas 12.8 and 13.0 reuse the registers of a left operand that a loop does not change, without
+// restoring them for the next iteration. Adding a zero that ptxas does not know changes the
+// operand.
 template <int kCount>
 __device__ void keep_in_loop(uint32_t (&left)[kCount][4], int iteration) {
   uint32_t zero;
@@ -155,7 +155,7 @@ __device__ void multiply_async(float (&d)[8][2][2], const uint32_t (&a)[4], uint
   }
 }
 
-// The same of a left operand in shared memory that lies like a right one: 64 rows, one of A each.
+// The same for a left operand in shared memory with the layout of a right one: 64 rows of A.
 template <typename T>
 __device__ void multiply_async(float (&d)[8][2][2], uint64_t a, uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
@@ -174,15 +174,15 @@ __device__ inline void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until the committed products, to which `sums` belong, are done.
+// Waits for the committed products, to which `sums` belong.
 template <typename... Sums>
 __device__ void wait_for_products(Sums&... sums) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   (settle(sums), ...);
 }
 
-// Lets warpgroup products see what the calling thread has written to shared memory, once a barrier
-// has followed.
+// Makes writes of the calling thread to shared memory visible to warpgroup products after the next
+// barrier.
 __device__ inline void show_to_products() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -236,7 +236,7 @@ __device__ float2 elements_of(uint32_t pair) {
   return elements;
 }
 
-// Both elements brought between -2^50 and 2^50, which float16 cannot exceed. NaN stays NaN.
+// Clamps both elements to -2^50 … 2^50, which float16 cannot exceed. NaN stays NaN.
 template <typename T>
 __device__ uint32_t limit_pair(uint32_t pair) {
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {

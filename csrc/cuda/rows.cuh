@@ -13,8 +13,8 @@
 
 namespace t2t {
 
-// Embeddings, features and hidden units are at most two groups of 32, filled up with zeros: the
-// sums of a product are 32 registers.
+// Embeddings, features and hidden units are at most two groups of 32, padded with zeros, so that
+// the sums of a product are 32 registers.
 constexpr int kWidest = 64;
 constexpr int kWidestGroups = kWidest / kGroup;
 using Wide = Sums<kWidestGroups>;
@@ -48,7 +48,7 @@ torch::stable::Tensor vector_rows(const torch::stable::Tensor& tensor) {
   return copy;
 }
 
-// Columns section·embed … of contiguous tokens: k, q or v where they lie side by side.
+// Columns section·embed … of contiguous tokens: k, q or v of a joint tensor.
 template <typename T>
 Rows section_of(const torch::stable::Tensor& tokens, int64_t section, int64_t embed) {
   return {static_cast<const T*>(tokens.const_data_ptr()) + section * embed,
@@ -93,7 +93,7 @@ __device__ inline float sum_of_columns(const float (&columns)[8]) {
   return sums[0];
 }
 
-// What a lane holds of a product's sums, from a tile.
+// A lane's sums of a product, loaded from a tile.
 template <typename T>
 __device__ void take_sums(const T* tile, Wide& to) {
 #pragma unroll

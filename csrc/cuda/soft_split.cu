@@ -1,15 +1,15 @@
 // Soft split on CUDA, forward and backward.
 //
-// Both only move data, so memory is their limit and each reads and writes device memory once, in
-// 16-byte vectors. Tokens are not: at 147 elements a token starts anywhere in a vector, and its
-// elements lie in (channel, row, column) order whatever the layout of the map. Shared memory turns
-// the one arrangement into the other.
+// Both only move data, so they are memory-bound, and each reads and writes device memory once, in
+// 16-byte vectors. Tokens are not aligned to vectors: with 147 elements, a token can start anywhere
+// in a vector, and its elements have the order (channel, row, column) in any layout of the map.
+// Data is rearranged in shared memory.
 //
-// Forward, a block makes consecutive tokens of one token row. It loads the patch of map under them,
-// rearranges it into the tokens as they will lie in memory, and stores these as one flat span.
-// Backward, a block makes a rectangle of the map's gradient. It loads the tokens that touch it as
-// flat spans, and every pixel sums its own ⌈k/s⌉² elements at most, always in the same order and
-// without atomics.
+// In the forward, a block computes consecutive tokens of one token row. It loads the patch of the
+// map that they cover, rearranges it into tokens, and stores these as one contiguous span. In the
+// backward, a block computes a rectangle of the map's gradient. It loads the tokens that cover it
+// as contiguous spans, and each pixel sums its at most ⌈k/s⌉² elements in a fixed order, without
+// atomics.
 
 #include <algorithm>
 #include <cstdint>
@@ -33,7 +33,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Six blocks stay resident on a Hopper multiprocessor, three where it has 100 KiB: enough loads in
+// Six blocks are resident on a Hopper multiprocessor, three if it has 100 KiB: enough loads in
 // flight to hide their latency.
 constexpr int64_t kSharedBytes = 32 * 1024;
 
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
   const int first_line = chunk * p.chunk_lines;
   const int lines = min(p.chunk_lines, map.channels * kernel - first_line);
 
-  // The patch lies in shared memory as (ky, x, channel) or as (channel, ky, x). The pitches spread
-  // over the banks what neighbouring threads take from it.
+  // The patch is (ky, x, channel) or (channel, ky, x) in shared memory. The pitches avoid bank
+  // conflicts between neighbouring threads.
   const int top = token_row * map.stride - map.padding;
   const int left = first_token * map.stride - map.padding;
   const int patch_width = (tokens - 1) * map.stride + kernel;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
   T* patch = reinterpret_cast<T*>(dynamic_shared);
   T* made = patch + p.patch_elements;
 
-  // Threads lie along a token, in as many groups as there is room for; each group takes every
+  // Threads are arranged along a token, in as many groups as fit; each group processes every
   // groups-th token.
   const int length = lines * kernel;
   const int lanes = min((length + 31) / 32 * 32, static_cast<int>(blockDim.x));
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
         *reinterpret_cast<Vec<T>*>(patch + pixel * pixel_pitch + c) = loaded;
       }
     } else {
-      // A warp takes a line, so that its loads are coalesced where the map's rows are contiguous,
-      // and has several of them under way.
+      // A warp loads a line, so that loads are coalesced if the map's rows are contiguous, with
+      // several loads in flight.
       constexpr int kLoads = 4;
       const int right = min(left + patch_width, map.width);
       for (int i = threadIdx.x / 32; i < lines; i += blockDim.x / 32) {
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kSplitThreads, 8) split_kernel(const SplitPara
     }
     __syncthreads();
 
-    // The next image's patch may be loaded meanwhile: what is read here is written only after the
-    // barrier that follows it.
+    // The next image's patch may be loaded during this loop: the tokens that it reads are only
+    // overwritten after the next barrier.
     for (int i = threadIdx.x; i < vectors_in<T>(phase, tokens * length); i += blockDim.x) {
       copy_vector(span, made + phase, i, phase, tokens * length);
     }
@@ -216,9 +216,9 @@ __device__ void sum_tokens(T* sums, const T* from, int rows, int columns,
   for (int i = 0; i < N; ++i) sums[i] = static_cast<T>(sum[i]);
 }
 
-// Staged, the tokens go through shared memory: the elements that a thread sums are scattered, and
-// 16-byte loads need an eighth of the requests that loading each from where it is would take. It
-// takes contiguous tokens that fit; any others are read in place.
+// If `staged`, tokens are first loaded into shared memory: the elements that a thread sums are
+// scattered, and 16-byte loads need an eighth of the requests of single loads. This requires
+// contiguous tokens that fit; others are read in place.
 template <typename T, bool kStaged>
 __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherParams p) {
   using Offset = std::conditional_t<kStaged, int, int64_t>;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
   const int height = min(p.tile_height, map.height - top);
   const int width = min(p.tile_width, map.width - left);
 
-  // The rectangle of tokens that touch the tile.
+  // The rectangle of tokens that cover the tile.
   const Cover below(top + height - 1, map.rows, map);
   const Cover right(left + width - 1, map.columns, map);
   const int first_row = Cover(top, map.rows, map).first;
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4) gather_kernel(const GatherP
         }
       }
     }
-    // The next image's tokens overwrite what was summed.
+    // The next image's tokens overwrite those that were summed.
     __syncthreads();
   }
 }
@@ -426,7 +426,7 @@ int64_t choose_tile(GatherParams& p, bool staged) {
     return 16 * staged_vectors() + reach * (int64_t(p.tile_height) + p.tile_width);
   };
   const auto fits = [&] {
-    // More pixels than this would leave too few blocks.
+    // With more pixels there would be too few blocks.
     constexpr int64_t most_elements = 16384;
     const int64_t pixels = int64_t(p.tile_height) * p.tile_width;
     return bytes() <= kSharedBytes && (pixels == 1 || pixels * map.channels <= most_elements);

@@ -1,8 +1,8 @@
 // Soft split, LayerNorm and Linear on CUDA, for half types: an implicit matrix product over
 // patches.
 //
-// Forward, in projection.cuh: a warp gathers 16 tokens into its registers, takes their moments,
-// normalises them and multiplies them by the weight. No token reaches memory.
+// Forward, in projection.cuh: a warp gathers 16 tokens into its registers, computes mean and
+// variance, normalises them and multiplies them by the weight. Tokens are never written to memory.
 // Backward, in projection_gradient.cuh: the gradient of the weight as sums over the tokens in
 // registers, that of the map as a gather by its pixels.
 
@@ -46,7 +46,8 @@ Geometry geometry_of(const Tensor& x, const Tensor& weight, int64_t kernel_size,
   return map;
 }
 
-// A contiguous parameter of the expected shape and type; a kernel would read beyond any other.
+// A contiguous parameter of the expected shape and dtype, so that kernels do not read out of
+// bounds.
 Tensor checked(const char* argument, const Tensor& tensor, std::initializer_list<int64_t> shape,
                const Tensor& like) {
   check_tensor(kName, argument, tensor, shape, like.scalar_type());

@@ -1,4 +1,4 @@
-// The backward of soft split + LayerNorm + Linear, which that of a whole layer ends with.
+// The backward of soft split + LayerNorm + Linear, the last part of a layer's backward.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,8 +10,8 @@
 
 namespace t2t {
 
-// The forward with what its backward would else compute again, of a call with a norm that asked for
-// it: mean and 1/σ of every token, and what the norm adds up to in each output.
+// The forward, with results that its backward would otherwise recompute (only with a norm): mean
+// and 1/σ of every token, and the constants of the norm for each output.
 struct Projected {
   torch::stable::Tensor y;
   std::optional<torch::stable::Tensor> moments, constants;

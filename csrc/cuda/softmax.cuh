@@ -1,5 +1,5 @@
-// Softmax attention of half types and 64 elements on tiles of 64 tokens, no T×T matrix in memory:
-// one pass forward, two backward.
+// Softmax attention of half types and 64 elements on tiles of 64 tokens, without a T×T matrix in
+// memory: one pass in the forward, two in the backward.
 //
 // With t = scale·q·k, m its maximum and Z = Σ_s e^(t_s − m) of a query: p_s = e^(t_s − m) / Z and
 // y = Σ_s p_s v_s. Backward, with d = dy·y and g_s = p_s (dy·v_s − d): dv_s = Σ p_s dy,
@@ -7,8 +7,8 @@
 // A warp owns the 16 rows that it writes, queries forward and for dq, keys for dk and dv, and its
 // block walks over all other rows in tiles of shared memory. Every sum has one order; no atomics.
 //
-// The weights p and g stay in registers: their sums lie in the lanes where the next product wants
-// its left operand. Powers are of two: p_s = 2^(q·k_s·c − l) with c = scale·log₂e and, for each
+// The weights p and g stay in registers: the sums are in the lanes in which the next product needs
+// its left operand. Powers have base two: p_s = 2^(q·k_s·c − l) with c = scale·log₂e and, for each
 // query, l = m·log₂e + log₂Z, one fused multiply-add.
 // On Hopper four warps multiply together, by own rows and tiles in shared memory; elsewhere a
 // warp's own rows are in registers. Each lane holds the same sums.
@@ -26,14 +26,13 @@ constexpr int kTile = 64;
 // Warps that multiply together, and whose own rows are a tile, too.
 constexpr int kTogether = kTile / kRows;
 constexpr int kGroupThreads = kTogether * kLanes;
-// Columns of scores that the backward weighs at a time: elsewhere than on Hopper, what there are
-// registers for.
+// Columns of scores that the backward processes at a time; limited by registers on GPUs other than
+// Hopper.
 constexpr int kSlice = kHasWarpgroups ? kTile : 16;
 constexpr int kForwardWarps = 8, kQueriesWarps = 8, kKeysWarps = 12;
 // Pairs of tiles in shared memory: one in use, the next one, and one that is being fetched.
 constexpr int kStages = 3;
-// Of a multiprocessor: nvcc needs more than the registers of two blocks where a warp keeps its
-// rows.
+// Resident blocks per multiprocessor: if a warp keeps its rows in registers, two blocks do not fit.
 constexpr int kForwardBlocks = kHasWarpgroups ? 2 : 1;
 
 // Sums of a warp's 16 rows and 64 columns, and scores of as many as a slice has.
@@ -44,7 +43,7 @@ using SliceScores = OuterSums<1, kSlice / 8>;
 // in all lanes of a warp.
 __device__ inline int group_index() { return __shfl_sync(kAllLanes, warp_index() / kTogether, 0); }
 
-// Where an element lies in rows of tokens: as wgmma wants them (see operand_at).
+// The place of an element in rows of tokens, in wgmma's layout (see operand_at).
 __device__ inline int place(int row, int column) { return row * kWidest + (column ^ row % 8 * 8); }
 
 struct SoftmaxInputs {
@@ -57,8 +56,8 @@ struct SoftmaxInputs {
   }
 };
 
-// A thread's share in bringing rows of 64 elements to shared memory: 16 bytes of every kStep-th
-// one, zeros beyond the last token.
+// A thread's part of loading rows of 64 elements into shared memory: 16 bytes of every kStep-th
+// row, zeros beyond the last token.
 template <typename T, int kStep>
 struct RowsLoader {
   static_assert(kStep % 8 == 0, "a thread's rows are swizzled alike");
@@ -74,7 +73,7 @@ struct RowsLoader {
            column;
     to = place(thread / 8, column);
   }
-  // Starts to bring the next kCount rows.
+  // Starts to load the next kCount rows.
   template <int kCount>
   __device__ void load(T* tile, int tokens) {
 #pragma unroll
@@ -120,8 +119,8 @@ struct Block {
     RowsLoader<T, kThreads / 8>(rows, image, first_of_block, threadIdx.x)
         .template load<kOwned>(own_rows(which), tokens);
   }
-  // A loader of pairs of tiles: the first four warps bring the left one, the next four the right
-  // one; others have no share in it.
+  // A loader of pairs of tiles: the first four warps load the left one, the next four the right
+  // one; other warps do not load.
   __device__ RowsLoader<T, kGroupThreads / 8> tiles_loader(const Rows& left,
                                                            const Rows& right) const {
     const int thread = threadIdx.x % kGroupThreads;
@@ -275,12 +274,12 @@ __device__ void start_weighted(RowSums& sums, uint32_t (&weights)[4], const T* r
   }
 }
 
-// Comes between other uses of sums and products that add to them.
+// A fence between other uses of sums and products that add to them.
 template <typename... Sums>
 __device__ void release(Sums&... sums) {
   if constexpr (kHasWarpgroups) start_products(sums.at[0]...);
 }
-// Until all that was started is done, of which `sums` are the results.
+// Waits for all started products, whose results are `sums`.
 template <typename... Sums>
 __device__ void finish(Sums&... sums) {
   if constexpr (kHasWarpgroups) {
@@ -363,7 +362,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
     RowSums& scores = both[turn];
     if constexpr (!kHasWarpgroups) start_scores(scores, queries, block.tile_at(stage, 0));
     auto& s = scores.at[0];
-    // Rounded before the largest one is subtracted, so that 2^0 is 1 where one key takes all.
+    // Rounded before the largest one is subtracted, so that 2^0 is 1 if one key has all the weight.
 #pragma unroll
     for (int i = 0; i < kTile / 2; ++i) {
       float& score = s[i / 4][i / 2 % 2][i % 2];
@@ -387,7 +386,7 @@ __device__ StagedRows attend(const SoftmaxInputs& in, const ForwardBlock<T>& blo
     if (__any_sync(kAllLanes, larger[0] > maximum[0] || larger[1] > maximum[1])) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // While all scores are −infinity, all weights are zero.
+        // As long as all scores are −infinity, all weights are zero.
         const float before = shift[half];
         shift[half] = larger[half] == -INFINITY ? 0.f : larger[half];
         const float shrink = maximum[half] == -INFINITY ? 0.f : fast_exp2(before - shift[half]);
@@ -515,7 +514,7 @@ __global__ void __launch_bounds__(kQueriesWarps* kLanes, 2)
       start_scores(of_weights, grads, values);
       finish(scores, of_weights);
       auto& s = scores.at[0];
-      // Where there is no key, the score 0 may be far above the maximum.
+      // If there is no key, the score 0 may be far above the maximum.
       if (block.tokens - begin < kTile) {
 #pragma unroll
         for (int i = 0; i < kSlice / 2; ++i) {
@@ -558,7 +557,7 @@ __global__ void __launch_bounds__(kKeysWarps* kLanes, 1)
   const int64_t rows_of_image = shifts_of_image(block.tokens);
   const auto load = [&](int begin, int stage) {
     block.load_tiles(loader, stage);
-    // By a warp that has no share in the tiles.
+    // By a warp that does not load tiles.
     if (warp_index() == 2 * kTogether) {
       const int64_t query = begin + lane_index() * 2;
       copy_async(&shifts[stage][lane_index() * 2], p.shifts + block.image * rows_of_image + query,

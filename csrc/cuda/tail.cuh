@@ -1,5 +1,5 @@
-// What a T2T layer does with the attention's result y, for half types and 64 elements, forward and
-// backward:
+// The tail of a T2T layer after the attention's result y, for half types and 64 elements, forward
+// and backward:
 //   a = v + dropout(proj(y)), out = a + dropout(mlp_out(gelu(mlp_in(norm(a)))))
 // Operands are in registers, rounded as plain PyTorch rounds every intermediate, and weights in
 // shared memory.
@@ -49,7 +49,7 @@ struct TailPointers {
   Dropout dropout;
 };
 
-// What an operator is given of a tail, checked; it keeps contiguous copies alive.
+// The checked tail arguments of an operator; it keeps contiguous copies alive.
 class TailArguments {
  public:
   TailArguments(const char* name, const TailNames& names, const TailTensors& tensors,
@@ -101,7 +101,7 @@ struct TailVectors {
   }
 };
 
-// Both, from memory; a barrier has to follow.
+// Loads both from memory; a barrier must follow.
 template <typename T>
 __device__ void load_tail(uint4* weights, TailVectors& vectors, const TailPointers& tail) {
   load_weight<T>(weights, tail.proj);
@@ -121,7 +121,7 @@ __device__ inline void add_columns(Sums<2>& sums, const float* vector) {
   }
 }
 
-// Which of a lane's 32 elements of a tile dropout keeps: bit 16·group + 8·half + e.
+// The elements of a lane's 32 in a tile that dropout keeps: bit 16·group + 8·half + e.
 struct Kept {
   uint32_t bits;
 
@@ -146,7 +146,7 @@ struct Kept {
     if (dropout.seed == nullptr) return;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      // The scale where the bit is set, else zero.
+      // The scale if the bit is set, else zero.
       const int kept = static_cast<int>(bits << (31 - i)) >> 31;
       sums.at[i / 16][i / 8 % 2][i % 8] *= __int_as_float(kept & __float_as_int(dropout.scale));
     }
@@ -222,7 +222,7 @@ __device__ inline void apply_gelu(Sums<2>& sums) {
   }
 }
 
-// The tail of y, whose weights lie packed: proj, mlp_in, mlp_out.
+// The tail of y, with packed weights: proj, mlp_in, mlp_out.
 template <typename T>
 __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4* weights,
                            const TailVectors& vectors, const Dropout& dropout,
@@ -255,7 +255,7 @@ __device__ Sums<2> tail_of(const Operand<2>& y, const Operand<2>& v, const uint4
 
 // ---- backward
 
-// A block's share in the gradients of the tail: matrices (outputs × inputs), then vectors.
+// A block's part of the gradients of the tail: matrices (outputs × inputs), then vectors.
 enum TailVector { kProjBias, kNormGain, kNormOffset, kMlpInBias, kMlpOutBias, kTailVectorCount };
 struct TailGradients {
   float proj[kWidest][kWidest], mlp_in[kWidest][kWidest], mlp_out[kWidest][kWidest];
@@ -272,7 +272,7 @@ struct TailBackwardParams {
   TailGradients* slots;  // of each block
 };
 
-// A warp's share in a product of two tiles of all warps' tokens, 64 × 64.
+// A warp's part of a product of two tiles of all warps' tokens, 64 × 64.
 using SharedSums = OuterSums<2, 2>;
 __device__ inline int shared_row() { return warp_index() % 2 * 32; }
 __device__ inline int shared_column() { return warp_index() / 2 * 16; }
@@ -366,7 +366,7 @@ class TailBackward {
     Sums<2> hidden =
         times_matrix<T, false>(scaled_rows<T>(normalized, vectors_), weights_ + kMatrixVectors);
     add_columns(hidden, vectors_.mlp_in_bias);
-    // In half the registers; plain PyTorch normalises rounded rows.
+    // Rounded, to halve the registers; plain PyTorch also normalises rounded rows.
     const Operand<2> kept_rows = rounded_operand<T>(normalized);
 
     // mlp_out: dropout's gradient by the activated units.
@@ -453,7 +453,7 @@ class TailBackward {
  private:
   __device__ T* left_of_warp() const { return lefts_ + warp_index() * kRows * kWidest; }
 
-  // The gradient of the norm's result becomes that of its rows.
+  // Turns the gradient of the norm's result into that of its rows.
   __device__ void through_norm(Sums<2>& grads, const Sums<2>& rows, const float (&rstd)[2]) const {
     float mean[2], mean_of_product[2] = {};
 #pragma unroll
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kTailSumsThreads) tail_sums_kernel(const TailS
   static_cast<T*>(p.to[which])[at - begin] = static_cast<T>(total);
 }
 
-// The slots of a backward's blocks, and what becomes of them.
+// The slots of a backward's blocks, and their sums.
 class TailSlots {
  public:
   TailSlots(const torch::stable::Tensor& like, dim3 grid, const DeviceScope& device)

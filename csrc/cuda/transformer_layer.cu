@@ -1,14 +1,14 @@
 // The T2T layer with softmax attention on CUDA, for half types and the models' sizes: soft split,
 // norm, projection to q, k and v, attention, tail.
 //
-// Forward: soft_split_linear's kernel writes q, k and v; then the attention, whose block passes its
-// rows of y on to the tail. The T×T weights never reach memory, nor do the tokens.
+// Forward: soft_split_linear's kernel writes q, k and v; then the attention, whose blocks pass
+// their rows of y to the tail. T×T weights and tokens are never written to memory.
 //
 // Backward: q, k and v again, then
 //   tail     back through the tail: the gradient of y, that of the skip (to v's place), a slot of
 //            the tail's own gradients per block
 //   softmax  the gradients of q; then those of k and, on top of the skip's, of v (see softmax.cuh)
-// and what remains is the backward of soft_split_linear.
+// and finally the backward of soft_split_linear.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

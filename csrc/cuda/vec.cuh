@@ -1,4 +1,4 @@
-// The 16-byte vector, the widest access that a thread can make, and copies made of it.
+// The 16-byte vector, the widest access of a thread, and copies with it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +17,8 @@ struct alignas(16) Vec {
   T at[size];
 };
 
-// To global memory. An assignment would do, but nvcc makes narrow stores of it where it has the
-// elements in registers and the address depends on a phase.
+// Stores to global memory. nvcc turns an assignment into narrow stores if the elements are in
+// registers and the address depends on a phase.
 template <typename T>
 __device__ void store_vector(T* to, const Vec<T>& vector) {
   __stwb(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4&>(vector));
@@ -28,7 +28,8 @@ __device__ inline void store_vector(void* to, const uint4& vector) {
   __stwb(static_cast<uint4*>(to), vector);
 }
 
-// From global memory, at a multiple of 16 bytes. nvcc likewise makes narrow loads of an assignment.
+// Loads from global memory, at a multiple of 16 bytes. nvcc also turns an assignment into narrow
+// loads.
 __device__ inline uint4 load_vector(const void* from) {
   return __ldca(static_cast<const uint4*>(from));
 }
@@ -39,15 +40,15 @@ __device__ int phase_of(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % Vec<T>::size);
 }
 
-// A span of elements that starts anywhere lies in this many 16-byte vectors, the first and the last
-// of them perhaps in part.
+// The number of 16-byte vectors that contain a span of elements, the first and last possibly in
+// part.
 template <typename T>
 __host__ __device__ int vectors_in(int phase, int length) {
   return (phase + length + Vec<T>::size - 1) / Vec<T>::size;
 }
 
-// Copies vector `i` of a span that has the same phase at both ends; a vector that is only partly in
-// the span goes element by element.
+// Copies vector `i` of a span with the same phase at source and destination. A vector that is only
+// partly in the span is copied element by element.
 template <typename T>
 __device__ void copy_vector(T* to, const T* from, int i, int phase, int length) {
   const int begin = i * Vec<T>::size - phase;
