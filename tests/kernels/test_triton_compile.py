@@ -59,8 +59,8 @@ FEATURES = {
 # The most bytes, stores and loads, that a kernel may spill: of a model in half types, in float32, and at
 # E = 128. Each release of Triton allocates registers in its own way.
 MOST_SPILLS = {
-    "3.6": {"half": 88, "fp32": 100, "wide": 688},
-    "3.8": {"half": 0, "fp32": 100, "wide": 544},
+    "3.6": {"half": 88, "fp32": 44, "wide": 48},
+    "3.8": {"half": 0, "fp32": 100, "wide": 88},
 }
 # Parts of the names of the kernels that multiply no matrices.
 WITHOUT_PRODUCTS = ("fold", "parts", "sum_slots", "combine", "token_scalars")
