@@ -38,7 +38,7 @@ INTERPRETED = _interpreter_is_on()
 def _why_too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return "it needs compute capability 8.0 or newer, {}.{} is the device's".format(*capability)
+        return "it needs compute capability 8.0 or newer, the device has {}.{}".format(*capability)
     return None
 
 
@@ -239,7 +239,7 @@ BACKENDS = {
 def why_unavailable(
     backend: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> str | None:
-    """The reason why ``backend`` cannot run on ``device`` in ``dtype``; None where it can."""
+    """The reason why ``backend`` cannot run on ``device`` in ``dtype``; None if it can."""
     return BACKENDS[backend].why_not(device, dtype)
 
 

@@ -41,6 +41,11 @@ def rounded_probability(p: float) -> float:
     return round(p * _RANGE) / _RANGE
 
 
+def signed(seed: int) -> int:
+    """The lower 64 bits of ``seed`` as a signed number, which int64 tensors can hold."""
+    return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
+
+
 def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device) -> Tensor:
     """The elements that a dropout keeps: a boolean tensor of ``shape``.
 
@@ -57,7 +62,7 @@ def keep_mask(shape: torch.Size, p: float, seed: int | Tensor, site: int, device
     elements = shape.numel()
     block = torch.arange((elements + _BLOCK - 1) // _BLOCK, device=device)
     if isinstance(seed, int):
-        seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits as a signed number
+        seed = signed(seed)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     zero = torch.zeros_like(block)
     words = philox_4x32(

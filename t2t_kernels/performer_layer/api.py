@@ -18,6 +18,7 @@ from t2t_kernels.performer_attention.api import check_random_features
 from t2t_kernels.performer_layer import reference
 from t2t_kernels.performer_layer.ops import PERFORMER_LAYER
 from t2t_kernels.performer_layer.params import PerformerLayerParams
+from t2t_kernels.philox import signed
 
 
 def performer_layer(
@@ -45,8 +46,9 @@ def performer_layer(
         eps: As in :func:`t2t_kernels.performer_attention`.
         dropout_p: Probability of both dropouts, 0 to 1; with a seed it is rounded to a multiple of
             2⁻¹⁶. Pass 0 in evaluation.
-        seed: Seed of the dropout masks, an integer or an int64 tensor of one element (a compiled graph
-            is specialised to an integer, but not to a tensor). None uses PyTorch's generator.
+        seed: Seed of the dropout masks, an integer, of which 64 bits are used, or an int64 tensor of
+            one element (a compiled graph is specialised to an integer, but not to a tensor). None
+            uses PyTorch's generator.
         backend: A backend, or None for the first available one; see ``docs/backends.md``.
 
     Returns:
@@ -122,7 +124,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.to(device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+    return torch.full((1,), signed(seed), dtype=torch.int64, device=device)
 
 
 def _check_dropout(dropout_p: float, seed: int | Tensor | None) -> None:

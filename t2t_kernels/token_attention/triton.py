@@ -214,7 +214,7 @@ def token_attention_bwd_keys_kernel(
         m_s = o_s < tokens
         b_q = load_rows(p_q, i_image, o_s, m_s, Q, D, not EVEN)
         b_dy = load_rows(p_dy, i_image, o_s, m_s, DY, D, not EVEN)
-        # Whose maximum is infinite attends to nothing.
+        # A query with an infinite maximum attends to nothing: here, those beyond the last token.
         maximum = tl.load(p_maximum + o_s, mask=m_s, other=float("inf"))
         logarithm = tl.load(p_logarithm + o_s, mask=m_s, other=0.0)
         delta = tl.load(p_delta + o_s, mask=m_s, other=0.0)

@@ -114,6 +114,13 @@ def test_dropout(backend, device, dropout_p, case, dtype, taken):
     torch.testing.assert_close(ours, plain, rtol=close, atol=close)
 
 
+def test_a_seed_of_64_bits_need_not_fit_int64(backend, device, kind):
+    tensors, split = arguments(*kind, device)
+    signed = layer(tensors, split, backend, dropout_p=0.5, seed=-3)
+    for seed in (2**64 - 3, 2**65 - 3):
+        assert torch.equal(signed, layer(tensors, split, backend, dropout_p=0.5, seed=seed))
+
+
 def test_a_seed_is_drawn_if_none_is_given(backend, device, kind):
     tensors, split = arguments(*kind, device)
     torch.manual_seed(3)
