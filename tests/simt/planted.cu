@@ -23,7 +23,10 @@ enum Fault {
   kNoWarp,
   kOtherMatrix,
   kOffPattern,
-  kOverwritten
+  kOverwritten,
+  kNotArrived,
+  kNotWaited,
+  kOtherCount
 };
 
 // Reverses the elements of each block in static shared memory, then negates them in dynamic.
@@ -119,4 +122,29 @@ extern "C" __attribute__((visibility("default"))) const char* run_group(float* v
   config.blockDim = dim3(128);
   config.dynamicSmemBytes = 2048;
   return cudaGetErrorString(cudaLaunchKernelEx(&config, multiply_by_unit, values, fault));
+}
+
+// The first warp hands a number to each lane of the second one, which negates it.
+__global__ void hand_over(float* values, int fault) {
+  auto* handed = reinterpret_cast<float*>(dynamic_shared);
+  const int lane = threadIdx.x % 32;
+  constexpr int kBarrier = 3, kThreads = 64;
+  if (threadIdx.x < 32) {
+    handed[lane] = values[lane];
+    if (fault == kNotArrived) return;
+    t2t::arrive_at(kBarrier, fault == kOtherCount ? 96 : kThreads);
+  } else {
+    if (fault != kNotWaited) t2t::wait_at(kBarrier, kThreads);
+    values[lane] = -handed[lane];
+  }
+}
+
+// `values` are 32 floats.
+extern "C" __attribute__((visibility("default"))) const char* run_two_warps(float* values,
+                                                                            int fault) {
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(64);
+  config.dynamicSmemBytes = 128;
+  return cudaGetErrorString(cudaLaunchKernelEx(&config, hand_over, values, fault));
 }

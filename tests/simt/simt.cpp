@@ -7,9 +7,10 @@
 // bytes, which are NaN in every floating type, and asynchronous copies arrive when they are waited
 // for and not before. A warpgroup's products are carried out when they are waited for, too, and see
 // shared memory as it was shown to them. Errors are reported for threads that miss a barrier others
-// wait at, for lanes that miss what their warp or warpgroup does together, for products of memory
-// that was not shown to them or has changed since, for writes beyond the shared memory that was
-// asked for, for accesses not aligned to their type, and for launches beyond a GPU's limits.
+// wait at or have arrived at, for lanes that miss what their warp or warpgroup does together, for
+// products of memory that was not shown to them or has changed since, for writes beyond the shared
+// memory that was asked for, for accesses not aligned to their type, and for launches beyond a
+// GPU's limits.
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -258,6 +259,11 @@ void run_block(size_t dynamic_bytes) {
   } while (any_can_run() || pass_barrier());
   if (!failure.empty()) return;
 
+  for (size_t i = 0; i < kNumbered; ++i) {
+    if (numbered[i].here == 0) continue;
+    failure = "threads arrived at barrier " + std::to_string(i) + ", where others do not wait";
+    return;
+  }
   const auto* bytes = reinterpret_cast<const unsigned char*>(dynamic_shared);
   for (size_t i = dynamic_bytes; i < sizeof(dynamic_shared); ++i) {
     if (bytes[i] != kPoison) {

@@ -13,6 +13,7 @@ FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned"
 FAULTS += ["no-wait", "no-lane", "copy-misaligned"]
 FAULTS += ["not-shown", "not-fenced", "not-committed", "not-awaited"]
 FAULTS += ["no-warp", "other-matrix", "off-pattern", "overwritten"]
+FAULTS += ["not-arrived", "not-waited", "other-count"]
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,37 @@ def test_products_arrive_at_their_wait(run_group, fault):
 def test_fault_of_a_warpgroup_is_reported(run_group, fault, expected):
     assert expected in run_group(fault)[-1]
     assert run_group("none")[-1] == "no error", "the next launch has to be as new"
+
+
+@pytest.fixture(scope="module")
+def run_two_warps(host_cache):
+    """Runs the two warps of planted.cu that share a numbered barrier."""
+    library = ctypes.CDLL(build_host_library(host_cache, [SIMT / "planted.cu"]))
+    library.run_two_warps.restype = ctypes.c_char_p
+
+    def run(fault: str) -> tuple[bool, str]:
+        values = torch.arange(32.0)
+        expected = -values
+        address = ctypes.c_void_p(values.data_ptr())
+        message = library.run_two_warps(address, FAULTS.index(fault)).decode()
+        return torch.equal(values, expected), message
+
+    return run
+
+
+@pytest.mark.parametrize("_", range(8))  # the order of the warps is random
+def test_a_numbered_barrier_lets_warps_pass_once_all_have_come(run_two_warps, _):
+    assert run_two_warps("none") == (True, "no error")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("not-arrived", "threads wait at barrier 3, where others do not arrive"),
+        ("not-waited", "threads arrived at barrier 3, where others do not wait"),
+        ("other-count", "threads expect different numbers of others at a barrier"),
+    ],
+)
+def test_fault_at_a_numbered_barrier_is_reported(run_two_warps, fault, expected):
+    assert expected in run_two_warps(fault)[-1]
+    assert run_two_warps("none") == (True, "no error"), "the next launch has to be as new"
