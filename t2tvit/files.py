@@ -78,15 +78,25 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that a power failure cannot undo the renaming
-        os.close(folder)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
         raise cannot_write(path, error) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renamings in ``folder`` survive a power failure, if its file system supports that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:

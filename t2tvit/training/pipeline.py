@@ -268,6 +268,8 @@ def open_data(config: RunConfig, world: World, splits: tuple[Split, Split]) -> D
     except InputError:
         raise
     except Exception as error:  # an operation of the policy can raise anything
+        if config.auto_augment is None:
+            raise
         raise InputError(
             f"auto_augment: {config.auto_augment} fails on the images of {config.data} ({error})"
         ) from None

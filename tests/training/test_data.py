@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from t2tvit.data import load_image, open_split
+from t2tvit.data.sources import SyntheticImages
 from t2tvit.errors import InputError, LabelError, OneRankError
 from t2tvit.training.config import RunConfig, resolve
 from t2tvit.training.distributed import World
@@ -477,6 +478,19 @@ def test_data_that_does_not_fit_the_configuration(options, world, message):
     config = RunConfig(**{"data": "synthetic:44", "img_size": 16, "batch_size": 8} | options)
     with pytest.raises(InputError, match=message):
         open_data(config, world, open_splits(config))
+
+
+def test_an_error_is_attributed_to_a_policy_only_if_there_is_one(monkeypatch):
+    def fail(images, index):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(SyntheticImages, "__getitem__", fail)
+    config = RunConfig(data="synthetic:44", img_size=16, batch_size=8)
+    with pytest.raises(ZeroDivisionError):
+        open_data(config, ALONE, open_splits(config))
+    config = replace(config, auto_augment="rand-m9")
+    with pytest.raises(InputError, match="auto_augment: rand-m9 fails on the images"):
+        open_data(config, ALONE, open_splits(config))
 
 
 def test_repeated_images_get_new_augmentation_and_fill_the_batches():

@@ -1,6 +1,10 @@
 """Files of states and weights: written atomically, and never run."""
 
+import contextlib
+import errno
+import os
 import random
+import stat
 
 import numpy as np
 import pytest
@@ -32,6 +36,27 @@ def test_a_failed_write_leaves_the_old_file(error, expected, tmp_path, monkeypat
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL], ids=["failing", "unsupported"])
+def test_a_folder_that_cannot_be_synchronised(number, tmp_path, monkeypatch):
+    """An error is reported, but some file systems do not support it; its descriptor is closed."""
+    folders, fsync = [], os.fsync
+
+    def fail_for_folders(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return fsync(descriptor)
+        folders.append(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", fail_for_folders)
+    outcome = contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(RunError)
+    with outcome:
+        write_atomically(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert len(folders) == 1
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(folders[0])
 
 
 def draw():
