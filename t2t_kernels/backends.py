@@ -42,8 +42,8 @@ def _why_too_old(device: torch.device) -> str | None:
     return None
 
 
-# Set by tools that execute kernels without their device: by the backend's name, what loading it would
-# return, and the types of devices whose tensors it takes, instead of its own.
+# Tools that execute kernels without their device replace two properties of a backend here, by its
+# name: the outcome of loading it, and the types of devices whose tensors it takes.
 _LOAD_ERRORS: dict[str, str | None] = {}
 DEVICE_TYPES: dict[str, Collection[str]] = {}
 

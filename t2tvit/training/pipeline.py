@@ -43,9 +43,8 @@ from t2tvit.training.stopping import STOP_SIGNALS, end_loaders
 if TYPE_CHECKING:
     from t2tvit.data.shards import ShardImages
 
-LONGEST = (
-    32  # times the input's aspect ratio; the rest of a longer image is far from the centre crop
-)
+# Times the input's aspect ratio. The rest of a longer image is far from the centre crop.
+LONGEST = 32
 CHECK_SECONDS = 10
 PR_SET_PDEATHSIG = 1  # Linux sends a process this signal when its parent ends
 

@@ -394,9 +394,7 @@ class Trainer:
                         loss = loss * (len(part) / len(images))
                 except InputError:
                     raise
-                except (
-                    ValueError
-                ) as error:  # raised for shapes by PyTorch and timm; others are bugs
+                except ValueError as error:  # PyTorch and timm raise it for shapes
                     raise InputError(
                         f"model {self.config.model} does not train on {len(part)} images of "
                         f"{tuple(part.shape[1:])}: {error}; change --batch-size, --accumulate or "
