@@ -14,7 +14,7 @@ from t2t_kernels.arguments import output_size, split_of
 from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
 from t2t_kernels.library import declare, named_tuple, no_second_derivative
 from t2t_kernels.performer_layer.params import PerformerLayerParams
-from t2t_kernels.soft_split_linear.ops import like_map, why_not_projected
+from t2t_kernels.soft_split_linear.ops import like_map, why_not_a_grid, why_not_projected
 
 _TENSORS: list[tuple[str, Any]] = [
     ("x", Tensor),
@@ -97,7 +97,7 @@ PERFORMER_LAYER = register(
         "performer_layer",
         kernels={
             "cpu": Kernel(),
-            "triton": Kernel(sizes=dict.fromkeys("EmM", range(129))),
+            "triton": Kernel(sizes=dict.fromkeys("EmM", range(129)), why_not_map=why_not_a_grid),
             "cuda": Kernel(
                 HALF_DTYPES,
                 {"E": range(64, 65), "m": range(32, 33), "M": range(64, 65)},

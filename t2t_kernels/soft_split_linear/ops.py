@@ -110,12 +110,26 @@ def why_not_projected(sizes: Mapping[str, int]) -> str | None:
     return None
 
 
+def why_not_a_grid(sizes: Mapping[str, int]) -> str | None:
+    """The supported sizes that a call exceeds in Triton's backward of a projection; None if it fits.
+
+    The second dimension of a CUDA grid, at most 65,535 programs, counts the classes of pixels in one
+    kernel, and blocks of a patch's elements in another. The T2T layers have the same limits.
+    """
+    if sizes.get("stride", 1) > 255:
+        return f"strides up to 255, got {sizes['stride']}"
+    blocks = sizes.get("kernel_size", 1) ** 2 * -(-sizes.get("channels", 1) // 32)
+    if blocks > 65535:
+        return f"kernel_size² × ⌈channels / 32⌉ up to 65535, got {blocks}"
+    return None
+
+
 SOFT_SPLIT_LINEAR = register(
     Operation(
         "soft_split_linear",
         kernels={
             "cpu": Kernel(),
-            "triton": Kernel(),
+            "triton": Kernel(why_not_map=why_not_a_grid),
             "cuda": Kernel(HALF_DTYPES, why_not_map=why_not_projected),
         },
         parts=("soft_split",),

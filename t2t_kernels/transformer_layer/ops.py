@@ -14,7 +14,7 @@ from t2t_kernels import flops
 from t2t_kernels.arguments import output_size, split_of
 from t2t_kernels.backends import HALF_DTYPES, Kernel, Operation, register
 from t2t_kernels.library import declare, named_tuple, no_second_derivative
-from t2t_kernels.soft_split_linear.ops import like_map, why_not_projected
+from t2t_kernels.soft_split_linear.ops import like_map, why_not_a_grid, why_not_projected
 from t2t_kernels.transformer_layer.params import TransformerLayerParams
 
 _TENSORS: list[tuple[str, Any]] = [("x", Tensor), *get_type_hints(TransformerLayerParams).items()]
@@ -97,7 +97,7 @@ TRANSFORMER_LAYER = register(
         "transformer_layer",
         kernels={
             "cpu": Kernel(),
-            "triton": Kernel(sizes=dict.fromkeys("EM", range(129))),
+            "triton": Kernel(sizes=dict.fromkeys("EM", range(129)), why_not_map=why_not_a_grid),
             "cuda": Kernel(HALF_DTYPES, dict.fromkeys("EM", range(64, 65)), why_not_projected),
         },
         parts=("soft_split_linear", "token_attention"),

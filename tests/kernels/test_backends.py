@@ -219,6 +219,19 @@ def test_explain_distinguishes_calls_of_an_operation(gpu):
     assert explain("cuda", dtype=torch.bfloat16, calls=calls[1:] * 2) == choices[1:]
 
 
+@pytest.mark.parametrize("operation", ["soft_split_linear", "performer_layer", "transformer_layer"])
+def test_triton_takes_what_fits_a_grid(operation, gpu):
+    """Its backward has stride² and kernel_size² × blocks of channels in a grid's second dimension."""
+
+    def chosen(**sizes):
+        (choice,) = explain("cuda", "triton", calls=[(operation, sizes)])
+        return choice.backend, choice.reason
+
+    assert chosen(stride=255, kernel_size=255, channels=32) == ("triton", "named")
+    assert "strides up to 255, got 256" in chosen(stride=256, kernel_size=256, channels=3)[1]
+    assert "up to 65535, got 130050" in chosen(stride=2, kernel_size=255, channels=33)[1]
+
+
 def test_a_backend_is_loaded_once_until_it_is_reset(monkeypatch):
     reasons = iter(["it is not built", None])
     monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda: next(reasons), ("cpu",)))
