@@ -78,13 +78,18 @@ def write_atomically(path: Path, content: bytes | memoryview | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
         raise cannot_write(path, error) from None
+    try:
+        sync_folder(target.parent)
+    except OSError as error:
+        raise RunError(
+            f"{path} is written, but its folder cannot be synchronised: {error.strerror}"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:
