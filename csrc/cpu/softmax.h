@@ -111,7 +111,7 @@ void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Op
                   int64_t token, int64_t rows, Tile y, const SoftmaxRows& statistics,
                   SoftmaxBuffers& m) {
   constexpr int64_t kCount = padded(kTile);
-  float maximum[kCount], larger[kCount], shrink[kCount], total[kCount] = {};
+  float maximum[kCount], larger[kCount], shift[kCount], shrink[kCount], total[kCount] = {};
   for (float& top : maximum) top = -__builtin_inff();
   for (int64_t i = 0; i < rows; ++i) std::memset(y[i], 0, padded(s.embed) * sizeof(float));
   for (int64_t key = 0; key < s.tokens; key += kKeys) {
@@ -126,14 +126,18 @@ void softmax_tile(const Softmax& s, const Operand& q, const Operand& k, const Op
       larger[i] = largest(tops);
     }
     for (int64_t i = rows; i < kCount; ++i) larger[i] = maximum[i];
+    // As long as all scores are −infinity, all weights are zero.
+    for (int64_t i = 0; i < kCount; ++i) {
+      shift[i] = larger[i] == -__builtin_inff() ? 0.f : larger[i];
+    }
     for (int64_t i = 0; i < kCount; i += kLanes) {
-      store(shrink + i, exp_of_negative(load(maximum + i) - load(larger + i)));
+      store(shrink + i, exp_of_negative(load(maximum + i) - load(shift + i)));
     }
     for (int64_t i = 0; i < rows; ++i) {
       float* row = m.scores[i];
       Vec sums{};
       for_vectors(keys, [&](int64_t j, auto keep) {
-        const Vec p = keep(exp_of_negative(load(row + j) * s.scale - larger[i]));
+        const Vec p = keep(exp_of_negative(load(row + j) * s.scale - shift[i]));
         sums += p;
         store(row + j, p);
       });

@@ -67,9 +67,11 @@ def attend_tokens(
         if not EVEN:
             b_s = tl.where(m_s[None, :], b_s, float("-inf"))
         larger = tl.maximum(maximum, tl.max(b_s, 1))
+        # As long as all scores are −infinity, all weights are zero.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
         # The difference before the factor: what rounding is left vanishes with it.
-        shrink = tl.exp2((maximum - larger) * factor)
-        b_p = tl.exp2((b_s - larger[:, None]) * factor)
+        shrink = tl.exp2((maximum - shift) * factor)
+        b_p = tl.exp2((b_s - shift[:, None]) * factor)
         normalizer = normalizer * shrink + tl.sum(b_p, 1)
         b_y = dot(rounded(b_p, DTYPE), b_v, b_y * shrink[:, None])
         maximum = larger

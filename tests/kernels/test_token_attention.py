@@ -69,6 +69,21 @@ def test_finite_for_large_finite_inputs(backend, device, kind):
         assert grad.isfinite().all(), f"gradient of {what}"
 
 
+def test_first_keys_without_weight(backend, device, kind):
+    """Scores of −infinity in whole tiles of keys, and for one query in all of them."""
+    dtype, embed = kind
+    q, k, v = arguments((1, 600, embed), 1.0, dtype, device)
+    q[:, :, 0] = 1
+    k[:, :530, 0] = -torch.inf
+    q[:, 5] = 0
+    ours = token_attention(q, k, v, scale=0.5, backend=backend)
+    exact = [tensor.double() for tensor in (q, k, v)]
+    exact = token_attention(*exact, scale=0.5, backend="reference")
+    assert exact.isnan().any(-1).nonzero().tolist() == [[0, 5]]
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 # Of (B, T, 3E) elements: a linear layer's chunks, columns as rows, rows off 16-byte boundaries.
 VIEWS = {
     "chunks": lambda qkv: qkv.chunk(3, -1),
