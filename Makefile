@@ -1,5 +1,6 @@
 # make demo   set up, train on real handwritten digits, plot predictions, compare speed
-# make test   set up, run all tests
+# make test   set up, run all tests, one process per core; PYTEST_ARGS="-n 0" runs them in one process
+# make test-quick   set up, run the tests that are neither slow nor distributed
 # Both need Python >= 3.10, a C++ compiler and make; everything else is installed into .venv.
 # make lint   set up, check Python with ruff and mypy, C++ and CUDA with clang-format
 # make gpu-report   build, check and measure the kernels on a GPU, with a Python that has torch and the
@@ -12,7 +13,7 @@ DEMO := runs/demo
 # The sources of the kernels: a change of any of them compiles the kernels again.
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*) setup.py pyproject.toml
 
-.PHONY: demo test lint test-abi bench gpu-report clean
+.PHONY: demo test test-quick lint test-abi bench gpu-report clean
 
 $(VENV)/ready: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -32,8 +33,14 @@ demo: $(VENV)/ready
 	$(BIN)/t2tvit predict --run $(DEMO) --plot $(DEMO)/predictions.png
 	$(BIN)/t2tvit bench --run $(DEMO)
 
+# A file of tests stays in one process, since its tests share what they build.
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -p no:benchmark
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-quick: $(VENV)/ready
+	$(PYTEST) -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -6,6 +6,10 @@ Without a GPU the Triton kernels run in Triton's interpreter and the CUDA source
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process per core, with a thread each.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -14,23 +18,46 @@ if not torch.cuda.is_available():
 import pytest
 
 from t2t_kernels import backends
-from tests.support.cuda.build import build_host_library
+from tests.support.cuda.build import ROOT, build_host_library
 from tests.support.devices import CUDA_ON_HOST, DEVICE
+
+INTERPRETED, ON_HOST, STAND_IN = "", "", ()
+if DEVICE.type == "cpu":
+    INTERPRETED, ON_HOST, STAND_IN = "-interpreted", "-on-host", (pytest.mark.slow,)
 
 
 def kernel_backends() -> list:
     """The compiled backends that can be tested on this machine, as pytest parameters."""
     return [
         pytest.param("cpu", id="cpu"),
-        pytest.param("triton", id="triton" if DEVICE.type == "cuda" else "triton-interpreted"),
-        pytest.param("cuda", id="cuda" if DEVICE.type == "cuda" else "cuda-on-host"),
+        pytest.param("triton", id=f"triton{INTERPRETED}", marks=STAND_IN),
+        pytest.param("cuda", id=f"cuda{ON_HOST}", marks=STAND_IN),
     ]
 
 
+def pytest_collection_modifyitems(items):
+    """Skips what needs a GPU where there is none, and begins with the files that take longest.
+
+    Then the last ones are short, and no process waits long for another's.
+    """
+    for item in items:
+        if item.get_closest_marker("gpu") and DEVICE.type != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory):
+def host_cache():
+    """Where libraries built for the host are kept from one run of the tests to the next."""
+    return ROOT / "build" / "tests"
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(host_cache):
     """The CUDA source, built for the host and registered for CPU tensors."""
-    torch.ops.load_library(build_host_library(tmp_path_factory.getbasetemp().parent / "simt"))
+    torch.ops.load_library(build_host_library(host_cache))
 
 
 @pytest.fixture(params=kernel_backends())

@@ -35,6 +35,7 @@ def run(*arguments: str, isa: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_parity_in_every_instruction_set(isa):
     done = run("-c", "from t2t_kernels import _C; print(_C.cpu_isa())", isa=isa)

@@ -150,7 +150,7 @@ def test_deterministic_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 3 GiB on a GPU")
+@pytest.mark.gpu
 def test_more_than_32_bits_of_offsets(backend, device):
     if device.type != "cuda":
         pytest.skip("the GPU kernels are those with 32-bit programs")

@@ -20,7 +20,7 @@ from tests.support.cuda.mutations import build_mutated, differs
 from tests.support.kernels.token_attention import assert_parity
 from tests.support.names import name
 
-pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend", "hopper")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned", "cuda_backend", "hopper")]
 
 NAMESPACE = "t2t_hopper"
 OPERATIONS = ("token_attention", "transformer_layer", "performer_layer", "soft_split_linear")

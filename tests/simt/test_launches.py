@@ -8,6 +8,8 @@ import torch
 from tests.support.cuda.build import build_host_library
 from tests.support.kernels.params import performer_params, transformer_params
 
+pytestmark = pytest.mark.slow
+
 # One more than the limit of a grid's second and third dimension.
 IMAGES = 65536
 HALF = torch.bfloat16

@@ -12,6 +12,8 @@ import pytest
 from tests.support.cuda import occupancy, sass
 from tests.support.cuda.build import CUDA_SOURCES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "setup.py"
 

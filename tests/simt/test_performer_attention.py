@@ -10,7 +10,7 @@ from tests.support.cuda.mutations import build_mutated, differs, multiprocessors
 from tests.support.kernels.performer_attention import arguments, assert_parity
 from tests.support.names import name
 
-pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned", "cuda_backend")]
 
 # B, T, each for a path of the kernels, which take 64 elements and 32 features.
 CASES = {

@@ -12,7 +12,7 @@ from tests.support.kernels.layouts import channels_last
 from tests.support.kernels.performer_layer import assert_parity
 from tests.support.names import name
 
-pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned", "cuda_backend")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 

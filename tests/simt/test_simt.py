@@ -8,6 +8,8 @@ import torch
 
 from tests.support.cuda.build import SIMT, build_host_library
 
+pytestmark = pytest.mark.slow
+
 # In the order of planted.cu.
 FAULTS = ["none", "no-barrier", "exit", "other-barrier", "overrun", "misaligned", "shared"]
 FAULTS += ["no-wait", "no-lane", "copy-misaligned"]

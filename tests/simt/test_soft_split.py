@@ -23,7 +23,7 @@ from tests.support.cuda.layouts import (
 )
 from tests.support.cuda.mutations import build_mutated
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 # B, C, H, W and kernel_size, stride, padding, each for a path of the kernels. The host's device has
 # one multiprocessor, so that some dozens of tiles are already several per block.

@@ -23,7 +23,7 @@ from tests.support.cuda.soft_split_linear import (
 )
 from tests.support.kernels.soft_split_linear import arguments, assert_parity
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 
 def misaligned(x):

@@ -17,7 +17,7 @@ from tests.support.cuda.token_attention import (
 from tests.support.kernels.token_attention import assert_parity
 from tests.support.names import name
 
-pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned", "cuda_backend")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 

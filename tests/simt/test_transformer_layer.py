@@ -13,7 +13,7 @@ from tests.support.kernels.params import transformer_params
 from tests.support.kernels.transformer_layer import assert_parity
 from tests.support.names import name
 
-pytestmark = pytest.mark.usefixtures("poisoned", "cuda_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned", "cuda_backend")]
 
 DTYPES = [torch.bfloat16, torch.float16]
 HALF, FLOAT = torch.bfloat16, torch.float32

@@ -11,6 +11,8 @@ from t2tvit.cli import main
 from tests.support.training.equality import assert_equal, without_times
 from tests.support.training.tiny import TINY, metrics_of, state_of
 
+pytestmark = pytest.mark.slow
+
 OFTEN = ("--epochs", "6", "--checkpoint-minutes", "0")
 
 
@@ -46,7 +48,7 @@ def assert_same_run(whole, parts):
     "ranks, options",
     [
         pytest.param(1, ("--workers", "1", "--amp", "bfloat16"), id="worker-bf16"),
-        pytest.param(2, ("--clip-grad", "1"), id="two-ranks"),
+        pytest.param(2, ("--clip-grad", "1"), id="two-ranks", marks=pytest.mark.distributed),
     ],
 )
 def test_a_run_killed_or_stopped_at_random_ends_like_an_uninterrupted_one(tmp_path, ranks, options):

@@ -17,6 +17,8 @@ from t2tvit.cli import main
 from t2tvit.training.distributed import torchrun_store
 from tests.support.training.tiny import HELD_OUT, TINY, metrics_of, state_of
 
+pytestmark = pytest.mark.distributed
+
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 

@@ -1,15 +1,18 @@
 """If one of two processes fails, the cause is reported once."""
 
-import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from t2tvit.cli import main
 from t2tvit.errors import RunError
 from t2tvit.training.distributed import explained
+from tests.support.training import faults
+from tests.support.training.ranks import run_ranks
 from tests.support.training.tiny import TINY
+
+pytestmark = pytest.mark.distributed
 
 OPTIONS = ("train", *TINY, "--epochs", "2", "--workers", "1", "--checkpoint-minutes", "0")
 FAULTS = {
@@ -21,45 +24,10 @@ FAULTS = {
 }
 
 
-def alone(fault, ranks, output):
-    """Exit statuses and standard errors of two processes started as by Slurm."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = (sys.executable, "-m", "tests.support.training.faults", fault, ranks)
-    children = [
-        subprocess.Popen(
-            [*command, *OPTIONS, "--output", str(output)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    errors = [child.communicate(timeout=120)[1] for child in children]
-    return [child.returncode for child in children], errors
-
-
-def with_options(*options):
-    """Exit statuses and standard errors of two processes with different options."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "t2tvit", *map(str, each)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, each in enumerate(options)
-    ]
-    errors = [child.communicate(timeout=120)[1] for child in children]
-    return [child.returncode for child in children], errors
+def alone(fault, ranks, folder):
+    """Exit statuses and standard errors of two processes, some of which meet a fault."""
+    command = (fault, ranks, *OPTIONS, "--output", folder / "run")
+    return run_ranks(folder, faults.main, (command, command))
 
 
 def test_an_error_before_the_processes_join_is_reported_once(tmp_path):
@@ -67,13 +35,12 @@ def test_an_error_before_the_processes_join_is_reported_once(tmp_path):
     good = (*OPTIONS, "--output", tmp_path / "run")
     bad = (*OPTIONS, "--output", tmp_path / "run", "--config", tmp_path / "damaged.yaml")
     for options, where in (((good, bad), " (process 1)"), ((bad, good), ""), ((bad, bad), "")):
-        codes, errors = with_options(*options)
+        codes, errors = run_ranks(tmp_path, main, options)
         assert "".join(errors).startswith(f"t2tvit: error{where}: config "), errors
         assert "".join(errors).count("\n") == 1 and all(codes)
     evaluate = ("eval", "--device", "cpu", "--checkpoint", tmp_path / "damaged.yaml")
-    codes, errors = with_options(
-        (*evaluate, "--model", "t2t_vit_7"), (*evaluate, "--model", "none")
-    )
+    models = ("t2t_vit_7", "none")
+    codes, errors = run_ranks(tmp_path, main, [(*evaluate, "--model", name) for name in models])
     assert "".join(errors).count("\n") == 1 and codes == [2, 2], errors
 
 
@@ -98,22 +65,23 @@ def test_full_memory_is_explained(text):
 
 
 def test_processes_with_different_commands_are_refused(tmp_path):
-    first = (*OPTIONS, "--output", tmp_path / "a")
+    first, logs = (*OPTIONS, "--output", tmp_path / "a"), tmp_path / "logs"
+    logs.mkdir()
     for other, name in (
         ((*OPTIONS, "--output", tmp_path / "b"), "--output"),
         ((*first, "--seed", "3"), "seed"),
     ):
-        codes, errors = with_options(first, other)
+        codes, errors = run_ranks(logs, main, (first, other))
         assert "".join(errors).startswith(f"t2tvit: error: {name}: process 1 has "), errors
         assert "".join(errors).count("\n") == 1 and codes == [2, 2]
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [logs]
 
 
 @pytest.mark.parametrize("ranks", ["0", "1", "0,1"])
 @pytest.mark.parametrize("fault", ["input_error", "run_error"])
 def test_an_error_is_reported_once_with_its_rank(tmp_path, fault, ranks):
     status, text = FAULTS[fault]
-    codes, errors = alone(fault, ranks, tmp_path / "run")
+    codes, errors = alone(fault, ranks, tmp_path)
     where = " (process 1)" if ranks == "1" else ""
     assert "".join(errors) == f"t2tvit: error{where}: {text}\n"
     assert all(codes[int(rank)] == status for rank in ranks.split(",")) and all(codes)
@@ -123,7 +91,7 @@ def test_an_error_is_reported_once_with_its_rank(tmp_path, fault, ranks):
 @pytest.mark.parametrize("fault", ["vanished", "worker", "killed"])
 def test_a_lost_process_is_reported_in_one_line(tmp_path, fault, rank):
     _, text = FAULTS[fault]
-    codes, errors = alone(fault, rank, tmp_path / "run")
+    codes, errors = alone(fault, rank, tmp_path)
     error = "".join(errors)
     assert all(codes), codes
     assert error.startswith("t2tvit: error") and error.count("\n") == 1, error
@@ -131,7 +99,7 @@ def test_a_lost_process_is_reported_in_one_line(tmp_path, fault, rank):
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):
-    codes, errors = alone("bug", "1", tmp_path / "run")
+    codes, errors = alone("bug", "1", tmp_path)
     assert codes == [1, 1]
     assert errors[0] == "" and errors[1].endswith("KeyError: 'a mistake in the program'\n")
     assert errors[1].count("Traceback") == 1

@@ -221,6 +221,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.distributed
 def test_a_signal_to_one_process_in_an_evaluation_ends_both_together(tmp_path):
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     script = tmp_path / "slow.py"
@@ -262,6 +263,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.distributed
 def test_a_process_of_two_whose_reader_hangs_ends_both_on_a_signal(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -298,6 +300,7 @@ def test_a_process_of_two_whose_reader_hangs_ends_both_on_a_signal(tmp_path):
     assert newest(output).stem == "state-00001-00000000"
 
 
+@pytest.mark.distributed
 def test_the_other_node_resumes_after_a_signal_to_one(tmp_path):
     """Elastic, from two nodes to one: torchrun restarts the node that got no signal."""
     output = tmp_path / "run"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[3]
 # The runtime and the stand-ins for headers of CUDA.
@@ -62,21 +63,24 @@ def build_host_library(
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     library = cache_dir / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    # Of several processes that need it at the same time, one compiles.
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            _build(library, sources, options)
+    return library
 
-    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+
+def _build(library: Path, sources: Sequence[Path], options: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         units = [
             (source, Path(folder) / f"{source.stem}.o") for source in (*sources, SIMT / "simt.cpp")
         ]
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             command = (*options, "-x", "c++", "-c")
             list(compilers.map(lambda unit: _run(*command, unit[0], "-o", unit[1]), units))
-        # Renamed when complete: another process may build the same.
         unfinished = Path(folder) / "library.so"
         _run(*(object for _, object in units), *LINKER, "-o", unfinished)
-        unfinished.replace(library)
-    return library
+        unfinished.replace(library)  # only when it is complete
 
 
 def _run(*arguments: str | Path) -> None:

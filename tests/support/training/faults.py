@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from t2tvit.cli import main
+from t2tvit import cli
 from t2tvit.errors import InputError, RunError
 from t2tvit.training.trainer import Trainer
 
@@ -43,8 +43,13 @@ def worker(*inputs):
     return accumulate(*inputs)
 
 
-if __name__ == "__main__":
-    fault, ranks, *arguments = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    """The exit status of ``t2tvit`` with the usage above."""
+    fault, ranks, *arguments = arguments
     if os.environ["RANK"] in ranks.split(","):
         Trainer.accumulate = globals()[fault]
-    sys.exit(main(arguments))
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
