@@ -255,13 +255,16 @@ def test_the_largest_batch_is_found():
 
 def run_bench(tmp_path, chosen, *options, **environment):
     out = tmp_path / "run.json"
+    # Not as a worker of this run: pytest-benchmark measures nothing in one.
+    outer = ("TRITON_INTERPRET", "PYTEST_XDIST_")
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider"]
         + ["-k", chosen, f"--benchmark-json={out}", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
+        env=inherited | environment,
     )
     return done, json.loads(out.read_text()) if out.exists() else None
 
