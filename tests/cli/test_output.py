@@ -32,6 +32,7 @@ def is_safe(output: bytes) -> bool:
     return all(byte >= 32 or byte == 10 for byte in output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
 def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
@@ -56,6 +57,7 @@ def test_predict_shows_any_name_in_any_encoding(tmp_path, encoding, options):
         assert len(lines) == 3 and all(rb"two\nlines" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_run_with_odd_names_is_logged_in_any_encoding(tmp_path, encoding):
     root = tmp_path / os.fsdecode("data € \x1b[1m\n".encode() + b"\xff")
@@ -79,6 +81,7 @@ def test_a_run_with_odd_names_is_logged_in_any_encoding(tmp_path, encoding):
     assert done.returncode == 2 and is_safe(done.stderr) and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_tables_and_conversions_are_printed_in_any_encoding(tmp_path, encoding):
     assert run("models", "t2t_vit_7", env=ENCODINGS[encoding]).returncode == 0
@@ -102,6 +105,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_output_that_cannot_be_written_ends_with_one_line_or_silently(name, tmp_path):

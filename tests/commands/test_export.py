@@ -94,6 +94,7 @@ def test_weights(tmp_path, capsys):
         assert torch.equal(made.state_dict()[key], tensor.half().float()), key
 
 
+@pytest.mark.slow
 def test_a_compiled_package(tmp_path, capsys):
     """The slowest test here: it compiles C++."""
     source = weights(tmp_path, depth=1, embed_dim=16)

@@ -284,6 +284,7 @@ def test_import_loads_nothing():
     assert imported == "" and "t2t_kernels/_C" in called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [
@@ -356,6 +357,7 @@ def test_the_interpreter_is_on_if_triton_says_so(value):
     assert run(code, TRITON_INTERPRET=value) == "True True\ncpu cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["t2t_kernels", "torch.utils.flop_counter"])
 def test_flops_are_counted_whichever_is_imported_first(first):
     code = (

@@ -36,6 +36,7 @@ def gradients(model):
 # The compiler comes first: what it cannot trace shows before anything else has warmed a cache.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options", NAMES_SMALL)
 def test_whole_model_is_one_graph_in_training(name, options):
     model = small_model(name, drop_path_rate=0.2, drop_rate=0.1, attn_drop_rate=0.1, **options)
@@ -45,6 +46,7 @@ def test_whole_model_is_one_graph_in_training(name, options):
     assert not missing, f"no gradient for {missing}"
 
 
+@pytest.mark.slow
 def test_one_graph_has_eager_gradients():
     model = small_model(img_size=64).eval()
     x = torch.randn(2, 3, 64, 64)

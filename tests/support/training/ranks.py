@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,4 +52,11 @@ def _begin(main, arguments, environment, log) -> None:
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     for descriptor, path in ((1, os.devnull), (2, log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.exit(main(arguments))
+    status = 1
+    try:
+        status = main(arguments)
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    # multiprocessing would first wait for what the process has started.
+    os._exit(status)
