@@ -30,11 +30,12 @@ inline Geometry make_geometry(const char* name, int64_t batch, int64_t channels,
             ", expected kernel_size and stride of at least 1 and padding of at least 0");
   check_kernel_fits(name, height, width, kernel, padding);
   // Within an image, pixels, tokens and the elements of a token are counted in 32 bits.
-  T2T_CHECK(
-      std::max(height, width) + 2 * padding <= largest && channels <= largest / (kernel * kernel),
-      name, ": x: got ", channels, " channels of ", height, "x", width, ", expected at most ",
-      largest / (kernel * kernel), " channels and ", largest - 2 * padding,
-      " in each direction for kernel_size ", kernel, " and padding ", padding);
+  const int64_t most_padding = (largest - std::max(height, width)) / 2;
+  T2T_CHECK(padding <= most_padding, name, ": padding: got ", padding, ", expected at most ",
+            most_padding, " for a map of ", height, "x", width);
+  const int64_t most_channels = largest / (kernel * kernel);
+  T2T_CHECK(channels <= most_channels, name, ": x: got ", channels, " channels, expected at most ",
+            most_channels, " for kernel_size ", kernel);
   Geometry map = {};
   map.batch = batch;
   map.channels = static_cast<int>(channels);

@@ -166,10 +166,10 @@ def test_operators_check_arguments_that_would_read_out_of_bounds():
         with pytest.raises(RuntimeError, match="soft_split_linear"):
             ops.soft_split_linear(*arguments)
     with pytest.raises(
-        RuntimeError, match="soft_split: kernel_size 3, stride 1, padding 2147483645"
+        RuntimeError, match="soft_split: got kernel_size 3, stride 1 and padding 2147483645"
     ):
         ops.soft_split(x, 3, 1, 2**31 - 3)
-    with pytest.raises(RuntimeError, match="soft_split_linear: kernel_size 4294967296"):
+    with pytest.raises(RuntimeError, match="soft_split_linear: got kernel_size 4294967296"):
         ops.soft_split_linear(x, weight[:, :0], None, None, None, 2**32, 1, 2**31, 1e-5)
     with pytest.raises(RuntimeError, match="soft_split_linear: grad"):
         ops.soft_split_linear_backward(

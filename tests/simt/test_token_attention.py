@@ -48,8 +48,8 @@ def test_nan_reaches_the_same_elements_as_in_the_reference(dtype, which):
 @pytest.mark.parametrize(
     ("embed", "dtype", "message"),
     [
-        (65, torch.bfloat16, r"must be \(B, T, 64\)"),
-        (32, torch.float16, r"must be \(B, T, 64\)"),
+        (65, torch.bfloat16, r"expected \(B, T, 64\)"),
+        (32, torch.float16, r"expected \(B, T, 64\)"),
         (64, torch.float32, "expected bfloat16 or float16"),
     ],
 )
