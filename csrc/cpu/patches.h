@@ -226,7 +226,7 @@ struct ProjectionBuffers {
         grad_tile(p.weight_t ? arena.tile(padded(p.split.patch())) : nullptr) {}
 };
 
-// Adds the gradients of a tile: that of the weight and, unless `band` is null, that of the map.
+// Adds a tile's gradient of the weight and, unless `band` is null, its gradient of the map.
 // `grad` is the gradient of the projection's result, with rows of p.outputs.
 template <typename T>
 void project_backward(const Projection& p, const void* x, int64_t image, int64_t token,

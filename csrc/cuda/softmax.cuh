@@ -188,7 +188,7 @@ struct Block {
 #pragma unroll 1
     for (int begin = 0; begin < tokens; begin += kTile) {
       const int next = following(stage);
-      const auto barrier_of = [&](int group) { return 1 + 2 * group + turn; };
+      const auto barrier_of = [&](int waiting) { return 1 + 2 * waiting + turn; };
       const auto done_before = [&] {
         wait_for_copies_of_thread();
 #pragma unroll

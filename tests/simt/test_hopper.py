@@ -63,7 +63,7 @@ SLIPS = {
     "tiles-overwritten": (SOFTMAX, "stage == kStages - 1", "stage >= kStages - 2"),
     "tiles-overwritten-after-the-last": (SOFTMAX, "wait_for_rows();\n  }\n};", ""),
     "groups-not-waited-for": (SOFTMAX, "wait_at(barrier_of(group), kThreads);", ""),
-    "one-barrier-for-all-tiles": (SOFTMAX, "1 + 2 * group + turn", "1 + 2 * group"),
+    "one-barrier-for-all-tiles": (SOFTMAX, "1 + 2 * waiting + turn", "1 + 2 * waiting"),
     "sums-not-released": (SOFTMAX, "start_products(sums.at[0]...);", ""),
     "weights-not-fenced": (SOFTMAX, "start_products(weights);", ""),
     "products-not-committed": (SOFTMAX, "commit_products();", ""),

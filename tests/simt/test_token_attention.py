@@ -67,7 +67,7 @@ SLIPS = {
     "tiles-used-too-early": ("__syncthreads();\n  }\n\n  __device__ static int f", ""),
     "tiles-overwritten": ("wait_for_rows();\n  }\n\n  // `use", ""),
     "groups-not-waited-for": ("wait_at(barrier_of(group), kThreads);", ""),
-    "one-barrier-for-all-tiles": ("1 + 2 * group + turn", "1 + 2 * group"),
+    "one-barrier-for-all-tiles": ("1 + 2 * waiting + turn", "1 + 2 * waiting"),
     "group-that-does-not-arrive": ("i < kGroups", "i < kGroups - 1"),
     "last-token-left-out": ("begin >= tokens", "begin >= tokens - 1"),
     "next-tile-in-this-one's-place": ("stage == kStages - 1", "stage >= kStages - 2"),
